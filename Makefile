@@ -1,0 +1,95 @@
+# `make demo` or `make test` is all that a fresh clone needs: each makes .venv, builds, and runs.
+# A second call builds only what has changed. ARGS= is passed on to what is run.
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+PEERS  := tabm==0.0.3 rtdl_num_embeddings==0.0.12
+CMAKE  ?= $(or $(shell command -v cmake),$(VENV)/bin/cmake)
+JOBS   ?= $(shell nproc)
+
+VENV        := .venv
+PY          := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check
+INSTALLED   := $(VENV)/installed
+# setup.py writes this file at the end of each build.
+BUILT       := pyens/_C.build.json
+CXX_FILES   := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# Ninja prints whole command lines: show the file that is compiled.
+BUILD_EXT = setup.py -q build_ext --inplace | \
+	sed -uE 's,^(\[[0-9]+/[0-9]+\]) .*[ /](csrc/\S+\.(cpp|cu)) .*,\1 \2,'
+
+MAKEFLAGS     += --no-print-directory
+SHELL         := bash
+.SHELLFLAGS   := -o pipefail -ec
+.DEFAULT_GOAL := help
+.PHONY: help build demo test lint format kernels bench test-cuda bench-cuda clean distclean FORCE
+
+help: ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+build: $(BUILT) ## make .venv and compile the extension in place
+
+demo: $(BUILT) ## train an ensemble on real data and see what it knows and does not know
+	$(PY) -m pyens.demo $(ARGS)
+
+test: $(BUILT) ## run all Python tests
+	$(PY) -m pytest $(ARGS)
+
+lint: $(INSTALLED) ## check style: ruff and clang-format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(INSTALLED) ## rewrite the sources in that style
+	$(VENV)/bin/ruff check --fix --exit-zero .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+kernels: $(filter $(VENV)/%,$(CMAKE)) ## kernels without torch: ctest under ASAN and UBSAN, every .cu where nvcc exists
+	$(CMAKE) -S . -B build/kernels -DPYENS_SANITIZE=ON
+	$(CMAKE) --build build/kernels --parallel $(JOBS)
+	CTEST_OUTPUT_ON_FAILURE=1 $(CMAKE) --build build/kernels --target test
+
+bench: $(BUILT) $(VENV)/peers ## compare the ensemble MLP with its peers
+	$(PY) -m benchmarks.ensemble_mlp $(ARGS)
+
+# On a GPU machine: the interpreter that is already there, with its torch; nothing is installed.
+test-cuda: ## build for CUDA with $(PYTHON) and run all tests; none skips for want of a GPU
+	@echo "building pyens._C for CUDA"
+	@PYENS_CUDA=1 $(PYTHON) $(BUILD_EXT)
+	PYENS_REQUIRE_CUDA=1 $(PYTHON) -m pytest $(ARGS)
+
+bench-cuda: ## build for CUDA with $(PYTHON) and run the benchmark on the GPU
+	@echo "building pyens._C for CUDA"
+	@PYENS_CUDA=1 $(PYTHON) $(BUILD_EXT)
+	$(PYTHON) -m benchmarks.ensemble_mlp --device cuda $(ARGS)
+
+clean: ## remove what was built
+	rm -rf build *.egg-info pyens/_C.*.so $(BUILT)
+
+distclean: clean ## and .venv
+	rm -rf $(VENV)
+
+$(BUILT): $(INSTALLED) $(filter csrc/%,$(CXX_FILES)) setup.py pyens/_version.py
+	@echo "building pyens._C"
+	@$(PY) $(BUILD_EXT)
+
+$(INSTALLED): $(VENV)/torch requirements-dev.txt
+	@echo "setting up $(VENV): $(TORCH) and requirements-dev.txt (minutes, the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) '$(TORCH)' -r requirements-dev.txt
+	@touch $@
+
+# Holds the TORCH of the set-up, and is touched only when that changes.
+$(VENV)/torch: FORCE
+	@mkdir -p $(VENV)
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' >$@
+
+# Without their dependencies: what they need of them is there.
+$(VENV)/peers: $(INSTALLED)
+	@$(PIP_INSTALL) --no-deps $(PEERS)
+	@touch $@
+
+$(VENV)/bin/cmake: $(INSTALLED)
+	@$(PIP_INSTALL) cmake==4.4.4

@@ -1,0 +1,114 @@
+"""Builds `pyens._C`. Everything else about the package is in pyproject.toml.
+
+Environment:
+    PYENS_CUDA=0|1|auto   build the CUDA kernels; auto (default): if torch is a CUDA build and nvcc is there
+    TORCH_CUDA_ARCH_LIST  compute capabilities to compile for (default: 8.0 and 9.0, with PTX for later ones)
+    MAX_JOBS              how many compilers run at once
+"""
+
+import json
+import os
+import platform
+import runpy
+from pathlib import Path
+
+import setuptools
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError as error:
+    raise SystemExit(
+        "pyens compiles against the torch that it will run with, and none can be imported here.\n"
+        "Install torch first, then run: pip install --no-build-isolation ."
+    ) from error
+
+if tuple(map(int, setuptools.__version__.split(".")[:2])) < (70, 1):
+    raise SystemExit(
+        f"pyens needs setuptools 70.1 or later to build, and this is {setuptools.__version__}.\n"
+        "Run: pip install --upgrade setuptools ninja"
+    )
+
+ROOT = Path(__file__).resolve().parent
+VERSION = runpy.run_path(str(ROOT / "pyens" / "_version.py"))["__version__"]
+
+
+def wants_cuda() -> bool:
+    """Whether to build the CUDA kernels, as PYENS_CUDA asks."""
+    choice = os.environ.get("PYENS_CUDA", "auto")
+    if choice not in ("0", "1", "auto"):
+        raise SystemExit(f"PYENS_CUDA: expected 0, 1 or auto, got {choice!r}")
+    missing = []
+    if torch.version.cuda is None:
+        missing.append(f"a CUDA build of torch (this is torch {torch.__version__})")
+    if cpp_extension.CUDA_HOME is None:
+        missing.append("a CUDA toolkit (nvcc on PATH, or CUDA_HOME)")
+    if choice == "1" and missing:
+        raise SystemExit("PYENS_CUDA=1 needs " + " and ".join(missing))
+    return choice != "0" and not missing
+
+
+CUDA = wants_cuda()
+
+
+def files(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def extension() -> setuptools.Extension:
+    sources = files("csrc/bindings.cpp", "csrc/ops/*.cpp", "csrc/kernels/cpu/*.cpp")
+    macros = [("PYENS_VERSION", f'"{VERSION}"'), ("PYENS_TORCH_VERSION", f'"{torch.__version__}"')]
+    cxx = ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
+    # Python asks for debug information; without it the extension builds faster and is a fraction of the size.
+    cxx += ["-g0"]
+    # An FMA is written where one is meant: the accumulation order is part of the kernels' contract.
+    cxx += ["-ffp-contract=off"]
+    # Compiled with OpenMP (at::parallel_for needs it) but not linked with it: the symbols resolve to the
+    # runtime that torch has loaded, so that both share one thread pool.
+    cxx += ["-fopenmp"]
+    # Torch's headers as system headers: their warnings are not ours to mend.
+    cxx += [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    compile_args = {"cxx": cxx}
+    if CUDA:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        sources += files("csrc/kernels/cuda/*.cu")
+        macros += [("PYENS_WITH_CUDA", None)]
+        # BuildExtension turns the operators of __half and __nv_bfloat16 off. The kernels know no torch:
+        # they compile here as they do under CMake.
+        switched_off = ["HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS"]
+        nvcc = ["-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
+        compile_args["nvcc"] = nvcc + [f"-U__CUDA_NO_{name}__" for name in switched_off]
+    make_extension = cpp_extension.CUDAExtension if CUDA else cpp_extension.CppExtension
+    return make_extension(
+        "pyens._C",
+        sources,
+        depends=files("csrc/**/*.h", "csrc/**/*.cuh"),
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=macros,
+        extra_compile_args=compile_args,
+    )
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    """Compiles with ninja, then writes down beside the extension what it was built for.
+
+    `pyens._C` cannot say so itself: with another torch it fails to load. `pyens._library` reads the file.
+    """
+
+    def run(self) -> None:
+        super().run()
+        built = {
+            "version": VERSION,
+            "torch": torch.__version__,
+            "python": ".".join(platform.python_version_tuple()[:2]),
+            "cuda": CUDA,
+        }
+        path = Path(self.get_ext_fullpath("pyens._C")).with_name("_C.build.json")
+        path.write_text(json.dumps(built) + "\n")
+
+
+setuptools.setup(
+    license="Apache-2.0",
+    ext_modules=[extension()],
+    cmdclass={"build_ext": BuildExtension},
+)
