@@ -1,0 +1,99 @@
+// The index of the extension: every operation's schema, and the Python front door.
+//
+// The dispatcher owns the semantics (autograd, autocast, fake tensors, devices). The functions of this module call
+// the same dispatcher operations, only with less overhead than torch.ops.
+
+#include <ATen/Parallel.h>
+#include <torch/extension.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <chrono>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "kernels/cpu/isa.h"
+#include "kernels/fma_peak.h"
+
+using at::Tensor;
+using at::TensorList;
+
+TORCH_LIBRARY(pyens, m) {
+  m.def("ensemble_mlp(Tensor input, Tensor[] weights, Tensor[] biases, str activation) -> Tensor");
+  m.def("ensemble_mlp_pack(Tensor[] weights, Tensor[] biases) -> Tensor");
+  m.def(
+      "ensemble_mlp_packed(Tensor input, Tensor packed, Tensor[] weights, Tensor[] biases, str "
+      "activation)"
+      " -> Tensor");
+}
+
+namespace {
+
+template <class Signature>
+auto dispatcher_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+Tensor ensemble_mlp(const Tensor& input, const std::vector<Tensor>& weights,
+                    const std::vector<Tensor>& biases, const std::string& activation) {
+  static const auto op =
+      dispatcher_op<Tensor(const Tensor&, TensorList, TensorList, std::string_view)>(
+          "pyens::ensemble_mlp");
+  return op.call(input, weights, biases, activation);
+}
+
+Tensor ensemble_mlp_packed(const Tensor& input, const Tensor& packed,
+                           const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+                           const std::string& activation) {
+  static const auto op =
+      dispatcher_op<Tensor(const Tensor&, const Tensor&, TensorList, TensorList, std::string_view)>(
+          "pyens::ensemble_mlp_packed");
+  return op.call(input, packed, weights, biases, activation);
+}
+
+// Multiply-add rate in GF/s of all of torch's threads together, measured for about `milliseconds`.
+double fma_peak(double milliseconds) {
+  TORCH_CHECK_VALUE(milliseconds > 0, "fma_peak: milliseconds: expected a positive number, got ",
+                    milliseconds);
+  const int threads = at::get_num_threads();
+  std::atomic<double> rate{0};
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      using Clock = std::chrono::steady_clock;
+      float sink = 0;
+      double flops = 0, seconds = 0;
+      const auto start = Clock::now();
+      do {
+        flops += pyens::fma_peak_cpu::run(100'000, &sink);
+        seconds = std::chrono::duration<double>(Clock::now() - start).count();
+      } while (seconds * 1e3 < milliseconds);
+      for (double old = rate; !rate.compare_exchange_weak(old, old + flops / seconds);) {
+      }
+    }
+  });
+  return rate / 1e9;
+}
+
+std::map<std::string, std::string> build_info() {
+  return {
+      {"torch", PYENS_TORCH_VERSION},
+      {"cpu_capability", pyens::isa_name(pyens::chosen_isa())},
+      {"compiler", __VERSION__},
+#if defined(PYENS_WITH_CUDA)
+      {"cuda", "yes"},
+#else
+      {"cuda", "no"},
+#endif
+  };
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using no_gil = pybind11::call_guard<pybind11::gil_scoped_release>;
+  m.def("ensemble_mlp", ensemble_mlp, no_gil());
+  m.def("ensemble_mlp_packed", ensemble_mlp_packed, no_gil());
+  m.def("fma_peak", fma_peak, no_gil(), pybind11::arg("milliseconds"));
+  m.def("build_info", build_info);
+}

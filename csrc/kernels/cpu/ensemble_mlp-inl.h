@@ -1,0 +1,43 @@
+// The ensemble MLP on one instruction set.
+//
+// Two mappings, chosen by the batch size alone: examples in the lanes (ensemble_mlp_panels-inl.h), and
+// below kSmallBatch examples neurons in the lanes (ensemble_mlp_stripes-inl.h). Nothing but the input,
+// the weights and the last output leaves the cache in either.
+//
+// Accumulation contract, the same in both: per output one chain of multiply-adds over each block of
+// kBlock inputs in ascending order; the block sums are added in order to the bias. So an output does
+// not depend on batch size, tile, thread, or the members beside it.
+
+#include "kernels/cpu/activations-inl.h"
+#include "kernels/cpu/ensemble_mlp_common-inl.h"
+#include "kernels/cpu/ensemble_mlp_panels-inl.h"
+#include "kernels/cpu/ensemble_mlp_stripes-inl.h"
+
+namespace pyens::PYENS_ISA::ensemble_mlp {
+
+template <class A>
+int64_t work_items(const EnsembleMLPParams& p) {
+  if (small_batch(p)) return p.ensemble_size;
+  return p.ensemble_size * ((p.batch + tile_size<A>(p) - 1) / tile_size<A>(p));
+}
+
+template <class A>
+size_t scratch_bytes(const EnsembleMLPParams& p) {
+  return Scratch<A>(p, nullptr).bytes;
+}
+
+template <class A>
+void run(const EnsembleMLPParams& p, int64_t begin, int64_t end, void* base) {
+  const Scratch<A> scratch(p, base);
+  if (small_batch(p)) {
+    run_small<A>(p, begin, end, scratch);
+  } else {
+    run_tiles<A>(p, begin, end, scratch);
+  }
+}
+
+template <class A>
+constexpr MLPFunctions kFunctions = {work_items<A>, scratch_bytes<A>, run<A>, kPackedLayout<A>,
+                                     pack<A>};
+
+}  // namespace pyens::PYENS_ISA::ensemble_mlp

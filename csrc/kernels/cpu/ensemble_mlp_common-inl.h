@@ -1,0 +1,151 @@
+// What both mappings of the ensemble MLP share: element types, tiles, scratch.
+
+namespace pyens::PYENS_ISA::ensemble_mlp {
+
+// --- how one element type is computed ----------------------------------------------------------------
+// Elem: storage. Real: arithmetic. A "unit" is what one multiply-add reads of a row: one Real, or with
+// bfloat16 dot products a pair of bfloat16 in the 32 bits of a float.
+
+template <class E, class R>
+struct Plain {
+  using Elem = E;
+  using Real = R;
+  static constexpr int kPerUnit = 1;
+  static constexpr bool kDirect = std::is_same_v<E, R>;  // rows are read where they lie
+  template <class V>
+  static inline __attribute__((always_inline)) V product(V a, V b, V c) {
+    return madd(a, b, c);
+  }
+  static inline Narrow<Real> load_units(const Elem* row, int64_t unit, int64_t in) {
+    return load_first<Real>(row + unit, in - unit);
+  }
+};
+
+#if PYENS_ISA_LEVEL >= 3
+struct Bfloat16Pairs {
+  using Elem = BFloat16;
+  using Real = float;
+  static constexpr int kPerUnit = 2;
+  static constexpr bool kDirect = false;  // an odd row ends in half a unit
+  template <class V>
+  static inline __attribute__((always_inline)) V product(V a, V b, V c) {
+    return madd_pairs(a, b, c);
+  }
+  static inline Narrow<float> load_units(const Elem* row, int64_t unit, int64_t in) {
+    Narrow<float> v{};
+    const int64_t left = in - 2 * unit;
+    if (left >= 16) return load<Narrow<float>>(row + 2 * unit);
+    std::memcpy(&v, row + 2 * unit, static_cast<size_t>(left) * sizeof(Elem));
+    return v;
+  }
+};
+#endif
+
+template <class A>
+constexpr int64_t units(int64_t features) {
+  return (features + A::kPerUnit - 1) / A::kPerUnit;
+}
+template <class A>
+constexpr int64_t kBlockUnits = kBlock / A::kPerUnit;
+
+template <class A>
+using WideOf = Wide<typename A::Real>;
+template <class A>
+using NarrowOf = Narrow<typename A::Real>;
+
+#if PYENS_ISA_LEVEL >= 2
+constexpr int kVectors = 4;  // 6 x 4 accumulators + 4 inputs + 1 weight of 32 registers
+#else
+constexpr int kVectors = 2;  // 6 x 2 + 2 + 1 of 16
+#endif
+constexpr int kRows = 6;
+template <class A>
+constexpr int64_t kPanel = kVectors * kWideLanes<typename A::Real>;
+constexpr int64_t kMaxTile = 256;      // examples: weights pass once per tile
+constexpr int64_t kNeuronBlock = 192;  // x kBlock inputs x 4 bytes: 98 KB of weights stay in L2
+constexpr int kGroup = 4;              // stripes of neurons that a small batch takes together
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+inline int64_t max_width(const EnsembleMLPParams& p) {  // of what a layer writes
+  int64_t width = 0;
+  for (int64_t l = 0; l < p.num_layers; ++l) width = std::max(width, p.layers[l].out);
+  return width;
+}
+
+// Examples per tile. Few members or examples: smaller tiles, so that there is work for every thread. Very
+// wide layers: smaller ones, so that a tile stays within some megabytes. None of it changes a result.
+template <class A>
+int64_t tile_size(const EnsembleMLPParams& p) {
+  int64_t tile = kMaxTile;
+  while (tile > kPanel<A> && tile * max_width(p) > (int64_t{1} << 20)) tile /= 2;
+  while (tile > 64 && p.ensemble_size * ((p.batch + tile - 1) / tile) < 16) tile /= 2;
+  tile = std::max(tile, kPanel<A>);
+  const int64_t tiles = (p.batch + tile - 1) / tile;
+  return round_up((p.batch + tiles - 1) / tiles, kPanel<A>);
+}
+
+inline bool small_batch(const EnsembleMLPParams& p) { return p.batch < kSmallBatch; }
+
+// Members that a small batch takes through the layers together.
+inline int64_t small_members(const EnsembleMLPParams& p) { return p.batch == 1 ? 8 : 1; }
+
+// --- scratch -----------------------------------------------------------------------------------------
+
+template <class A>
+struct Scratch {
+  using Real = typename A::Real;
+  Real* input;      // the tile's input, in units
+  Real* hidden[2];  // what a layer reads and what it writes, in turn
+  Real* pairs;      // hidden activations in units, where a unit is not a Real
+  Real* weights;    // a block of weights, converted or transposed
+  Real* bias;       // of one layer, zeros where it has none
+  size_t bytes;
+
+  Scratch(const EnsembleMLPParams& p, void* base) {
+    const int64_t width = round_up(max_width(p), kNarrowLanes<Real>);
+    const int64_t members = small_batch(p) ? small_members(p) : 1;
+    const int64_t rows = small_batch(p) ? members * p.batch : tile_size<A>(p);
+    const int64_t block = small_batch(p) ? 2 * kGroup * kNarrowLanes<Real> : kNeuronBlock;
+    bytes = 0;
+    auto take = [&](int64_t n) {
+      Real* at = base ? reinterpret_cast<Real*>(static_cast<char*>(base) + bytes) : nullptr;
+      bytes += static_cast<size_t>(round_up(n * static_cast<int64_t>(sizeof(Real)), 64));
+      return at;
+    };
+    // load_units writes whole vectors, so rows of units end on one.
+    input = take(rows * round_up(units<A>(p.layers[0].in), kNarrowLanes<Real>));
+    hidden[0] = take(rows * width);
+    hidden[1] = take(rows * width);
+    pairs = take(A::kPerUnit == 1 ? 0 : rows * round_up(units<A>(width), kNarrowLanes<Real>));
+    weights = take(block * kBlockUnits<A>);
+    bias = take(members * width);
+  }
+};
+
+// Padded with zeros, and all zeros where there is none.
+template <class A>
+void load_bias(const MLPLayer& layer, int64_t member, typename A::Real* bias) {
+  const auto* source = static_cast<const typename A::Elem*>(layer.bias);
+  int64_t o = 0;
+  if (source) {
+    source += member * layer.bias_member_stride;
+    for (; o < layer.out; ++o) bias[o] = to_float(source[o]);
+  }
+  std::fill(bias + o, bias + round_up(layer.out, kNarrowLanes<typename A::Real>), 0);
+}
+
+// Every sum is stored as max(floor, sum): 0 makes that the ReLU, minus infinity leaves it as it is.
+template <class Real>
+Real relu_floor(const EnsembleMLPParams& p, bool unfinished) {
+  return !unfinished && p.activation == Activation::relu ? 0
+                                                         : -std::numeric_limits<Real>::infinity();
+}
+
+template <class A>
+const typename A::Elem* weight_row(const MLPLayer& layer, int64_t member, int64_t row) {
+  return static_cast<const typename A::Elem*>(layer.weight) + member * layer.weight_member_stride +
+         row * layer.weight_row_stride;
+}
+
+}  // namespace pyens::PYENS_ISA::ensemble_mlp

@@ -1,0 +1,243 @@
+// The ensemble MLP with examples in the lanes.
+//
+// Bound by multiply-adds. A tile of examples goes through all layers of one member. It lies in panels
+// [feature][kPanel], so an activation is a row of vectors, a weight is a broadcast from [out, in] as it
+// is, and widths like 50 or 1 waste no lane. A block of kRows neurons x kVectors vectors stays in
+// registers while the inputs run by: per input, kVectors loads and kRows broadcasts feed
+// kRows * kVectors multiply-adds.
+
+namespace pyens::PYENS_ISA::ensemble_mlp {
+
+// z[r] (first ? bias : z) + sum_k w[r][k] x[k] for R neurons and NV vectors of examples, at least `floor`.
+template <class A, int R, int NV>
+void panel_block(const typename A::Real* w, int64_t w_stride, const typename A::Real* x,
+                 int64_t k_count, typename A::Real* z, const typename A::Real* bias, bool first,
+                 typename A::Real floor) {
+  using V = WideOf<A>;
+  constexpr int N = lanes_of<V>();
+  V sum[R][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) sum[r][v] = V{};
+  }
+  for (int64_t k = 0; k < k_count; ++k) {
+    V input[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) input[v] = load<V>(x + k * kPanel<A> + v * N);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const V weight = broadcast<V>(w[r * w_stride + k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) sum[r][v] = A::product(weight, input[v], sum[r][v]);
+    }
+  }
+  const V low = broadcast<V>(floor);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+      typename A::Real* out = z + r * kPanel<A> + v * N;
+      const V base = first ? broadcast<V>(bias[r]) : load<V>(out);
+      store(out, at_least(low, base + sum[r][v]));
+    }
+  }
+}
+
+template <class A, int NV>
+void panel_rows(int64_t rows, const typename A::Real* w, int64_t w_stride,
+                const typename A::Real* x, int64_t k_count, typename A::Real* z,
+                const typename A::Real* bias, bool first, typename A::Real floor) {
+  // Balanced blocks: 50 neurons are 5 blocks of 6 and 4 of 5, never one of 2.
+  const int64_t blocks = (rows + kRows - 1) / kRows;
+  for (int64_t b = 0, r = 0; b < blocks; ++b) {
+    const int64_t count = rows / blocks + (b < rows % blocks);
+    auto go = [&](auto block) {
+      block(w + r * w_stride, w_stride, x, k_count, z + r * kPanel<A>, bias + r, first, floor);
+    };
+    switch (count) {
+      case 6: go(panel_block<A, 6, NV>); break;
+      case 5: go(panel_block<A, 5, NV>); break;
+      case 4: go(panel_block<A, 4, NV>); break;
+      case 3: go(panel_block<A, 3, NV>); break;
+      case 2: go(panel_block<A, 2, NV>); break;
+      default: go(panel_block<A, 1, NV>); break;
+    }
+    r += count;
+  }
+}
+
+// Rows [row, row + rows) x inputs of unit [k, k + k_count) of a layer: a pointer and its row stride.
+template <class A>
+const typename A::Real* weight_block(const MLPLayer& layer, int64_t member, int64_t row,
+                                     int64_t rows, int64_t k, int64_t k_count,
+                                     typename A::Real* scratch, int64_t* stride) {
+  if constexpr (A::kDirect) {
+    *stride = layer.weight_row_stride;
+    return weight_row<A>(layer, member, row) + k;
+  } else {
+    constexpr int N = kNarrowLanes<typename A::Real>;
+    *stride = kBlockUnits<A>;
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto* source = weight_row<A>(layer, member, row + r);
+      for (int64_t u = 0; u < k_count; u += N) {
+        store(scratch + r * *stride + u, A::load_units(source, k + u, layer.in));
+      }
+    }
+    return scratch;
+  }
+}
+
+// The tile's rows of [B, I] into panels [unit][kPanel]; lanes without an example are 0.
+template <class A>
+void pack_input(const typename A::Elem* rows, int64_t row_stride, int64_t examples, int64_t in,
+                typename A::Real* panels) {
+  using V = NarrowOf<A>;
+  constexpr int N = lanes_of<V>();
+  const int64_t unit_count = units<A>(in);
+  for (int64_t b = 0; b < round_up(examples, kWideLanes<typename A::Real>); b += N) {
+    auto* panel = panels + b / kPanel<A> * kPanel<A> * unit_count + b % kPanel<A>;
+    for (int64_t u = 0; u < unit_count; u += N) {
+      V r[N];
+      for (int i = 0; i < N; ++i) {
+        r[i] = b + i < examples ? A::load_units(rows + (b + i) * row_stride, u, in) : V{};
+      }
+      transpose(r);
+      const int64_t n = std::min<int64_t>(N, unit_count - u);
+      for (int64_t i = 0; i < n; ++i) store(panel + (u + i) * kPanel<A>, r[i]);
+    }
+  }
+}
+
+// Panels [out][kPanel] to rows of [B, O], contiguous.
+template <class A>
+void unpack_output(const typename A::Real* panels, int64_t examples, int64_t out,
+                   typename A::Elem* rows) {
+  using V = NarrowOf<A>;
+  constexpr int N = lanes_of<V>();
+  for (int64_t b = 0; b < examples; b += N) {
+    const auto* panel = panels + b / kPanel<A> * kPanel<A> * out + b % kPanel<A>;
+    if (out == 1) {
+      store_first<typename A::Real>(rows + b, load<V>(panel), examples - b);
+      continue;
+    }
+    for (int64_t o = 0; o < out; o += N) {
+      V r[N];
+      for (int i = 0; i < N; ++i) r[i] = o + i < out ? load<V>(panel + (o + i) * kPanel<A>) : V{};
+      transpose(r);
+      const int64_t n = std::min<int64_t>(N, examples - b);
+      for (int64_t i = 0; i < n; ++i) {
+        store_first<typename A::Real>(rows + (b + i) * out + o, r[i], out - o);
+      }
+    }
+  }
+}
+
+#if PYENS_ISA_LEVEL >= 3
+// Rows 2u and 2u+1 of a panel, rounded to bfloat16, become unit u.
+template <class V>
+inline V make_pair(V low, V high) {
+  return (V)((round_bfloat16(low) >> 16) | (round_bfloat16(high) & 0xffff0000u));
+}
+
+inline void pair_panels(const float* z, int64_t panel_count, int64_t features, float* pairs) {
+  using V = Wide<float>;
+  constexpr int64_t P = kPanel<Bfloat16Pairs>;
+  const int64_t unit_count = units<Bfloat16Pairs>(features);
+  for (int64_t p = 0; p < panel_count; ++p) {
+    for (int64_t u = 0; u < unit_count; ++u) {
+      const float* low = z + (p * features + 2 * u) * P;
+      for (int64_t i = 0; i < P; i += lanes_of<V>()) {
+        const V high = 2 * u + 1 < features ? load<V>(low + P + i) : V{};
+        store(pairs + (p * unit_count + u) * P + i, make_pair(load<V>(low + i), high));
+      }
+    }
+  }
+}
+#endif
+
+// All layers of one member over one tile whose input lies in scratch.input.
+template <class A>
+void forward_tile(const EnsembleMLPParams& p, int64_t member, int64_t examples,
+                  const Scratch<A>& scratch, typename A::Elem* output) {
+  using Real = typename A::Real;
+  constexpr int64_t P = kPanel<A>;
+  constexpr int kLanes = kWideLanes<Real>;
+  const int64_t panel_count = (examples + P - 1) / P;
+  const Real* x = scratch.input;
+  for (int64_t l = 0; l < p.num_layers; ++l) {
+    const MLPLayer& layer = p.layers[l];
+    const bool last = l + 1 == p.num_layers;
+    const int64_t unit_count = units<A>(layer.in);
+    Real* z = scratch.hidden[l % 2];
+    load_bias<A>(layer, member, scratch.bias);
+    for (int64_t row = 0; row < layer.out; row += kNeuronBlock) {
+      const int64_t rows = std::min(kNeuronBlock, layer.out - row);
+      for (int64_t k = 0; k < unit_count; k += kBlockUnits<A>) {
+        const int64_t k_count = std::min(kBlockUnits<A>, unit_count - k);
+        const Real floor = relu_floor<Real>(p, last || k + k_count < unit_count);
+        int64_t stride;
+        const Real* w =
+            weight_block<A>(layer, member, row, rows, k, k_count, scratch.weights, &stride);
+        for (int64_t panel = 0; panel < panel_count; ++panel) {
+          const Real* px = x + (panel * unit_count + k) * P;
+          Real* pz = z + (panel * layer.out + row) * P;
+          const int64_t left = examples - panel * P;
+          auto go = [&](auto kernel) {
+            kernel(rows, w, stride, px, k_count, pz, scratch.bias + row, k == 0, floor);
+          };
+          if constexpr (kVectors == 4) {
+            if (left > 3 * kLanes) {
+              go(panel_rows<A, 4>);
+              continue;
+            }
+            if (left > 2 * kLanes) {
+              go(panel_rows<A, 3>);
+              continue;
+            }
+          }
+          if (left > kLanes) {
+            go(panel_rows<A, 2>);
+          } else {
+            go(panel_rows<A, 1>);
+          }
+        }
+      }
+    }
+    if (last) {
+      unpack_output<A>(z, examples, layer.out, output);
+      return;
+    }
+    activate<WideOf<A>>(p.activation, z, panel_count * layer.out * P);
+    x = z;
+#if PYENS_ISA_LEVEL >= 3
+    if constexpr (A::kPerUnit == 2) {
+      pair_panels(z, panel_count, layer.out, scratch.pairs);
+      x = scratch.pairs;
+    }
+#endif
+  }
+}
+
+template <class A>
+void run_tiles(const EnsembleMLPParams& p, int64_t begin, int64_t end, const Scratch<A>& scratch) {
+  using Elem = typename A::Elem;
+  const int64_t out = p.layers[p.num_layers - 1].out;
+  const int64_t tile = tile_size<A>(p);
+  // Members run fastest: a shared input is packed once per tile.
+  int64_t packed_tile = -1;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t t = item / p.ensemble_size, m = item % p.ensemble_size;
+    const int64_t first = t * tile, examples = std::min(tile, p.batch - first);
+    if (p.input_member_stride != 0 || t != packed_tile) {
+      const auto* rows = static_cast<const Elem*>(p.input) + m * p.input_member_stride +
+                         first * p.input_row_stride;
+      pack_input<A>(rows, p.input_row_stride, examples, p.layers[0].in, scratch.input);
+      packed_tile = t;
+    }
+    auto* output = static_cast<Elem*>(p.output) + (m * p.batch + first) * out;
+    forward_tile<A>(p, m, examples, scratch, output);
+  }
+}
+
+}  // namespace pyens::PYENS_ISA::ensemble_mlp

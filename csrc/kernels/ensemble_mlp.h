@@ -1,0 +1,60 @@
+// The ensemble MLP: E small networks, each layer h <- act(W h + b), the last one linear.
+//
+// One parameter block and the launchers, for CPU and CUDA. Raw pointers, no torch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/types.h"
+
+namespace pyens {
+
+// Strides are counted in elements; the last dimension of every tensor has stride 1.
+// A member stride of 0 means that all members share the tensor.
+struct MLPLayer {
+  const void* weight;  // [E, out, in]
+  const void* bias;    // [E, out], or nullptr
+  int64_t in, out;
+  int64_t weight_member_stride, weight_row_stride;
+  int64_t bias_member_stride;
+};
+
+struct EnsembleMLPParams {
+  DType dtype;
+  Activation activation;  // of every layer but the last
+  int64_t ensemble_size, batch, num_layers;
+  const MLPLayer* layers;
+  const void* input;  // [B, I] (member stride 0) or [E, B, I]
+  int64_t input_member_stride, input_row_stride;
+  void* output;        // [E, B, O], contiguous
+  const void* packed;  // what ensemble_mlp_cpu::pack made of the layers, or nullptr
+};
+
+// CPU. The caller splits [0, work_items) among its threads as it likes and gives each call scratch of
+// its own, 64-byte aligned: no split changes a bit of the output.
+namespace ensemble_mlp_cpu {
+int64_t work_items(const EnsembleMLPParams& params);
+// Below this many items in one thread, starting it costs more than it saves.
+int64_t grain_size(const EnsembleMLPParams& params);
+size_t scratch_bytes(const EnsembleMLPParams& params);
+void run(const EnsembleMLPParams& params, int64_t begin, int64_t end, void* scratch);
+
+// The weights in the order in which the small-batch kernel reads them: member by member and layer by
+// layer all stripes of neurons, then the biases, zeros in the gaps. The
+// sizes belong to the instruction set of this process: packing is done at run time and never stored.
+struct PackedLayout {
+  int64_t neurons_per_stripe, inputs_per_unit, unit_bytes;
+
+  template <class Int>  // int64_t, or torch's symbolic sizes
+  Int layer_bytes(const Int& out, const Int& in) const {
+    const Int stripes = (out + (neurons_per_stripe - 1)) / neurons_per_stripe;
+    const Int units = (in + (inputs_per_unit - 1)) / inputs_per_unit;
+    return stripes * (units + 1) * (neurons_per_stripe * unit_bytes);
+  }
+};
+PackedLayout packed_layout(DType dtype);
+void pack(const EnsembleMLPParams& params, int64_t member_begin, int64_t member_end, void* packed);
+}  // namespace ensemble_mlp_cpu
+
+}  // namespace pyens

@@ -1,0 +1,30 @@
+// Element types and activations, as the kernels know them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace pyens {
+
+enum class DType : int { float32, float64, bfloat16, float16 };
+
+inline size_t element_size(DType dtype) {
+  switch (dtype) {
+    case DType::float32: return 4;
+    case DType::float64: return 8;
+    default: return 2;
+  }
+}
+
+// As in torch.nn with default arguments; gelu is the exact one.
+enum class Activation : int { relu, gelu, silu, elu, softplus, tanh, identity };
+
+// Storage only; the arithmetic is done in float.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+}  // namespace pyens

@@ -1,0 +1,177 @@
+// The ensemble MLP kernel against a plain loop in double, on buffers that end where the sanitizers watch.
+
+#include "kernels/ensemble_mlp.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+namespace {
+
+using pyens::Activation;
+using pyens::DType;
+
+int failures = 0;
+
+void check(bool condition, const char* what, int64_t e, int64_t b, size_t layers) {
+  if (condition) return;
+  ++failures;
+  std::printf("FAILED: %s (E %lld, B %lld, %zu layers)\n", what, static_cast<long long>(e),
+              static_cast<long long>(b), layers);
+}
+
+double activate(double z, Activation activation) {
+  switch (activation) {
+    case Activation::relu: return z > 0 ? z : 0;
+    case Activation::gelu: return 0.5 * z * std::erfc(-z / std::sqrt(2.0));
+    case Activation::silu: return z / (1 + std::exp(-z));
+    case Activation::elu: return z > 0 ? z : std::expm1(z);
+    case Activation::softplus: return z > 20 ? z : std::log1p(std::exp(z));
+    case Activation::tanh: return std::tanh(z);
+    case Activation::identity: return z;
+  }
+  return z;
+}
+
+struct FreeDeleter {
+  void operator()(void* p) const { std::free(p); }
+};
+
+template <class T>
+struct Model {
+  int64_t ensemble_size, batch;
+  std::vector<int64_t> widths;
+  std::vector<std::vector<T>> weights, biases;
+  std::vector<T> input;
+  bool shared;
+  std::vector<pyens::MLPLayer> layers;
+  pyens::EnsembleMLPParams params{};
+
+  Model(int64_t e, int64_t b, std::vector<int64_t> w, Activation activation, bool shared_input,
+        bool with_bias)
+      : ensemble_size(e), batch(b), widths(std::move(w)), shared(shared_input) {
+    std::mt19937_64 random(static_cast<uint64_t>(e * 1000 + b));
+    std::normal_distribution<double> normal;
+    auto fill = [&](int64_t n, double scale) {
+      std::vector<T> values(static_cast<size_t>(n));
+      for (T& value : values) value = static_cast<T>(normal(random) * scale);
+      return values;
+    };
+    input = fill((shared ? 1 : e) * b * widths[0], 1);
+    for (size_t l = 0; l + 1 < widths.size(); ++l) {
+      const int64_t in = widths[l], out = widths[l + 1];
+      weights.push_back(fill(e * out * in, 1.4 / std::sqrt(static_cast<double>(in))));
+      biases.push_back(fill(with_bias ? e * out : 0, 0.3));
+      pyens::MLPLayer layer{};
+      layer.weight = weights[l].data();
+      layer.bias = with_bias ? biases[l].data() : nullptr;
+      layer.in = in;
+      layer.out = out;
+      layer.weight_member_stride = out * in;
+      layer.weight_row_stride = in;
+      layer.bias_member_stride = out;
+      layers.push_back(layer);
+    }
+    params.dtype = sizeof(T) == 4 ? DType::float32 : DType::float64;
+    params.activation = activation;
+    params.ensemble_size = e;
+    params.batch = b;
+    params.num_layers = static_cast<int64_t>(layers.size());
+    params.layers = layers.data();
+    params.input = input.data();
+    params.input_member_stride = shared ? 0 : b * widths[0];
+    params.input_row_stride = widths[0];
+  }
+
+  // Runs the kernel with its work cut into pieces of `step` items.
+  std::vector<T> run(int64_t step) {
+    std::vector<T> output(static_cast<size_t>(ensemble_size * batch * widths.back()));
+    params.output = output.data();
+    const int64_t items = pyens::ensemble_mlp_cpu::work_items(params);
+    for (int64_t begin = 0; begin < items; begin += step) {
+      const size_t bytes = (pyens::ensemble_mlp_cpu::scratch_bytes(params) + 63) / 64 * 64;
+      const std::unique_ptr<void, FreeDeleter> scratch(std::aligned_alloc(64, bytes));
+      std::memset(scratch.get(), 0xff, bytes);  // NaN, if anything is read before it is written
+      pyens::ensemble_mlp_cpu::run(params, begin, std::min(items, begin + step), scratch.get());
+    }
+    return output;
+  }
+
+  std::vector<double> expected() const {
+    std::vector<double> output;
+    for (int64_t m = 0; m < ensemble_size; ++m) {
+      for (int64_t b = 0; b < batch; ++b) {
+        const T* x = input.data() + ((shared ? 0 : m * batch) + b) * widths[0];
+        std::vector<double> h(x, x + widths[0]);
+        for (size_t l = 0; l < layers.size(); ++l) {
+          const int64_t in = widths[l], out = widths[l + 1];
+          std::vector<double> z(static_cast<size_t>(out));
+          for (int64_t o = 0; o < out; ++o) {
+            double sum = biases[l].empty()
+                             ? 0
+                             : static_cast<double>(biases[l][static_cast<size_t>(m * out + o)]);
+            for (int64_t i = 0; i < in; ++i) {
+              sum += static_cast<double>(weights[l][static_cast<size_t>((m * out + o) * in + i)]) *
+                     h[static_cast<size_t>(i)];
+            }
+            z[static_cast<size_t>(o)] =
+                l + 1 < layers.size() ? activate(sum, params.activation) : sum;
+          }
+          h = z;
+        }
+        output.insert(output.end(), h.begin(), h.end());
+      }
+    }
+    return output;
+  }
+};
+
+template <class T>
+void test(int64_t e, int64_t b, const std::vector<int64_t>& widths, Activation activation,
+          bool shared, bool with_bias) {
+  Model<T> model(e, b, widths, activation, shared, with_bias);
+  const std::vector<T> output = model.run(1 << 20);
+  const std::vector<double> expected = model.expected();
+  double error = 0, size = 0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    error = std::max(error, std::abs(static_cast<double>(output[i]) - expected[i]));
+    size = std::max(size, std::abs(expected[i]));
+  }
+  const double tolerance = (sizeof(T) == 4 ? 1e-5 : 1e-14) * (1 + size);
+  check(error <= tolerance, "values", e, b, widths.size() - 1);  // a NaN fails too
+  check(model.run(1) == output, "same bits for any split of the work", e, b, widths.size() - 1);
+
+  const auto layout = pyens::ensemble_mlp_cpu::packed_layout(model.params.dtype);
+  int64_t bytes = 0;
+  for (const auto& layer : model.layers) bytes += layout.layer_bytes(layer.out, layer.in);
+  std::vector<T> packed(static_cast<size_t>(bytes * e) / sizeof(T));
+  pyens::ensemble_mlp_cpu::pack(model.params, 0, e, packed.data());
+  model.params.packed = packed.data();
+  check(model.run(1 << 20) == output, "same bits when packed", e, b, widths.size() - 1);
+}
+
+}  // namespace
+
+int main() {
+  const std::vector<std::vector<int64_t>> shapes = {
+      {1, 1}, {5, 3}, {8, 8, 8}, {33, 17, 9, 7}, {32, 50, 20, 10, 1}, {129, 13, 16}, {140, 200, 3}};
+  const Activation activations[] = {Activation::relu,    Activation::gelu,     Activation::silu,
+                                    Activation::elu,     Activation::softplus, Activation::tanh,
+                                    Activation::identity};
+  int i = 0;
+  for (const auto& widths : shapes) {
+    for (const int64_t batch : {1, 2, 7, 15, 16, 17, 63, 65, 130, 300}) {
+      const Activation activation = activations[i % 7];
+      const bool shared = i % 2 == 0, with_bias = i % 3 != 0;
+      test<float>(1 + i % 4, batch, widths, activation, shared, with_bias);
+      test<double>(1 + i % 3, batch, widths, activation, !shared, with_bias);
+      ++i;
+    }
+  }
+  if (failures == 0) std::printf("ok: %d shapes\n", i);
+  return failures != 0;
+}
