@@ -1,0 +1,158 @@
+"""`python -m pyens`: what was built, and a second of every operation against its reference.
+
+A new operation gets a function that yields the error of one random problem after another, and a line in
+`CHECKS`.
+"""
+
+import itertools
+import math
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyens import build_info, ops, reference
+from pyens.ops.ensemble_mlp import ensemble_mlp_packed, pack
+from pyens.reference.ensemble_mlp import ACTIVATIONS
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+BATCHES = (1, 3, 7, 15, 16, 17, 40, 100)  # the CPU kernel computes those under 16 in another way
+
+
+def relative_error(got: Tensor, plain: Tensor, exact: Tensor) -> float:
+    """RMS error of `got` in units of what is allowed: 1 is the limit.
+
+    Allowed are twice the error of plain PyTorch in the same dtype (`plain`) and two roundings of the result;
+    in float64, where plain PyTorch itself counts as `exact`, 16 roundings.
+    """
+    if got.shape != exact.shape or got.dtype != plain.dtype:
+        return math.inf
+    rounding = torch.finfo(got.dtype).eps * _rms(exact)
+    plain_error = _rms(plain.double() - exact)
+    allowed = 16 * rounding if got.dtype == torch.float64 else 2 * (plain_error + rounding)
+    error = _rms(got.double() - exact)
+    if error == 0:
+        return 0.0
+    return error / allowed if error < math.inf and allowed > 0 else math.inf
+
+
+def _rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+# --- ensemble_mlp --------------------------------------------------------------------------------
+
+
+def _mlp_problems(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[dict[str, Any]]:
+    """Arguments of `ensemble_mlp`: every dtype, activation and kind of batch with random sizes and values."""
+    sizes = random.Random(0)
+    values = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=values) * scale).to(dtype)
+
+    for dtype, activation, batch in itertools.product(dtypes, ACTIVATIONS, BATCHES):
+        members = sizes.randint(9, 40)
+        widths = [sizes.randint(1, 50) for _ in range(sizes.randint(2, 5))]
+        layers = list(itertools.pairwise(widths))
+        leading = [members, batch] if sizes.random() < 0.5 else [batch]
+        yield {
+            "input": draw(*leading, widths[0], dtype=dtype),
+            "weights": [draw(members, o, i, dtype=dtype, scale=1.4 / i**0.5) for i, o in layers],
+            "biases": [draw(members, o, dtype=dtype, scale=0.3) for _, o in layers],
+            "activation": activation,
+        }
+
+
+def _in_float64(problem: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **problem,
+        "input": problem["input"].double(),
+        "weights": [w.double() for w in problem["weights"]],
+        "biases": [b.double() for b in problem["biases"]],
+    }
+
+
+def check_ensemble_mlp() -> Iterator[float]:
+    for problem in _mlp_problems():
+        exact = reference.ensemble_mlp(**_in_float64(problem))
+        yield relative_error(ops.ensemble_mlp(**problem), reference.ensemble_mlp(**problem), exact)
+
+
+def check_ensemble_mlp_packed() -> Iterator[float]:
+    for problem in _mlp_problems():
+        exact = reference.ensemble_mlp(**_in_float64(problem))
+        got = ensemble_mlp_packed(packed=pack(problem["weights"], problem["biases"]), **problem)
+        yield relative_error(got, reference.ensemble_mlp(**problem), exact)
+
+
+def check_ensemble_mlp_gradients() -> Iterator[float]:
+    # Not in half precision, where a rounding flips a ReLU here and there.
+    for problem in _mlp_problems((torch.float32, torch.float64)):
+        got = _gradients(ops.ensemble_mlp, problem)
+        plain = _gradients(reference.ensemble_mlp, problem)
+        exact = _gradients(reference.ensemble_mlp, _in_float64(problem))
+        yield max(map(relative_error, got, plain, exact))
+
+
+def _gradients(function: Callable[..., Tensor], problem: dict[str, Any]) -> tuple[Tensor, ...]:
+    x, *parameters = (
+        t.detach().requires_grad_() for t in (problem["input"], *problem["weights"], *problem["biases"])
+    )
+    layers = len(problem["weights"])
+    output = function(x, parameters[:layers], parameters[layers:], activation=problem["activation"])
+    return torch.autograd.grad(output.square().mean(), [x, *parameters])
+
+
+# -------------------------------------------------------------------------------------------------
+
+CHECKS: dict[str, Callable[[], Iterator[float]]] = {
+    "ensemble_mlp": check_ensemble_mlp,
+    "ensemble_mlp, packed": check_ensemble_mlp_packed,
+    "ensemble_mlp, gradients": check_ensemble_mlp_gradients,
+}
+
+
+def print_build() -> None:
+    info = build_info()
+    cap = os.environ.get("PYENS_CPU_CAPABILITY")
+    print(f"pyens {info['version']}")
+    for name, value in {
+        "built for torch": f"{info['torch']}, Python {info['python']}",
+        "compiler": info["compiler"],
+        "CPU kernels": info["cpu_capability"] + (f" (PYENS_CPU_CAPABILITY={cap})" if cap else ""),
+        "CUDA kernels": info["cuda"],
+        "threads": info["threads"],
+    }.items():
+        print(f"  {name:<16} {value}")
+
+
+def self_check() -> bool:
+    """Prints a line per operation; whether all are within their tolerance."""
+    width = max(map(len, CHECKS))
+    print("Self-check on the CPU: error against the reference in float64, in units of what is allowed")
+    print(f"  {'':<{width}}  problems  worst error")
+    all_ok = True
+    for name, check in CHECKS.items():
+        errors = list(check())
+        ok = max(errors) <= 1
+        all_ok &= ok
+        print(
+            f"  {name:<{width}}  {len(errors):>8}  {max(errors):>11.2f}  {'ok' if ok else 'FAILED'}",
+            flush=True,
+        )
+    return all_ok
+
+
+def main() -> int:
+    print_build()
+    print()
+    return 0 if self_check() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

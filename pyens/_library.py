@@ -1,0 +1,59 @@
+"""Loads the extension `pyens._C`, or says what to run so that it loads.
+
+The reference is never a silent stand-in for it: without a matching extension the import fails.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyens._version import __version__
+
+_BUILD = "pip install --no-build-isolation --force-reinstall --no-deps .   (in a checkout: make build)"
+
+
+def _check_build() -> dict[str, Any]:
+    """What the extension was built for, read without loading it."""
+    path = Path(__file__).with_name("_C.build.json")
+    if not path.exists():
+        raise ImportError(
+            f"pyens: its extension pyens._C is not built. In the folder of its sources run\n    {_BUILD}"
+        )
+    built = json.loads(path.read_text())
+    if built["torch"] != torch.__version__:
+        raise ImportError(
+            f"pyens: its extension was built for torch {built['torch']}, but torch {torch.__version__} is "
+            f"imported. Build it again, in the folder of its sources:\n    {_BUILD}"
+        )
+    return built
+
+
+_built = _check_build()
+try:
+    # Not `from pyens import _C`: where the file is missing, that speaks of circular imports.
+    import pyens._C as _C  # also registers torch.ops.pyens
+except ImportError as error:
+    raise ImportError(
+        f"pyens: its extension, built for Python {_built['python']}, does not load ({error}). "
+        f"Build it again, in the folder of its sources:\n    {_BUILD}"
+    ) from error
+
+
+def build_info() -> dict[str, Any]:
+    """What this pyens was built for and what it runs on.
+
+    Keys: `version`, `torch` (built for), `python`, `compiler`, `cpu_capability` (the instruction set that the
+    CPU kernels use here: base, avx2, avx512 or avx512_bf16; the environment variable `PYENS_CPU_CAPABILITY`
+    caps it), `cuda` ("yes", or "no" and why) and `threads` (of torch, which the kernels share).
+    """
+    info: dict[str, Any] = {"version": __version__, "python": _built["python"], **_C.build_info()}
+    if not _built["cuda"]:
+        torch_has_cuda = torch.version.cuda is not None
+        cause = "built with PYENS_CUDA=0 or without nvcc" if torch_has_cuda else "this torch has no CUDA"
+        info["cuda"] = f"no: {cause}"
+    elif not torch.cuda.is_available():
+        info["cuda"] = "built, but torch sees no GPU"
+    info["threads"] = torch.get_num_threads()
+    return info

@@ -1,0 +1,415 @@
+"""Ensembles of linear layers and of MLPs."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from pyens import ops
+from pyens.nn import _sequential
+from pyens.ops.ensemble_mlp import ensemble_mlp_packed, pack
+
+Indices = Sequence[int] | slice | Tensor
+
+
+class _Stacked(nn.Module):
+    """What `EnsembleLinear` and `EnsembleMLP` share: a stack of linear layers per member.
+
+    A subclass says where the parameters live (`_stack`, `_set_stack`) and what a member looks like.
+    """
+
+    ensemble_size: int
+    activation: str
+
+    def _stack(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights `[E, out, in]` and biases `[E, out]` of all layers; no biases: an empty list."""
+        raise NotImplementedError
+
+    def _set_stack(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+        raise NotImplementedError
+
+    def _with(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Self:
+        """A module like this one around other parameters."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[B, in_features]` (shared by all members) or `[E, B, in_features]` -> `[E, B, out_features]`."""
+        weights, biases = self._stack()
+        return ops.ensemble_mlp(input, weights, biases, activation=self.activation)
+
+    @torch.no_grad()
+    def reset_parameters(self, seeds: Sequence[int] | Tensor | None = None) -> None:
+        """Draws every member anew, exactly as `nn.Linear` draws its parameters (fan-in of one member).
+
+        `seeds[m] = s` gives member m bit for bit the parameters of the same `nn.Linear` or `nn.Sequential`
+        built under `torch.manual_seed(s)` with float32 on the CPU, whatever the other members are. Without
+        seeds the members are drawn one after the other from torch's default generator.
+        """
+        weights, biases = self._stack()
+        generators: list[torch.Generator | None] = [None] * self.ensemble_size
+        if seeds is not None:
+            if len(seeds) != self.ensemble_size:
+                raise ValueError(
+                    f"reset_parameters: seeds: expected one for each of the {self.ensemble_size} members, "
+                    f"got {len(seeds)}"
+                )
+            generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        if weights[0].is_meta:
+            return
+        for member, generator in enumerate(generators):
+            for layer, weight in enumerate(weights):
+                # On the CPU in float32 and then cast: a seed means the same on every device and dtype.
+                drawn = torch.empty(weight.shape[1:], dtype=torch.float32, device="cpu")
+                nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+                weight[member].copy_(drawn)
+                if biases:
+                    bound = 1 / math.sqrt(weight.shape[2])
+                    drawn = torch.empty(weight.shape[1], dtype=torch.float32, device="cpu")
+                    nn.init.uniform_(drawn, -bound, bound, generator=generator)
+                    biases[layer][member].copy_(drawn)
+
+    @torch.no_grad()
+    def load_stacked(self, params: Mapping[str, Tensor]) -> None:
+        """Copies in the parameters that `torch.func.stack_module_state(members)` gives.
+
+        Names may be anything that ends in `weight` and `bias`; the layers are taken in the mapping's order.
+
+        Raises:
+            ValueError: names or shapes that do not fit; nothing is copied then.
+        """
+        weights, biases = self._stack()
+        for kind, own in (("weight", weights), ("bias", biases)):
+            given = {name: t for name, t in params.items() if name.rpartition(".")[2] == kind}
+            shapes, expected = [list(t.shape) for t in given.values()], [list(t.shape) for t in own]
+            if shapes != expected:
+                raise ValueError(
+                    f"load_stacked: params: expected {kind} tensors of shapes {expected}, got {shapes}"
+                )
+        if unknown := [name for name in params if name.rpartition(".")[2] not in ("weight", "bias")]:
+            raise ValueError(f"load_stacked: params: expected only weights and biases, got {unknown}")
+        given_weights = [t for name, t in params.items() if name.endswith("weight")]
+        given_biases = [t for name, t in params.items() if name.endswith("bias")]
+        for own, given_tensor in zip(weights + biases, given_weights + given_biases, strict=True):
+            own.copy_(given_tensor)
+
+    def select(self, indices: Indices) -> Self:
+        """A new ensemble of copies of the chosen members, in the order of `indices` (ints, slice or mask).
+
+        Raises:
+            ValueError: no member chosen, or indices of another kind.
+            IndexError: an index out of range, or a mask that is not `[E]`.
+        """
+        weights, biases = self._stack()
+        index: Any = indices
+        if not isinstance(index, slice):
+            index = torch.as_tensor(index, device="cpu")
+            if index.is_floating_point() and len(index) > 0:  # torch takes [] for floats
+                raise ValueError(f"select: indices: expected ints, a slice or a boolean mask, got {indices}")
+            index = index if index.dtype == torch.bool else index.long()
+        chosen = torch.arange(self.ensemble_size, device="cpu")[index]
+        if chosen.dim() != 1 or len(chosen) == 0:
+            raise ValueError(f"select: indices: expected at least one member, got {indices}")
+        chosen = chosen.to(weights[0].device)
+        return self._with([w.detach()[chosen] for w in weights], [b.detach()[chosen] for b in biases])
+
+    def _member_layers(self, i: int) -> list[nn.Linear]:
+        if not -self.ensemble_size <= i < self.ensemble_size:
+            raise IndexError(f"member: i: expected below {self.ensemble_size}, got {i}")
+        return _sequential.unstack(*self._stack(), i)
+
+    def member(self, i: int) -> nn.Module:
+        """Member i alone, with copies of its parameters."""
+        raise NotImplementedError
+
+    def to_modules(self) -> list[Any]:
+        """All members as `member(i)` gives them."""
+        return [self.member(i) for i in range(self.ensemble_size)]
+
+
+class EnsembleLinear(_Stacked):
+    r"""`ensemble_size` copies of `nn.Linear` that run as one: output[m] = x W[m]^T + b[m].
+
+    Args:
+        ensemble_size: E, the number of members.
+        in_features, out_features, bias, device, dtype: as for `nn.Linear`.
+        seeds: one per member, see `reset_parameters`.
+
+    Parameters: `weight` `[E, out_features, in_features]` and `bias` `[E, out_features]` (or None).
+    """
+
+    activation = "identity"
+
+    def __init__(
+        self,
+        ensemble_size: int,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        seeds: Sequence[int] | Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        _check_sizes(
+            "EnsembleLinear", ensemble_size=ensemble_size, in_features=in_features, out_features=out_features
+        )
+        self.ensemble_size = ensemble_size
+        self.in_features = in_features
+        self.out_features = out_features
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(ensemble_size, out_features, in_features, **factory))
+        self.bias = nn.Parameter(torch.empty(ensemble_size, out_features, **factory)) if bias else None
+        self.reset_parameters(seeds)
+
+    @classmethod
+    def from_modules(cls, modules: Sequence[nn.Linear]) -> Self:
+        """An ensemble of copies of trained layers of one shape, dtype and device, bit for bit."""
+        _check_not_empty(modules)
+        for i, module in enumerate(modules):
+            if type(module) is not nn.Linear:
+                raise ValueError(
+                    f"from_modules: modules[{i}]: expected nn.Linear, got {type(module).__name__}"
+                )
+        weights, biases = _sequential.stack([[module] for module in modules])
+        return cls._from_stack(weights, biases).train(modules[0].training)
+
+    @classmethod
+    def _from_stack(cls, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Self:
+        (weight,) = weights
+        ensemble_size, out_features, in_features = weight.shape
+        new = cls(ensemble_size, in_features, out_features, bool(biases), device="meta", dtype=weight.dtype)
+        new._set_stack(weights, biases)
+        return new
+
+    def _with(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Self:
+        return self._from_stack(weights, biases).train(self.training)
+
+    def _stack(self) -> tuple[list[Tensor], list[Tensor]]:
+        return [self.weight], [] if self.bias is None else [self.bias]
+
+    def _set_stack(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+        self.weight = nn.Parameter(weights[0])
+        self.bias = nn.Parameter(biases[0]) if biases else None
+
+    def member(self, i: int) -> nn.Linear:
+        """Member i as an `nn.Linear`, with copies of its parameters."""
+        return self._member_layers(i)[0].train(self.training)
+
+    def extra_repr(self) -> str:
+        return (
+            f"ensemble_size={self.ensemble_size}, in_features={self.in_features}, "
+            f"out_features={self.out_features}, bias={self.bias is not None}"
+        )
+
+
+class EnsembleMLP(_Stacked):
+    r"""`ensemble_size` MLPs that run as one: Linear, activation, ..., Linear.
+
+    Args:
+        ensemble_size: E, the number of members.
+        in_features, out_features: of every member.
+        hidden_features: widths of the hidden layers; empty for a linear model.
+        activation: relu, gelu, silu, elu, softplus, tanh or identity, as in `pyens.ops.ensemble_mlp`.
+        bias: whether the layers have biases.
+        device, dtype: of the parameters.
+        seeds: one per member, see `reset_parameters`.
+
+    Parameters: `weights.{l}` `[E, out_l, in_l]` and `biases.{l}` `[E, out_l]`.
+
+    Example:
+        >>> model = EnsembleMLP(100, 32, [50, 20, 10], 1)
+        >>> model(torch.randn(8, 32)).shape
+        torch.Size([100, 8, 1])
+    """
+
+    def __init__(
+        self,
+        ensemble_size: int,
+        in_features: int,
+        hidden_features: Sequence[int],
+        out_features: int,
+        *,
+        activation: str = "relu",
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        seeds: Sequence[int] | Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(hidden_features, int):
+            raise TypeError(
+                f"EnsembleMLP: hidden_features: expected a sequence of widths, got {hidden_features}"
+            )
+        _check_sizes(
+            "EnsembleMLP",
+            ensemble_size=ensemble_size,
+            in_features=in_features,
+            out_features=out_features,
+            **{f"hidden_features[{i}]": width for i, width in enumerate(hidden_features)},
+        )
+        _sequential.activation_module(activation)  # raises if there is none of this name
+        self.ensemble_size = ensemble_size
+        self.in_features = in_features
+        self.hidden_features = tuple(hidden_features)
+        self.out_features = out_features
+        self.activation = activation
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for fan_in, fan_out in itertools.pairwise([in_features, *hidden_features, out_features]):
+            self.weights.append(nn.Parameter(torch.empty(ensemble_size, fan_out, fan_in, **factory)))
+            if bias:
+                self.biases.append(nn.Parameter(torch.empty(ensemble_size, fan_out, **factory)))
+        self.reset_parameters(seeds)
+
+    @classmethod
+    def from_modules(cls, modules: Sequence[nn.Sequential]) -> Self:
+        """An ensemble of copies of trained members, bit for bit.
+
+        Each is an `nn.Sequential` of `nn.Linear` and one kind of activation between them. Whatever the kernel
+        does not compute (tanh-GELU, ELU with alpha other than 1, dropout, ...) is refused by name with a
+        ValueError.
+        """
+        _check_not_empty(modules)
+        parsed = [
+            _sequential.parse(module, f"from_modules: modules[{i}]") for i, module in enumerate(modules)
+        ]
+        for i, (_, activation) in enumerate(parsed):
+            if activation != parsed[0][1]:
+                raise ValueError(
+                    f"from_modules: modules[{i}]: expected the activation of modules[0] ({parsed[0][1]}), "
+                    f"got {activation}"
+                )
+        weights, biases = _sequential.stack([linears for linears, _ in parsed])
+        return cls._from_stack(weights, biases, parsed[0][1]).train(modules[0].training)
+
+    @classmethod
+    def _from_stack(cls, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str) -> Self:
+        first = weights[0]
+        *hidden, out = (w.shape[1] for w in weights)
+        new = cls(
+            first.shape[0],
+            first.shape[2],
+            hidden,
+            out,
+            activation=activation,
+            bias=bool(biases),
+            device="meta",
+            dtype=first.dtype,
+        )
+        new._set_stack(weights, biases)
+        return new
+
+    def _with(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Self:
+        return self._from_stack(weights, biases, self.activation).train(self.training)
+
+    def _stack(self) -> tuple[list[Tensor], list[Tensor]]:
+        # Iterating a ParameterList costs 5 µs, more than a forward pass of a small ensemble.
+        modules = self._modules
+        return list(modules["weights"]._parameters.values()), list(modules["biases"]._parameters.values())
+
+    def _set_stack(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+        self.weights = nn.ParameterList(weights)
+        self.biases = nn.ParameterList(biases)
+
+    def member(self, i: int) -> nn.Sequential:
+        """Member i as an `nn.Sequential`, with copies of its parameters."""
+        layers: list[nn.Module] = []
+        for linear in self._member_layers(i):
+            layers += [linear, _sequential.activation_module(self.activation)]
+        return nn.Sequential(*layers[:-1]).train(self.training)
+
+    def packed(self) -> "PackedEnsembleMLP":
+        """A frozen copy for inference that is faster for small batches. See `PackedEnsembleMLP`."""
+        return PackedEnsembleMLP(self)
+
+    def extra_repr(self) -> str:
+        return (
+            f"ensemble_size={self.ensemble_size}, in_features={self.in_features}, "
+            f"hidden_features={list(self.hidden_features)}, out_features={self.out_features}, "
+            f"activation={self.activation}, bias={len(self.biases) > 0}"
+        )
+
+
+class PackedEnsembleMLP(nn.Module):
+    """An `EnsembleMLP` frozen for inference: same outputs, bit for bit, sooner for small batches.
+
+    Keeps the weights twice: as they were, and in the order in which the kernel reads them for small batches.
+    That order belongs to the machine, so the state dict holds only the first, under the names that
+    `EnsembleMLP` uses; loading either's state dict, copying, moving and unpickling pack anew. There are no
+    parameters: it does not train, and under autocast it computes in its own dtype. The buffers must not be
+    changed in place or exchanged (`torch.func.functional_call`).
+    """
+
+    def __init__(self, ensemble: EnsembleMLP) -> None:
+        super().__init__()
+        self.ensemble_size = ensemble.ensemble_size
+        self.in_features = ensemble.in_features
+        self.hidden_features = ensemble.hidden_features
+        self.out_features = ensemble.out_features
+        self.activation = ensemble.activation
+        weights, biases = ensemble._stack()
+        self.weights = _BufferList(weights)
+        self.biases = _BufferList(biases)
+        self._pack()
+        self.register_load_state_dict_post_hook(_pack_after_loading)
+        self.eval()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[B, in_features]` (shared by all members) or `[E, B, in_features]` -> `[E, B, out_features]`."""
+        weights, biases = self._stack()
+        return ensemble_mlp_packed(input, self._packed, weights, biases, activation=self.activation)
+
+    def _stack(self) -> tuple[list[Tensor], list[Tensor]]:
+        modules = self._modules
+        return list(modules["weights"]._buffers.values()), list(modules["biases"]._buffers.values())
+
+    def _pack(self) -> None:
+        self._packed = pack(*self._stack())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._pack()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pack()
+
+    extra_repr = EnsembleMLP.extra_repr
+
+
+# Not a lambda, which could not be pickled.
+def _pack_after_loading(module: PackedEnsembleMLP, incompatible_keys: Any) -> None:
+    module._pack()
+
+
+class _BufferList(nn.Module):
+    """What `nn.ParameterList` is to parameters."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__()
+        for i, tensor in enumerate(tensors):
+            self.register_buffer(str(i), tensor.detach().clone(memory_format=torch.contiguous_format))
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+
+def _check_sizes(name: str, **sizes: int) -> None:
+    for argument, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}: {argument}: expected a positive integer, got {size!r}")
+
+
+def _check_not_empty(modules: Sequence[nn.Module]) -> None:
+    if len(modules) == 0:
+        raise ValueError("from_modules: modules: expected at least one, got none")

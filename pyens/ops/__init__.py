@@ -1,0 +1,5 @@
+"""The operations: custom kernels on CPU and GPU, each specified by its twin in `pyens.reference`."""
+
+from pyens.ops.ensemble_mlp import ensemble_mlp
+
+__all__ = ["ensemble_mlp"]

@@ -1,0 +1,126 @@
+"""pyens._library: what happens when the extension is missing, broken, or built for another torch."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyens
+from pyens import _library
+
+PACKAGE = Path(pyens.__file__).parent
+LIBRARY = Path(_library._C.__file__)
+COMMANDS = ("pip install --no-build-isolation --force-reinstall --no-deps .", "make build")
+
+
+@pytest.fixture
+def package(tmp_path) -> Path:
+    """A copy of pyens; its extension is a link to the real one."""
+    copy = tmp_path / "pyens"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", LIBRARY.name))
+    (copy / LIBRARY.name).symlink_to(LIBRARY)
+    return copy
+
+
+def python(package: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code that imports this copy of pyens."""
+    inherited = {k: v for k, v in os.environ.items() if k != "PYENS_CPU_CAPABILITY"}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=package.parent,
+        env={**inherited, "PYTHONPATH": str(package.parent), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def import_error(package: Path) -> str:
+    """The message of the ImportError that `import pyens` ends in."""
+    result = python(package, "import pyens")
+    assert result.returncode == 1
+    _, marker, message = result.stderr.rpartition("\nImportError: ")
+    assert marker, result.stderr
+    assert all(command in message for command in COMMANDS)
+    return message
+
+
+def test_the_copy_itself_works(package):
+    result = python(package, "import pyens; print(pyens.__file__)")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == str(package / "__init__.py")
+
+
+def test_another_torch(package):
+    record = package / "_C.build.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "torch": "2.11.0+other"}))
+    message = import_error(package)
+    assert "2.11.0+other" in message and torch.__version__ in message
+
+
+def test_not_built(package):
+    (package / "_C.build.json").unlink()
+    (package / LIBRARY.name).unlink()
+    assert "pyens._C is not built" in import_error(package)
+
+
+def test_library_missing(package):
+    (package / LIBRARY.name).unlink()
+    message = import_error(package)
+    assert "No module named 'pyens._C'" in message and "does not load" in message
+
+
+def test_library_broken(package):
+    (package / LIBRARY.name).unlink()
+    (package / LIBRARY.name).write_bytes(b"not a library" * 100)
+    assert "does not load" in import_error(package)
+
+
+def test_build_info():
+    info = pyens.build_info()
+    assert info["version"] == pyens.__version__
+    assert info["torch"] == torch.__version__
+    assert info["python"] == ".".join(map(str, sys.version_info[:2]))
+    assert info["cpu_capability"] in ("base", "avx2", "avx512", "avx512_bf16")
+    assert info["cuda"] == "yes" or info["cuda"].startswith(("no: ", "built, but "))
+    assert info["threads"] == torch.get_num_threads()
+
+
+def test_cpu_capability_caps_the_instruction_set(package):
+    code = "import pyens; print(pyens.build_info()['cpu_capability'])"
+    order = ["base", "avx2", "avx512", "avx512_bf16"]
+    processor = python(package, code, PYENS_CPU_CAPABILITY="").stdout.strip()
+    for cap in order[: order.index(processor) + 1]:
+        assert python(package, code, PYENS_CPU_CAPABILITY=cap).stdout.strip() == cap
+    # A cap, not a command: what the processor does not have is never run.
+    assert python(package, code, PYENS_CPU_CAPABILITY="avx512_bf16").stdout.strip() == processor
+
+
+def test_unknown_cpu_capability(package):
+    code = """
+import torch, pyens
+message = "PYENS_CPU_CAPABILITY: expected base, avx2, avx512 or avx512_bf16, got nonsense"
+x, weights = torch.randn(2, 3), [torch.randn(4, 5, 3)]
+model = pyens.EnsembleMLP(2, 3, [4], 1)
+for call in (
+    pyens.build_info,
+    lambda: pyens.ops.ensemble_mlp(x, weights),
+    lambda: torch.ops.pyens.ensemble_mlp(x, weights, [], "relu"),
+    lambda: model(x),
+    model.packed,
+):
+    try:
+        call()
+    except ValueError as error:
+        assert str(error).startswith(message), error
+    else:
+        raise SystemExit("nothing raised")
+print("all raised")
+"""
+    result = python(package, code, PYENS_CPU_CAPABILITY="nonsense")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "all raised"
