@@ -1,0 +1,458 @@
+"""The main job: what does an ensemble know, and what does it know that it does not know?
+
+    python -m pyens.demo
+
+Trains an ensemble on the handwritten digits 0-7 in one batched run, holds 8 and 9 out as classes it never
+meets, and compares the ensemble with its single members: a table on the terminal, a picture in the output
+folder, and what the numbers say. The data comes with scikit-learn, so nothing is downloaded.
+"""
+
+import argparse
+import importlib.util
+import math
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pyens
+from pyens import metrics, plots
+from pyens.data import Digits, Split, load_digits
+
+UNKNOWN = (8, 9)
+BATCH_SIZE = 64
+LEARNING_RATE = 3e-3
+TRAINED_ALONE = 3  # members trained one after another as well, to measure what that costs
+CONFIDENT = 0.9  # the confidence from which the summary counts a digit as answered
+PICTURE = "ensemble_digits.png"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the flags set."""
+
+    members: int = 32
+    hidden: tuple[int, ...] = (64, 64)
+    epochs: int = 25
+    seed: int = 0
+    device: str = "cpu"
+    output: Path = Path("demo_output")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A row of the table. A measure that needs several members has no value for a single one."""
+
+    name: str
+    better: str  # "higher" or "lower"
+    members: Tensor | None  # [E] float64
+    ensemble: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of training: all members together, and a few of the same members one after another."""
+
+    together: float
+    alone: float
+    trained_alone: int
+    members: int
+    largest_difference: float  # of any test probability, of a member trained alone and in the batch
+
+    @property
+    def all_alone(self) -> float:
+        return self.alone * self.members / self.trained_alone
+
+
+@dataclass(frozen=True)
+class Result:
+    measures: tuple[Measure, ...]
+    timing: Timing
+    summary: tuple[str, ...]
+    picture: Path
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Class probabilities of every member for the test digits, in float64."""
+
+    known: Tensor  # [E, B, K]
+    labels: Tensor  # [B]
+    unknown: Tensor  # [E, B', K]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def member_seeds(seed: int, members: int) -> tuple[list[int], list[int]]:
+    """For every member a seed for its initial weights and one for the order in which it meets the data."""
+    drawn = torch.randint(2**62, (members, 2), generator=torch.Generator().manual_seed(seed))
+    return drawn[:, 0].tolist(), drawn[:, 1].tolist()
+
+
+def train_together(model: pyens.EnsembleMLP, data: Split, order_seeds: Sequence[int], epochs: int) -> None:
+    """All members in one batched run, each in its own order of the data."""
+    from tqdm import tqdm
+
+    generators = [torch.Generator().manual_seed(seed) for seed in order_seeds]
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    with tqdm(range(epochs), desc=f"training {len(generators)} members", unit="epoch") as progress:
+        for _ in progress:
+            order = torch.stack([torch.randperm(len(data.labels), generator=g) for g in generators])  # [E, N]
+            history = []
+            for rows in order.to(data.labels.device).split(BATCH_SIZE, dim=1):  # [E, b]
+                losses = member_losses(model(data.images[rows]), data.labels[rows])
+                optimizer.zero_grad()
+                losses.sum().backward()  # the sum, so that every member steps as it would alone
+                optimizer.step()
+                history.append(losses.detach())
+            epoch = torch.stack(history).mean(0)  # [E]
+            progress.set_postfix_str(f"loss {epoch.mean():.3f} ± {epoch.std(correction=0):.3f} over members")
+
+
+def member_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Each member's own mean cross entropy, [E], from logits [E, b, K] and labels [E, b]."""
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels).mean(1)
+
+
+def train_alone(module: nn.Module, data: Split, order_seed: int, epochs: int) -> None:
+    """The same training for one member by itself."""
+    generator = torch.Generator().manual_seed(order_seed)
+    optimizer = torch.optim.Adam(module.parameters(), lr=LEARNING_RATE)
+    for _ in range(epochs):
+        order = torch.randperm(len(data.labels), generator=generator)
+        for rows in order.to(data.labels.device).split(BATCH_SIZE):
+            loss = F.cross_entropy(module(data.images[rows]), data.labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+def train(settings: Settings, digits: Digits) -> tuple[pyens.EnsembleMLP, Timing]:
+    """The trained ensemble, and what it cost against training its members one after another."""
+    init_seeds, order_seeds = member_seeds(settings.seed, settings.members)
+    data, test = digits.train, digits.test
+    model = pyens.EnsembleMLP(
+        settings.members,
+        in_features=data.images.shape[1],
+        hidden_features=settings.hidden,
+        out_features=len(digits.classes),
+        seeds=init_seeds,
+        device=settings.device,
+    )
+    # Copies, taken now: the same initial weights.
+    alone = [model.member(m) for m in range(min(TRAINED_ALONE, settings.members))]
+
+    # A process's first step imports parts of torch and starts its threads; neither side is to pay for that.
+    train_alone(model.member(0), Split(data.images[:BATCH_SIZE], data.labels[:BATCH_SIZE]), 0, epochs=1)
+
+    start = _now(settings.device)
+    train_together(model, data, order_seeds, settings.epochs)
+    together = _now(settings.device) - start
+
+    start = _now(settings.device)
+    for module, order_seed in zip(alone, order_seeds, strict=False):
+        train_alone(module, data, order_seed, settings.epochs)
+    seconds_alone = _now(settings.device) - start
+
+    batched = predict(model, test.images)[: len(alone)]
+    one_by_one = torch.stack([predict(module, test.images) for module in alone])
+    difference = (batched - one_by_one).abs().max().item()
+    return model, Timing(together, seconds_alone, len(alone), settings.members, difference)
+
+
+def _now(device: str) -> float:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor) -> Tensor:
+    """Class probabilities in float64, so that confidences near 1 do not all round to 1."""
+    return model(images).double().softmax(-1)
+
+
+def evaluate(predictions: Predictions) -> tuple[Measure, ...]:
+    """Every measure for each member by itself and for the ensemble: the mean of the probabilities."""
+    known, labels, unknown = predictions.known, predictions.labels, predictions.unknown
+    of_members = [_measure(k, labels, u) for k, u in zip(known, unknown, strict=True)]
+    of_ensemble = _measure(known.mean(0), labels, unknown.mean(0))
+    disagreement = metrics.ood_auroc(metrics.mutual_information(known), metrics.mutual_information(unknown))
+    return (
+        *(
+            Measure(
+                name,
+                "lower" if name in ("NLL [nats]", "Brier score", "ECE") else "higher",
+                torch.stack([measures[name] for measures in of_members]).cpu(),
+                value.item(),
+            )
+            for name, value in of_ensemble.items()
+        ),
+        Measure("OOD AUROC, mutual information", "higher", None, disagreement.item()),
+    )
+
+
+def _measure(known: Tensor, labels: Tensor, unknown: Tensor) -> dict[str, Tensor]:
+    """What can be said of one set of distributions: [B, K] for known digits, [B', K] for unknown ones."""
+    return {
+        "accuracy": metrics.accuracy(known, labels),
+        "NLL [nats]": metrics.nll(known, labels),
+        "Brier score": metrics.brier_score(known, labels),
+        "ECE": metrics.expected_calibration_error(known, labels),
+        "OOD AUROC, max probability": metrics.ood_auroc(-known.amax(-1), -unknown.amax(-1)),
+        "OOD AUROC, entropy": metrics.ood_auroc(
+            metrics.predictive_entropy(known), metrics.predictive_entropy(unknown)
+        ),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Report
+
+
+def table(measures: Sequence[Measure], members: int) -> str:
+    """The measures as aligned plain text."""
+    header = ("", "mean single member", f"ensemble of {members}", "better")
+    lines = [header]
+    for m in measures:
+        single = "n/a" if m.members is None else f"{m.members.mean():.4f} ± {m.members.std(correction=0):.4f}"
+        lines.append((m.name, single, f"{m.ensemble:.4f}", m.better))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    rows = [
+        f"{name:<{widths[0]}}   {single:>{widths[1]}}   {ensemble:>{widths[2]}}   {better}".rstrip()
+        for name, single, ensemble, better in lines
+    ]
+    return "\n".join([rows[0], "-" * max(map(len, rows)), *rows[1:]])
+
+
+def timing_report(timing: Timing, device: str) -> str:
+    threads = torch.get_num_threads()
+    where = device if device != "cpu" else f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    few = timing.trained_alone
+    return (
+        f"Training time ({where})\n"
+        f"  all {timing.members} members in one batched run: {timing.together:.2f} s\n"
+        f"  one after another as nn.Sequential: {timing.all_alone:.2f} s, measured on {few} members "
+        f"({timing.alone:.2f} s) and scaled to {timing.members}\n"
+        f"  so one after another takes {timing.all_alone / timing.together:.1f} times as long; the test "
+        f"probabilities of those {few} differ by {timing.largest_difference:.0e} at most"
+    )
+
+
+def summarise(measures: Sequence[Measure], predictions: Predictions) -> tuple[str, ...]:
+    """Plain sentences; every number and every comparison in them is computed."""
+    named = {m.name: m for m in measures}
+    examples = len(predictions.labels)
+    accuracy, likelihood = named["accuracy"], named["NLL [nats]"]
+    wrong = examples * (1 - accuracy.ensemble)
+    wrong_single = examples * (1 - accuracy.members.mean().item())
+    likelihoods = _compare(likelihood.ensemble, likelihood.members.mean().item())
+    errors = (
+        f"Of {examples} test digits it knows, the ensemble gets {wrong:.0f} wrong and a single member "
+        f"{wrong_single:.1f} on average; its NLL is {likelihoods}."
+    )
+
+    known, unknown = predictions.known, predictions.unknown
+    answered, answered_single = (
+        [(p.amax(-1) >= CONFIDENT).double().mean().item() for p in pair]
+        for pair in ((known.mean(0), unknown.mean(0)), (known, unknown))
+    )
+    names = " and ".join(map(str, UNKNOWN))
+    confidence = (
+        f"At a confidence of {CONFIDENT} or more it answers {answered[0]:.1%} of the known digits and "
+        f"{answered[1]:.1%} of the {names} it never met; single members answer {answered_single[0]:.1%} "
+        f"and {answered_single[1]:.1%}."
+    )
+
+    ood = [m for m in measures if m.name.startswith("OOD AUROC")]
+    best = max(ood, key=lambda m: m.ensemble)
+    detection = f"Unknown digits stand out best by {_score(best)}, with an AUROC of {best.ensemble:.3f}"
+    best_single = max((m for m in ood if m.members is not None), key=lambda m: m.members.mean().item())
+    detection += (
+        f"; a single member's best is {_score(best_single)}, {best_single.members.mean():.3f} on average."
+    )
+    return errors, confidence, detection
+
+
+def _compare(value: float, reference: float) -> str:
+    if value == reference or reference == 0 or not math.isfinite(value) or not math.isfinite(reference):
+        return f"{value:.4f} against {reference:.4f}"
+    change = abs(value / reference - 1)
+    return f"{change:.0%} {'lower' if value < reference else 'higher'} than theirs on average"
+
+
+def _score(measure: Measure) -> str:
+    return measure.name.removeprefix("OOD AUROC, ")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Picture
+
+
+def draw(predictions: Predictions, digits: Digits, path: Path) -> Path:
+    """Calibration, confidence and uncertainty in four panels, below them the digits behind the extremes."""
+    known, unknown = predictions.known, predictions.unknown
+    members = len(known)
+    figure = plots.new_figure(10, 10)
+    panels, strips = figure.subfigures(2, 1, height_ratios=[3, 1])
+    figure.suptitle(
+        f"{members} networks trained on the digits {digits.classes[0]}-{digits.classes[-1]}; "
+        f"{' and '.join(map(str, UNKNOWN))} are unknown to them"
+    )
+    axes = panels.subplots(2, 2)
+
+    single, of_every_member = known.flatten(0, 1), predictions.labels.repeat(members)
+    plots.reliability_diagram(
+        {
+            "ensemble": metrics.reliability_curve(known.mean(0), predictions.labels),
+            "single members, pooled": metrics.reliability_curve(single, of_every_member),
+        },
+        axes[0, 0],
+    )
+    plots.confidence_curves(
+        {
+            "ensemble, known": metrics.confidence_curve(known.mean(0)),
+            "single, known": metrics.confidence_curve(single),
+            "ensemble, unknown": metrics.confidence_curve(unknown.mean(0)),
+            "single, unknown": metrics.confidence_curve(unknown.flatten(0, 1)),
+        },
+        axes[0, 1],
+    )
+    for ax, measure in zip(axes[1], (metrics.predictive_entropy, metrics.mutual_information), strict=True):
+        xlabel = f"{measure.__name__.replace('_', ' ')} of the ensemble [nats]"
+        plots.uncertainty_histograms(
+            {"known": measure(known), "unknown": measure(unknown)}, ax, xlabel=xlabel
+        )
+    for ax, title in zip(
+        axes.flat, ("Reliability", "Confidence", "Total uncertainty", "Disagreement"), strict=True
+    ):
+        ax.set_title(title)
+
+    rows = strips.subfigures(2, 1)
+    unsure = metrics.predictive_entropy(known).argsort(descending=True)
+    fooled = unknown.mean(0).amax(-1).argsort(descending=True)
+    _draw_digits(
+        rows[0], "Known digits the ensemble is least sure of", digits, digits.test, known.mean(0), unsure
+    )
+    _draw_digits(
+        rows[1], "Unknown digits it is most sure of", digits, digits.unknown, unknown.mean(0), fooled
+    )
+    return plots.save_figure(figure, path)
+
+
+def _draw_digits(figure, title: str, digits: Digits, split: Split, mean: Tensor, order: Tensor) -> None:
+    """A strip of the first images in `order`, each with the answer and its confidence."""
+    figure.suptitle(title, fontsize="medium")
+    for ax, row in zip(figure.subplots(1, 12), order.tolist(), strict=False):
+        confidence, answer = mean[row].max(-1)
+        ax.imshow(split.images[row].view(8, 8).cpu().numpy(), cmap="gray_r", vmin=0, vmax=1)
+        ax.set_title(f"{digits.classes[answer]}? {confidence:.2f}", fontsize="x-small", pad=2)
+        ax.set(xticks=[], yticks=[])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The job
+
+
+def run(settings: Settings) -> Result:
+    """Trains, evaluates and draws; what `main` prints is in the result."""
+    settings.output.mkdir(parents=True, exist_ok=True)
+    digits = _to_device(load_digits(unknown=UNKNOWN, seed=settings.seed), settings.device)
+    model, timing = train(settings, digits)
+    predictions = Predictions(
+        predict(model, digits.test.images), digits.test.labels, predict(model, digits.unknown.images)
+    )
+    measures = evaluate(predictions)
+    picture = draw(predictions, digits, settings.output / PICTURE)
+    return Result(measures, timing, summarise(measures, predictions), picture)
+
+
+def _to_device(digits: Digits, device: str) -> Digits:
+    parts = {
+        name: Split(*(tensor.to(device) for tensor in getattr(digits, name)))
+        for name in ("train", "validation", "test", "unknown")
+    }
+    return Digits(classes=digits.classes, **parts)
+
+
+def parse(arguments: Sequence[str] | None = None) -> Settings:
+    defaults = Settings()
+    parser = argparse.ArgumentParser(prog="python -m pyens.demo", description=__doc__.split("\n\n")[2])
+    parser.add_argument("--members", type=_positive, default=defaults.members, help="size of the ensemble")
+    parser.add_argument(
+        "--hidden", type=_positive, nargs="+", default=defaults.hidden, help="hidden layer sizes"
+    )
+    parser.add_argument("--epochs", type=_positive, default=defaults.epochs, help="passes over the data")
+    parser.add_argument("--seed", type=_seed, default=defaults.seed, help="of split, weights and data orders")
+    parser.add_argument("--device", type=_device, default=defaults.device, help="cpu, cuda or cuda:N")
+    parser.add_argument("--output", type=_folder, default=defaults.output, help="folder for the picture")
+    flags = parser.parse_args(arguments)
+    return Settings(flags.members, tuple(flags.hidden), flags.epochs, flags.seed, flags.device, flags.output)
+
+
+def _positive(text: str) -> int:
+    return _integer(text, "a whole number from 1", 1)
+
+
+def _seed(text: str) -> int:
+    return _integer(text, "a whole number from 0 to 2^63 - 1", 0, 2**63 - 1)
+
+
+def _integer(text: str, expected: str, low: int, high: float = math.inf) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return value
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
+    device = torch.device(text)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"got {text!r}, but torch sees {torch.cuda.device_count()} GPUs")
+    return text
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a folder, got the file {text!r}")
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    settings = parse(arguments)
+    missing = [name for name in ("matplotlib", "sklearn", "tqdm") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"The demo needs {', '.join(missing)}: pip install pyens[demo]", file=sys.stderr)
+        return 1
+    result = run(settings)
+    print()
+    print(table(result.measures, settings.members))
+    print()
+    print(timing_report(result.timing, settings.device))
+    print()
+    print("\n".join(result.summary))
+    print()
+    print(f"Picture: {result.picture}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

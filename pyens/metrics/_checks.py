@@ -1,0 +1,93 @@
+"""What every metric asks of its arguments; a check returns nothing or raises, before anything is computed.
+
+Messages read ``function: argument: expected ..., got ...``. Wrong types and dtypes are TypeError, wrong
+shapes and values ValueError.
+"""
+
+import torch
+from torch import Tensor
+
+# A float32 softmax over 1000 classes sums to 1 within about 1e-6; logits and counts are off by far more.
+SUM_TOLERANCE = 1e-4
+
+
+def floats(function: str, argument: str, value: Tensor, *shapes: str, empty_batch: bool = False) -> None:
+    """`value` is a float32 or float64 tensor without NaN, of one of `shapes`, such as "[E, B, K]".
+
+    No axis may be empty, except the axis called B where `empty_batch` allows it.
+    """
+    _tensor(function, argument, value)
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{function}: {argument}: expected float32 or float64, got {_name(value.dtype)}")
+    expected = " or ".join(shapes)
+    axes = next((a for a in map(_axes, shapes) if len(a) == value.ndim), None)
+    if axes is None:
+        raise ValueError(f"{function}: {argument}: expected shape {expected}, got {list(value.shape)}")
+    for axis, size in zip(axes, value.shape, strict=True):
+        if size == 0 and not (empty_batch and axis == "B"):
+            raise ValueError(
+                f"{function}: {argument}: expected shape {expected} with {axis} >= 1, got {list(value.shape)}"
+            )
+    nans = int(value.isnan().sum())
+    if nans:
+        raise ValueError(f"{function}: {argument}: expected no NaN, got {nans} of {value.numel()} values NaN")
+
+
+def probabilities(
+    function: str, argument: str, value: Tensor, *shapes: str, empty_batch: bool = False
+) -> None:
+    """`value` passes `floats` and holds distributions along its last axis."""
+    floats(function, argument, value, *shapes, empty_batch=empty_batch)
+    if value.numel() == 0:
+        return
+    lowest = value.min().item()
+    if lowest < 0:
+        raise ValueError(f"{function}: {argument}: expected probabilities >= 0, got {lowest:.6g}")
+    sums = value.sum(-1, dtype=torch.float64)
+    worst = sums.flatten()[(sums - 1).abs().argmax()].item()
+    if abs(worst - 1) > SUM_TOLERANCE:
+        raise ValueError(
+            f"{function}: {argument}: expected rows that sum to 1 within {SUM_TOLERANCE}, "
+            f"got a row with sum {worst:.6g}"
+        )
+
+
+def labels(function: str, value: Tensor, probabilities: Tensor) -> None:
+    """`value` is one class index per row of the (already checked) `[B, K]` probabilities."""
+    _tensor(function, "labels", value)
+    if value.dtype != torch.int64:
+        raise TypeError(f"{function}: labels: expected int64, got {_name(value.dtype)}")
+    examples, classes = probabilities.shape
+    if value.shape != (examples,):
+        raise ValueError(
+            f"{function}: labels: expected shape [{examples}], one for each row of probabilities, "
+            f"got {list(value.shape)}"
+        )
+    if value.device != probabilities.device:
+        raise ValueError(
+            f"{function}: labels: expected device {probabilities.device}, that of probabilities, "
+            f"got {value.device}"
+        )
+    outside = value[(value < 0) | (value >= classes)]
+    if outside.numel():
+        raise ValueError(f"{function}: labels: expected values in 0..{classes - 1}, got {outside[0].item()}")
+
+
+def bins(function: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{function}: bins: expected an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{function}: bins: expected at least 1, got {value}")
+
+
+def _tensor(function: str, argument: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: {argument}: expected a tensor, got {type(value).__name__}")
+
+
+def _axes(shape: str) -> list[str]:
+    return shape.strip("[]").split(", ")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

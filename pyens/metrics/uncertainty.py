@@ -1,0 +1,99 @@
+"""How uncertain an ensemble is about each example, and how much of that is its members disagreeing.
+
+The total, the entropy of the mean prediction, splits into what every member is unsure of by itself (expected
+entropy) and what they disagree on (mutual information).
+"""
+
+import torch
+from torch import Tensor
+
+from . import _checks
+
+
+def predictive_entropy(probabilities: Tensor) -> Tensor:
+    """Entropy of the mean prediction, in nats: ``H(p̄) = -Σ_k p̄_k log p̄_k`` with ``p̄ = mean_m p_m``.
+
+    Args:
+        probabilities: ``[E, B, K]`` of the members, or ``[B, K]`` averaged already, or of one model; rows sum
+            to 1.
+
+    Returns:
+        ``[B]`` in the dtype of the input, in [0, log K]. ``0 log 0`` is 0.
+
+    Raises:
+        TypeError, ValueError: for input that is not as above.
+
+    Source: glossary page "Deep Ensemble", Predictive Entropy for Total Uncertainty; "Masksembles for
+    Uncertainty Estimation", section 4.1, ENT.
+    """
+    _checks.probabilities(
+        "predictive_entropy", "probabilities", probabilities, "[B, K]", "[E, B, K]", empty_batch=True
+    )
+    mean = probabilities.double() if probabilities.ndim == 2 else probabilities.double().mean(0)
+    return _entropy(mean).to(probabilities.dtype)
+
+
+def expected_entropy(probabilities: Tensor) -> Tensor:
+    """Mean of the members' own entropies, in nats: ``mean_m H(p_m)``, the part that no member could resolve.
+
+    Args:
+        probabilities: ``[E, B, K]``, rows sum to 1.
+
+    Returns:
+        ``[B]`` in the dtype of the input, in [0, log K], at most the predictive entropy.
+
+    Raises:
+        TypeError, ValueError: for input that is not as above.
+
+    Source: glossary page "Deep Ensemble", second term of the formula for Mutual Information.
+    """
+    _checks.probabilities("expected_entropy", "probabilities", probabilities, "[E, B, K]", empty_batch=True)
+    return _entropy(probabilities.double()).mean(0).to(probabilities.dtype)
+
+
+def mutual_information(probabilities: Tensor) -> Tensor:
+    """Disagreement of the members, in nats: ``MI = H(p̄) - mean_m H(p_m)``, the epistemic part.
+
+    It equals the mean Kullback-Leibler divergence of the members from their mean, so it is never negative;
+    what rounding would leave below 0 is 0.
+
+    Args:
+        probabilities: ``[E, B, K]``, rows sum to 1.
+
+    Returns:
+        ``[B]`` in the dtype of the input, in [0, min(log E, log K)]; 0 for members that agree.
+
+    Raises:
+        TypeError, ValueError: for input that is not as above.
+
+    Source: glossary page "Deep Ensemble", Mutual Information for Purely Epistemic Uncertainty.
+    """
+    _checks.probabilities("mutual_information", "probabilities", probabilities, "[E, B, K]", empty_batch=True)
+    members = probabilities.double()
+    difference = _entropy(members.mean(0)) - _entropy(members).mean(0)
+    return difference.clamp_min(0.0).to(probabilities.dtype)
+
+
+def predictive_variance(outputs: Tensor, *, unbiased: bool = False) -> Tensor:
+    """Variance of the members' outputs: ``1/E Σ_m (f_m - f̄)²``, or with ``1/(E-1)`` if `unbiased`.
+
+    Args:
+        outputs: ``[E, B]`` or ``[E, B, K]``, predictions of any kind: probabilities, logits, values.
+        unbiased: divide by E - 1 instead of E. NaN for E = 1, as in torch.
+
+    Returns:
+        The input's shape without its member axis, in its dtype, >= 0; in the outputs' units squared.
+
+    Raises:
+        TypeError, ValueError: for input that is not as above.
+
+    Source: glossary page "Deep Ensemble", Predictive Variance as Epistemic Uncertainty, which divides by E.
+    """
+    _checks.floats("predictive_variance", "outputs", outputs, "[E, B]", "[E, B, K]", empty_batch=True)
+    members = outputs.double()
+    squares = (members - members.mean(0)).square().sum(0)
+    return (squares / (len(members) - int(unbiased))).to(outputs.dtype)
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    return torch.special.entr(probabilities).sum(-1)  # entr(0) = 0

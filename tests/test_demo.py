@@ -1,0 +1,202 @@
+"""The main job, run small: what it prints, the picture, that a seed decides everything, and refused flags."""
+
+import importlib.util
+import math
+
+import pytest
+import torch
+
+import pyens
+from pyens import demo
+from pyens.data import load_digits
+
+SMALL = {"members": 4, "hidden": (16,), "epochs": 2}
+FLAGS = ["--members", "4", "--hidden", "16", "--epochs", "2"]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    return demo.run(demo.Settings(**SMALL, output=tmp_path_factory.mktemp("demo")))
+
+
+def values(result):
+    return [(m.name, None if m.members is None else m.members.tolist(), m.ensemble) for m in result.measures]
+
+
+def test_the_measures(result):
+    names = [m.name for m in result.measures]
+    assert names == [
+        "accuracy",
+        "NLL [nats]",
+        "Brier score",
+        "ECE",
+        "OOD AUROC, max probability",
+        "OOD AUROC, entropy",
+        "OOD AUROC, mutual information",
+    ]
+    for measure in result.measures:
+        assert 0 <= measure.ensemble <= (math.inf if measure.name == "NLL [nats]" else 2)
+    *of_single, disagreement = result.measures
+    assert all(m.members.shape == (4,) for m in of_single)
+    assert disagreement.members is None
+    # Averaging cannot lose on a convex score (Jensen), so this holds for any seed.
+    for name in ("NLL [nats]", "Brier score"):
+        measure = next(m for m in result.measures if m.name == name)
+        assert measure.ensemble <= measure.members.mean() + 1e-12
+
+
+def test_two_epochs_learn_something(result):
+    accuracy = result.measures[0]
+    assert accuracy.ensemble > 0.25  # an eighth is chance
+
+
+def test_the_table_holds_the_measures(result):
+    table = demo.table(result.measures, members=4)
+    header, rule, *rows = table.splitlines()
+    assert "mean single member" in header and "ensemble of 4" in header
+    assert set(rule) == {"-"}
+    assert len(rows) == len(result.measures)
+    for row, measure in zip(rows, result.measures, strict=True):
+        assert row.startswith(measure.name)
+        assert f"{measure.ensemble:.4f}" in row and row.endswith(measure.better)
+        single = "n/a" if measure.members is None else f"{measure.members.mean():.4f} ±"
+        assert single in row
+
+
+def test_the_picture_is_a_png(result):
+    assert result.picture.name == "ensemble_digits.png"
+    assert result.picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert list(result.picture.parent.iterdir()) == [result.picture]  # nothing half-written is left
+
+
+def test_the_timing_is_scaled_as_it_says(result):
+    timing = result.timing
+    assert (timing.trained_alone, timing.members) == (3, 4)
+    assert timing.all_alone == pytest.approx(timing.alone * 4 / 3)
+    report = demo.timing_report(timing, "cpu")
+    assert "measured on 3 members" in report and "scaled to 4" in report
+    assert timing.largest_difference < 1e-3
+
+
+def test_the_seed_decides_the_table(result, tmp_path):
+    again = demo.run(demo.Settings(**SMALL, output=tmp_path))
+    other = demo.run(demo.Settings(**SMALL, output=tmp_path, seed=1))
+    assert values(again) == values(result)
+    assert again.summary == result.summary
+    assert values(other) != values(result)
+
+
+def test_a_members_seeds_do_not_depend_on_how_many_there_are():
+    few, many = demo.member_seeds(3, 2), demo.member_seeds(3, 50)
+    assert few == tuple(seeds[:2] for seeds in many)
+    assert len({*many[0], *many[1]}) == 100
+
+
+def test_members_train_in_the_batch_as_they_do_alone():
+    data = load_digits().train
+    init_seeds, order_seeds = demo.member_seeds(0, 3)
+    model = pyens.EnsembleMLP(3, 64, (16,), 8, seeds=init_seeds)
+    modules = model.to_modules()
+    untrained = demo.predict(model, data.images)
+    demo.train_together(model, data, order_seeds, epochs=3)
+    together = demo.predict(model, data.images)
+    for m, module in enumerate(modules):
+        torch.testing.assert_close(demo.predict(module, data.images), untrained[m], rtol=0, atol=1e-6)
+        demo.train_alone(module, data, order_seeds[m], epochs=3)
+        torch.testing.assert_close(demo.predict(module, data.images), together[m], rtol=0, atol=1e-3)
+    assert (together - untrained).abs().max() > 0.1
+
+
+def measures(ensemble, members):
+    """Rows as `evaluate` gives them, with these values in turn."""
+    names = ("accuracy", "NLL [nats]", "OOD AUROC, max probability", "OOD AUROC, entropy")
+    rows = [
+        demo.Measure(name, "higher", torch.tensor(v, dtype=torch.float64), e)
+        for name, v, e in zip(names, members, ensemble, strict=False)
+    ]
+    return [*rows, demo.Measure("OOD AUROC, mutual information", "higher", None, ensemble[-1])]
+
+
+def test_the_summary_follows_the_numbers():
+    certain = torch.eye(2, dtype=torch.float64)
+    unsure = torch.full((2, 2), 0.5, dtype=torch.float64)
+    predictions = demo.Predictions(
+        known=torch.stack([certain, unsure]),
+        labels=torch.tensor([0, 1]),
+        unknown=torch.stack([unsure, unsure]),
+    )
+    better = measures([1.0, 0.2, 0.7, 0.8, 0.9], [[0.5, 0.5], [0.3, 0.5], [0.6, 0.6], [0.5, 0.5]])
+    errors, confidence, detection = demo.summarise(better, predictions)
+    assert "gets 0 wrong and a single member 1.0 on average" in errors
+    assert "NLL is 50% lower than theirs" in errors
+    assert "answers 0.0% of the known digits and 0.0% of the 8 and 9" in confidence  # means of 1 and 1/2
+    assert "single members answer 50.0% and 0.0%" in confidence
+    assert "best by mutual information, with an AUROC of 0.900" in detection
+    assert "a single member's best is max probability, 0.600" in detection
+
+    worse = measures([0.5, 0.6, 0.7, 0.8, 0.1], [[1.0, 1.0], [0.3, 0.5], [0.6, 0.6], [0.9, 0.9]])
+    errors, _, detection = demo.summarise(worse, predictions)
+    assert "gets 1 wrong and a single member 0.0 on average" in errors
+    assert "NLL is 50% higher than theirs" in errors
+    assert "best by entropy, with an AUROC of 0.800" in detection
+    assert "a single member's best is entropy, 0.900" in detection
+
+    infinite = measures([0.5, 0.6, 0.7, 0.8, 0.1], [[1.0, 1.0], [0.3, math.inf], [0.6, 0.6], [0.9, 0.9]])
+    assert "NLL is 0.6000 against inf" in demo.summarise(infinite, predictions)[0]
+
+
+def test_main_prints_table_times_summary_and_picture(tmp_path, capsys):
+    folder = tmp_path / "made" / "for it"
+    assert demo.main([*FLAGS, "--seed", "7", "--output", str(folder)]) == 0
+    out, err = capsys.readouterr()
+    for text in ("ensemble of 4", "one after another as nn.Sequential", "test digits it knows", "Picture: "):
+        assert text in out
+    assert (folder / "ensemble_digits.png").is_file()
+    assert "training 4 members" in err and "over members" in err  # the progress bar
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_the_smallest_ensembles_work(members, tmp_path):
+    result = demo.run(demo.Settings(members=members, hidden=(8,), epochs=1, output=tmp_path))
+    assert result.timing.trained_alone == members
+    if members == 1:
+        for measure in result.measures[:-1]:
+            assert measure.ensemble == pytest.approx(measure.members.item())
+        assert result.measures[-1].ensemble == 0.5  # one member cannot disagree
+
+
+def test_flags_become_settings(tmp_path):
+    assert demo.parse([]) == demo.Settings()
+    settings = demo.parse(
+        [*FLAGS, "--hidden", "32", "8", "--seed", "5", "--device", "cpu", "--output", str(tmp_path)]
+    )
+    assert settings == demo.Settings(4, (32, 8), 2, 5, "cpu", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--members", "0"], "argument --members: expected a whole number from 1, got '0'"),
+        (["--members", "many"], "argument --members: expected a whole number from 1, got 'many'"),
+        (["--hidden", "64", "-3"], "--hidden"),
+        (["--hidden"], "argument --hidden: expected at least one argument"),
+        (["--epochs", "1.5"], "argument --epochs: expected a whole number from 1, got '1.5'"),
+        (["--seed", "-1"], "argument --seed: expected a whole number from 0 to 2^63 - 1, got '-1'"),
+        (["--device", "toaster"], "argument --device: expected cpu, cuda or cuda:N, got 'toaster'"),
+        (["--device", "cuda:99"], "argument --device: got 'cuda:99', but torch sees"),
+        (["--output", __file__], "argument --output: expected a folder, got the file"),
+        (["--depth", "3"], "unrecognized arguments: --depth 3"),
+    ],
+)
+def test_bad_flags_are_refused(flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        demo.main(flags)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_packages_are_named_before_anything_runs(monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tqdm" else find_spec(name))
+    assert demo.main(FLAGS) == 1
+    assert "needs tqdm: pip install pyens[demo]" in capsys.readouterr().err

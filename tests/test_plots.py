@@ -1,0 +1,167 @@
+"""pyens.plots: what is drawn are the numbers that were given, on the axes that were given."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from pyens import metrics, plots
+
+
+@pytest.fixture
+def ax():
+    return Figure().add_subplot()
+
+
+def predictions(examples=200, classes=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    probabilities = (2 * torch.randn(examples, classes, generator=generator)).softmax(-1)
+    return probabilities, torch.randint(classes, (examples,), generator=generator)
+
+
+def line(ax, label):
+    (found,) = [line for line in ax.get_lines() if line.get_label() == label]
+    return found
+
+
+def legend(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_reliability_diagram_draws_the_bins_that_have_examples(ax):
+    curves = {
+        "single": metrics.reliability_curve(*predictions(seed=0), bins=10),
+        "ensemble": metrics.reliability_curve(*predictions(seed=1), bins=10),
+    }
+    assert plots.reliability_diagram(curves, ax) is ax
+    for name, curve in curves.items():
+        filled = curve.count > 0
+        assert 0 < filled.sum() < 10  # of four classes the largest probability is never below 1/4
+        np.testing.assert_array_equal(line(ax, name).get_xdata(), curve.confidence[filled])
+        np.testing.assert_array_equal(line(ax, name).get_ydata(), curve.accuracy[filled])
+    np.testing.assert_array_equal(line(ax, "perfectly calibrated").get_xydata(), [[0, 0], [1, 1]])
+    assert legend(ax) == ["perfectly calibrated", "single", "ensemble"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("confidence (max p)", "accuracy")
+
+
+def test_points_grow_with_the_share_of_examples(ax):
+    curve = metrics.reliability_curve(*predictions(), bins=10)
+    plots.reliability_diagram({"one": curve}, ax)
+    (points,) = ax.collections
+    areas, count = points.get_sizes(), curve.count[curve.count > 0]
+    assert areas.argsort().tolist() == count.argsort().tolist()
+
+
+def test_confidence_curves_draw_shares_against_ascending_thresholds(ax):
+    p, y = predictions()
+    curves = {
+        "known": metrics.confidence_curve(p, y),
+        "unknown": metrics.confidence_curve(p[:50], thresholds=[0.9, 0.2, 0.5]),
+    }
+    assert plots.confidence_curves(curves, ax) is ax
+    np.testing.assert_array_equal(line(ax, "known").get_ydata(), curves["known"].answered)
+    np.testing.assert_array_equal(line(ax, "unknown").get_xdata(), [0.2, 0.5, 0.9])
+    np.testing.assert_array_equal(line(ax, "unknown").get_ydata(), curves["unknown"].answered[[1, 2, 0]])
+    assert legend(ax) == ["known", "unknown"]
+    assert ax.get_xlabel() and ax.get_ylabel()
+
+
+def test_histograms_are_shares_of_each_group_over_common_bins(ax):
+    generator = torch.Generator().manual_seed(0)
+    groups = {
+        "known": torch.rand(300, generator=generator),
+        "unknown": 1 + torch.rand(40, generator=generator),
+    }
+    assert plots.uncertainty_histograms(groups, ax, xlabel="mutual information [nats]", bins=8) is ax
+    assert ax.get_xlabel() == "mutual information [nats]"
+    assert legend(ax) == ["known", "unknown"]
+    for bars, values in zip(ax.containers, groups.values(), strict=True):
+        edges = np.array([bar.get_x() for bar in bars])
+        heights = np.array([bar.get_height() for bar in bars])
+        assert heights.sum() == pytest.approx(1)
+        expected, expected_edges = np.histogram(
+            values.double(), 8, (groups["known"].min().item(), groups["unknown"].max().item())
+        )
+        np.testing.assert_allclose(edges, expected_edges[:-1])
+        np.testing.assert_allclose(heights, expected / len(values))
+
+
+def test_lines_differ_in_colour_and_in_style(ax):
+    p, _ = predictions()
+    plots.confidence_curves({str(i): metrics.confidence_curve(p) for i in range(4)}, ax)
+    lines = ax.get_lines()
+    assert len({entry.get_color() for entry in lines}) == len({entry.get_linestyle() for entry in lines}) == 4
+
+
+def test_without_axes_a_figure_is_made_and_pyplot_is_left_alone():
+    before = "matplotlib.pyplot" in sys.modules
+    ax = plots.confidence_curves({"one": metrics.confidence_curve(predictions()[0])})
+    assert isinstance(ax.figure, Figure)
+    assert ("matplotlib.pyplot" in sys.modules) == before
+
+
+@pytest.mark.parametrize(
+    ("suffix", "magic"), [("png", b"\x89PNG\r\n\x1a\n"), ("pdf", b"%PDF"), ("svg", b"<?xml")]
+)
+def test_save_figure_writes_the_named_format(tmp_path, suffix, magic):
+    ax = plots.uncertainty_histograms({"all": torch.arange(9.0)})
+    path = plots.save_figure(ax.figure, tmp_path / f"picture.{suffix}")
+    assert path.read_bytes().startswith(magic)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_save_leaves_the_old_picture(tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(b"old")
+
+    class Broken(Figure):
+        def savefig(self, fname, **options):
+            with open(fname, "wb") as file:
+                file.write(b"half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        plots.save_figure(Broken(), path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("plot", "items", "error", "message"),
+    [
+        (plots.reliability_diagram, [], TypeError, "curves: expected a mapping .*, got list"),
+        (plots.reliability_diagram, {}, ValueError, "curves: expected at least one ReliabilityCurve"),
+        (
+            plots.reliability_diagram,
+            {"a": 1},
+            TypeError,
+            r"curves\['a'\]: expected a ReliabilityCurve, got int",
+        ),
+        (plots.confidence_curves, {"a": None}, TypeError, r"curves\['a'\]: expected a ConfidenceCurve"),
+        (plots.uncertainty_histograms, {}, ValueError, "uncertainties: expected at least one Tensor"),
+        (
+            plots.uncertainty_histograms,
+            {"a": torch.ones(2, 3)},
+            ValueError,
+            r"uncertainties\['a'\]: .* \[2, 3\]",
+        ),
+        (plots.uncertainty_histograms, {"a": torch.ones(0)}, ValueError, r"uncertainties\['a'\]: .* \[0\]"),
+        (
+            plots.uncertainty_histograms,
+            {"a": torch.tensor([torch.nan])},
+            ValueError,
+            "expected finite values",
+        ),
+    ],
+)
+def test_bad_input_is_refused(ax, plot, items, error, message):
+    with pytest.raises(error, match=message):
+        plot(items, ax)
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"needs matplotlib: pip install pyens\[plots\]"):
+        plots.new_figure()
