@@ -1,0 +1,340 @@
+"""The benchmark harness: it measures what it says, excludes what is wrong, and leaves its files behind."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import ensemble_mlp, harness, peers
+from benchmarks.harness import Case, Contestant, Options, Peaks, Report, Result, Target, Timing
+
+PNG = b"\x89PNG\r\n\x1a\n"
+PEAKS = Peaks(gflops=100.0, kind="float32 FMA", copy_gbs=10.0)
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads():
+    """Benchmarks set torch's thread count for the whole process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def options(**changes) -> Options:
+    defaults = dict(device=torch.device("cpu"), dtype=torch.float32, threads=2, rounds=4, seed=0)
+    return Options(**defaults | dict(quick=True, compile=False) | changes)
+
+
+def accept(output):
+    """A check that any output passes."""
+
+
+def result(**changes) -> Result:
+    """Ours against two peers, each the best in some round: 2, 1 and 4 times as fast as the best."""
+    timings = [
+        Timing("ours", True, [1e-3, 4e-3, 1e-3]),
+        Timing("a", False, [2e-3, 6e-3, 9e-3]),
+        Timing("b", False, [3e-3, 4e-3, 4e-3]),
+        Timing("broken", False, excluded="ValueError: wrong"),
+    ]
+    return Result(
+        **dict(name="case", title="B 1", flops=2e7, bytes=0.0, targets=[], timings=timings) | changes
+    )
+
+
+def report() -> Report:
+    machine = {"cpu": "a processor", "gpu": None, "threads": 2, "torch": torch.__version__}
+    machine |= {"commit": "0123456789abcdef", "dirty": True, "date": "2020-01-02T03:04:05+00:00"}
+    targets = [Target("ours", 1.5), Target("ours", 9.0, against=("a",))]
+    return Report("op", "cpu", "float32", machine, {"rounds": 3}, PEAKS, [result(targets=targets)])
+
+
+# --- what the numbers mean
+
+
+def test_speedup_is_formed_within_rounds():
+    assert result().speedup("ours") == pytest.approx(2.0)
+    assert result().speedup("ours", ("a",)) == pytest.approx(2.0)
+    assert result().speedup("ours", ("b",)) == pytest.approx(3.0)
+    assert result().speedup("a") == pytest.approx(2 / 3)
+    assert result().best_peer().name == "b"
+
+
+def test_quartiles():
+    assert Timing("a", False, [4.0, 1.0, 3.0, 2.0, 5.0]).quartiles == (2.0, 4.0)
+    assert Timing("a", False, [4.0]).quartiles == (4.0, 4.0)
+
+
+def test_speedup_without_anything_to_compare_is_none():
+    assert result().speedup("broken") is None
+    assert result().speedup("ours", ("broken",)) is None
+    assert "MISSED, not measured" in harness.verdict(result(), Target("ours", 1.0, ("broken",)))
+
+
+def test_rate_is_useful_work_per_second():
+    assert result().rate(1e-3) == (pytest.approx(20.0), "GF/s")
+    assert result(flops=0.0, bytes=3e6).rate(1e-3) == (pytest.approx(3.0), "GB/s")
+    assert result(flops=0.0).rate(1e-3) == (pytest.approx(1000.0), "calls/s")
+    assert [result(flops=f, bytes=b).peak(PEAKS) for f, b in [(1, 1), (0, 1), (0, 0)]] == [100.0, 10.0, None]
+
+
+def test_mlp_flops_counts_multiplications_and_additions():
+    assert peers.mlp_flops(100, 1, (32, 50, 20, 10, 1)) == 2 * 100 * (32 * 50 + 50 * 20 + 20 * 10 + 10)
+
+
+def test_table_says_what_was_met_missed_lost_and_excluded():
+    text = harness.table(result(targets=[Target("ours", 1.5), Target("ours", 2.5)]), PEAKS)
+    assert "ours at least 1.5× the best peer: met, 2.00×" in text
+    assert "ours at least 2.5× the best peer: MISSED, 2.00×" in text
+    assert "EXCLUDED broken: ValueError: wrong" in text
+    assert "UNSTEADY: 2 of 3 contestants, worst ours: quartiles 150%" in text
+    assert "SLOWER" not in text
+    (row,) = [line for line in text.splitlines() if line.startswith("* ours")]
+    assert "1 ms" in row and "20 GF/s" in row and "20%" in row and row.endswith("2.00×")
+
+    slow = result(timings=[Timing("ours", True, [2.0, 2.0]), Timing("a", False, [1.0, 1.0])])
+    assert "SLOWER: ours runs at 0.50×" in harness.table(slow, PEAKS)
+    assert "UNSTEADY" not in harness.table(slow, PEAKS)
+
+
+# --- measuring
+
+
+def test_contestants_take_turns_in_a_new_order_each_round():
+    calls = []
+
+    def contestant(name):
+        return Contestant(name, lambda: lambda: calls.append(name), accept, ours=name == "a")
+
+    case = Case("turns", "", lambda: [contestant(name) for name in "abcd"])
+    measured = harness.run_interleaved(case, options(rounds=6), block_seconds=0.0)
+    assert [t.name for t in measured.timings] == list("abcd")
+    assert all(len(t.seconds) == 6 and min(t.seconds) > 0 for t in measured.timings)
+    blocks = [name for i, name in enumerate(calls) if i == 0 or calls[i - 1] != name]
+    assert set(blocks) == set("abcd")
+    # One block each after another would give 4 changes of contestant; turns in rounds give many more.
+    assert len(blocks) >= 4 + 6 * 3
+    assert blocks[4:] != list("abcd") * 6
+
+
+def test_wrong_and_failing_contestants_are_excluded_aloud(capsys):
+    expected = torch.ones(3, dtype=torch.float64)
+    check = harness.agrees_with(expected, torch.float32)
+
+    def fail():
+        raise RuntimeError("no such compiler")
+
+    case = Case(
+        "exclusion",
+        "",
+        lambda: [
+            Contestant("right", lambda: lambda: torch.ones(3), check, ours=True),
+            Contestant("wrong", lambda: lambda: torch.tensor([1.0, 1.0, 1.01]), check),
+            Contestant("nan", lambda: lambda: torch.tensor([1.0, 1.0, math.nan]), check),
+            Contestant("shape", lambda: lambda: torch.ones(1, 3), check),
+            Contestant("dtype", lambda: lambda: torch.ones(3, dtype=torch.float64), check),
+            Contestant("fails", fail, check),
+        ],
+    )
+    measured = harness.run_interleaved(case, options(), block_seconds=0.0)
+    assert [t.name for t in measured.timed()] == ["right"]
+    excluded = {t.name: t.excluded for t in measured.timings if t.excluded}
+    assert list(excluded) == ["wrong", "nan", "shape", "dtype", "fails"]
+    assert excluded["fails"] == "RuntimeError: no such compiler"
+    assert "0.01" in excluded["wrong"] and "(1, 3)" in excluded["shape"] and "float64" in excluded["dtype"]
+    assert all(not t.seconds for t in measured.timings if t.excluded)
+    assert capsys.readouterr().err.count("EXCLUDED from exclusion") == 5
+
+
+def test_check_takes_several_tensors_and_an_adapter():
+    expected = [torch.ones(2, 3, dtype=torch.float64), torch.zeros((), dtype=torch.float64)]
+    check = harness.agrees_with(expected, torch.float32, lambda out: (out[0].mT, out[1]))
+    check((torch.ones(3, 2), torch.zeros(())))
+    with pytest.raises(ValueError, match="rms"):
+        check((torch.ones(3, 2), torch.ones(())))
+    with pytest.raises(ValueError, match="expected 2 outputs, got 1"):
+        harness.agrees_with(expected, torch.float32)(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(("threads", "grad"), [(1, False), (2, True)])
+def test_calls_run_with_the_threads_and_mode_of_the_case(threads, grad):
+    seen = set()
+
+    def run():
+        seen.add((torch.get_num_threads(), torch.is_inference_mode_enabled()))
+
+    case = Case("mode", "", lambda: [Contestant("ours", lambda: run, accept, ours=True)], grad=grad)
+    harness.run_interleaved(case, options(threads=threads), block_seconds=0.0)
+    assert seen == {(threads, not grad)}
+
+
+def test_peaks_are_measured():
+    peaks = harness.measure_peaks(options())
+    assert peaks.kind == "float32 FMA"
+    # Any processor that runs PyTorch is within these; an error of units is not.
+    assert 0.5 < peaks.gflops < 1e5
+    assert 0.1 < peaks.copy_gbs < 1e4
+    assert harness.measure_peaks(options(dtype=torch.float64)).kind == "float64 FMA"
+
+
+def test_the_higher_peak_is_kept():
+    low_copy, low_flops = Peaks(100.0, "float32 FMA", 5.0), Peaks(50.0, "float32 FMA", 10.0)
+    assert low_copy.or_better(low_flops) == low_flops.or_better(low_copy) == PEAKS
+
+
+def test_peak_without_the_native_function_is_an_error(monkeypatch):
+    from pyens import _C
+
+    monkeypatch.delattr(_C, "fma_peak")
+    with pytest.raises(RuntimeError, match="rebuild pyens"):
+        harness.measure_peaks(options())
+
+
+# --- files
+
+
+def test_report_survives_saving(tmp_path):
+    path = tmp_path / "new" / "report.json"
+    report().save(path)
+    assert Report.load(path) == report()
+    entry = json.loads(path.read_text())["results"][0]["timings"][0]
+    assert entry["median"] == 1e-3 and entry["rate"] == pytest.approx(20.0) and entry["unit"] == "GF/s"
+    assert entry["speedup_over_best_peer"] == pytest.approx(2.0)
+
+
+def test_markdown_gives_speedups_targets_and_provenance():
+    header, rule, row, _, notes = harness.markdown(report()).splitlines()
+    assert header == "| work | best peer | ours | target |" and rule == "|---|---|---|---|"
+    assert row.startswith("| B 1 | b, 4 ms | **2.00×** 1 ms (20 GF/s, 20%) | ours at least 1.5×")
+    assert "ours at least 9× a: MISSED, 2.00×" in row
+    assert "0123456789 with changes" in notes and "2020-01-02" in notes and "3 interleaved rounds" in notes
+
+
+def test_plot_writes_a_picture(tmp_path):
+    harness.plot(report(), tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes().startswith(PNG)
+
+
+def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path):
+    path = tmp_path / "kept.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="half way"), harness.replacing(path) as temporary:
+        temporary.write_text("new")
+        raise RuntimeError("half way")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# --- the peers, and the benchmark as a whole
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per member"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_peers_compute_the_same(device, shared, dtype):
+    problem = peers.Problem.random(3, 5, (4, 6, 2), seed=1, device=device, dtype=dtype, shared=shared)
+    found = peers.mlp_peers(problem, problem.expected(), compile=False)
+    assert {c.name for c in found} >= {"loop", "vmap", "baddbmm", "baddbmm transposed", "tabm"}
+    for contestant in found:
+        if contestant.name == "tabm":
+            pytest.importorskip("tabm")
+        run = contestant.setup()
+        with torch.inference_mode():
+            run()
+            contestant.check(run())  # a second call too: no peer may change its input
+
+
+def test_problem_expected_is_the_plain_mlp():
+    problem = peers.Problem.random(2, 3, (4, 5, 1), seed=0)
+    (w1, w2), (b1, b2) = problem.weights, problem.biases
+    for m in range(2):
+        hidden = (problem.input.double() @ w1[m].double().T + b1[m].double()).clamp_min(0)
+        torch.testing.assert_close(problem.expected()[m], hidden @ w2[m].double().T + b2[m].double())
+
+
+def test_cases_are_the_promised_ones():
+    full = ensemble_mlp.cases(options(quick=False))
+    assert len(full) == 8 and all(case.targets for case in full)
+    for other in (dict(dtype=torch.bfloat16), dict(threads=1), dict(device=torch.device("cuda"))):
+        assert not any(case.targets for case in ensemble_mlp.cases(options(quick=False, **other)))
+    assert [c.name for c in harness.select(full, "wide,paper-64")] == [
+        "paper-64",
+        "wide-256",
+        "wide-1200",
+        "wide-512",
+    ]
+    assert harness.select(full, "") == full
+    with pytest.raises(ValueError, match=r"no case 'paper-6'; there are paper-1, paper-64"):
+        harness.select(full, "paper-6")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_quick_run_leaves_json_picture_and_markdown(tmp_path, capsys, dtype):
+    command = ["--quick", "--threads", "1", "--dtype", dtype, "--output", str(tmp_path)]
+    assert harness.main("ensemble_mlp", "text", ensemble_mlp.cases, command) == 0
+    shown = capsys.readouterr().out
+    stem = tmp_path / f"ensemble_mlp-cpu-{dtype}-quick"
+    assert {path.name for path in tmp_path.iterdir()} == {f"{stem.name}.json", f"{stem.name}.png"}
+    assert Path(f"{stem}.png").read_bytes().startswith(PNG)
+
+    saved = Report.load(Path(f"{stem}.json"))
+    assert saved.machine["threads"] == 1 and saved.machine["pyens"]["version"]
+    (tiny,) = saved.results
+    assert {t.name for t in tiny.timed(ours=True)} == {"pyens op", "pyens module", "pyens packed()"}
+    assert {t.name for t in tiny.timed(ours=False)} >= {"reference", "loop", "vmap", "baddbmm"}
+    assert all(len(t.seconds) == 2 for t in tiny.timed())
+    assert all(name in shown for name in ("pyens op", "pyens packed()", "reference", "vs best peer"))
+
+    assert harness.main("ensemble_mlp", "text", ensemble_mlp.cases, [*command, "--markdown"]) == 0
+    assert capsys.readouterr().out.startswith("| work | best peer | pyens op |")
+
+
+def test_an_excluded_contestant_of_ours_fails_the_run(tmp_path, capsys):
+    def cases(_):
+        def contestants():
+            check = harness.agrees_with(torch.ones(1, dtype=torch.float64), torch.float32)
+            return [Contestant("ours", lambda: lambda: torch.zeros(1), check, ours=True)]
+
+        return [Case("bad", "", contestants)]
+
+    assert harness.main("bad", "text", cases, ["--quick", "--output", str(tmp_path)]) == 1
+    assert "EXCLUDED ours" in capsys.readouterr().out
+
+
+@pytest.mark.cuda
+def test_measuring_on_cuda(tmp_path):
+    assert harness.measure_peaks(options(device=torch.device("cuda"))).kind == "float32 matrix product"
+
+    def cases(options):
+        problem = peers.Problem.random(3, 5, (4, 6, 2), seed=1, device=options.device)
+        return [Case("peers", "", lambda: peers.mlp_peers(problem, problem.expected(), compile=False))]
+
+    assert harness.main("peers", "", cases, ["--device", "cuda", "--quick", "--output", str(tmp_path)]) == 0
+    saved = Report.load(tmp_path / "peers-cuda-float32-quick.json")
+    assert saved.machine["gpu"] and "loop" in {t.name for t in saved.results[0].timed()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cases", "nope"], "no case 'nope'; there are paper-1"),
+        (["--threads", "0"], "expected at least 1, got 0"),
+        (["--dtype", "int8"], "invalid choice"),
+        (["--markdown"], "there is no result"),
+    ],
+)
+def test_bad_flags_end_in_a_clear_error(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        harness.main("ensemble_mlp", "", ensemble_mlp.cases, [*arguments, "--output", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_without_a_device_is_a_clear_error(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        harness.main("ensemble_mlp", "", ensemble_mlp.cases, ["--device", "cuda", "--quick"])
+    assert stopped.value.code == 2
+    assert "torch finds no CUDA device" in capsys.readouterr().err
