@@ -164,7 +164,7 @@ int main() {
                                     Activation::identity};
   int i = 0;
   for (const auto& widths : shapes) {
-    for (const int64_t batch : {1, 2, 7, 15, 16, 17, 63, 65, 130, 300}) {
+    for (const int64_t batch : {1, 2, 7, 8, 9, 10, 15, 16, 17, 63, 65, 130, 300}) {
       const Activation activation = activations[i % 7];
       const bool shared = i % 2 == 0, with_bias = i % 3 != 0;
       test<float>(1 + i % 4, batch, widths, activation, shared, with_bias);

@@ -85,7 +85,9 @@ int64_t tile_size(const EnsembleMLPParams& p) {
   return round_up((p.batch + tiles - 1) / tiles, kPanel<A>);
 }
 
-inline bool small_batch(const EnsembleMLPParams& p) { return p.batch < kSmallBatch; }
+inline bool small_batch(const EnsembleMLPParams& p) {
+  return p.batch < (p.packed ? kSmallBatchPacked : kSmallBatch);
+}
 
 // Members that a small batch takes through the layers together.
 inline int64_t small_members(const EnsembleMLPParams& p) { return p.batch == 1 ? 8 : 1; }
