@@ -1,7 +1,7 @@
 // The index of the extension: every operation's schema, and the Python front door.
 //
-// The dispatcher owns the semantics (autograd, autocast, fake tensors, devices). The functions of this module call
-// the same dispatcher operations, only with less overhead than torch.ops.
+// The dispatcher owns the semantics (autograd, autocast, fake tensors, devices). The functions of
+// this module call the same dispatcher operations, only with less overhead than torch.ops.
 
 #include <ATen/Parallel.h>
 #include <torch/extension.h>

@@ -31,8 +31,8 @@ struct EnsembleMLPParams {
   const void* packed;  // what ensemble_mlp_cpu::pack made of the layers, or nullptr
 };
 
-// CPU. The caller splits [0, work_items) among its threads as it likes and gives each call scratch of
-// its own, 64-byte aligned: no split changes a bit of the output.
+// CPU. The caller splits [0, work_items) among its threads as it likes and gives each call scratch
+// of its own, 64-byte aligned: no split changes a bit of the output.
 namespace ensemble_mlp_cpu {
 int64_t work_items(const EnsembleMLPParams& params);
 // Below this many items in one thread, starting it costs more than it saves.
@@ -41,8 +41,8 @@ size_t scratch_bytes(const EnsembleMLPParams& params);
 void run(const EnsembleMLPParams& params, int64_t begin, int64_t end, void* scratch);
 
 // The weights in the order in which the small-batch kernel reads them: member by member and layer by
-// layer all stripes of neurons, then the biases, zeros in the gaps. The
-// sizes belong to the instruction set of this process: packing is done at run time and never stored.
+// layer all stripes of neurons, then the biases, zeros in the gaps. The sizes belong to the
+// instruction set of this process: packing is done at run time and never stored.
 struct PackedLayout {
   int64_t neurons_per_stripe, inputs_per_unit, unit_bytes;
 
@@ -56,5 +56,11 @@ struct PackedLayout {
 PackedLayout packed_layout(DType dtype);
 void pack(const EnsembleMLPParams& params, int64_t member_begin, int64_t member_end, void* packed);
 }  // namespace ensemble_mlp_cpu
+
+// CUDA: launches on `stream` (a cudaStream_t) of the current device and returns nullptr, or says in
+// a phrase why it did not.
+namespace ensemble_mlp_cuda {
+const char* run(const EnsembleMLPParams& params, void* stream);
+}  // namespace ensemble_mlp_cuda
 
 }  // namespace pyens

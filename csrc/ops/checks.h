@@ -1,7 +1,8 @@
 // Argument checks shared by all operations. Every message reads
 //   <op>: <argument>: expected <what>, got <what came>
-// and is raised once, before anything is computed: ValueError for shapes and values, TypeError for dtypes and
-// devices. Sizes are compared symbolically, so that a check costs torch.compile no recompilation.
+// and is raised once, before anything is computed: ValueError for shapes and values, TypeError for
+// dtypes and devices. Sizes are compared symbolically, so that a check costs torch.compile no
+// recompilation.
 #pragma once
 
 #include <ATen/ATen.h>

@@ -1,10 +1,12 @@
-// torch-facing side of the ensemble MLP: checks, allocation, launch; shapes for fake tensors; autograd; autocast.
+// torch-facing side of the ensemble MLP: checks, allocation, launch; shapes for fake tensors;
+// autograd; autocast.
 //
-//   ensemble_mlp(input, weights, biases, activation)                    weights as they are
-//   ensemble_mlp_pack(weights, biases)                                  -> what ensemble_mlp_packed reads
-//   ensemble_mlp_packed(input, packed, weights, biases, activation)     inference, small batches faster
+//   ensemble_mlp(input, weights, biases, activation)                  weights as they are
+//   ensemble_mlp_pack(weights, biases)                                weights for small batches
+//   ensemble_mlp_packed(input, packed, weights, biases, activation)   inference with both
 //
-// `biases` is empty where there are none (an optional list would lose its gradients in Function::apply).
+// `biases` is empty where there are none: Function::apply would lose the gradients of an optional
+// list.
 
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -132,11 +134,6 @@ struct Problem {
   }
 };
 
-[[noreturn]] void no_cuda_kernel() {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      false, kOp, ": the CUDA kernel is not built yet; move input and weights to the CPU");
-}
-
 c10::SymInt packed_bytes_per_member(TensorList weights) {
   const auto layout = ensemble_mlp_cpu::packed_layout(kernel_dtype(weights[0].scalar_type()));
   c10::SymInt bytes = 0;
@@ -152,6 +149,10 @@ Tensor run(Problem& problem, const Tensor& input, Activation activation) {
       at::empty({params.ensemble_size, params.batch, params.layers[params.num_layers - 1].out},
                 input.options());
   params.output = output.mutable_data_ptr();
+  if (input.is_cuda()) {
+    launch_cuda(kOp, input, [&](void* stream) { return ensemble_mlp_cuda::run(params, stream); });
+    return output;
+  }
   launch_cpu(ensemble_mlp_cpu::work_items(params), ensemble_mlp_cpu::grain_size(params),
              ensemble_mlp_cpu::scratch_bytes(params),
              [&](int64_t begin, int64_t end, void* scratch) {
@@ -165,14 +166,12 @@ Tensor ensemble_mlp(const Tensor& input, TensorList weights, TensorList biases,
   const Activation act = parse_activation(activation);
   check_layers(weights, biases);
   check_input(input, weights);
-  if (input.is_cuda()) no_cuda_kernel();
   Problem problem(weights, biases);
   return run(problem, input, act);
 }
 
 Tensor ensemble_mlp_pack(TensorList weights, TensorList biases) {
   check_layers(weights, biases);
-  if (weights[0].is_cuda()) no_cuda_kernel();
   Problem problem(weights, biases);
   const int64_t members = problem.params.ensemble_size;
   const int64_t bytes = packed_bytes_per_member(weights).expect_int();
@@ -186,22 +185,20 @@ Tensor ensemble_mlp_packed(const Tensor& input, const Tensor& packed, TensorList
   const Activation act = parse_activation(activation);
   check_layers(weights, biases);
   check_input(input, weights);
-  if (input.is_cuda()) no_cuda_kernel();
   Problem problem(weights, biases);
   const int64_t members = problem.params.ensemble_size;
   const int64_t bytes = packed_bytes_per_member(weights).expect_int();
-  PYENS_CHECK_VALUE(packed.scalar_type() == at::kByte && packed.is_cpu() &&
-                        packed.is_contiguous() && packed.dim() == 2 && packed.size(0) == members &&
-                        packed.size(1) == bytes,
+  PYENS_CHECK_VALUE(packed.scalar_type() == at::kByte && packed.is_contiguous() &&
+                        packed.dim() == 2 && packed.size(0) == members && packed.size(1) == bytes,
                     kOp, "packed",
                     c10::str("what ensemble_mlp_pack makes of these weights (uint8 [", members,
-                             ", ", bytes, "] on the CPU)"),
-                    packed.scalar_type(), " of shape ", packed.sizes(), " on ", packed.device());
+                             ", ", bytes, "])"),
+                    packed.scalar_type(), " of shape ", packed.sizes());
   problem.params.packed = packed.const_data_ptr();
   return run(problem, input, act);
 }
 
-// --- shapes for fake tensors ---------------------------------------------------------------------------
+// --- shapes for fake tensors ---------------------------------------------------------------------
 
 Tensor ensemble_mlp_meta(const Tensor& input, TensorList weights, TensorList biases,
                          std::string_view activation) {
@@ -223,7 +220,7 @@ Tensor ensemble_mlp_pack_meta(TensorList weights, TensorList biases) {
                           weights[0].options().dtype(at::kByte));
 }
 
-// --- autograd ------------------------------------------------------------------------------------------
+// --- autograd ------------------------------------------------------------------------------------
 
 auto typed_ensemble_mlp() {
   static const auto op =
@@ -264,8 +261,8 @@ Tensor activate_backward(const Tensor& grad, const Tensor& z, const Tensor& h,
   return grad;
 }
 
-// Composed of differentiable aten operations over recomputed activations, so double backward is right too.
-// Nothing of size [E, B, H] outlives the call.
+// Composed of differentiable aten operations over recomputed activations, so double backward is
+// right too. Nothing of size [E, B, H] outlives the call.
 class EnsembleMLPFunction : public torch::autograd::Function<EnsembleMLPFunction> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, TensorList weights,
@@ -316,7 +313,7 @@ Tensor ensemble_mlp_autograd(const Tensor& input, TensorList weights, TensorList
   return EnsembleMLPFunction::apply(input, weights, biases, std::string(activation));
 }
 
-// --- autocast ------------------------------------------------------------------------------------------
+// --- autocast ------------------------------------------------------------------------------------
 
 template <c10::DeviceType device, c10::DispatchKey key>
 Tensor ensemble_mlp_autocast(const Tensor& input, TensorList weights, TensorList biases,
@@ -336,11 +333,8 @@ TORCH_LIBRARY_IMPL(pyens, CPU, m) {
   m.impl("ensemble_mlp_packed", ensemble_mlp_packed);
 }
 
-TORCH_LIBRARY_IMPL(pyens, CUDA, m) {
-  m.impl("ensemble_mlp", ensemble_mlp);
-  m.impl("ensemble_mlp_pack", ensemble_mlp_pack);
-  m.impl("ensemble_mlp_packed", ensemble_mlp_packed);
-}
+// The packed layout is the CPU's.
+TORCH_LIBRARY_IMPL(pyens, CUDA, m) { m.impl("ensemble_mlp", ensemble_mlp); }
 
 TORCH_LIBRARY_IMPL(pyens, Meta, m) {
   m.impl("ensemble_mlp", ensemble_mlp_meta);

@@ -1,10 +1,17 @@
-// Runs a torch-free CPU kernel: splits its work items among torch's threads, with scratch for each.
+// Runs torch-free kernels: on the CPU split among torch's threads, on the GPU on torch's current
+// stream.
 #pragma once
 
+#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
 
 #include <cstdint>
+
+#if defined(PYENS_WITH_CUDA)
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
 
 namespace pyens {
 
@@ -16,6 +23,21 @@ void launch_cpu(int64_t items, int64_t grain_size, size_t scratch_bytes, const R
     const c10::DataPtr scratch = c10::GetCPUAllocator()->allocate(scratch_bytes);
     run(begin, end, scratch.get());
   });
+}
+
+// run(stream) with the device of `like` current; what it returns other than nullptr is raised for
+// `op`.
+template <class Run>
+void launch_cuda(const char* op, const at::Tensor& like, const Run& run) {
+#if defined(PYENS_WITH_CUDA)
+  const c10::cuda::CUDAGuard guard(like.device());
+  const char* error = run(static_cast<void*>(c10::cuda::getCurrentCUDAStream().stream()));
+  TORCH_CHECK_NOT_IMPLEMENTED(error == nullptr, op, ": CUDA: ", error);
+#else
+  (void)run;
+  TORCH_CHECK_NOT_IMPLEMENTED(false, op, ": input on ", like.device(),
+                              ", but pyens was built without CUDA (see python -m pyens)");
+#endif
 }
 
 }  // namespace pyens

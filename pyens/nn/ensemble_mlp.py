@@ -363,6 +363,8 @@ class PackedEnsembleMLP(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """`[B, in_features]` (shared by all members) or `[E, B, in_features]` -> `[E, B, out_features]`."""
         weights, biases = self._stack()
+        if self._packed is None:
+            return ops.ensemble_mlp(input, weights, biases, activation=self.activation)
         return ensemble_mlp_packed(input, self._packed, weights, biases, activation=self.activation)
 
     def _stack(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -370,7 +372,9 @@ class PackedEnsembleMLP(nn.Module):
         return list(modules["weights"]._buffers.values()), list(modules["biases"]._buffers.values())
 
     def _pack(self) -> None:
-        self._packed = pack(*self._stack())
+        weights, biases = self._stack()
+        # The layout is the CPU kernel's; on CUDA the weights are read as they are.
+        self._packed = None if weights[0].is_cuda else pack(weights, biases)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

@@ -48,7 +48,8 @@ def ensemble_mlp(
     Raises:
         ValueError: a shape that does not fit, no layer, an unknown activation.
         TypeError: mixed or unsupported dtypes, mixed devices.
-        NotImplementedError: CUDA tensors (no CUDA kernel yet).
+        NotImplementedError: CUDA tensors where pyens was built without CUDA; on CUDA more than 32 layers, or
+            one too wide for shared memory.
 
     Source: the members are those of "deep ensembles"; reference in `pyens.reference.ensemble_mlp`.
     """

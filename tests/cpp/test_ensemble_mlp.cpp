@@ -1,4 +1,5 @@
-// The ensemble MLP kernel against a plain loop in double, on buffers that end where the sanitizers watch.
+// The ensemble MLP kernel against a plain loop in double, on buffers that end where the sanitizers
+// watch.
 
 #include "kernels/ensemble_mlp.h"
 

@@ -160,7 +160,8 @@ inline void apply_rows(Real* rows, int64_t n) {
   }
 }
 
-// rows[i] <- act(rows[i]), i < n; n is a multiple of V's lanes. relu and identity are done by the caller.
+// rows[i] <- act(rows[i]), i < n; n is a multiple of V's lanes. relu and identity are done by the
+// caller.
 template <class V, class Real>
 inline void activate(Activation activation, Real* rows, int64_t n) {
   switch (activation) {

@@ -1,4 +1,5 @@
-// Chooses the instruction set and the element type of the ensemble MLP; the work is in ensemble_mlp-inl.h.
+// Chooses the instruction set and the element type of the ensemble MLP; the work is in
+// ensemble_mlp-inl.h.
 
 #include "kernels/ensemble_mlp.h"
 
@@ -18,8 +19,8 @@ namespace pyens {
 namespace {
 
 constexpr int64_t kBlock = 128;  // of the accumulation contract, in inputs
-// Below so many examples, lanes full of neurons beat lanes half empty of examples; with packed weights
-// for longer.
+// Below so many examples, lanes full of neurons beat lanes half empty of examples; with packed
+// weights for longer.
 constexpr int64_t kSmallBatch = 8;
 constexpr int64_t kSmallBatchPacked = 10;
 

@@ -2,9 +2,9 @@
 
 namespace pyens::PYENS_ISA::ensemble_mlp {
 
-// --- how one element type is computed ----------------------------------------------------------------
-// Elem: storage. Real: arithmetic. A "unit" is what one multiply-add reads of a row: one Real, or with
-// bfloat16 dot products a pair of bfloat16 in the 32 bits of a float.
+// --- how one element type is computed ------------------------------------------------------------
+// Elem: storage. Real: arithmetic. A "unit" is what one multiply-add reads of a row: one Real, or
+// with bfloat16 dot products a pair of bfloat16 in the 32 bits of a float.
 
 template <class E, class R>
 struct Plain {
@@ -73,8 +73,9 @@ inline int64_t max_width(const EnsembleMLPParams& p) {  // of what a layer write
   return width;
 }
 
-// Examples per tile. Few members or examples: smaller tiles, so that there is work for every thread. Very
-// wide layers: smaller ones, so that a tile stays within some megabytes. None of it changes a result.
+// Examples per tile. Few members or examples: smaller tiles, so that there is work for every
+// thread. Very wide layers: smaller ones, so that a tile stays within some megabytes. None of it
+// changes a result.
 template <class A>
 int64_t tile_size(const EnsembleMLPParams& p) {
   int64_t tile = kMaxTile;
@@ -92,7 +93,7 @@ inline bool small_batch(const EnsembleMLPParams& p) {
 // Members that a small batch takes through the layers together.
 inline int64_t small_members(const EnsembleMLPParams& p) { return p.batch == 1 ? 8 : 1; }
 
-// --- scratch -----------------------------------------------------------------------------------------
+// --- scratch -------------------------------------------------------------------------------------
 
 template <class A>
 struct Scratch {

@@ -1,14 +1,15 @@
 // The ensemble MLP with examples in the lanes.
 //
-// Bound by multiply-adds. A tile of examples goes through all layers of one member. It lies in panels
-// [feature][kPanel], so an activation is a row of vectors, a weight is a broadcast from [out, in] as it
-// is, and widths like 50 or 1 waste no lane. A block of kRows neurons x kVectors vectors stays in
-// registers while the inputs run by: per input, kVectors loads and kRows broadcasts feed
-// kRows * kVectors multiply-adds.
+// Bound by multiply-adds. A tile of examples goes through all layers of one member. It lies in
+// panels [feature][kPanel], so an activation is a row of vectors, a weight is a broadcast from
+// [out, in] as it is, and widths like 50 or 1 waste no lane. A block of kRows neurons x kVectors
+// vectors stays in registers while the inputs run by: per input, kVectors loads and kRows
+// broadcasts feed kRows * kVectors multiply-adds.
 
 namespace pyens::PYENS_ISA::ensemble_mlp {
 
-// z[r] (first ? bias : z) + sum_k w[r][k] x[k] for R neurons and NV vectors of examples, at least `floor`.
+// z[r] (first ? bias : z) + sum_k w[r][k] x[k] for R neurons and NV vectors of examples, at least
+// `floor`.
 template <class A, int R, int NV>
 void panel_block(const typename A::Real* w, int64_t w_stride, const typename A::Real* x,
                  int64_t k_count, typename A::Real* z, const typename A::Real* bias, bool first,
@@ -67,7 +68,8 @@ void panel_rows(int64_t rows, const typename A::Real* w, int64_t w_stride,
   }
 }
 
-// Rows [row, row + rows) x inputs of unit [k, k + k_count) of a layer: a pointer and its row stride.
+// Rows [row, row + rows) x inputs of unit [k, k + k_count) of a layer: a pointer and its row
+// stride.
 template <class A>
 const typename A::Real* weight_block(const MLPLayer& layer, int64_t member, int64_t row,
                                      int64_t rows, int64_t k, int64_t k_count,

@@ -1,10 +1,10 @@
 // The ensemble MLP with neurons in the lanes, for small batches.
 //
-// The weights of a group of up to kGroup stripes of N neurons lie [unit][stripe][N], one stream to read:
-// transposed 8 x 8 in registers on the way, or beforehand by pack(). Bound by reading the weights (32
-// bytes a cycle from L2) when they are packed, by loads and shuffles (16 each for 64 weights) when they
-// are not. Neurons rather than members, because a stripe then reads one row of activations for all its
-// lanes, and any number of members runs as well.
+// The weights of a group of up to kGroup stripes of N neurons lie [unit][stripe][N], one stream to
+// read: transposed 8 x 8 in registers on the way, or beforehand by pack(). Bound by reading the
+// weights (32 bytes a cycle from L2) when they are packed, by loads and shuffles (16 each for 64
+// weights) when they are not. Neurons rather than members, because a stripe then reads one row of
+// activations for all its lanes, and any number of members runs as well.
 
 namespace pyens::PYENS_ISA::ensemble_mlp {
 
@@ -25,9 +25,9 @@ struct StripeBlock {
   Real floor;
 };
 
-// z = max(floor, (first ? bias : z) + sum_k w[..][k] x[..][k]) for S stripes, NB examples, M members of
-// the block, from `stripe` and `example` on. (The block goes by reference: copying it right after it was
-// written stalls for longer than a narrow layer takes.)
+// z = max(floor, (first ? bias : z) + sum_k w[..][k] x[..][k]) for S stripes, NB examples, M
+// members of the block, from `stripe` and `example` on. (The block goes by reference: copying it
+// right after it was written stalls for longer than a narrow layer takes.)
 template <class A, int S, int NB, int M>
 void stripe_block(const StripeBlock<A>& p, int64_t stripe, int64_t example) {
   using V = NarrowOf<A>;
@@ -82,7 +82,8 @@ void stripe_blocks(const StripeBlock<A>& p, int64_t stripes, int64_t example) {
   }
 }
 
-// Neurons [row, row + N) x units [k, k + k_count) of [out, in], transposed: unit i at stripe + i * w_unit.
+// Neurons [row, row + N) x units [k, k + k_count) of [out, in], transposed: unit i at stripe + i *
+// w_unit.
 template <class A>
 void transpose_stripe(const MLPLayer& layer, int64_t member, int64_t row, int64_t k,
                       int64_t k_count, typename A::Real* stripe, int64_t w_unit) {
@@ -211,9 +212,9 @@ void hidden_rows(const Scratch<A>& scratch, typename A::Real* z, int64_t rows, i
 #endif
 }
 
-// For one example nothing is gained by keeping the transposed weights: they feed the multiply-adds from
-// the registers in which they were transposed. `p.w` is [out, in] as it is, rows `row_stride` apart.
-// S full stripes from `stripe` on, or with S = 0 the first `count` rows of one.
+// For one example nothing is gained by keeping the transposed weights: they feed the multiply-adds
+// from the registers in which they were transposed. `p.w` is [out, in] as it is, rows `row_stride`
+// apart. S full stripes from `stripe` on, or with S = 0 the first `count` rows of one.
 template <class A, int S>
 void transposing_block(const StripeBlock<A>& p, int64_t row_stride, int64_t stripe, int64_t count) {
   using V = NarrowOf<A>;
@@ -292,8 +293,8 @@ void stripe_batch(const StripeBlock<A>& p, int64_t stripes, int64_t batch) {
   if (b < batch) stripe_blocks<A, 1, 1>(p, stripes, b);
 }
 
-// All layers of some members over the whole batch, layer by layer: the members' work is independent, so
-// that one's latencies are hidden by the next one's work.
+// All layers of some members over the whole batch, layer by layer: the members' work is
+// independent, so that one's latencies are hidden by the next one's work.
 template <class A>
 void forward_small(const EnsembleMLPParams& p, int64_t member, int64_t members,
                    const Scratch<A>& scratch, typename A::Elem* output) {
@@ -342,7 +343,8 @@ void forward_small(const EnsembleMLPParams& p, int64_t member, int64_t members,
               continue;
             }
           }
-          // One example gives a narrow layer too few chains to hide their latency: two members then.
+          // One example gives a narrow layer too few chains to hide their latency: two members
+          // then.
           const int64_t count = p.batch == 1 && m + 2 <= members ? 2 : 1;
           if (packed) {
             block.w = packed + m * packed_member + stripe * N * unit_count + k * block.w_unit;

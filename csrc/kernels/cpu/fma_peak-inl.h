@@ -1,4 +1,5 @@
-// Twelve independent chains: more than latency x issue rate of any current core, fewer than its registers.
+// Twelve independent chains: more than latency x issue rate of any current core, fewer than its
+// registers.
 
 #include "kernels/cpu/simd-inl.h"
 

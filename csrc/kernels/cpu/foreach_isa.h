@@ -1,12 +1,12 @@
 // Compiles one kernel source once per instruction set, each in a namespace of its own:
 //
-//   #include <every std and kernel header that the source needs>   // before, so outside the pragmas
+//   #include <every std and kernel header that the source needs>   // outside the pragmas
 //   #define PYENS_KERNEL_SOURCE "kernels/cpu/<op>-inl.h"
 //   #include "kernels/cpu/foreach_isa.h"
 //
-// The source sees PYENS_ISA (its namespace) and PYENS_ISA_LEVEL (the value of pyens::Isa). A source that has
-// nothing to gain from a level says so with `#if PYENS_ISA_LEVEL`. No file needs flags of its own.
-// No include guard: once per kernel.
+// The source sees PYENS_ISA (its namespace) and PYENS_ISA_LEVEL (the value of pyens::Isa). A source
+// that has nothing to gain from a level says so with `#if PYENS_ISA_LEVEL`. No file needs flags of
+// its own. No include guard: once per kernel.
 
 #define PYENS_ISA base
 #define PYENS_ISA_LEVEL 0

@@ -1,5 +1,5 @@
-// Which instruction set the CPU kernels run on: chosen once per process, from what the processor has,
-// capped by the environment variable PYENS_CPU_CAPABILITY (base, avx2, avx512, avx512_bf16).
+// Which instruction set the CPU kernels run on: chosen once per process, from what the processor
+// has, capped by the environment variable PYENS_CPU_CAPABILITY (base, avx2, avx512, avx512_bf16).
 #pragma once
 
 namespace pyens {

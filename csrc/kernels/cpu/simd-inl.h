@@ -1,7 +1,8 @@
 // Vectors of one instruction set: loads and stores that convert, fused multiply-add, transposition.
 //
-// Included once per instruction set by a kernel source (see foreach_isa.h). The types are the compiler's
-// own vector extensions, so + - * / < and ?: work on them and `base` builds on any processor.
+// Included once per instruction set by a kernel source (see foreach_isa.h). The types are the
+// compiler's own vector extensions, so + - * / < and ?: work on them and `base` builds on any
+// processor.
 
 namespace pyens::PYENS_ISA {
 
@@ -97,7 +98,7 @@ inline __attribute__((always_inline)) V at_least(V floor, V v) {
   return v < floor ? floor : v;
 }
 
-// --- conversions -----------------------------------------------------------------------------------
+// --- conversions ---------------------------------------------------------------------------------
 
 template <class T, int N>
 inline __attribute__((always_inline)) Vec<float, N> widen(Vec<uint16_t, N> bits, T*) {
@@ -208,7 +209,7 @@ inline __attribute__((always_inline)) void store_first(T* p, Narrow<Real> v, int
   }
 }
 
-// --- transposition ---------------------------------------------------------------------------------
+// --- transposition -------------------------------------------------------------------------------
 
 #if defined(__clang__) || __GNUC__ >= 12
 #define PYENS_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)

@@ -1,0 +1,126 @@
+// The ensemble MLP on the GPU: plain multiply-adds, every layer in one launch.
+//
+// Mapping: a block takes a tile of examples of one member through all layers. Two buffers of
+// activations [tile][width] lie in shared memory; a thread computes whole outputs, neighbouring
+// threads neighbouring examples, so a warp reads one row of weights (a broadcast) against as many
+// rows of activations. Bound by shared-memory reads: one for each multiply-add. It is the simple
+// kernel that the faster ones will be measured against.
+//
+// Accumulation as on the CPU: chains of multiply-adds over blocks of 128 inputs, their sums added
+// in order to the bias. No atomics: the same bits in every run, for any batch and any members
+// beside.
+
+#include <algorithm>
+
+#include "kernels/cuda/common.cuh"
+#include "kernels/ensemble_mlp.h"
+
+namespace pyens {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMaxLayers = 32;
+constexpr int64_t kBlock = 128;
+
+struct Arguments {
+  EnsembleMLPParams params;  // its pointer to the layers is the host's: see `layers`
+  MLPLayer layers[kMaxLayers];
+  int64_t tile, tiles, row_reals;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) ensemble_mlp_kernel(const Arguments a) {
+  using R = Real<T>;
+  extern __shared__ __align__(16) unsigned char shared[];
+  const EnsembleMLPParams& p = a.params;
+  const int64_t member = blockIdx.x / a.tiles, first = blockIdx.x % a.tiles * a.tile;
+  const int64_t examples = min(a.tile, p.batch - first);
+  // [tile][row_reals], twice. row_reals is odd, so that a column falls into different banks.
+  R* x = reinterpret_cast<R*>(shared);
+  R* z = x + a.tile * a.row_reals;
+
+  const int64_t in = a.layers[0].in;
+  const T* input =
+      static_cast<const T*>(p.input) + member * p.input_member_stride + first * p.input_row_stride;
+  for (int64_t i = threadIdx.x; i < examples * in; i += kThreads) {
+    x[i / in * a.row_reals + i % in] = to_real(input[i / in * p.input_row_stride + i % in]);
+  }
+  __syncthreads();
+
+  for (int64_t l = 0; l < p.num_layers; ++l) {
+    const MLPLayer& layer = a.layers[l];
+    const bool last = l + 1 == p.num_layers;
+    const T* weight = static_cast<const T*>(layer.weight) + member * layer.weight_member_stride;
+    const T* bias = static_cast<const T*>(layer.bias);
+    if (bias) bias += member * layer.bias_member_stride;
+    T* output = static_cast<T*>(p.output) + (member * p.batch + first) * layer.out;
+    for (int64_t i = threadIdx.x; i < examples * layer.out; i += kThreads) {
+      const int64_t b = i % examples, o = i / examples;
+      const T* w = weight + o * layer.weight_row_stride;
+      R total = bias ? to_real(bias[o]) : R(0);
+      for (int64_t k = 0; k < layer.in; k += kBlock) {
+        R sum = 0;
+        for (int64_t j = k; j < min(k + kBlock, layer.in); ++j) {
+          sum = fma(to_real(w[j]), x[b * a.row_reals + j], sum);
+        }
+        total += sum;
+      }
+      if (last) {
+        from_real(total, output + b * layer.out + o);
+      } else {
+        z[b * a.row_reals + o] = activate(p.activation, total);
+      }
+    }
+    __syncthreads();
+    R* const swap = x;
+    x = z;
+    z = swap;
+  }
+}
+
+template <class T>
+const char* launch(const EnsembleMLPParams& params, cudaStream_t stream) {
+  Arguments a{};
+  a.params = params;
+  std::copy(params.layers, params.layers + params.num_layers, a.layers);
+  int64_t width = params.layers[0].in;
+  for (int64_t l = 0; l + 1 < params.num_layers; ++l) width = std::max(width, a.layers[l].out);
+  a.row_reals = width | 1;
+
+  int device = 0, shared_limit = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const int64_t bytes_per_example = 2 * a.row_reals * static_cast<int64_t>(sizeof(Real<T>));
+  if (bytes_per_example > shared_limit) return "a layer is too wide for this GPU's shared memory";
+  // Two blocks to a multiprocessor where that leaves a tile of some size.
+  const int64_t room = bytes_per_example * 8 > shared_limit / 2 ? shared_limit : shared_limit / 2;
+  a.tile = std::min<int64_t>({room / bytes_per_example, 64, params.batch});
+  a.tiles = (params.batch + a.tile - 1) / a.tile;
+  if (params.ensemble_size * a.tiles > INT32_MAX) return "too many tiles for one launch";
+
+  const auto bytes = static_cast<int>(a.tile * bytes_per_example);
+  cudaFuncSetAttribute(ensemble_mlp_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const auto blocks = static_cast<unsigned>(params.ensemble_size * a.tiles);
+  ensemble_mlp_kernel<T><<<blocks, kThreads, bytes, stream>>>(a);
+  return last_launch_error();
+}
+
+}  // namespace
+
+namespace ensemble_mlp_cuda {
+
+const char* run(const EnsembleMLPParams& params, void* stream) {
+  if (params.batch == 0) return nullptr;
+  if (params.num_layers > kMaxLayers) return "more than 32 layers";
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  switch (params.dtype) {
+    case DType::float32: return launch<float>(params, cuda_stream);
+    case DType::float64: return launch<double>(params, cuda_stream);
+    case DType::bfloat16: return launch<__nv_bfloat16>(params, cuda_stream);
+    case DType::float16: return launch<__half>(params, cuda_stream);
+  }
+  return "unknown dtype";
+}
+
+}  // namespace ensemble_mlp_cuda
+}  // namespace pyens
