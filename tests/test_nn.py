@@ -712,6 +712,16 @@ def test_packed_is_frozen():
     assert (packed.in_features, packed.out_features) == (6, 3)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_linear_gives_the_same_bits(bias):
+    layer = EnsembleLinear(3, 13, 11, bias)
+    packed = layer.packed()
+    for b in (0, 1, 3, 9, 10, 40):
+        for x in (torch.randn(b, 13), torch.randn(3, b, 13)):
+            assert torch.equal(packed(x), layer(x))
+    assert not list(packed.parameters())
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_packed_and_its_model_interchange_their_state(assign):
     model, other = mlp(), mlp()

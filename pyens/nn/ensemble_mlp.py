@@ -125,6 +125,10 @@ class _Stacked(nn.Module):
         """Member i alone, with copies of its parameters."""
         raise NotImplementedError
 
+    def packed(self) -> "PackedEnsembleMLP":
+        """A frozen copy for inference that is faster for small batches. See `PackedEnsembleMLP`."""
+        return PackedEnsembleMLP(self)
+
     def to_modules(self) -> list[Any]:
         """All members as `member(i)` gives them."""
         return [self.member(i) for i in range(self.ensemble_size)]
@@ -324,10 +328,6 @@ class EnsembleMLP(_Stacked):
             layers += [linear, _sequential.activation_module(self.activation)]
         return nn.Sequential(*layers[:-1]).train(self.training)
 
-    def packed(self) -> "PackedEnsembleMLP":
-        """A frozen copy for inference that is faster for small batches. See `PackedEnsembleMLP`."""
-        return PackedEnsembleMLP(self)
-
     def extra_repr(self) -> str:
         return (
             f"ensemble_size={self.ensemble_size}, in_features={self.in_features}, "
@@ -337,23 +337,25 @@ class EnsembleMLP(_Stacked):
 
 
 class PackedEnsembleMLP(nn.Module):
-    """An `EnsembleMLP` frozen for inference: same outputs, bit for bit, sooner for small batches.
+    """An ensemble frozen for inference: same outputs, bit for bit, sooner for small batches.
 
     Keeps the weights twice: as they were, and in the order in which the kernel reads them for small batches.
     That order belongs to the machine, so the state dict holds only the first, under the names that
     `EnsembleMLP` uses; loading either's state dict, copying, moving and unpickling pack anew. There are no
     parameters: it does not train, and under autocast it computes in its own dtype. The buffers must not be
-    changed in place or exchanged (`torch.func.functional_call`).
+    changed in place or exchanged (`torch.func.functional_call`). On CUDA it reads the weights as they are.
+
+    Made by `EnsembleMLP.packed()` and `EnsembleLinear.packed()` (an `EnsembleMLP` of one layer then).
     """
 
-    def __init__(self, ensemble: EnsembleMLP) -> None:
+    def __init__(self, ensemble: _Stacked) -> None:
         super().__init__()
-        self.ensemble_size = ensemble.ensemble_size
-        self.in_features = ensemble.in_features
-        self.hidden_features = ensemble.hidden_features
-        self.out_features = ensemble.out_features
-        self.activation = ensemble.activation
         weights, biases = ensemble._stack()
+        *hidden, self.out_features = (weight.shape[1] for weight in weights)
+        self.ensemble_size = ensemble.ensemble_size
+        self.in_features = weights[0].shape[2]
+        self.hidden_features = tuple(hidden)
+        self.activation = ensemble.activation
         self.weights = _BufferList(weights)
         self.biases = _BufferList(biases)
         self._pack()
