@@ -54,9 +54,4 @@ inline void check_same_kind(const char* op, ArgumentName argument, const at::Ten
                    tensor.device());
 }
 
-// The tensor itself where its last dimension lies contiguous, which is all that the kernels need.
-inline at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
-  return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
-}
-
 }  // namespace pyens

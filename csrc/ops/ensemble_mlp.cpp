@@ -11,8 +11,10 @@
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
+#include <forward_list>
 #include <string_view>
 #include <vector>
 
@@ -93,17 +95,16 @@ void check_input(const Tensor& input, TensorList weights) {
                     expected(), "shape ", input.sym_sizes());
 }
 
-// The tensors of a call in the kernel's terms; owns what had to be copied.
+// A call in the kernel's terms. The tensors outlive it; owns what had to be copied.
 struct Problem {
-  std::vector<Tensor> tensors;
-  std::vector<MLPLayer> layers;
+  std::forward_list<Tensor> copies;  // references into it stay valid
+  c10::SmallVector<MLPLayer, 8> layers;
   EnsembleMLPParams params{};
 
   Problem(TensorList weights, TensorList biases) {
-    tensors.reserve(2 * weights.size() + 1);
     layers.reserve(weights.size());
     for (size_t l = 0; l < weights.size(); ++l) {
-      const Tensor& w = tensors.emplace_back(with_contiguous_rows(weights[l]));
+      const Tensor& w = with_contiguous_rows(weights[l]);
       MLPLayer layer{};
       layer.weight = w.const_data_ptr();
       layer.out = w.size(1);
@@ -111,7 +112,7 @@ struct Problem {
       layer.weight_member_stride = w.stride(0);
       layer.weight_row_stride = w.stride(1);
       if (!biases.empty()) {
-        const Tensor& b = tensors.emplace_back(with_contiguous_rows(biases[l]));
+        const Tensor& b = with_contiguous_rows(biases[l]);
         layer.bias = b.const_data_ptr();
         layer.bias_member_stride = b.stride(0);
       }
@@ -126,11 +127,18 @@ struct Problem {
   Problem& operator=(const Problem&) = delete;
 
   void set_input(const Tensor& input) {
-    const Tensor& x = tensors.emplace_back(with_contiguous_rows(input));
+    const Tensor& x = with_contiguous_rows(input);
     params.input = x.const_data_ptr();
     params.batch = x.size(-2);
     params.input_row_stride = x.stride(-2);
     params.input_member_stride = x.dim() == 3 && params.ensemble_size > 1 ? x.stride(0) : 0;
+  }
+
+ private:
+  // All that the kernels need is a contiguous last dimension.
+  const Tensor& with_contiguous_rows(const Tensor& tensor) {
+    if (tensor.size(-1) <= 1 || tensor.stride(-1) == 1) return tensor;
+    return copies.emplace_front(tensor.contiguous());
   }
 };
 

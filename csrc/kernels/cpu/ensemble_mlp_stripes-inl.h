@@ -269,6 +269,27 @@ void transposing_block(const StripeBlock<A>& p, int64_t row_stride, int64_t stri
   }
 }
 
+// The last R neurons of a layer, too few for a stripe: R scalar chains, the same bits as a lane's.
+template <class A, int R>
+void scalar_block(const StripeBlock<A>& p, int64_t row_stride, int64_t row) {
+  using Real = typename A::Real;
+  const Real* w = p.w + row * row_stride;
+  Real sum[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) sum[r] = 0;
+  for (int64_t k = 0; k < p.k_count; ++k) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) sum[r] = madd(w[r * row_stride + k], p.x[k], sum[r]);
+  }
+  Real* z = p.z + row;
+  const Real* bases = p.first ? p.bias + row : z;
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    const Real total = bases[r] + sum[r];
+    z[r] = total < p.floor ? p.floor : total;
+  }
+}
+
 // A group of stripes, `rows` neurons in all, at least N inputs.
 template <class A>
 void transposing_blocks(const StripeBlock<A>& p, int64_t row_stride, int64_t rows) {
@@ -281,7 +302,14 @@ void transposing_blocks(const StripeBlock<A>& p, int64_t row_stride, int64_t row
     case 3: transposing_block<A, 3>(p, row_stride, 0, N); break;
     default: transposing_block<A, kGroup>(p, row_stride, 0, N); break;
   }
-  if (full * N < rows) transposing_block<A, 0>(p, row_stride, full, rows - full * N);
+  switch (rows - full * N) {
+    case 0: break;
+    case 1: scalar_block<A, 1>(p, row_stride, full * N); break;
+    case 2: scalar_block<A, 2>(p, row_stride, full * N); break;
+    case 3: scalar_block<A, 3>(p, row_stride, full * N); break;
+    case 4: scalar_block<A, 4>(p, row_stride, full * N); break;
+    default: transposing_block<A, 0>(p, row_stride, full, rows - full * N); break;
+  }
 }
 
 // A group of stripes of one member over the whole batch.

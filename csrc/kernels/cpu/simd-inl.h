@@ -61,6 +61,12 @@ inline __attribute__((always_inline)) V madd(V a, V b, V c) {
   return a * b + c;
 }
 #if PYENS_ISA_LEVEL >= 1
+inline __attribute__((always_inline)) float madd(float a, float b, float c) {
+  return __builtin_fmaf(a, b, c);
+}
+inline __attribute__((always_inline)) double madd(double a, double b, double c) {
+  return __builtin_fma(a, b, c);
+}
 inline __attribute__((always_inline)) Vec<float, 8> madd(Vec<float, 8> a, Vec<float, 8> b,
                                                          Vec<float, 8> c) {
   return (Vec<float, 8>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
