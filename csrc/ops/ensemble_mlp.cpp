@@ -142,10 +142,12 @@ struct Problem {
   }
 };
 
-c10::SymInt packed_bytes_per_member(TensorList weights) {
+// `size` is TensorBase::size, or sym_size for fake tensors.
+template <class Int>
+Int packed_bytes_per_member(TensorList weights, Int (at::TensorBase::*size)(int64_t) const) {
   const auto layout = ensemble_mlp_cpu::packed_layout(kernel_dtype(weights[0].scalar_type()));
-  c10::SymInt bytes = 0;
-  for (const Tensor& w : weights) bytes += layout.layer_bytes(w.sym_size(1), w.sym_size(2));
+  Int bytes = 0;
+  for (const Tensor& w : weights) bytes += layout.layer_bytes((w.*size)(1), (w.*size)(2));
   return bytes;
 }
 
@@ -182,7 +184,7 @@ Tensor ensemble_mlp_pack(TensorList weights, TensorList biases) {
   check_layers(weights, biases);
   Problem problem(weights, biases);
   const int64_t members = problem.params.ensemble_size;
-  const int64_t bytes = packed_bytes_per_member(weights).expect_int();
+  const int64_t bytes = packed_bytes_per_member(weights, &at::TensorBase::size);
   Tensor packed = at::empty({members, bytes}, weights[0].options().dtype(at::kByte));
   ensemble_mlp_cpu::pack(problem.params, 0, members, packed.mutable_data_ptr());
   return packed;
@@ -195,7 +197,7 @@ Tensor ensemble_mlp_packed(const Tensor& input, const Tensor& packed, TensorList
   check_input(input, weights);
   Problem problem(weights, biases);
   const int64_t members = problem.params.ensemble_size;
-  const int64_t bytes = packed_bytes_per_member(weights).expect_int();
+  const int64_t bytes = packed_bytes_per_member(weights, &at::TensorBase::size);
   PYENS_CHECK_VALUE(packed.scalar_type() == at::kByte && packed.is_contiguous() &&
                         packed.dim() == 2 && packed.size(0) == members && packed.size(1) == bytes,
                     kOp, "packed",
@@ -224,8 +226,9 @@ Tensor ensemble_mlp_packed_meta(const Tensor& input, const Tensor& /*packed*/, T
 
 Tensor ensemble_mlp_pack_meta(TensorList weights, TensorList biases) {
   check_layers(weights, biases);
-  return at::empty_symint({weights[0].sym_size(0), packed_bytes_per_member(weights)},
-                          weights[0].options().dtype(at::kByte));
+  return at::empty_symint(
+      {weights[0].sym_size(0), packed_bytes_per_member(weights, &at::TensorBase::sym_size)},
+      weights[0].options().dtype(at::kByte));
 }
 
 // --- autograd ------------------------------------------------------------------------------------
