@@ -12,11 +12,16 @@ Conventions, the same in every function here:
   TypeError or ValueError before anything is computed. Looking at the values synchronises a GPU.
 """
 
-from .calibration import ReliabilityCurve, expected_calibration_error, reliability_curve
-from .classification import accuracy, brier_score, nll
-from .confidence import ConfidenceCurve, confidence_curve
-from .ood import ood_auroc
-from .uncertainty import expected_entropy, mutual_information, predictive_entropy, predictive_variance
+from pyens.metrics.calibration import ReliabilityCurve, expected_calibration_error, reliability_curve
+from pyens.metrics.classification import accuracy, brier_score, nll
+from pyens.metrics.confidence import ConfidenceCurve, confidence_curve
+from pyens.metrics.ood import ood_auroc
+from pyens.metrics.uncertainty import (
+    expected_entropy,
+    mutual_information,
+    predictive_entropy,
+    predictive_variance,
+)
 
 __all__ = [
     "ConfidenceCurve",

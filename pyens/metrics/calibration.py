@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _checks
+from pyens.metrics import _checks
 
 
 class ReliabilityCurve(NamedTuple):

@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _checks
+from pyens.metrics import _checks
 
 
 def accuracy(probabilities: Tensor, labels: Tensor) -> Tensor:

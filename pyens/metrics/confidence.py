@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks
+from pyens.metrics import _checks
 
 
 class ConfidenceCurve(NamedTuple):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import _checks
+from pyens.metrics import _checks
 
 
 def ood_auroc(scores_in: Tensor, scores_out: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ entropy) and what they disagree on (mutual information).
 import torch
 from torch import Tensor
 
-from . import _checks
+from pyens.metrics import _checks
 
 
 def predictive_entropy(probabilities: Tensor) -> Tensor:
