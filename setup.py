@@ -57,7 +57,7 @@ def files(*patterns: str) -> list[str]:
 
 def extension() -> setuptools.Extension:
     sources = files("csrc/bindings.cpp", "csrc/ops/*.cpp", "csrc/kernels/cpu/*.cpp")
-    macros = [("PYENS_VERSION", f'"{VERSION}"'), ("PYENS_TORCH_VERSION", f'"{torch.__version__}"')]
+    macros = []
     cxx = ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
     # Python asks for debug information; without it the extension builds faster and is a fraction of the size.
     cxx += ["-g0"]

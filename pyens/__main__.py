@@ -20,7 +20,7 @@ from pyens.ops.ensemble_mlp import ensemble_mlp_packed, pack
 from pyens.reference.ensemble_mlp import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-BATCHES = (1, 3, 7, 15, 16, 17, 40, 100)  # the CPU kernel computes those under 16 in another way
+BATCHES = (1, 3, 7, 8, 9, 10, 17, 100)  # the CPU kernel maps those under 8, packed 10, in another way
 
 
 def relative_error(got: Tensor, plain: Tensor, exact: Tensor) -> float:

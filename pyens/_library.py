@@ -48,10 +48,19 @@ def build_info() -> dict[str, Any]:
     CPU kernels use here: base, avx2, avx512 or avx512_bf16; the environment variable `PYENS_CPU_CAPABILITY`
     caps it), `cuda` ("yes", or "no" and why) and `threads` (of torch, which the kernels share).
     """
-    info: dict[str, Any] = {"version": __version__, "python": _built["python"], **_C.build_info()}
+    info: dict[str, Any] = {
+        "version": __version__,
+        "torch": _built["torch"],
+        "python": _built["python"],
+        **_C.build_info(),
+        "cuda": "yes",
+    }
     if not _built["cuda"]:
-        torch_has_cuda = torch.version.cuda is not None
-        cause = "built with PYENS_CUDA=0 or without nvcc" if torch_has_cuda else "this torch has no CUDA"
+        cause = (
+            "this torch has no CUDA"
+            if torch.version.cuda is None
+            else "built with PYENS_CUDA=0 or without nvcc"
+        )
         info["cuda"] = f"no: {cause}"
     elif not torch.cuda.is_available():
         info["cuda"] = "built, but torch sees no GPU"

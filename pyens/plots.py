@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .metrics import ConfidenceCurve, ReliabilityCurve
+from pyens.metrics import ConfidenceCurve, ReliabilityCurve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

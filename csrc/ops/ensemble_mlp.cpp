@@ -9,9 +9,9 @@
 // list.
 
 #include <ATen/autocast_mode.h>
+#include <c10/util/SmallVector.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
 #include <forward_list>

@@ -223,27 +223,30 @@ inline __attribute__((always_inline)) void store_first(T* p, Narrow<Real> v, int
 #define PYENS_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype(a < b){__VA_ARGS__})
 #endif
 
+// Within each half of 4 lanes: r[i][j] <-> r[j][i] of the four vectors at r.
+template <class V>
+inline __attribute__((always_inline)) void transpose_halves(V* r) {
+  static_assert(lanes_of<V>() == 8);
+  const V a = PYENS_SHUFFLE(r[0], r[1], 0, 8, 1, 9, 4, 12, 5, 13);
+  const V b = PYENS_SHUFFLE(r[0], r[1], 2, 10, 3, 11, 6, 14, 7, 15);
+  const V c = PYENS_SHUFFLE(r[2], r[3], 0, 8, 1, 9, 4, 12, 5, 13);
+  const V d = PYENS_SHUFFLE(r[2], r[3], 2, 10, 3, 11, 6, 14, 7, 15);
+  r[0] = PYENS_SHUFFLE(a, c, 0, 1, 8, 9, 4, 5, 12, 13);
+  r[1] = PYENS_SHUFFLE(a, c, 2, 3, 10, 11, 6, 7, 14, 15);
+  r[2] = PYENS_SHUFFLE(b, d, 0, 1, 8, 9, 4, 5, 12, 13);
+  r[3] = PYENS_SHUFFLE(b, d, 2, 3, 10, 11, 6, 7, 14, 15);
+}
+
 // r[i][j] <-> r[j][i], in registers: 3 x 8 shuffles for 8 x 8, all of them single instructions.
 template <class V>
 inline __attribute__((always_inline)) void transpose(V (&r)[8]) {
-  static_assert(lanes_of<V>() == 8);
-  V s[8], t[8];
-#pragma GCC unroll 4
-  for (int i = 0; i < 8; i += 2) {
-    s[i] = PYENS_SHUFFLE(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    s[i + 1] = PYENS_SHUFFLE(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 8; i += 4) {
-    t[i] = PYENS_SHUFFLE(s[i], s[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-    t[i + 1] = PYENS_SHUFFLE(s[i], s[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    t[i + 2] = PYENS_SHUFFLE(s[i + 1], s[i + 3], 0, 1, 8, 9, 4, 5, 12, 13);
-    t[i + 3] = PYENS_SHUFFLE(s[i + 1], s[i + 3], 2, 3, 10, 11, 6, 7, 14, 15);
-  }
+  transpose_halves(r);
+  transpose_halves(r + 4);
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    r[i] = PYENS_SHUFFLE(t[i], t[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    r[i + 4] = PYENS_SHUFFLE(t[i], t[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    const V low = r[i], high = r[i + 4];
+    r[i] = PYENS_SHUFFLE(low, high, 0, 1, 2, 3, 8, 9, 10, 11);
+    r[i + 4] = PYENS_SHUFFLE(low, high, 4, 5, 6, 7, 12, 13, 14, 15);
   }
 }
 template <class V>
@@ -275,27 +278,16 @@ inline __attribute__((always_inline)) void load_transposed(const Row& row, V (&r
 #if PYENS_ISA_LEVEL >= 1
   if constexpr (std::is_same_v<V, Vec<float, 8>>) {
     // Half rows, the upper ones inserted by the load itself: saves a third of the shuffles.
-    V s[8], t[8];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const float *low = row(i), *high = row(i + 4);
-      s[i] =
+      r[i] =
           (V)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
-      s[i + 4] = (V)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low + 4)),
+      r[i + 4] = (V)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low + 4)),
                                          _mm_loadu_ps(high + 4), 1);
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < 8; i += 2) {
-      t[i] = PYENS_SHUFFLE(s[i], s[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-      t[i + 1] = PYENS_SHUFFLE(s[i], s[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 8; i += 4) {
-      r[i] = PYENS_SHUFFLE(t[i], t[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-      r[i + 1] = PYENS_SHUFFLE(t[i], t[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-      r[i + 2] = PYENS_SHUFFLE(t[i + 1], t[i + 3], 0, 1, 8, 9, 4, 5, 12, 13);
-      r[i + 3] = PYENS_SHUFFLE(t[i + 1], t[i + 3], 2, 3, 10, 11, 6, 7, 14, 15);
-    }
+    transpose_halves(r);
+    transpose_halves(r + 4);
     return;
   }
 #endif
