@@ -10,6 +10,7 @@
 #include <atomic>
 #include <chrono>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -20,11 +21,25 @@ using at::Tensor;
 using at::TensorList;
 
 TORCH_LIBRARY(pyens, m) {
-  m.def("ensemble_mlp(Tensor input, Tensor[] weights, Tensor[] biases, str activation) -> Tensor");
+  m.def(
+      "ensemble_mlp(Tensor input, Tensor[] weights, Tensor[] biases, str activation,"
+      " float dropout=0.0, Tensor? dropout_seeds=None) -> Tensor");
+  m.def(
+      "ensemble_mlp_backward(Tensor grad, Tensor input, Tensor[] weights, Tensor[] biases,"
+      " str activation, float dropout, Tensor? dropout_seeds, bool[] wanted) -> Tensor[]");
   m.def("ensemble_mlp_pack(Tensor[] weights, Tensor[] biases) -> Tensor");
   m.def(
       "ensemble_mlp_packed(Tensor input, Tensor packed, Tensor[] weights, Tensor[] biases,"
       " str activation) -> Tensor");
+  m.def(
+      "ensemble_mlp_loss(Tensor input, Tensor target, Tensor[] weights, Tensor[] biases, str loss,"
+      " str activation, float temperature, Tensor? sample_weight, float dropout,"
+      " Tensor? dropout_seeds) -> Tensor");
+  m.def(
+      "ensemble_mlp_loss_with_gradients(Tensor input, Tensor target, Tensor[] weights,"
+      " Tensor[] biases, str loss, str activation, float temperature, Tensor? sample_weight,"
+      " float dropout, Tensor? dropout_seeds, Tensor? member_scale, bool[] wanted)"
+      " -> (Tensor, Tensor[])");
 }
 
 namespace {
@@ -35,11 +50,25 @@ auto dispatcher_op(const char* name) {
 }
 
 Tensor ensemble_mlp(const Tensor& input, const std::vector<Tensor>& weights,
-                    const std::vector<Tensor>& biases, const std::string& activation) {
+                    const std::vector<Tensor>& biases, const std::string& activation,
+                    double dropout, const std::optional<Tensor>& dropout_seeds) {
   static const auto op =
-      dispatcher_op<Tensor(const Tensor&, TensorList, TensorList, std::string_view)>(
-          "pyens::ensemble_mlp");
-  return op.call(input, weights, biases, activation);
+      dispatcher_op<Tensor(const Tensor&, TensorList, TensorList, std::string_view, double,
+                           const std::optional<Tensor>&)>("pyens::ensemble_mlp");
+  return op.call(input, weights, biases, activation, dropout, dropout_seeds);
+}
+
+Tensor ensemble_mlp_loss(const Tensor& input, const Tensor& target,
+                         const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+                         const std::string& loss, const std::string& activation, double temperature,
+                         const std::optional<Tensor>& sample_weight, double dropout,
+                         const std::optional<Tensor>& dropout_seeds) {
+  static const auto op =
+      dispatcher_op<Tensor(const Tensor&, const Tensor&, TensorList, TensorList, std::string_view,
+                           std::string_view, double, const std::optional<Tensor>&, double,
+                           const std::optional<Tensor>&)>("pyens::ensemble_mlp_loss");
+  return op.call(input, target, weights, biases, loss, activation, temperature, sample_weight,
+                 dropout, dropout_seeds);
 }
 
 Tensor ensemble_mlp_packed(const Tensor& input, const Tensor& packed,
@@ -85,6 +114,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using no_gil = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("ensemble_mlp", ensemble_mlp, no_gil());
   m.def("ensemble_mlp_packed", ensemble_mlp_packed, no_gil());
+  m.def("ensemble_mlp_loss", ensemble_mlp_loss, no_gil());
   m.def("fma_peak", fma_peak, no_gil(), pybind11::arg("milliseconds"));
   m.def("build_info", build_info);
 }

@@ -29,6 +29,36 @@ struct EnsembleMLPParams {
   int64_t input_member_stride, input_row_stride;
   void* output;        // [E, B, O], contiguous
   const void* packed;  // what ensemble_mlp_cpu::pack made of the layers, or nullptr
+  double dropout;      // share of the hidden activations that become 0; the others are scaled
+  const int64_t* dropout_seeds;  // [E], where dropout > 0
+};
+
+// What is differentiated: a loss of the output, or the output itself against a given gradient.
+enum class Loss : int { none, mse, bce, gaussian_nll, cross_entropy };
+
+struct MLPLayerGradient {  // contiguous; nullptr where it is not asked for
+  void* weight;            // [E, out, in]
+  void* bias;              // [E, out]
+};
+
+// One training pass. "Real" is float64 for float64 and float32 for all others.
+struct EnsembleMLPTraining {
+  EnsembleMLPParams forward;  // its output is not written
+  Loss loss;
+  double temperature;  // of cross_entropy
+  // Loss::none: the gradient of the output, elements [E, B, O]. cross_entropy: int64 [B] or [E, B].
+  // The others: Real [B, T] or [E, B, T].
+  const void* target;
+  int64_t target_member_stride, target_row_stride;
+  const void* sample_weight;  // Real [B] or [E, B], last stride 1, or nullptr
+  int64_t sample_weight_member_stride;
+  const void* member_scale;           // Real [E], factors of the gradients, or nullptr
+  const MLPLayerGradient* gradients;  // one per layer, of Real; or nullptr: the loss alone
+  void* grad_input;                   // Real, contiguous, [E, B, I]; or nullptr
+  bool sum_grad_input;                // over the members, to [B, I]
+  void* loss_output;                  // Real [E]; not of Loss::none
+  void* partial;                      // partial_bytes, for all threads together
+  int threads;                        // a hint that changes no bit
 };
 
 // CPU. The caller splits [0, work_items) among its threads as it likes and gives each call scratch
@@ -55,6 +85,19 @@ struct PackedLayout {
 };
 PackedLayout packed_layout(DType dtype);
 void pack(const EnsembleMLPParams& params, int64_t member_begin, int64_t member_end, void* packed);
+
+// Training is three rounds over items, each split among threads like `run`. `prepare_training` sums
+// the sample weights of a range of members and tells whether what it reads can be trained on.
+enum class TrainingError : int { none, target_out_of_range, sample_weight_negative };
+struct TrainingPlan {
+  int64_t items, grain_size, finish_items, finish_grain_size;
+  size_t partial_bytes;  // needs no initial value
+  size_t scratch_bytes;  // per call of `train`
+};
+TrainingPlan plan_training(const EnsembleMLPTraining& training);
+TrainingError prepare_training(const EnsembleMLPTraining& training, int64_t begin, int64_t end);
+void train(const EnsembleMLPTraining& training, int64_t begin, int64_t end, void* scratch);
+void finish_training(const EnsembleMLPTraining& training, int64_t begin, int64_t end);
 }  // namespace ensemble_mlp_cpu
 
 // CUDA: launches on `stream` (a cudaStream_t) of the current device and returns nullptr, or says in

@@ -1,25 +1,25 @@
 // torch-facing side of the ensemble MLP: checks, allocation, launch; shapes for fake tensors;
 // autograd; autocast.
 //
-//   ensemble_mlp(input, weights, biases, activation)                  weights as they are
-//   ensemble_mlp_pack(weights, biases)                                weights for small batches
-//   ensemble_mlp_packed(input, packed, weights, biases, activation)   inference with both
+//   ensemble_mlp           weights as they are
+//   ensemble_mlp_backward  its gradients, those that `wanted` asks for: [input, weights.., biases..]
+//   ensemble_mlp_pack      weights for small batches
+//   ensemble_mlp_packed    inference with both
 //
 // `biases` is empty where there are none: Function::apply would lose the gradients of an optional
 // list.
 
+#include "ops/ensemble_mlp.h"
+
 #include <ATen/autocast_mode.h>
-#include <c10/util/SmallVector.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <forward_list>
+#include <atomic>
 #include <string_view>
 #include <vector>
 
-#include "kernels/ensemble_mlp.h"
-#include "ops/checks.h"
 #include "ops/launch.h"
 
 namespace pyens {
@@ -27,120 +27,11 @@ namespace {
 
 using at::Tensor;
 using at::TensorList;
+using OptionalTensor = std::optional<Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 constexpr const char* kOp = "ensemble_mlp";
-
-Activation parse_activation(std::string_view name) {
-  if (name == "relu") return Activation::relu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "silu") return Activation::silu;
-  if (name == "elu") return Activation::elu;
-  if (name == "softplus") return Activation::softplus;
-  if (name == "tanh") return Activation::tanh;
-  if (name == "identity") return Activation::identity;
-  TORCH_CHECK_VALUE(false, kOp,
-                    ": activation: expected one of relu, gelu, silu, elu, softplus, tanh, "
-                    "identity, got \"",
-                    name, "\"");
-}
-
-constexpr ArgumentName kFirstWeight{"weights", 0};
-
-// Layers that fit each other. Independent of the input, so that packing can check alone.
-void check_layers(TensorList weights, TensorList biases) {
-  PYENS_CHECK_VALUE(!weights.empty(), kOp, "weights", "at least one layer", "an empty list");
-  PYENS_CHECK_VALUE(biases.empty() || biases.size() == weights.size(), kOp, "biases",
-                    c10::str("one for each of the ", weights.size(), " layers, or none"),
-                    biases.size());
-  const Tensor& first = weights[0];
-  PYENS_CHECK_TYPE(is_kernel_dtype(first.scalar_type()), kOp, kFirstWeight,
-                   "float32, float64, bfloat16 or float16", first.scalar_type());
-  for (size_t l = 0; l < weights.size(); ++l) {
-    const Tensor& w = weights[l];
-    const ArgumentName name{"weights", static_cast<int64_t>(l)};
-    check_same_kind(kOp, name, w, kFirstWeight, first);
-    PYENS_CHECK_VALUE(w.dim() == 3, kOp, name, "[E, out, in]", "shape ", w.sym_sizes());
-    PYENS_CHECK_VALUE(w.sym_size(0) >= 1 && w.sym_size(1) >= 1 && w.sym_size(2) >= 1, kOp, name,
-                      "[E, out, in], none of them 0", "shape ", w.sym_sizes());
-    PYENS_CHECK_VALUE(w.sym_size(0) == first.sym_size(0), kOp, name,
-                      c10::str("the ensemble size of weights[0] (", first.sym_size(0), ")"),
-                      "shape ", w.sym_sizes());
-    PYENS_CHECK_VALUE(
-        l == 0 || w.sym_size(2) == weights[l - 1].sym_size(1), kOp, name,
-        c10::str("in = out of weights[", l - 1, "] (", weights[l - 1].sym_size(1), ")"), "shape ",
-        w.sym_sizes());
-    if (biases.empty()) continue;
-    const Tensor& b = biases[l];
-    const ArgumentName bias_name{"biases", static_cast<int64_t>(l)};
-    check_same_kind(kOp, bias_name, b, kFirstWeight, first);
-    PYENS_CHECK_VALUE(
-        b.dim() == 2 && b.sym_size(0) == w.sym_size(0) && b.sym_size(1) == w.sym_size(1), kOp,
-        bias_name, c10::str("[", w.sym_size(0), ", ", w.sym_size(1), "]"), "shape ", b.sym_sizes());
-  }
-}
-
-void check_input(const Tensor& input, TensorList weights) {
-  check_same_kind(kOp, {"input"}, input, kFirstWeight, weights[0]);
-  const auto expected = [&] {
-    const auto e = weights[0].sym_size(0), in = weights[0].sym_size(2);
-    return c10::str("[B, ", in, "] or [", e, ", B, ", in, "]");
-  };
-  PYENS_CHECK_VALUE(input.dim() == 2 || input.dim() == 3, kOp, "input", expected(), "shape ",
-                    input.sym_sizes());
-  PYENS_CHECK_VALUE(input.sym_size(-1) == weights[0].sym_size(2), kOp, "input", expected(),
-                    "shape ", input.sym_sizes());
-  PYENS_CHECK_VALUE(input.dim() == 2 || input.sym_size(0) == weights[0].sym_size(0), kOp, "input",
-                    expected(), "shape ", input.sym_sizes());
-}
-
-// A call in the kernel's terms. The tensors outlive it; owns what had to be copied.
-struct Problem {
-  std::forward_list<Tensor> copies;  // references into it stay valid
-  c10::SmallVector<MLPLayer, 8> layers;
-  EnsembleMLPParams params{};
-
-  Problem(TensorList weights, TensorList biases) {
-    layers.reserve(weights.size());
-    for (size_t l = 0; l < weights.size(); ++l) {
-      const Tensor& w = with_contiguous_rows(weights[l]);
-      MLPLayer layer{};
-      layer.weight = w.const_data_ptr();
-      layer.out = w.size(1);
-      layer.in = w.size(2);
-      layer.weight_member_stride = w.stride(0);
-      layer.weight_row_stride = w.stride(1);
-      if (!biases.empty()) {
-        const Tensor& b = with_contiguous_rows(biases[l]);
-        layer.bias = b.const_data_ptr();
-        layer.bias_member_stride = b.stride(0);
-      }
-      layers.push_back(layer);
-    }
-    params.dtype = kernel_dtype(weights[0].scalar_type());
-    params.ensemble_size = weights[0].size(0);
-    params.num_layers = static_cast<int64_t>(layers.size());
-    params.layers = layers.data();
-  }
-  Problem(const Problem&) = delete;
-  Problem& operator=(const Problem&) = delete;
-
-  void set_input(const Tensor& input) {
-    const Tensor& x = with_contiguous_rows(input);
-    params.input = x.const_data_ptr();
-    params.batch = x.size(-2);
-    params.input_row_stride = x.stride(-2);
-    params.input_member_stride = x.dim() == 3 && params.ensemble_size > 1 ? x.stride(0) : 0;
-  }
-
- private:
-  // All that the kernels need is a contiguous last dimension.
-  const Tensor& with_contiguous_rows(const Tensor& tensor) {
-    if (tensor.size(-1) <= 1 || tensor.stride(-1) == 1) return tensor;
-    return copies.emplace_front(tensor.contiguous());
-  }
-};
 
 // `size` is TensorBase::size, or sym_size for fake tensors.
 template <class Int>
@@ -172,16 +63,19 @@ Tensor run(Problem& problem, const Tensor& input, Activation activation) {
 }
 
 Tensor ensemble_mlp(const Tensor& input, TensorList weights, TensorList biases,
-                    std::string_view activation) {
-  const Activation act = parse_activation(activation);
-  check_layers(weights, biases);
-  check_input(input, weights);
+                    std::string_view activation, double dropout,
+                    const OptionalTensor& dropout_seeds) {
+  const Activation act = parse_activation(kOp, activation);
+  check_layers(kOp, weights, biases);
+  check_input(kOp, input, weights);
+  check_dropout(kOp, dropout, dropout_seeds, weights);
   Problem problem(weights, biases);
+  problem.set_dropout(dropout, dropout_seeds);
   return run(problem, input, act);
 }
 
 Tensor ensemble_mlp_pack(TensorList weights, TensorList biases) {
-  check_layers(weights, biases);
+  check_layers(kOp, weights, biases);
   Problem problem(weights, biases);
   const int64_t members = problem.params.ensemble_size;
   const int64_t bytes = packed_bytes_per_member(weights, &at::TensorBase::size);
@@ -192,9 +86,9 @@ Tensor ensemble_mlp_pack(TensorList weights, TensorList biases) {
 
 Tensor ensemble_mlp_packed(const Tensor& input, const Tensor& packed, TensorList weights,
                            TensorList biases, std::string_view activation) {
-  const Activation act = parse_activation(activation);
-  check_layers(weights, biases);
-  check_input(input, weights);
+  const Activation act = parse_activation(kOp, activation);
+  check_layers(kOp, weights, biases);
+  check_input(kOp, input, weights);
   Problem problem(weights, biases);
   const int64_t members = problem.params.ensemble_size;
   const int64_t bytes = packed_bytes_per_member(weights, &at::TensorBase::size);
@@ -208,37 +102,71 @@ Tensor ensemble_mlp_packed(const Tensor& input, const Tensor& packed, TensorList
   return run(problem, input, act);
 }
 
+std::vector<Tensor> ensemble_mlp_backward(const Tensor& grad, const Tensor& input,
+                                          TensorList weights, TensorList biases,
+                                          std::string_view activation, double dropout,
+                                          const OptionalTensor& dropout_seeds, Wanted wanted) {
+  TrainingProblem problem(kOp, input, weights, biases, parse_activation(kOp, activation), dropout,
+                          dropout_seeds, wanted);
+  const Tensor& rows = problem.with_contiguous_rows(grad);
+  problem.training.target = rows.const_data_ptr();
+  problem.training.target_member_stride = rows.stride(0);
+  problem.training.target_row_stride = rows.stride(1);
+  problem.run(kOp);
+  for (Tensor& gradient : problem.gradients) gradient = gradient.to(input.scalar_type());
+  return problem.gradients;
+}
+
 // --- shapes for fake tensors ---------------------------------------------------------------------
 
 Tensor ensemble_mlp_meta(const Tensor& input, TensorList weights, TensorList biases,
-                         std::string_view activation) {
-  parse_activation(activation);
-  check_layers(weights, biases);
-  check_input(input, weights);
+                         std::string_view activation, double dropout,
+                         const OptionalTensor& dropout_seeds) {
+  parse_activation(kOp, activation);
+  check_layers(kOp, weights, biases);
+  check_input(kOp, input, weights);
+  check_dropout(kOp, dropout, dropout_seeds, weights);
   return at::empty_symint({weights[0].sym_size(0), input.sym_size(-2), weights.back().sym_size(1)},
                           input.options());
 }
 
 Tensor ensemble_mlp_packed_meta(const Tensor& input, const Tensor& /*packed*/, TensorList weights,
                                 TensorList biases, std::string_view activation) {
-  return ensemble_mlp_meta(input, weights, biases, activation);
+  return ensemble_mlp_meta(input, weights, biases, activation, 0, std::nullopt);
 }
 
 Tensor ensemble_mlp_pack_meta(TensorList weights, TensorList biases) {
-  check_layers(weights, biases);
+  check_layers(kOp, weights, biases);
   return at::empty_symint(
       {weights[0].sym_size(0), packed_bytes_per_member(weights, &at::TensorBase::sym_size)},
       weights[0].options().dtype(at::kByte));
 }
 
+std::vector<Tensor> ensemble_mlp_backward_meta(const Tensor& /*grad*/, const Tensor& input,
+                                               TensorList weights, TensorList biases,
+                                               std::string_view /*activation*/, double /*dropout*/,
+                                               const OptionalTensor& /*dropout_seeds*/,
+                                               Wanted wanted) {
+  std::vector<Tensor> gradients = wanted_of(kOp, input, weights, biases, wanted);
+  for (Tensor& gradient : gradients) {
+    gradient = at::empty_symint(gradient.sym_sizes(), input.options());
+  }
+  return gradients;
+}
+
 // --- autograd ------------------------------------------------------------------------------------
 
-auto typed_ensemble_mlp() {
+std::vector<Tensor> call_ensemble_mlp_backward(const Tensor& grad, const Tensor& input,
+                                               TensorList weights, TensorList biases,
+                                               std::string_view activation, double dropout,
+                                               const OptionalTensor& dropout_seeds,
+                                               const Wanted& wanted) {
   static const auto op =
       c10::Dispatcher::singleton()
-          .findSchemaOrThrow("pyens::ensemble_mlp", "")
-          .typed<Tensor(const Tensor&, TensorList, TensorList, std::string_view)>();
-  return op;
+          .findSchemaOrThrow("pyens::ensemble_mlp_backward", "")
+          .typed<std::vector<Tensor>(const Tensor&, const Tensor&, TensorList, TensorList,
+                                     std::string_view, double, const OptionalTensor&, Wanted)>();
+  return op.call(grad, input, weights, biases, activation, dropout, dropout_seeds, wanted);
 }
 
 Tensor activate(const Tensor& z, Activation activation) {
@@ -272,91 +200,215 @@ Tensor activate_backward(const Tensor& grad, const Tensor& z, const Tensor& h,
   return grad;
 }
 
-// Composed of differentiable aten operations over recomputed activations, so double backward is
-// right too. Nothing of size [E, B, H] outlives the call.
+// bool [E, B, units]: what kernels/dropout.h keeps. torch has no unsigned
+// arithmetic to speak of, so 32-bit numbers lie in int64.
+Tensor kept_by_dropout(const Tensor& seeds, int64_t layer, const c10::SymInt& batch,
+                       const c10::SymInt& unit_count, double dropout) {
+  const auto shifted = [](const Tensor& x, int64_t bits) {  // as if unsigned
+    return at::__rshift__(x, bits).bitwise_and((int64_t{1} << (64 - bits)) - 1);
+  };
+  const auto signed_constant = [](uint64_t x) { return static_cast<int64_t>(x); };
+  const auto mix = [&](Tensor x) {
+    x = x + signed_constant(0x9e3779b97f4a7c15u);
+    x = at::bitwise_xor(x, shifted(x, 30)) * signed_constant(0xbf58476d1ce4e5b9u);
+    x = at::bitwise_xor(x, shifted(x, 27)) * signed_constant(0x94d049bb133111ebu);
+    return at::bitwise_xor(x, shifted(x, 31));
+  };
+  constexpr int64_t kLow = 0xffffffff;
+  const auto options = seeds.options();
+  const Tensor units = at::arange(unit_count, options);
+  const Tensor key = mix((mix(mix(seeds) + layer).unsqueeze(1) + units)).unsqueeze(1);
+  const Tensor rows = at::arange(batch, options).unsqueeze(1);
+  Tensor x = (rows + key.bitwise_and(kLow)).bitwise_and(kLow);
+  x = at::bitwise_xor(x, at::__rshift__(x, 16));
+  x = (x * int64_t{0x21f0aaad}).bitwise_and(kLow);
+  x = at::bitwise_xor(x, at::__rshift__(x, 15));
+  x = at::bitwise_xor(x, shifted(key, 32));
+  x = (x * int64_t{0x735a2d97}).bitwise_and(kLow);
+  x = at::bitwise_xor(x, at::__rshift__(x, 15));
+  return x >= static_cast<int64_t>(dropout * 0x1p32);
+}
+
+// The backward pass composed of differentiable aten operations over recomputed activations: for
+// double backward, and on CUDA.
+std::vector<Tensor> composed_backward(Tensor grad, const Tensor& input, TensorList weights,
+                                      TensorList biases, Activation activation, double dropout,
+                                      const OptionalTensor& dropout_seeds, const Wanted& wanted) {
+  const size_t layers = weights.size();
+  const bool shared_input = input.dim() == 2;
+  const double scale = 1 / (1 - dropout);
+  const auto drop = [&](const Tensor& x, const Tensor& kept) {
+    return kept.defined() ? at::where(kept, x * scale, at::zeros({}, x.options())) : x;
+  };
+
+  // What each layer reads, what it computed before the activation, and what was kept of that.
+  std::vector<Tensor> h{shared_input ? input.unsqueeze(0) : input}, z, activated, kept(layers);
+  for (size_t l = 0; l + 1 < layers; ++l) {
+    Tensor product = at::matmul(h[l], weights[l].transpose(1, 2));
+    z.push_back(biases.empty() ? product : product + biases[l].unsqueeze(1));
+    activated.push_back(activate(z[l], activation));
+    if (dropout > 0) {
+      kept[l] = kept_by_dropout(*dropout_seeds, static_cast<int64_t>(l), input.sym_size(-2),
+                                weights[l].sym_size(1), dropout);
+    }
+    h.push_back(drop(activated[l], kept[l]));
+  }
+
+  std::vector<Tensor> weight_grads(layers), bias_grads(biases.size());
+  for (size_t l = layers; l-- > 0;) {
+    if (wanted[1 + l]) weight_grads[l] = at::matmul(grad.transpose(1, 2), h[l]);
+    if (!biases.empty() && wanted[1 + layers + l]) bias_grads[l] = grad.sum(1);
+    if (l == 0 && !wanted[0]) break;
+    grad = at::matmul(grad, weights[l]);
+    if (l > 0) {
+      grad = activate_backward(drop(grad, kept[l - 1]), z[l - 1], activated[l - 1], activation);
+    }
+  }
+  return wanted_of(kOp, wanted[0] && shared_input ? grad.sum(0) : grad, weight_grads, bias_grads,
+                   wanted);
+}
+
+std::vector<Tensor> ensemble_mlp_backward_composed(const Tensor& grad, const Tensor& input,
+                                                   TensorList weights, TensorList biases,
+                                                   std::string_view activation, double dropout,
+                                                   const OptionalTensor& dropout_seeds,
+                                                   Wanted wanted) {
+  return composed_backward(grad, input, weights, biases, parse_activation(kOp, activation), dropout,
+                           dropout_seeds, wanted);
+}
+
 class EnsembleMLPFunction : public torch::autograd::Function<EnsembleMLPFunction> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, TensorList weights,
-                        TensorList biases, std::string activation) {
+                        TensorList biases, std::string activation, double dropout,
+                        const OptionalTensor& dropout_seeds) {
     at::AutoDispatchBelowADInplaceOrView guard;
     variable_list saved{input};
     saved.insert(saved.end(), weights.begin(), weights.end());
     saved.insert(saved.end(), biases.begin(), biases.end());
+    saved.push_back(dropout_seeds.value_or(Tensor()));
     ctx->save_for_backward(saved);
     ctx->saved_data["layers"] = static_cast<int64_t>(weights.size());
     ctx->saved_data["activation"] = activation;
-    return typed_ensemble_mlp().call(input, weights, biases, activation);
+    ctx->saved_data["dropout"] = dropout;
+    return call_ensemble_mlp(input, weights, biases, activation, dropout, dropout_seeds);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const variable_list saved = ctx->get_saved_variables();
     const auto layers = static_cast<size_t>(ctx->saved_data["layers"].toInt());
-    const Activation activation = parse_activation(ctx->saved_data["activation"].toStringRef());
-    const bool has_bias = saved.size() > 1 + layers;
-    const auto weight = [&](size_t l) { return saved[1 + l]; };
-    const Tensor& input = saved[0];
-    const bool shared_input = input.dim() == 2;
+    const std::string& activation = ctx->saved_data["activation"].toStringRef();
+    const double dropout = ctx->saved_data["dropout"].toDouble();
+    const TensorList differentiable = TensorList(saved).slice(0, saved.size() - 1);
+    const TensorList weights = differentiable.slice(1, layers);
+    const TensorList biases = differentiable.slice(1 + layers);
+    const OptionalTensor seeds =
+        saved.back().defined() ? OptionalTensor(saved.back()) : std::nullopt;
+    Wanted wanted;
+    for (size_t i = 0; i < differentiable.size(); ++i) wanted.push_back(ctx->needs_input_grad(i));
 
-    // What each layer reads, and what it computed before the activation.
-    std::vector<Tensor> h{shared_input ? input.unsqueeze(0) : input}, z;
-    for (size_t l = 0; l + 1 < layers; ++l) {
-      Tensor product = at::matmul(h[l], weight(l).transpose(1, 2));
-      z.push_back(has_bias ? product + saved[1 + layers + l].unsqueeze(1) : product);
-      h.push_back(activate(z[l], activation));
+    const auto found =
+        at::GradMode::is_enabled()  // create_graph
+            ? composed_backward(grad_outputs[0], saved[0], weights, biases,
+                                parse_activation(kOp, activation), dropout, seeds, wanted)
+            : call_ensemble_mlp_backward(grad_outputs[0], saved[0], weights, biases, activation,
+                                         dropout, seeds, wanted);
+    variable_list grads(differentiable.size() + 3);  // the last ones: activation, dropout, seeds
+    for (size_t i = 0, next = 0; i < wanted.size(); ++i) {
+      if (wanted[i]) grads[i] = found[next++];
     }
-
-    variable_list grads(1 + layers + (has_bias ? layers : 0) + 1);  // the last one: activation
-    Tensor grad = grad_outputs[0];
-    for (size_t l = layers; l-- > 0;) {
-      if (ctx->needs_input_grad(1 + l)) grads[1 + l] = at::matmul(grad.transpose(1, 2), h[l]);
-      if (has_bias && ctx->needs_input_grad(1 + layers + l)) grads[1 + layers + l] = grad.sum(1);
-      if (l == 0 && !ctx->needs_input_grad(0)) break;
-      grad = at::matmul(grad, weight(l));
-      if (l > 0) grad = activate_backward(grad, z[l - 1], h[l], activation);
-    }
-    if (ctx->needs_input_grad(0)) grads[0] = shared_input ? grad.sum(0) : grad;
     return grads;
   }
 };
 
 Tensor ensemble_mlp_autograd(const Tensor& input, TensorList weights, TensorList biases,
-                             std::string_view activation) {
-  return EnsembleMLPFunction::apply(input, weights, biases, std::string(activation));
+                             std::string_view activation, double dropout,
+                             const OptionalTensor& dropout_seeds) {
+  return EnsembleMLPFunction::apply(input, weights, biases, std::string(activation), dropout,
+                                    dropout_seeds);
 }
 
 // --- autocast ------------------------------------------------------------------------------------
 
 template <c10::DeviceType device, c10::DispatchKey key>
 Tensor ensemble_mlp_autocast(const Tensor& input, TensorList weights, TensorList biases,
-                             std::string_view activation) {
+                             std::string_view activation, double dropout,
+                             const OptionalTensor& dropout_seeds) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
   const at::ScalarType type = at::autocast::get_autocast_dtype(device);
-  return typed_ensemble_mlp().call(at::autocast::cached_cast(type, input, device),
-                                   at::autocast::cached_cast(type, weights, device),
-                                   at::autocast::cached_cast(type, biases, device), activation);
+  return call_ensemble_mlp(at::autocast::cached_cast(type, input, device),
+                           at::autocast::cached_cast(type, weights, device),
+                           at::autocast::cached_cast(type, biases, device), activation, dropout,
+                           dropout_seeds);
 }
 
 }  // namespace
 
+Tensor call_ensemble_mlp(const Tensor& input, TensorList weights, TensorList biases,
+                         std::string_view activation, double dropout,
+                         const OptionalTensor& dropout_seeds) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("pyens::ensemble_mlp", "")
+                             .typed<Tensor(const Tensor&, TensorList, TensorList, std::string_view,
+                                           double, const OptionalTensor&)>();
+  return op.call(input, weights, biases, activation, dropout, dropout_seeds);
+}
+
+void TrainingProblem::run(const char* op) {
+  if (params.batch == 0) return;
+  using namespace ensemble_mlp_cpu;
+  training.forward = params;
+  training.threads = at::get_num_threads();
+  const TrainingPlan plan = plan_training(training);
+  const c10::DataPtr partial = c10::GetCPUAllocator()->allocate(plan.partial_bytes);
+  training.partial = partial.get();
+  if (training.loss != Loss::none) {
+    std::atomic<TrainingError> error{TrainingError::none};
+    launch_cpu(params.ensemble_size, std::max<int64_t>(1, 65536 / params.batch), 0,
+               [&](int64_t begin, int64_t end, void* /*scratch*/) {
+                 const TrainingError found = prepare_training(training, begin, end);
+                 if (found != TrainingError::none) error = found;
+               });
+    PYENS_CHECK_VALUE(error != TrainingError::sample_weight_negative, op, "sample_weight",
+                      "finite weights of at least 0", "one that is not");
+    PYENS_CHECK_VALUE(error != TrainingError::target_out_of_range, op, "target",
+                      c10::str("classes from 0 to ", params.layers[params.num_layers - 1].out - 1),
+                      "one that is not");
+  }
+  launch_cpu(
+      plan.items, plan.grain_size, plan.scratch_bytes,
+      [&](int64_t begin, int64_t end, void* scratch) { train(training, begin, end, scratch); });
+  launch_cpu(plan.finish_items, plan.finish_grain_size, 0,
+             [&](int64_t begin, int64_t end, void* /*scratch*/) {
+               finish_training(training, begin, end);
+             });
+}
+
 TORCH_LIBRARY_IMPL(pyens, CPU, m) {
   m.impl("ensemble_mlp", ensemble_mlp);
+  m.impl("ensemble_mlp_backward", ensemble_mlp_backward);
   m.impl("ensemble_mlp_pack", ensemble_mlp_pack);
   m.impl("ensemble_mlp_packed", ensemble_mlp_packed);
 }
 
 // The packed layout is the CPU's.
-TORCH_LIBRARY_IMPL(pyens, CUDA, m) { m.impl("ensemble_mlp", ensemble_mlp); }
+TORCH_LIBRARY_IMPL(pyens, CUDA, m) {
+  m.impl("ensemble_mlp", ensemble_mlp);
+  m.impl("ensemble_mlp_backward", ensemble_mlp_backward_composed);
+}
 
 TORCH_LIBRARY_IMPL(pyens, Meta, m) {
   m.impl("ensemble_mlp", ensemble_mlp_meta);
+  m.impl("ensemble_mlp_backward", ensemble_mlp_backward_meta);
   m.impl("ensemble_mlp_pack", ensemble_mlp_pack_meta);
   m.impl("ensemble_mlp_packed", ensemble_mlp_packed_meta);
 }
 
 TORCH_LIBRARY_IMPL(pyens, Autograd, m) {
   m.impl("ensemble_mlp", ensemble_mlp_autograd);
-  m.impl("ensemble_mlp_pack", torch::autograd::autogradNotImplementedFallback());
-  m.impl("ensemble_mlp_packed", torch::autograd::autogradNotImplementedFallback());
+  for (const char* op : {"ensemble_mlp_backward", "ensemble_mlp_pack", "ensemble_mlp_packed"}) {
+    m.impl(op, torch::autograd::autogradNotImplementedFallback());
+  }
 }
 
 TORCH_LIBRARY_IMPL(pyens, AutocastCPU, m) {

@@ -23,6 +23,8 @@ def ensemble_mlp(
     biases: Sequence[Tensor] | None = None,
     *,
     activation: str = "relu",
+    dropout: float = 0.0,
+    dropout_seeds: Tensor | None = None,
 ) -> Tensor:
     """See `pyens.ops.ensemble_mlp`."""
     act = ACTIVATIONS[activation]
@@ -30,7 +32,38 @@ def ensemble_mlp(
     for layer, weight in enumerate(weights):  # [E, out, in]
         if layer > 0:
             hidden = act(hidden)
+            if dropout > 0:
+                kept = kept_by_dropout(dropout_seeds, layer - 1, *hidden.shape[1:], dropout)
+                hidden = torch.where(kept, hidden / (1 - dropout), 0)
         hidden = torch.matmul(hidden, weight.transpose(1, 2))  # [E, B, out]
         if biases:
             hidden = hidden + biases[layer].unsqueeze(1)
     return hidden
+
+
+def kept_by_dropout(seeds: Tensor, layer: int, batch_size: int, features: int, dropout: float) -> Tensor:
+    """The units that dropout keeps, bool `[E, batch_size, features]`: a pure function of its arguments.
+
+    64 bits mixed from (seed, layer, unit) key a 32-bit hash of the batch row; a unit is kept where the hash
+    is at least dropout * 2^32. Numbers without a sign lie in int64.
+    """
+    low = (1 << 32) - 1
+    rows = torch.arange(batch_size, device=seeds.device).unsqueeze(1)
+    units = torch.arange(features, device=seeds.device)
+    key = _splitmix((_splitmix(_splitmix(seeds) + layer).unsqueeze(1) + units)).unsqueeze(1)  # [E, 1, units]
+    x = (rows + (key & low)) & low
+    x = ((x ^ x >> 16) * 0x21F0AAAD) & low
+    x = x ^ x >> 15 ^ _shift_right(key, 32)
+    x = (x * 0x735A2D97) & low
+    return (x ^ x >> 15) >= int(dropout * 2**32)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _splitmix(x: Tensor) -> Tensor:
+    x = x + (0x9E3779B97F4A7C15 - (1 << 64))
+    x = (x ^ _shift_right(x, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    x = (x ^ _shift_right(x, 27)) * (0x94D049BB133111EB - (1 << 64))
+    return x ^ _shift_right(x, 31)

@@ -66,6 +66,26 @@ inline V expm1_nonpositive(V x) {
   return madd(exp_polynomial(r), scale, scale - broadcast<V>(1.0f));
 }
 
+// log x for normal x > 0; +inf and NaN stay.
+template <class V>
+inline V log_positive(V x) {
+  using Words = Vec<int32_t, lanes_of<V>()>;
+  // x = 2^k m with m in [sqrt(1/2), sqrt 2). With f = m - 1, s = f / (2 + f), q = s^2, h = f^2 / 2:
+  // log m = 2 atanh(s) = f - (h - s (h + q Q(q))), which leads with f itself.
+  const Words k = ((Words)x - 0x3f3504f3) >> 23;
+  const V m = (V)((Words)x - (k << 23));
+  const V f = m - broadcast<V>(1.0f);
+  const V s = f / (broadcast<V>(2.0f) + f), q = s * s, h = broadcast<V>(0.5f) * f * f;
+  V p = broadcast<V>(0.2222222222f);
+  p = madd(p, q, broadcast<V>(0.2857142857f));
+  p = madd(p, q, broadcast<V>(0.4f));
+  p = madd(p, q, broadcast<V>(0.6666666667f));
+  const V exponent = __builtin_convertvector(k, V);
+  const V low = madd(exponent, broadcast<V>(1.42860677e-6f), s * madd(p, q, h));
+  const V log = madd(exponent, broadcast<V>(0.693145751953125f), f - (h - low));
+  return x < broadcast<V>(std::numeric_limits<float>::infinity()) ? log : x;
+}
+
 template <class V>
 inline V absolute(V x) {
   using Words = Vec<uint32_t, lanes_of<V>()>;
@@ -77,13 +97,20 @@ inline V copy_sign(V magnitude, V sign) {
   return (V)((Words)magnitude | ((Words)sign & 0x80000000u));
 }
 
-struct Gelu {  // x Phi(x) = x/2 erfc(-x/sqrt 2)
+// Each activation: value(x), and gradient(x, h) with h = value(x); `vector` and `scalar` of each.
+
+struct Gelu {  // x Phi(x) = x/2 erfc(-x/sqrt 2);  Phi(x) + x phi(x)
   static double scalar(double x) { return 0.5 * x * std::erfc(-x * 0.70710678118654752440); }
+  static double scalar_gradient(double x, double /*h*/) {
+    const double density = 0.39894228040143267794 * std::exp(-0.5 * x * x);
+    return 0.5 * std::erfc(-x * 0.70710678118654752440) + x * density;
+  }
+  // erfc(|x|/sqrt 2) and e^(-x^2/2).
   template <class V>
-  static V vector(V x) {
+  static V tail(V x, V& density) {
     // erfc(z) = e^(-z^2) t R(t) with t = 1/(1 + 0.35 z), z = |x|/sqrt 2: relative error 8e-9.
-    const V size = absolute(x), one = broadcast<V>(1.0f);
-    const V t = one / madd(broadcast<V>(0.35f * 0.707106781f), size, one);
+    const V one = broadcast<V>(1.0f);
+    const V t = one / madd(broadcast<V>(0.35f * 0.707106781f), absolute(x), one);
     V p = broadcast<V>(0.03908269589f);
     p = madd(p, t, broadcast<V>(-0.1627356881f));
     p = madd(p, t, broadcast<V>(0.1906948132f));
@@ -94,37 +121,75 @@ struct Gelu {  // x Phi(x) = x/2 erfc(-x/sqrt 2)
     p = madd(p, t, broadcast<V>(0.1874019261f));
     p = madd(p, t, broadcast<V>(0.1972018855f));
     p = madd(p, t, broadcast<V>(0.1974803165f));
-    const V erfc = exp_nonpositive(broadcast<V>(-0.5f) * x * x) * (p * t);
-    const V tail = broadcast<V>(-0.5f) * size * erfc;  // x Phi(x) for x < 0
-    // For +inf the tail is inf * 0: select by the sign, and let -inf be the NaN that torch gives.
-    const V positive = size < broadcast<V>(20.0f) ? x + tail : x;
-    return x > V{} ? positive : tail;
+    density = exp_nonpositive(broadcast<V>(-0.5f) * x * x);
+    return density * (p * t);
+  }
+  template <class V>
+  static V vector(V x) {
+    V density;
+    const V size = absolute(x);
+    const V negative = broadcast<V>(-0.5f) * size * tail(x, density);  // x Phi(x) for x < 0
+    // For +inf that is inf * 0: select by the sign, and let -inf be the NaN that torch gives.
+    const V positive = size < broadcast<V>(20.0f) ? x + negative : x;
+    return x > V{} ? positive : negative;
+  }
+  template <class V>
+  static V vector_gradient(V x, V /*h*/) {
+    V density;
+    const V half = broadcast<V>(0.5f) * tail(x, density);
+    const V phi = x > V{} ? broadcast<V>(1.0f) - half : half;
+    return madd(x * broadcast<V>(0.398942280f), density, phi);
   }
 };
 
-struct Silu {  // x / (1 + e^-x)
+struct Silu {  // x s, s = 1 / (1 + e^-x);  s (1 + x (1 - s))
   static double scalar(double x) { return x / (1.0 + std::exp(-x)); }
+  static double scalar_gradient(double x, double /*h*/) {
+    const double s = 1.0 / (1.0 + std::exp(-x));
+    return s * (1.0 + x * (1.0 - s));
+  }
   template <class V>
   static V vector(V x) {
     const V one = broadcast<V>(1.0f), e = exp_nonpositive(-absolute(x));
     return x * (x < V{} ? e : one) / (one + e);
   }
+  template <class V>
+  static V vector_gradient(V x, V /*h*/) {
+    const V one = broadcast<V>(1.0f), e = exp_nonpositive(-absolute(x)), r = one / (one + e);
+    const V s = x < V{} ? e * r : r, rest = x < V{} ? r : e * r;
+    return s * madd(x, rest, one);
+  }
 };
 
-struct Elu {  // x > 0 ? x : e^x - 1
+struct Elu {  // x > 0 ? x : e^x - 1;  x > 0 ? 1 : e^x
   static double scalar(double x) { return x > 0 ? x : std::expm1(x); }
+  static double scalar_gradient(double x, double /*h*/) { return x > 0 ? 1 : std::exp(x); }
   template <class V>
   static V vector(V x) {
     return x > V{} ? x : expm1_nonpositive(x);
+  }
+  template <class V>
+  static V vector_gradient(V x, V h) {
+    return x > V{} ? broadcast<V>(1.0f) : h + broadcast<V>(1.0f);
+  }
+};
+
+struct Sigmoid {  // 1 / (1 + e^-x)
+  static double scalar(double x) { return 1.0 / (1.0 + std::exp(-x)); }
+  template <class V>
+  static V vector(V x) {
+    const V one = broadcast<V>(1.0f), e = exp_nonpositive(-absolute(x));
+    return (x < V{} ? e : one) / (one + e);
   }
 };
 
 struct Softplus {  // log(1 + e^x); x itself above 20, as torch has it
   static double scalar(double x) { return x > 20 ? x : std::log1p(std::exp(x)); }
+  static double scalar_gradient(double x, double /*h*/) { return x > 20 ? 1 : Sigmoid::scalar(x); }
+  // log(1 + e^-|x|). With u = e^-|x|, s = u / (2 + u) <= 1/3 and h = u^2 / 2,
+  // log1p(u) = 2 atanh(s) = 2s + s q Q(q) = u - (h - s (h + q Q)), which leads with u itself.
   template <class V>
-  static V vector(V x) {
-    // max(x, 0) + log1p(u), u = e^-|x|. With s = u / (2 + u) <= 1/3 and h = u^2 / 2,
-    // log1p(u) = 2 atanh(s) = 2s + s q Q(q) = u - (h - s (h + q Q)), which leads with u itself.
+  static V excess(V x) {
     const V u = exp_nonpositive(-absolute(x));
     const V s = u / (broadcast<V>(2.0f) + u), q = s * s;
     V p = broadcast<V>(0.2430094393f);
@@ -133,18 +198,43 @@ struct Softplus {  // log(1 + e^x); x itself above 20, as torch has it
     p = madd(p, q, broadcast<V>(0.3999887773f));
     p = madd(p, q, broadcast<V>(0.6666667562f));
     const V h = broadcast<V>(0.5f) * u * u;
-    const V log1p = u - (h - s * madd(p, q, h));
-    return x > broadcast<V>(20.0f) ? x : at_least(V{}, x) + log1p;
+    return u - (h - s * madd(p, q, h));
+  }
+  template <class V>
+  static V vector(V x) {
+    return x > broadcast<V>(20.0f) ? x : at_least(V{}, x) + excess(x);
+  }
+  template <class V>
+  static V vector_gradient(V x, V /*h*/) {
+    return x > broadcast<V>(20.0f) ? broadcast<V>(1.0f) : Sigmoid::vector(x);
   }
 };
 
-struct Tanh {
+struct Tanh {  // 1 - h^2
   static double scalar(double x) { return std::tanh(x); }
+  static double scalar_gradient(double /*x*/, double h) { return 1 - h * h; }
   template <class V>
   static V vector(V x) {
     // -em / (em + 2), em = e^(-2|x|) - 1
     const V em = expm1_nonpositive(broadcast<V>(-2.0f) * absolute(x));
     return copy_sign(-em / (em + broadcast<V>(2.0f)), x);
+  }
+  template <class V>
+  static V vector_gradient(V /*x*/, V h) {
+    return (broadcast<V>(1.0f) - h) * (broadcast<V>(1.0f) + h);
+  }
+};
+
+struct Identity {
+  static double scalar(double x) { return x; }
+  static double scalar_gradient(double /*x*/, double /*h*/) { return 1; }
+  template <class V>
+  static V vector(V x) {
+    return x;
+  }
+  template <class V>
+  static V vector_gradient(V /*x*/, V /*h*/) {
+    return broadcast<V>(1.0f);
   }
 };
 
@@ -173,6 +263,40 @@ inline void activate(Activation activation, Real* rows, int64_t n) {
     case Activation::tanh: return apply_rows<Tanh, Real, V>(rows, n);
     case Activation::relu:
     case Activation::identity: return;
+  }
+}
+
+// rows[i] <- act(rows[i]) and gradient[i] <- act'(rows[i]), likewise.
+template <class F, class Real, class V>
+inline void apply_rows_with_gradient(Real* rows, Real* gradient, int64_t n) {
+  for (int64_t i = 0; i < n; i += lanes_of<V>()) {
+    const V x = load<V>(rows + i);
+    V h = x, d{};
+    if constexpr (std::is_same_v<Real, float>) {
+      h = F::template vector<V>(x);
+      d = F::template vector_gradient<V>(x, h);
+    } else {
+      for (int lane = 0; lane < lanes_of<V>(); ++lane) {
+        h[lane] = F::scalar(x[lane]);
+        d[lane] = F::scalar_gradient(x[lane], h[lane]);
+      }
+    }
+    store(rows + i, h);
+    store(gradient + i, d);
+  }
+}
+template <class V, class Real>
+inline void activate_with_gradient(Activation activation, Real* rows, Real* gradient, int64_t n) {
+  switch (activation) {
+    case Activation::gelu: return apply_rows_with_gradient<Gelu, Real, V>(rows, gradient, n);
+    case Activation::silu: return apply_rows_with_gradient<Silu, Real, V>(rows, gradient, n);
+    case Activation::elu: return apply_rows_with_gradient<Elu, Real, V>(rows, gradient, n);
+    case Activation::softplus:
+      return apply_rows_with_gradient<Softplus, Real, V>(rows, gradient, n);
+    case Activation::tanh: return apply_rows_with_gradient<Tanh, Real, V>(rows, gradient, n);
+    case Activation::identity:
+      return apply_rows_with_gradient<Identity, Real, V>(rows, gradient, n);
+    case Activation::relu: return;
   }
 }
 

@@ -10,6 +10,7 @@
 
 #include "kernels/cpu/activations-inl.h"
 #include "kernels/cpu/ensemble_mlp_common-inl.h"
+#include "kernels/cpu/ensemble_mlp_dropout-inl.h"
 #include "kernels/cpu/ensemble_mlp_panels-inl.h"
 #include "kernels/cpu/ensemble_mlp_stripes-inl.h"
 

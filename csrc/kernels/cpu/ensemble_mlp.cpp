@@ -14,15 +14,10 @@
 #endif
 
 #include "kernels/cpu/isa.h"
+#include "kernels/dropout.h"
 
 namespace pyens {
 namespace {
-
-constexpr int64_t kBlock = 128;  // of the accumulation contract, in inputs
-// Below so many examples, lanes full of neurons beat lanes half empty of examples; with packed
-// weights for longer.
-constexpr int64_t kSmallBatch = 8;
-constexpr int64_t kSmallBatchPacked = 10;
 
 struct MLPFunctions {
   int64_t (*work_items)(const EnsembleMLPParams&);

@@ -2,6 +2,12 @@
 
 namespace pyens::PYENS_ISA::ensemble_mlp {
 
+constexpr int64_t kBlock = 128;  // of the accumulation contract, in inputs
+// Below so many examples, lanes full of neurons beat lanes half empty of examples; with packed
+// weights for longer.
+constexpr int64_t kSmallBatch = 8;
+constexpr int64_t kSmallBatchPacked = 10;
+
 // --- how one element type is computed ------------------------------------------------------------
 // Elem: storage. Real: arithmetic. A "unit" is what one multiply-add reads of a row: one Real, or
 // with bfloat16 dot products a pair of bfloat16 in the 32 bits of a float.
@@ -87,7 +93,8 @@ int64_t tile_size(const EnsembleMLPParams& p) {
 }
 
 inline bool small_batch(const EnsembleMLPParams& p) {
-  return p.batch < (p.packed ? kSmallBatchPacked : kSmallBatch);
+  // Dropout is drawn with examples in the lanes.
+  return p.dropout == 0 && p.batch < (p.packed ? kSmallBatchPacked : kSmallBatch);
 }
 
 // Members that a small batch takes through the layers together.

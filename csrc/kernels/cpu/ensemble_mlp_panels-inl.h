@@ -8,15 +8,16 @@
 
 namespace pyens::PYENS_ISA::ensemble_mlp {
 
-// z[r] (first ? bias : z) + sum_k w[r][k] x[k] for R neurons and NV vectors of examples, at least
-// `floor`.
-template <class A, int R, int NV>
-void panel_block(const typename A::Real* w, int64_t w_stride, const typename A::Real* x,
-                 int64_t k_count, typename A::Real* z, const typename A::Real* bias, bool first,
-                 typename A::Real floor) {
+// sum[r][v] <- sum_k w(r, k) x[k] for R rows and NV vectors of examples. w(r, k) is w[r][k], or
+// kTransposed w[k][r].
+template <class A, bool kTransposed, int R, int NV>
+inline __attribute__((always_inline)) void panel_products(const typename A::Real* w,
+                                                          int64_t w_stride,
+                                                          const typename A::Real* x,
+                                                          int64_t k_count,
+                                                          WideOf<A> (&sum)[R][NV]) {
   using V = WideOf<A>;
   constexpr int N = lanes_of<V>();
-  V sum[R][NV];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
@@ -28,44 +29,72 @@ void panel_block(const typename A::Real* w, int64_t w_stride, const typename A::
     for (int v = 0; v < NV; ++v) input[v] = load<V>(x + k * kPanel<A> + v * N);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const V weight = broadcast<V>(w[r * w_stride + k]);
+      const V weight = broadcast<V>(kTransposed ? w[k * w_stride + r] : w[r * w_stride + k]);
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) sum[r][v] = A::product(weight, input[v], sum[r][v]);
     }
   }
-  const V low = broadcast<V>(floor);
+}
+
+// z[r] <- max(floor, (first ? bias[r] : z[r]) + sum_k w[r][k] x[k])
+template <class A>
+struct ForwardBlock {
+  using Real = typename A::Real;
+  const Real* w;
+  int64_t w_stride;
+  const Real* x;
+  int64_t k_count;
+  Real* z;
+  const Real* bias;
+  bool first;
+  Real floor;
+
+  template <int R, int NV>
+  void run(int64_t row) const {
+    using V = WideOf<A>;
+    V sum[R][NV];
+    panel_products<A, false, R, NV>(w + row * w_stride, w_stride, x, k_count, sum);
+    const V low = broadcast<V>(floor);
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) {
-      typename A::Real* out = z + r * kPanel<A> + v * N;
-      const V base = first ? broadcast<V>(bias[r]) : load<V>(out);
-      store(out, at_least(low, base + sum[r][v]));
+      for (int v = 0; v < NV; ++v) {
+        Real* out = z + (row + r) * kPanel<A> + v * lanes_of<V>();
+        const V base = first ? broadcast<V>(bias[row + r]) : load<V>(out);
+        store(out, at_least(low, base + sum[r][v]));
+      }
     }
+  }
+};
+
+template <int NV, class Block>
+void run_rows(int64_t rows, const Block& block) {
+  // Balanced blocks: 50 neurons are 5 blocks of 6 and 4 of 5, never one of 2.
+  const int64_t blocks = (rows + kRows - 1) / kRows;
+  for (int64_t b = 0, row = 0; b < blocks; ++b) {
+    const int64_t count = rows / blocks + (b < rows % blocks);
+    switch (count) {
+      case 6: block.template run<6, NV>(row); break;
+      case 5: block.template run<5, NV>(row); break;
+      case 4: block.template run<4, NV>(row); break;
+      case 3: block.template run<3, NV>(row); break;
+      case 2: block.template run<2, NV>(row); break;
+      default: block.template run<1, NV>(row); break;
+    }
+    row += count;
   }
 }
 
-template <class A, int NV>
-void panel_rows(int64_t rows, const typename A::Real* w, int64_t w_stride,
-                const typename A::Real* x, int64_t k_count, typename A::Real* z,
-                const typename A::Real* bias, bool first, typename A::Real floor) {
-  // Balanced blocks: 50 neurons are 5 blocks of 6 and 4 of 5, never one of 2.
-  const int64_t blocks = (rows + kRows - 1) / kRows;
-  for (int64_t b = 0, r = 0; b < blocks; ++b) {
-    const int64_t count = rows / blocks + (b < rows % blocks);
-    auto go = [&](auto block) {
-      block(w + r * w_stride, w_stride, x, k_count, z + r * kPanel<A>, bias + r, first, floor);
-    };
-    switch (count) {
-      case 6: go(panel_block<A, 6, NV>); break;
-      case 5: go(panel_block<A, 5, NV>); break;
-      case 4: go(panel_block<A, 4, NV>); break;
-      case 3: go(panel_block<A, 3, NV>); break;
-      case 2: go(panel_block<A, 2, NV>); break;
-      default: go(panel_block<A, 1, NV>); break;
-    }
-    r += count;
+// block.run<R, NV>(row) for all rows, over the vectors that hold the panel's examples.
+template <class A, class Block>
+void run_panel(int64_t rows, int64_t examples, const Block& block) {
+  constexpr int kLanes = kWideLanes<typename A::Real>;
+  if constexpr (kVectors == 4) {
+    if (examples > 3 * kLanes) return run_rows<4>(rows, block);
+    if (examples > 2 * kLanes) return run_rows<3>(rows, block);
   }
+  if (examples > kLanes) return run_rows<2>(rows, block);
+  run_rows<1>(rows, block);
 }
 
 // Rows [row, row + rows) x inputs of unit [k, k + k_count) of a layer: a pointer and its row
@@ -90,10 +119,11 @@ const typename A::Real* weight_block(const MLPLayer& layer, int64_t member, int6
   }
 }
 
-// The tile's rows of [B, I] into panels [unit][kPanel]; lanes without an example are 0.
+// The tile's rows of [B, I] into panels [unit][kPanel]; lanes without an example are 0, and so are
+// examples whose weight is 0.
 template <class A>
 void pack_input(const typename A::Elem* rows, int64_t row_stride, int64_t examples, int64_t in,
-                typename A::Real* panels) {
+                typename A::Real* panels, const typename A::Real* example_weight = nullptr) {
   using V = NarrowOf<A>;
   constexpr int N = lanes_of<V>();
   const int64_t unit_count = units<A>(in);
@@ -102,7 +132,9 @@ void pack_input(const typename A::Elem* rows, int64_t row_stride, int64_t exampl
     for (int64_t u = 0; u < unit_count; u += N) {
       V r[N];
       for (int i = 0; i < N; ++i) {
-        r[i] = b + i < examples ? A::load_units(rows + (b + i) * row_stride, u, in) : V{};
+        const bool present =
+            b + i < examples && (example_weight == nullptr || example_weight[b + i] != 0);
+        r[i] = present ? A::load_units(rows + (b + i) * row_stride, u, in) : V{};
       }
       transpose(r);
       const int64_t n = std::min<int64_t>(N, unit_count - u);
@@ -158,63 +190,58 @@ inline void pair_panels(const float* z, int64_t panel_count, int64_t features, f
 }
 #endif
 
-// All layers of one member over one tile whose input lies in scratch.input.
+// z <- W x + b of one layer over one tile, and where the next layer follows its ReLU.
 template <class A>
-void forward_tile(const EnsembleMLPParams& p, int64_t member, int64_t examples,
+void forward_layer(const EnsembleMLPParams& p, int64_t l, int64_t member, int64_t examples,
+                   const typename A::Real* x, typename A::Real* z, typename A::Real* weights,
+                   typename A::Real* bias) {
+  using Real = typename A::Real;
+  constexpr int64_t P = kPanel<A>;
+  const MLPLayer& layer = p.layers[l];
+  const int64_t unit_count = units<A>(layer.in);
+  load_bias<A>(layer, member, bias);
+  for (int64_t row = 0; row < layer.out; row += kNeuronBlock) {
+    const int64_t rows = std::min(kNeuronBlock, layer.out - row);
+    for (int64_t k = 0; k < unit_count; k += kBlockUnits<A>) {
+      const int64_t k_count = std::min(kBlockUnits<A>, unit_count - k);
+      const bool unfinished = l + 1 == p.num_layers || k + k_count < unit_count;
+      ForwardBlock<A> block;
+      block.w = weight_block<A>(layer, member, row, rows, k, k_count, weights, &block.w_stride);
+      block.k_count = k_count;
+      block.bias = bias + row;
+      block.first = k == 0;
+      block.floor = relu_floor<Real>(p, unfinished);
+      for (int64_t panel = 0; panel * P < examples; ++panel) {
+        block.x = x + (panel * unit_count + k) * P;
+        block.z = z + (panel * layer.out + row) * P;
+        run_panel<A>(rows, examples - panel * P, block);
+      }
+    }
+  }
+}
+
+// All layers of one member over one tile, [first, first + examples), that lies in scratch.input.
+template <class A>
+void forward_tile(const EnsembleMLPParams& p, int64_t member, int64_t first, int64_t examples,
                   const Scratch<A>& scratch, typename A::Elem* output) {
   using Real = typename A::Real;
   constexpr int64_t P = kPanel<A>;
-  constexpr int kLanes = kWideLanes<Real>;
   const int64_t panel_count = (examples + P - 1) / P;
   const Real* x = scratch.input;
   for (int64_t l = 0; l < p.num_layers; ++l) {
-    const MLPLayer& layer = p.layers[l];
-    const bool last = l + 1 == p.num_layers;
-    const int64_t unit_count = units<A>(layer.in);
+    const int64_t out = p.layers[l].out;
     Real* z = scratch.hidden[l % 2];
-    load_bias<A>(layer, member, scratch.bias);
-    for (int64_t row = 0; row < layer.out; row += kNeuronBlock) {
-      const int64_t rows = std::min(kNeuronBlock, layer.out - row);
-      for (int64_t k = 0; k < unit_count; k += kBlockUnits<A>) {
-        const int64_t k_count = std::min(kBlockUnits<A>, unit_count - k);
-        const Real floor = relu_floor<Real>(p, last || k + k_count < unit_count);
-        int64_t stride;
-        const Real* w =
-            weight_block<A>(layer, member, row, rows, k, k_count, scratch.weights, &stride);
-        for (int64_t panel = 0; panel < panel_count; ++panel) {
-          const Real* px = x + (panel * unit_count + k) * P;
-          Real* pz = z + (panel * layer.out + row) * P;
-          const int64_t left = examples - panel * P;
-          auto go = [&](auto kernel) {
-            kernel(rows, w, stride, px, k_count, pz, scratch.bias + row, k == 0, floor);
-          };
-          if constexpr (kVectors == 4) {
-            if (left > 3 * kLanes) {
-              go(panel_rows<A, 4>);
-              continue;
-            }
-            if (left > 2 * kLanes) {
-              go(panel_rows<A, 3>);
-              continue;
-            }
-          }
-          if (left > kLanes) {
-            go(panel_rows<A, 2>);
-          } else {
-            go(panel_rows<A, 1>);
-          }
-        }
-      }
-    }
-    if (last) {
-      unpack_output<A>(z, examples, layer.out, output);
+    forward_layer<A>(p, l, member, examples, x, z, scratch.weights, scratch.bias);
+    if (l + 1 == p.num_layers) {
+      unpack_output<A>(z, examples, out, output);
       return;
     }
-    activate<WideOf<A>>(p.activation, z, panel_count * layer.out * P);
+    activate<WideOf<A>>(p.activation, z, panel_count * out * P);
+    if (p.dropout > 0) drop(p, l, member, first, examples, z);
     x = z;
 #if PYENS_ISA_LEVEL >= 3
     if constexpr (A::kPerUnit == 2) {
-      pair_panels(z, panel_count, layer.out, scratch.pairs);
+      pair_panels(z, panel_count, out, scratch.pairs);
       x = scratch.pairs;
     }
 #endif
@@ -238,7 +265,7 @@ void run_tiles(const EnsembleMLPParams& p, int64_t begin, int64_t end, const Scr
       packed_tile = t;
     }
     auto* output = static_cast<Elem*>(p.output) + (m * p.batch + first) * out;
-    forward_tile<A>(p, m, examples, scratch, output);
+    forward_tile<A>(p, m, first, examples, scratch, output);
   }
 }
 

@@ -272,6 +272,59 @@ inline __attribute__((always_inline)) void transpose(V (&r)[2]) {
   r[0] = s;
 }
 
+// Lane i: the sum of the lanes of r[i]. Half of the work of a transposition at each of log2(N)
+// steps: two vectors are shuffled into one pair of halves, and added.
+template <class V>
+inline __attribute__((always_inline)) V sum_lanes(V (&r)[2]) {
+  return PYENS_SHUFFLE(r[0], r[1], 0, 2) + PYENS_SHUFFLE(r[0], r[1], 1, 3);
+}
+template <class V>
+inline __attribute__((always_inline)) V sum_lanes(V (&r)[4]) {
+  const V a = PYENS_SHUFFLE(r[0], r[1], 0, 4, 1, 5) + PYENS_SHUFFLE(r[0], r[1], 2, 6, 3, 7);
+  const V b = PYENS_SHUFFLE(r[2], r[3], 0, 4, 1, 5) + PYENS_SHUFFLE(r[2], r[3], 2, 6, 3, 7);
+  return PYENS_SHUFFLE(a, b, 0, 1, 4, 5) + PYENS_SHUFFLE(a, b, 2, 3, 6, 7);
+}
+template <class V>
+inline __attribute__((always_inline)) V sum_lanes_of_four(const V* r) {  // in each half of 8 lanes
+  static_assert(lanes_of<V>() == 8);
+  const V a = PYENS_SHUFFLE(r[0], r[1], 0, 8, 1, 9, 4, 12, 5, 13) +
+              PYENS_SHUFFLE(r[0], r[1], 2, 10, 3, 11, 6, 14, 7, 15);
+  const V b = PYENS_SHUFFLE(r[2], r[3], 0, 8, 1, 9, 4, 12, 5, 13) +
+              PYENS_SHUFFLE(r[2], r[3], 2, 10, 3, 11, 6, 14, 7, 15);
+  return PYENS_SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
+         PYENS_SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+}
+template <class V>
+inline __attribute__((always_inline)) V sum_lanes(V (&r)[8]) {
+  const V a = sum_lanes_of_four(r), b = sum_lanes_of_four(r + 4);
+  return PYENS_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
+         PYENS_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+template <class V>
+inline __attribute__((always_inline)) V sum_lanes(V (&r)[16]) {
+  V s[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const V* q = r + 4 * i;
+    const V a =
+        PYENS_SHUFFLE(q[0], q[1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+        PYENS_SHUFFLE(q[0], q[1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    const V b =
+        PYENS_SHUFFLE(q[2], q[3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+        PYENS_SHUFFLE(q[2], q[3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    s[i] = PYENS_SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           PYENS_SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  }
+  const V a =
+      PYENS_SHUFFLE(s[0], s[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+      PYENS_SHUFFLE(s[0], s[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  const V b =
+      PYENS_SHUFFLE(s[2], s[3], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+      PYENS_SHUFFLE(s[2], s[3], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  return PYENS_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+         PYENS_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+
 // r[i] <- element i of each of the N rows that start at row(0) ... row(N - 1).
 template <class V, int N, class Row>
 inline __attribute__((always_inline)) void load_transposed(const Row& row, V (&r)[N]) {

@@ -13,6 +13,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/common.cuh"
+#include "kernels/dropout.h"
 #include "kernels/ensemble_mlp.h"
 
 namespace pyens {
@@ -67,9 +68,15 @@ __global__ void __launch_bounds__(kThreads) ensemble_mlp_kernel(const Arguments 
       }
       if (last) {
         from_real(total, output + b * layer.out + o);
-      } else {
-        z[b * a.row_reals + o] = activate(p.activation, total);
+        continue;
       }
+      R h = activate(p.activation, total);
+      if (p.dropout > 0) {
+        const uint64_t key = dropout_unit_key(dropout_layer_key(p.dropout_seeds[member], l), o);
+        const uint32_t hash = dropout_hash(static_cast<uint32_t>(first + b), key);
+        h = hash >= dropout_threshold(p.dropout) ? h * R(1 / (1 - p.dropout)) : R(0);
+      }
+      z[b * a.row_reals + o] = h;
     }
     __syncthreads();
     R* const swap = x;

@@ -1,0 +1,617 @@
+// One training pass of the ensemble MLP: forward, loss, backward, tile by tile.
+//
+// A tile of examples goes through all layers of one member and back before the next one starts, so
+// activations are never stored: they lie in cache, in the panels of ensemble_mlp_panels-inl.h. Three
+// products per layer, each bound by multiply-adds:
+//
+//   outputs          z = W x      kRows neurons x kVectors vectors in registers, weights broadcast
+//   input gradients  W^T g        the same with the weights read down their columns
+//   weight gradients g x^T        as many (neuron, input) pairs as a vector has lanes; each lane sums
+//                                 its examples, and at the end of the tile the lanes are summed
+//
+// Order of summation, fixed by the batch alone. A weight gradient: per lane one chain of multiply-
+// adds over the tile's examples; the lanes of a tile in a tree; the tiles of a span in order; the
+// (at most kMaxSpans) spans in order. The gradient of a shared input: members in order within each
+// of at most kMaxGroups groups, the groups in order. So no bit depends on the number of threads, and
+// but for a shared input none on the members beside.
+
+#include "kernels/cpu/activations-inl.h"
+#include "kernels/cpu/ensemble_mlp_common-inl.h"
+#include "kernels/cpu/ensemble_mlp_dropout-inl.h"
+#include "kernels/cpu/ensemble_mlp_losses-inl.h"
+#include "kernels/cpu/ensemble_mlp_panels-inl.h"
+
+namespace pyens::PYENS_ISA::ensemble_mlp {
+
+constexpr int64_t kMaxSpans = 16;
+constexpr int64_t kMaxGroups = 8;
+
+// --- how the work is cut ---------------------------------------------------------------------------
+
+inline MLPLayerGradient wanted_gradient(const EnsembleMLPTraining& t, int64_t l) {
+  return t.gradients ? t.gradients[l] : MLPLayerGradient{};
+}
+
+template <class A>
+struct TrainingSchedule {
+  using Real = typename A::Real;
+  int64_t tile, tiles;  // examples per tile; tiles in the batch
+  int64_t tiles_per_span, spans;
+  int64_t group_members, groups;  // a group's members add to one gradient of a shared input
+  int64_t member_gradients;       // weights and biases of one member, those asked for
+  int64_t input_gradients;        // of one group
+  bool by_span;                   // spans run apart: an item is a span of a group
+  int64_t lowest;                 // the lowest layer that is differentiated
+
+  explicit TrainingSchedule(const EnsembleMLPTraining& t) {
+    const EnsembleMLPParams& p = t.forward;
+    int64_t widths = p.layers[0].in;
+    for (int64_t l = 0; l < p.num_layers; ++l) widths += p.layers[l].out;
+    int64_t largest = kMaxTile;
+    while (largest > kPanel<A> && largest * widths > (int64_t{1} << 20)) largest /= 2;
+    tiles = (p.batch + largest - 1) / largest;
+    tile = round_up((p.batch + tiles - 1) / tiles, kPanel<A>);
+    tiles = (p.batch + tile - 1) / tile;
+    tiles_per_span = (tiles + kMaxSpans - 1) / kMaxSpans;
+    spans = (tiles + tiles_per_span - 1) / tiles_per_span;
+
+    member_gradients = 0;
+    lowest = p.num_layers;
+    for (int64_t l = p.num_layers; l-- > 0;) {
+      const MLPLayerGradient wanted = wanted_gradient(t, l);
+      if (wanted.weight) member_gradients += p.layers[l].out * p.layers[l].in;
+      if (wanted.bias) member_gradients += p.layers[l].out;
+      if (wanted.weight || wanted.bias) lowest = l;
+    }
+    if (t.grad_input) lowest = 0;
+
+    const bool shared = t.grad_input && t.sum_grad_input;
+    group_members = shared ? (p.ensemble_size + kMaxGroups - 1) / kMaxGroups : 1;
+    groups = (p.ensemble_size + group_members - 1) / group_members;
+    input_gradients = shared ? tiles * tile * p.layers[0].in : 0;
+    // Where groups alone would leave threads idle. It costs memory, and no bit changes.
+    constexpr int64_t kMostBytes = int64_t{1} << 29;
+    by_span = spans > 1 && groups < 4 * t.threads &&
+              spans * p.ensemble_size * member_gradients <
+                  kMostBytes / static_cast<int64_t>(sizeof(Real));
+  }
+
+  int64_t items() const { return by_span ? spans * groups : groups; }
+};
+
+// Shared by all threads: what the rounds hand on to each other.
+template <class A>
+struct TrainingPartial {
+  using Real = typename A::Real;
+  double* weight_sum;  // [E]
+  double* loss_sum;    // [E, spans]
+  Real* gradients;     // [spans, E, member_gradients], by_span
+  Real* input;         // [groups, tiles, panels of in], of a shared input
+  size_t bytes;
+
+  TrainingPartial(const EnsembleMLPTraining& t, const TrainingSchedule<A>& s) {
+    const int64_t e = t.forward.ensemble_size;
+    bytes = 0;
+    auto take = [&](int64_t size) {
+      char* at = t.partial ? static_cast<char*>(t.partial) + bytes : nullptr;
+      bytes += static_cast<size_t>(round_up(size, 64));
+      return at;
+    };
+    const auto real = static_cast<int64_t>(sizeof(Real)),
+               wide = static_cast<int64_t>(sizeof(double));
+    weight_sum = reinterpret_cast<double*>(take(e * wide));
+    loss_sum = reinterpret_cast<double*>(take(e * s.spans * wide));
+    gradients =
+        reinterpret_cast<Real*>(take(s.by_span ? s.spans * e * s.member_gradients * real : 0));
+    input = reinterpret_cast<Real*>(take(s.groups * s.input_gradients * real));
+  }
+};
+
+inline int64_t target_features(const EnsembleMLPTraining& t) {
+  const int64_t out = t.forward.layers[t.forward.num_layers - 1].out;
+  if (t.loss == Loss::cross_entropy) return 1;
+  return t.loss == Loss::gaussian_nll ? out / 2 : out;
+}
+// Terms that the loss of an example is the mean of.
+inline int64_t loss_terms(const EnsembleMLPTraining& t) {
+  return t.loss == Loss::none ? 1 : target_features(t);
+}
+
+// Of one thread.
+template <class A>
+struct TrainingScratch {
+  using Real = typename A::Real;
+  Real* input;           // panels of the tile's input
+  Real* target;          // panels of its targets
+  Real* example_weight;  // [tile], 0 behind the last example
+  Real** hidden;         // [layers]: panels of what each layer puts out
+  Real** slope;          // [layers]: derivative of the activation there, unless it is the ReLU
+  Real* gradient[2];     // by what a layer reads, in turn
+  Real* weights;         // a block of weights, converted
+  Real* bias;            // of one layer
+  Real* member;          // weights and biases of one member over one span
+  size_t bytes;
+
+  TrainingScratch(const EnsembleMLPTraining& t, const TrainingSchedule<A>& s, void* base) {
+    const EnsembleMLPParams& p = t.forward;
+    bytes = 0;
+    auto take = [&](int64_t size) {
+      char* at = base ? static_cast<char*>(base) + bytes : nullptr;
+      bytes += static_cast<size_t>(round_up(size, 64));
+      return at;
+    };
+    auto reals = [&](int64_t n) {
+      return reinterpret_cast<Real*>(take(n * static_cast<int64_t>(sizeof(Real))));
+    };
+    const int64_t pointers = p.num_layers * static_cast<int64_t>(sizeof(Real*));
+    hidden = reinterpret_cast<Real**>(take(pointers));
+    slope = reinterpret_cast<Real**>(take(pointers));
+    input = reals(s.tile * p.layers[0].in);
+    target = reals(s.tile * target_features(t));
+    example_weight = reals(s.tile);
+    int64_t widest = t.grad_input ? p.layers[0].in : 0;  // of the layers' inputs
+    for (int64_t l = 0; l < p.num_layers; ++l) {
+      const bool last = l + 1 == p.num_layers;
+      const bool smooth = !last && l >= s.lowest && t.forward.activation != Activation::relu;
+      Real* h = reals(s.tile * p.layers[l].out);
+      Real* d = reals(smooth ? s.tile * p.layers[l].out : 0);
+      if (base) hidden[l] = h, slope[l] = smooth ? d : nullptr;
+      if (!last) widest = std::max(widest, p.layers[l].out);
+    }
+    for (Real*& g : gradient) g = reals(s.lowest < p.num_layers ? s.tile * widest : 0);
+    weights = reals(A::kDirect ? 0 : kNeuronBlock * kBlock);
+    bias = reals(round_up(max_width(p), kNarrowLanes<Real>));
+    member = reals(s.by_span ? 0 : s.member_gradients);
+  }
+};
+
+// --- gradients -------------------------------------------------------------------------------------
+
+// g[r] <- ((first ? 0 : g[r]) + sum_o w[o][r] z[o]) times the derivative of the activation, which is
+// what `slope` holds; or for the ReLU, scaled by dropout, `scale` where `relu` is not <= 0.
+template <class A>
+struct InputGradientBlock {
+  using Real = typename A::Real;
+  const Real* w;
+  int64_t w_stride;
+  const Real* x;
+  int64_t k_count;
+  Real* z;
+  bool first;
+  const Real* slope;
+  const Real* relu;
+  Real scale;
+
+  template <int R, int NV>
+  void run(int64_t row) const {
+    using V = WideOf<A>;
+    V sum[R][NV];
+    panel_products<A, true, R, NV>(w + row, w_stride, x, k_count, sum);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) {
+        const int64_t at = (row + r) * kPanel<A> + v * lanes_of<V>();
+        V g = first ? sum[r][v] : load<V>(z + at) + sum[r][v];
+        if (relu) g = load<V>(relu + at) <= V{} ? V{} : g * broadcast<V>(scale);
+        if (slope) g *= load<V>(slope + at);
+        store(z + at, g);
+      }
+    }
+  }
+};
+
+// gradient of what layer l reads, from the gradient of what it puts out. `add`: to what is there.
+template <class A>
+void input_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, int64_t examples,
+                    const typename A::Real* gradient, typename A::Real* result, bool add,
+                    const typename A::Real* hidden, const typename A::Real* slope,
+                    typename A::Real* weights) {
+  constexpr int64_t P = kPanel<A>;
+  const MLPLayer& layer = p.layers[l];
+  const bool relu = l > 0 && p.activation == Activation::relu;
+  for (int64_t row = 0; row < layer.in; row += kBlock) {
+    const int64_t rows = std::min(kBlock, layer.in - row);
+    for (int64_t k = 0; k < layer.out; k += kBlock) {
+      InputGradientBlock<A> block;
+      block.k_count = std::min(kBlock, layer.out - k);
+      block.w =
+          weight_block<A>(layer, member, k, block.k_count, row, rows, weights, &block.w_stride);
+      block.first = k == 0 && !add;
+      block.scale = static_cast<typename A::Real>(1 / (1 - p.dropout));
+      const bool finished = k + block.k_count == layer.out;
+      for (int64_t panel = 0; panel * P < examples; ++panel) {
+        const int64_t at = (panel * layer.in + row) * P;
+        block.x = gradient + (panel * layer.out + k) * P;
+        block.z = result + at;
+        block.relu = finished && relu ? hidden + at : nullptr;
+        block.slope = finished && slope ? slope + at : nullptr;
+        run_panel<A>(rows, examples - panel * P, block);
+      }
+    }
+  }
+}
+
+template <class Real>
+void put(Real* to, Real value, bool first) {
+  *to = first ? value : *to + value;
+}
+
+// Neurons x columns of a weight gradient that fill one vector of sums.
+template <class Real>
+constexpr int kColumns = kWideLanes<Real> < 4 ? kWideLanes<Real> : 4;
+template <class Real>
+constexpr int kNeurons = kWideLanes<Real> / kColumns<Real>;
+
+// Lane r * kColumns + c <- sum_b g[r][b] x[c][b]. Rows and columns behind the last repeat it.
+template <class Real, bool kFull>
+Wide<Real> weight_gradient_block(const Real* g, int64_t g_stride, int64_t rows, const Real* x,
+                                 int64_t x_stride, int64_t columns, int64_t examples) {
+  using V = Wide<Real>;
+  constexpr int N = lanes_of<V>(), C = kColumns<Real>, R = kNeurons<Real>;
+  constexpr int64_t P = kPanel<Plain<Real, Real>>;
+  V sum[N] = {};
+  for (int64_t first = 0; first < examples; first += P, g += g_stride, x += x_stride) {
+    const int64_t count = std::min(P, examples - first);
+    for (int64_t b = 0; b < count; b += N) {
+      V xs[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        xs[c] = load<V>(x + (kFull ? c : std::min<int64_t>(c, columns - 1)) * P + b);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const V gs = load<V>(g + (kFull ? r : std::min<int64_t>(r, rows - 1)) * P + b);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) sum[r * C + c] = madd(gs, xs[c], sum[r * C + c]);
+      }
+    }
+  }
+  return sum_lanes(sum);
+}
+
+// weight[o][i] <- (first ? 0 : weight[o][i]) + sum_b g[o][b] x[i][b] over the tile.
+template <class Real>
+void weight_gradient(const Real* g, int64_t out, const Real* x, int64_t in, int64_t examples,
+                     Real* weight, bool first) {
+  constexpr int64_t P = kPanel<Plain<Real, Real>>;
+  constexpr int C = kColumns<Real>, R = kNeurons<Real>;
+  Real sums[R * C];
+  for (int64_t o = 0; o < out; o += R) {
+    const int64_t rows = std::min<int64_t>(R, out - o);
+    for (int64_t i = 0; i < in; i += C) {
+      const int64_t columns = std::min<int64_t>(C, in - i);
+      Real* to = weight + o * in + i;
+      if (rows == R && columns == C) {
+        store(sums, weight_gradient_block<Real, true>(g + o * P, out * P, R, x + i * P, in * P, C,
+                                                      examples));
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+          for (int c = 0; c < C; ++c) put(to + r * in + c, sums[r * C + c], first);
+        }
+      } else {
+        store(sums, weight_gradient_block<Real, false>(g + o * P, out * P, rows, x + i * P, in * P,
+                                                       columns, examples));
+        for (int64_t r = 0; r < rows; ++r) {
+          for (int64_t c = 0; c < columns; ++c) put(to + r * in + c, sums[r * C + c], first);
+        }
+      }
+    }
+  }
+}
+
+// bias[o] <- (first ? 0 : bias[o]) + sum_b g[o][b] over the tile.
+template <class Real>
+void bias_gradient(const Real* g, int64_t out, int64_t examples, Real* bias, bool first) {
+  using V = Wide<Real>;
+  constexpr int N = lanes_of<V>(), C = kColumns<Real>;
+  constexpr int64_t P = kPanel<Plain<Real, Real>>;
+  for (int64_t o = 0; o < out; o += N) {
+    const int64_t rows = std::min<int64_t>(N, out - o);
+    V sum[N] = {};
+    for (int64_t r = 0; r < rows; r += C) {
+      V partial[C] = {};
+      for (int64_t b = 0; b < examples; b += N) {
+        const Real* at = g + (b / P * out + o + r) * P + b % P;
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+          partial[c] += load<V>(at + std::min<int64_t>(c, rows - 1 - r) * P);
+        }
+      }
+      for (int c = 0; c < C; ++c) sum[r + c] = partial[c];
+    }
+    const V total = sum_lanes(sum);
+    for (int r = 0; r < rows; ++r) put(bias + o + r, total[r], first);
+  }
+}
+
+// --- one member over one tile ----------------------------------------------------------------------
+
+// What lies in scratch from before: the tile whose shared input or target is packed there.
+struct Packed {
+  int64_t input = -1, target = -1;
+};
+
+template <class A>
+void load_tile(const EnsembleMLPTraining& t, const TrainingSchedule<A>& s, int64_t member,
+               int64_t tile, const TrainingScratch<A>& scratch, Packed& packed) {
+  using Real = typename A::Real;
+  using Elem = typename A::Elem;
+  const EnsembleMLPParams& p = t.forward;
+  const int64_t first = tile * s.tile, examples = std::min(s.tile, p.batch - first);
+  const auto* weight = static_cast<const Real*>(t.sample_weight);
+  if (weight) weight += member * t.sample_weight_member_stride + first;
+  // Examples that are left out are 0 in the input, so that nothing in them reaches a gradient.
+  const bool same_for_all = !weight || t.sample_weight_member_stride == 0;
+  if (p.input_member_stride != 0 || !same_for_all || packed.input != tile) {
+    const auto* rows = static_cast<const Elem*>(p.input) + member * p.input_member_stride +
+                       first * p.input_row_stride;
+    pack_input<A>(rows, p.input_row_stride, examples, p.layers[0].in, scratch.input, weight);
+    packed.input = tile;
+    for (int64_t b = 0; b < s.tile; ++b) {
+      scratch.example_weight[b] = b >= examples ? 0 : weight ? weight[b] : 1;
+    }
+  }
+  if (t.target_member_stride == 0 && packed.target == tile) return;
+  packed.target = tile;
+  const int64_t offset = member * t.target_member_stride + first * t.target_row_stride;
+  if (t.loss == Loss::none) {  // into the place of the outputs
+    pack_input<A>(static_cast<const Elem*>(t.target) + offset, t.target_row_stride, examples,
+                  target_features(t), scratch.hidden[p.num_layers - 1]);
+  } else if (t.loss == Loss::cross_entropy) {
+    const auto* labels = static_cast<const int64_t*>(t.target) + offset;
+    for (int64_t b = 0; b < examples; ++b) {
+      scratch.target[b] = static_cast<Real>(labels[b * t.target_row_stride]);
+    }
+    std::fill(scratch.target + examples, scratch.target + s.tile, 0);
+  } else {
+    pack_input<Plain<Real, Real>>(static_cast<const Real*>(t.target) + offset, t.target_row_stride,
+                                  examples, target_features(t), scratch.target);
+  }
+}
+
+// Returns the weighted sum of the examples' losses. `sums` are the member's gradients: weight and
+// bias of each layer that are asked for, one after the other from the last layer down.
+template <class A>
+double train_tile(const EnsembleMLPTraining& t, const TrainingSchedule<A>& s, int64_t member,
+                  int64_t tile, typename A::Real scale, const TrainingScratch<A>& scratch,
+                  typename A::Real* sums, bool first_sum, typename A::Real* shared_input,
+                  bool first_member) {
+  using Real = typename A::Real;
+  constexpr int64_t P = kPanel<A>;
+  const EnsembleMLPParams& p = t.forward;
+  const int64_t first = tile * s.tile, examples = std::min(s.tile, p.batch - first);
+  const int64_t panel_count = (examples + P - 1) / P, layers = p.num_layers;
+  const int64_t out = p.layers[layers - 1].out;
+
+  const Real* x = scratch.input;
+  for (int64_t l = 0; l < layers; ++l) {
+    const bool last = l + 1 == layers;
+    if (last && t.loss == Loss::none) break;
+    Real *h = scratch.hidden[l], *d = scratch.slope[l];
+    forward_layer<A>(p, l, member, examples, x, h, scratch.weights, scratch.bias);
+    x = h;
+    if (last) break;
+    const int64_t n = panel_count * p.layers[l].out * P;
+    if (d) {
+      activate_with_gradient<WideOf<A>>(p.activation, h, d, n);
+    } else {
+      activate<WideOf<A>>(p.activation, h, n);
+    }
+    if (p.dropout > 0) drop(p, l, member, first, examples, h, d);
+  }
+
+  const double loss =
+      loss_tile(t.loss, scratch.hidden[layers - 1], out, scratch.target, target_features(t),
+                scratch.example_weight, examples, scale, static_cast<Real>(t.temperature));
+
+  const Real* gradient = scratch.hidden[layers - 1];
+  for (int64_t l = layers; l-- > s.lowest;) {
+    const int64_t rows = p.layers[l].out, in = p.layers[l].in;
+    const Real* read = l == 0 ? scratch.input : scratch.hidden[l - 1];
+    const MLPLayerGradient wanted = wanted_gradient(t, l);
+    if (wanted.weight) {
+      weight_gradient(gradient, rows, read, in, examples, sums, first_sum);
+      sums += rows * in;
+    }
+    if (wanted.bias) {
+      bias_gradient(gradient, rows, examples, sums, first_sum);
+      sums += rows;
+    }
+    if (l == s.lowest && !(l == 0 && t.grad_input)) break;
+    Real* result = scratch.gradient[l % 2];
+    if (l > 0) {
+      input_gradient<A>(p, l, member, examples, gradient, result, false, read, scratch.slope[l - 1],
+                        scratch.weights);
+    } else if (shared_input) {
+      input_gradient<A>(p, l, member, examples, gradient, shared_input, !first_member, read,
+                        nullptr, scratch.weights);
+    } else {
+      input_gradient<A>(p, l, member, examples, gradient, result, false, read, nullptr,
+                        scratch.weights);
+      unpack_output<Plain<Real, Real>>(
+          result, examples, in, static_cast<Real*>(t.grad_input) + (member * p.batch + first) * in);
+    }
+    gradient = result;
+  }
+  return loss;
+}
+
+// --- the rounds ------------------------------------------------------------------------------------
+
+template <class A>
+ensemble_mlp_cpu::TrainingPlan plan_training(const EnsembleMLPTraining& t) {
+  const TrainingSchedule<A> s(t);
+  const EnsembleMLPParams& p = t.forward;
+  ensemble_mlp_cpu::TrainingPlan plan{};
+  plan.items = s.items();
+  plan.partial_bytes = TrainingPartial<A>(t, s).bytes;
+  plan.scratch_bytes = TrainingScratch<A>(t, s, nullptr).bytes;
+  constexpr double kWorthAThread = 50e3;  // multiply-adds
+  double work = 1;
+  for (int64_t l = 0; l < p.num_layers; ++l) {
+    work += 3 * static_cast<double>(p.layers[l].in * p.layers[l].out * (p.batch + 1));
+  }
+  const auto items = static_cast<double>(plan.items);
+  work *= static_cast<double>(p.ensemble_size) / items;
+  plan.grain_size =
+      std::max<int64_t>(1, static_cast<int64_t>(std::min(items, kWorthAThread / work)));
+  // Members, then tiles of a shared input.
+  plan.finish_items = p.ensemble_size + (s.input_gradients ? s.tiles : 0);
+  const bool sums = s.by_span || s.input_gradients;
+  plan.finish_grain_size = sums ? 1 : plan.finish_items;
+  return plan;
+}
+
+template <class A>
+ensemble_mlp_cpu::TrainingError prepare_training(const EnsembleMLPTraining& t, int64_t begin,
+                                                 int64_t end) {
+  using Real = typename A::Real;
+  using ensemble_mlp_cpu::TrainingError;
+  const TrainingPartial<A> partial(t, TrainingSchedule<A>(t));
+  const EnsembleMLPParams& p = t.forward;
+  const int64_t classes = p.layers[p.num_layers - 1].out;
+  const bool own_weights = t.sample_weight && t.sample_weight_member_stride != 0;
+  for (int64_t m = begin; m < end; ++m) {
+    const auto* weight = static_cast<const Real*>(t.sample_weight);
+    if (weight) weight += m * t.sample_weight_member_stride;
+    double sum = weight ? 0 : static_cast<double>(p.batch);
+    if (m > begin && !own_weights) {
+      sum = partial.weight_sum[begin];
+    } else if (weight) {
+      for (int64_t b = 0; b < p.batch; ++b) {
+        if (!(weight[b] >= 0)) return TrainingError::sample_weight_negative;
+        sum += static_cast<double>(weight[b]);
+      }
+      if (std::isinf(sum)) return TrainingError::sample_weight_negative;
+    }
+    partial.weight_sum[m] = sum;
+    if (t.loss != Loss::cross_entropy) continue;
+    if (m > begin && !own_weights && t.target_member_stride == 0) continue;  // checked already
+    const auto* labels = static_cast<const int64_t*>(t.target) + m * t.target_member_stride;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const int64_t label = labels[b * t.target_row_stride];
+      const bool left_out = weight && weight[b] == 0;
+      if (!left_out && (label < 0 || label >= classes)) return TrainingError::target_out_of_range;
+    }
+  }
+  return TrainingError::none;
+}
+
+// Adds what was summed up over a span for one member to the result.
+template <class A>
+void add_span(const EnsembleMLPTraining& t, int64_t member, const typename A::Real* sums,
+              bool first) {
+  using Real = typename A::Real;
+  const auto add = [&](void* result, int64_t n) {
+    if (!result) return;
+    Real* to = static_cast<Real*>(result) + member * n;
+    for (int64_t i = 0; i < n; ++i) put(to + i, sums[i], first);
+    sums += n;
+  };
+  for (int64_t l = t.forward.num_layers; l-- > 0;) {
+    const MLPLayer& layer = t.forward.layers[l];
+    add(wanted_gradient(t, l).weight, layer.out * layer.in);
+    add(wanted_gradient(t, l).bias, layer.out);
+  }
+}
+
+template <class A>
+void train_group(const EnsembleMLPTraining& t, const TrainingSchedule<A>& s,
+                 const TrainingPartial<A>& partial, const TrainingScratch<A>& scratch, int64_t span,
+                 int64_t group, Packed& packed) {
+  using Real = typename A::Real;
+  const EnsembleMLPParams& p = t.forward;
+  const int64_t first_member = group * s.group_members, first_tile = span * s.tiles_per_span;
+  const int64_t last_member = std::min(first_member + s.group_members, p.ensemble_size);
+  const int64_t last_tile = std::min(first_tile + s.tiles_per_span, s.tiles);
+  for (int64_t m = first_member; m < last_member; ++m) {
+    const double terms = partial.weight_sum[m] * static_cast<double>(loss_terms(t));
+    Real scale = terms > 0 ? static_cast<Real>(1 / terms) : 0;
+    if (t.member_scale) scale *= static_cast<const Real*>(t.member_scale)[m];
+    Real* sums = s.by_span ? partial.gradients + (span * p.ensemble_size + m) * s.member_gradients
+                           : scratch.member;
+    double loss = 0;
+    for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+      Real* shared_input = nullptr;
+      if (s.input_gradients) {
+        shared_input = partial.input + group * s.input_gradients + tile * s.tile * p.layers[0].in;
+      }
+      load_tile(t, s, m, tile, scratch, packed);
+      loss += train_tile(t, s, m, tile, scale, scratch, sums, tile == first_tile, shared_input,
+                         m == first_member);
+    }
+    partial.loss_sum[m * s.spans + span] = loss;
+    if (!s.by_span) add_span<A>(t, m, sums, span == 0);
+  }
+}
+
+template <class A>
+void train(const EnsembleMLPTraining& t, int64_t begin, int64_t end, void* base) {
+  const TrainingSchedule<A> s(t);
+  const TrainingPartial<A> partial(t, s);
+  const TrainingScratch<A> scratch(t, s, base);
+  Packed packed;
+  if (s.by_span) {
+    for (int64_t item = begin; item < end; ++item) {
+      train_group(t, s, partial, scratch, item / s.groups, item % s.groups, packed);
+    }
+    return;
+  }
+  // Members run fastest: a shared input is packed once per tile.
+  for (int64_t span = 0; span < s.spans; ++span) {
+    for (int64_t group = begin; group < end; ++group) {
+      train_group(t, s, partial, scratch, span, group, packed);
+    }
+  }
+}
+
+// Adds the groups' gradients of a tile of the shared input, in order.
+template <class A>
+void finish_shared_input(const EnsembleMLPTraining& t, const TrainingSchedule<A>& s,
+                         const TrainingPartial<A>& partial, int64_t tile) {
+  using Real = typename A::Real;
+  using V = WideOf<A>;
+  const int64_t in = t.forward.layers[0].in, first = tile * s.tile;
+  const int64_t examples = std::min(s.tile, t.forward.batch - first);
+  Real* sum = partial.input + tile * s.tile * in;
+  for (int64_t group = 1; group < s.groups; ++group) {
+    const Real* more = sum + group * s.input_gradients;
+    for (int64_t i = 0; i < s.tile * in; i += lanes_of<V>()) {
+      store(sum + i, load<V>(sum + i) + load<V>(more + i));
+    }
+  }
+  unpack_output<Plain<Real, Real>>(sum, examples, in,
+                                   static_cast<Real*>(t.grad_input) + first * in);
+}
+
+template <class A>
+void finish_training(const EnsembleMLPTraining& t, int64_t begin, int64_t end) {
+  using Real = typename A::Real;
+  const TrainingSchedule<A> s(t);
+  const TrainingPartial<A> partial(t, s);
+  const int64_t ensemble_size = t.forward.ensemble_size;
+  for (int64_t item = begin; item < end; ++item) {
+    if (item >= ensemble_size) {
+      finish_shared_input(t, s, partial, item - ensemble_size);
+      continue;
+    }
+    if (t.loss_output) {
+      double loss = 0;
+      for (int64_t i = 0; i < s.spans; ++i) loss += partial.loss_sum[item * s.spans + i];
+      const double terms = partial.weight_sum[item] * static_cast<double>(loss_terms(t));
+      static_cast<Real*>(t.loss_output)[item] = terms > 0 ? static_cast<Real>(loss / terms) : 0;
+    }
+    for (int64_t span = 0; s.by_span && span < s.spans; ++span) {
+      const int64_t at = (span * ensemble_size + item) * s.member_gradients;
+      add_span<A>(t, item, partial.gradients + at, span == 0);
+    }
+  }
+}
+
+template <class A>
+constexpr TrainingFunctions kTrainingFunctions = {plan_training<A>, prepare_training<A>, train<A>,
+                                                  finish_training<A>};
+
+}  // namespace pyens::PYENS_ISA::ensemble_mlp

@@ -1,0 +1,106 @@
+"""The loss inside the fused ensemble MLP."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyens import reference
+from pyens._library import _C
+
+_peek_transform = torch._C._functorch.peek_interpreter_stack
+
+
+def ensemble_mlp_loss(
+    input: Tensor,
+    target: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None = None,
+    *,
+    loss: str,
+    activation: str = "relu",
+    temperature: float = 1.0,
+    sample_weight: Tensor | None = None,
+    dropout: float = 0.0,
+    dropout_seeds: Tensor | None = None,
+) -> Tensor:
+    r"""Each member's own mean loss, computed with its gradient in one pass over the examples.
+
+    With z[m, b] = `ensemble_mlp(input, ...)`[m, b], targets y and K outputs, the loss of an example is
+
+        mse             1/K sum_k (z_k - y_k)^2
+        bce             1/K sum_k log(1 + e^z_k) - z_k y_k                                  z are logits
+        gaussian_nll    1/K sum_k log(v_k)/2 + (y_k - z_k)^2 / (2 v_k)    v_k = softplus(z_{K+k}) + 1e-6
+        cross_entropy   -log softmax(z / temperature)_y                                     y is a class
+
+    in nats, gaussian_nll without its constant, and loss[m] = sum_b w_b loss(m, b) / sum_b w_b. An ensemble
+    trains on `loss.sum()`: the sum of its members' losses, never the loss of their mean.
+
+    Where a gradient is needed, it is computed along with the loss, tile by tile, and backward only scales it.
+    Nothing of size `[E, B, hidden]` is ever stored. One exception: the gradient of a shared input is computed
+    in backward by a second pass, for it sums over members that are scaled differently.
+
+    Args:
+        input, weights, biases, activation, dropout, dropout_seeds: as in `pyens.ops.ensemble_mlp`.
+        target: `[B, K]`, the same for all members, or `[E, B, K]`, of the input's dtype or float32; K is O, and
+            O/2 for gaussian_nll. For cross_entropy int64 `[B]` or `[E, B]`, classes from 0 to O - 1.
+        loss: mse, bce, gaussian_nll or cross_entropy.
+        temperature: of cross_entropy, positive.
+        sample_weight: w, `[B]` or `[E, B]`, at least 0, of the input's dtype or float32; None is all ones. A weight
+            of 0 leaves the example out, whatever is in it (NaN, a class that there is not): so a member leaves
+            out its jackknife group. Where the weights sum to 0, as with B = 0, the loss is 0.
+
+    Returns:
+        `[E]`, float32 (float64 for float64), also for bfloat16 and float16 inputs, whose outputs enter the
+        loss unrounded. Under autocast the matrices cast as in `F.linear`.
+
+    Differentiable in input, weights and biases, twice and more; target and sample_weight get no gradient. The
+    loss and the gradients of the parameters are the same bits for any number of threads and any members beside.
+    Within `torch.func`, and on CUDA, it is composed of torch operations and `ensemble_mlp`.
+
+    Raises:
+        ValueError: a shape that does not fit, an unknown loss, a temperature without cross_entropy; on the CPU
+            a class out of range, a negative or infinite weight; requires_grad of target or sample_weight.
+        TypeError: mixed or unsupported dtypes, mixed devices.
+
+    Source: gaussian_nll is eq. 1 of "deep ensembles"; temperature is that of "anti-distillation"; left-out groups
+    are the jackknife of "prediction variation". Reference in `pyens.reference.ensemble_mlp_loss`.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.pyens.ensemble_mlp_loss(
+            input,
+            target,
+            list(weights),
+            list(biases or ()),
+            loss,
+            activation,
+            temperature,
+            sample_weight,
+            dropout,
+            dropout_seeds,
+        )
+    if _peek_transform() is not None:
+        return reference.ensemble_mlp_loss(
+            input,
+            target,
+            weights,
+            biases,
+            loss=loss,
+            activation=activation,
+            temperature=temperature,
+            sample_weight=sample_weight,
+            dropout=dropout,
+            dropout_seeds=dropout_seeds,
+        )
+    return _C.ensemble_mlp_loss(
+        input,
+        target,
+        weights,
+        biases or (),
+        loss,
+        activation,
+        temperature,
+        sample_weight,
+        dropout,
+        dropout_seeds,
+    )

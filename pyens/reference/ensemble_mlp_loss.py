@@ -1,0 +1,71 @@
+"""Specification of `pyens.ops.ensemble_mlp_loss`."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyens.reference.ensemble_mlp import ensemble_mlp
+
+
+def _mse(output: Tensor, target: Tensor, temperature: float) -> Tensor:
+    return (output - target).square().mean(-1)
+
+
+def _bce(output: Tensor, target: Tensor, temperature: float) -> Tensor:
+    target = target.expand_as(output)
+    return F.binary_cross_entropy_with_logits(output, target, reduction="none").mean(-1)
+
+
+def _gaussian_nll(output: Tensor, target: Tensor, temperature: float) -> Tensor:
+    mean, raw = output.chunk(2, -1)
+    variance = F.softplus(raw) + 1e-6
+    return (0.5 * variance.log() + (target - mean).square() / (2 * variance)).mean(-1)
+
+
+def _cross_entropy(output: Tensor, target: Tensor, temperature: float) -> Tensor:
+    labels = target.expand(output.shape[:2]).unsqueeze(-1)
+    return -F.log_softmax(output / temperature, -1).gather(-1, labels).squeeze(-1)
+
+
+# Outputs [E, B, O] and target -> the loss of each example, [E, B].
+LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "mse": _mse,
+    "bce": _bce,
+    "gaussian_nll": _gaussian_nll,
+    "cross_entropy": _cross_entropy,
+}
+
+
+def ensemble_mlp_loss(
+    input: Tensor,
+    target: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None = None,
+    *,
+    loss: str,
+    activation: str = "relu",
+    temperature: float = 1.0,
+    sample_weight: Tensor | None = None,
+    dropout: float = 0.0,
+    dropout_seeds: Tensor | None = None,
+) -> Tensor:
+    """See `pyens.ops.ensemble_mlp_loss`."""
+    weight = torch.ones_like(input[..., 0]) if sample_weight is None else sample_weight  # [B] or [E, B]
+    # Selected, not multiplied by 0: what is left out may be NaN.
+    present = weight != 0
+    input = torch.where(present.unsqueeze(-1), input, 0)
+    target = torch.where(present if loss == "cross_entropy" else present.unsqueeze(-1), target, 0)
+    output = ensemble_mlp(
+        input, weights, biases, activation=activation, dropout=dropout, dropout_seeds=dropout_seeds
+    )
+    if output.dtype != torch.float64:
+        output, target, weight = output.float(), _to_float(target), weight.float()
+    losses = LOSSES[loss](output, target, temperature)
+    total = weight.sum(-1)
+    return torch.where(total > 0, (losses * weight).sum(-1) / total, 0)
+
+
+def _to_float(target: Tensor) -> Tensor:
+    return target.float() if target.is_floating_point() else target
