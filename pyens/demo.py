@@ -102,13 +102,13 @@ def train_together(model: pyens.EnsembleMLP, data: Split, order_seeds: Sequence[
     from tqdm import tqdm
 
     generators = [torch.Generator().manual_seed(seed) for seed in order_seeds]
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
     with tqdm(range(epochs), desc=f"training {len(generators)} members", unit="epoch") as progress:
         for _ in progress:
             order = torch.stack([torch.randperm(len(data.labels), generator=g) for g in generators])  # [E, N]
             history = []
             for rows in order.to(data.labels.device).split(BATCH_SIZE, dim=1):  # [E, b]
-                losses = member_losses(model(data.images[rows]), data.labels[rows])
+                losses = model.loss(data.images[rows], data.labels[rows], loss="cross_entropy")  # [E]
                 optimizer.zero_grad()
                 losses.sum().backward()  # the sum, so that every member steps as it would alone
                 optimizer.step()
@@ -117,15 +117,10 @@ def train_together(model: pyens.EnsembleMLP, data: Split, order_seeds: Sequence[
             progress.set_postfix_str(f"loss {epoch.mean():.3f} ± {epoch.std(correction=0):.3f} over members")
 
 
-def member_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Each member's own mean cross entropy, [E], from logits [E, b, K] and labels [E, b]."""
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels).mean(1)
-
-
 def train_alone(module: nn.Module, data: Split, order_seed: int, epochs: int) -> None:
     """The same training for one member by itself."""
     generator = torch.Generator().manual_seed(order_seed)
-    optimizer = torch.optim.Adam(module.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.Adam(module.parameters(), lr=LEARNING_RATE, fused=True)
     for _ in range(epochs):
         order = torch.randperm(len(data.labels), generator=generator)
         for rows in order.to(data.labels.device).split(BATCH_SIZE):

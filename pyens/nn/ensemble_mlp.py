@@ -36,10 +36,49 @@ class _Stacked(nn.Module):
         """A module like this one around other parameters."""
         raise NotImplementedError
 
-    def forward(self, input: Tensor) -> Tensor:
-        """`[B, in_features]` (shared by all members) or `[E, B, in_features]` -> `[E, B, out_features]`."""
+    def forward(self, input: Tensor, *, dropout: float = 0.0, dropout_seeds: Tensor | None = None) -> Tensor:
+        """`[B, in_features]` (shared by all members) or `[E, B, in_features]` -> `[E, B, out_features]`.
+
+        Dropout on the hidden activations, in training and in eval mode alike: see `pyens.ops.ensemble_mlp`.
+        """
         weights, biases = self._stack()
-        return ops.ensemble_mlp(input, weights, biases, activation=self.activation)
+        return ops.ensemble_mlp(
+            input,
+            weights,
+            biases,
+            activation=self.activation,
+            dropout=dropout,
+            dropout_seeds=dropout_seeds,
+        )
+
+    def loss(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        loss: str,
+        temperature: float = 1.0,
+        sample_weight: Tensor | None = None,
+        dropout: float = 0.0,
+        dropout_seeds: Tensor | None = None,
+    ) -> Tensor:
+        """Each member's mean loss `[E]`, its gradient computed in the same pass; train on its sum.
+
+        mse, bce, gaussian_nll or cross_entropy: see `pyens.ops.ensemble_mlp_loss`.
+        """
+        weights, biases = self._stack()
+        return ops.ensemble_mlp_loss(
+            input,
+            target,
+            weights,
+            biases,
+            loss=loss,
+            activation=self.activation,
+            temperature=temperature,
+            sample_weight=sample_weight,
+            dropout=dropout,
+            dropout_seeds=dropout_seeds,
+        )
 
     @torch.no_grad()
     def reset_parameters(self, seeds: Sequence[int] | Tensor | None = None) -> None:

@@ -46,14 +46,15 @@ def ensemble_mlp(
 
     float32 and float64 are computed as such; bfloat16 and float16 accumulate in float32 and keep the hidden
     activations in float32, except where the processor's bfloat16 dot products read them as bfloat16. Every
-    output is the same bits for any number of threads, any split of the batch (dropout numbers the rows of the
-    batch, though) and any other members beside it (per device and instruction set). So are the gradients of
-    the weights and of an input per member, for any number of threads and any members beside. Strided and expanded tensors are read where they lie as long as their
-    last dimension is contiguous.
+    output is the same bits for any number of threads, any split of the batch (without dropout, which numbers
+    the rows) and any other members beside it, per device and instruction set; and so are the gradients of the
+    weights, the biases and an input per member for any number of threads and any members beside. Strided and
+    expanded tensors are read where they lie as long as their last dimension is contiguous.
 
-    Differentiable in input, weights and biases, twice and more. Backward computes the activations again, tile by
-    tile, instead of keeping them; `ensemble_mlp_loss` trains without that. Under autocast it casts as `F.linear`
-    does. Within `torch.func`, grad, vjp and vmap work (also nested); forward-mode differentiation raises.
+    Differentiable in input, weights and biases, twice and more. Backward computes the activations again, tile
+    by tile, instead of keeping them; to train, `ensemble_mlp_loss` saves that too. Under autocast it casts as
+    `F.linear` does. Within `torch.func`, grad, vjp and vmap work (also nested); forward-mode differentiation
+    raises.
 
     Raises:
         ValueError: a shape that does not fit, no layer, an unknown activation, dropout out of range or

@@ -42,29 +42,31 @@ def ensemble_mlp_loss(
 
     Args:
         input, weights, biases, activation, dropout, dropout_seeds: as in `pyens.ops.ensemble_mlp`.
-        target: `[B, K]`, the same for all members, or `[E, B, K]`, of the input's dtype or float32; K is O, and
-            O/2 for gaussian_nll. For cross_entropy int64 `[B]` or `[E, B]`, classes from 0 to O - 1.
+        target: `[B, K]`, the same for all members, or `[E, B, K]`, of the input's dtype or float32; K is O,
+            and O/2 for gaussian_nll. For cross_entropy int64 `[B]` or `[E, B]`, classes from 0 to O - 1.
         loss: mse, bce, gaussian_nll or cross_entropy.
         temperature: of cross_entropy, positive.
-        sample_weight: w, `[B]` or `[E, B]`, at least 0, of the input's dtype or float32; None is all ones. A weight
-            of 0 leaves the example out, whatever is in it (NaN, a class that there is not): so a member leaves
-            out its jackknife group. Where the weights sum to 0, as with B = 0, the loss is 0.
+        sample_weight: w, `[B]` or `[E, B]`, at least 0, of the input's dtype or float32; None is all ones. A
+            weight of 0 leaves the example out, whatever is in it (NaN, a class that there is not): so a
+            member leaves out its jackknife group. Where the weights sum to 0, as with B = 0, the loss is 0.
 
     Returns:
         `[E]`, float32 (float64 for float64), also for bfloat16 and float16 inputs, whose outputs enter the
         loss unrounded. Under autocast the matrices cast as in `F.linear`.
 
-    Differentiable in input, weights and biases, twice and more; target and sample_weight get no gradient. The
-    loss and the gradients of the parameters are the same bits for any number of threads and any members beside.
-    Within `torch.func`, and on CUDA, it is composed of torch operations and `ensemble_mlp`.
+    Differentiable in input, weights and biases, twice and more; target and sample_weight get no gradient.
+    The loss and the gradients of weights, biases and an input per member are the same bits for any number of
+    threads and any members beside. Within `torch.func`, and on CUDA, it is composed of torch operations and
+    `ensemble_mlp`.
 
     Raises:
-        ValueError: a shape that does not fit, an unknown loss, a temperature without cross_entropy; on the CPU
-            a class out of range, a negative or infinite weight; requires_grad of target or sample_weight.
+        ValueError: a shape that does not fit, an unknown loss, a temperature without cross_entropy; a target
+            or sample_weight that requires a gradient; on the CPU a class out of range, and a negative or
+            infinite weight.
         TypeError: mixed or unsupported dtypes, mixed devices.
 
-    Source: gaussian_nll is eq. 1 of "deep ensembles"; temperature is that of "anti-distillation"; left-out groups
-    are the jackknife of "prediction variation". Reference in `pyens.reference.ensemble_mlp_loss`.
+    Source: gaussian_nll is eq. 1 of "deep ensembles"; temperature is that of "anti-distillation"; left-out
+    groups are the jackknife of "prediction variation". Reference in `pyens.reference.ensemble_mlp_loss`.
     """
     if torch.compiler.is_compiling():
         return torch.ops.pyens.ensemble_mlp_loss(

@@ -50,7 +50,7 @@ def kept_by_dropout(seeds: Tensor, layer: int, batch_size: int, features: int, d
     low = (1 << 32) - 1
     rows = torch.arange(batch_size, device=seeds.device).unsqueeze(1)
     units = torch.arange(features, device=seeds.device)
-    key = _splitmix((_splitmix(_splitmix(seeds) + layer).unsqueeze(1) + units)).unsqueeze(1)  # [E, 1, units]
+    key = _splitmix(_splitmix(_splitmix(seeds) + layer).unsqueeze(1) + units).unsqueeze(1)  # [E, 1, units]
     x = (rows + (key & low)) & low
     x = ((x ^ x >> 16) * 0x21F0AAAD) & low
     x = x ^ x >> 15 ^ _shift_right(key, 32)
