@@ -65,8 +65,8 @@ def ensemble_mlp_loss(
             infinite weight.
         TypeError: mixed or unsupported dtypes, mixed devices.
 
-    Source: gaussian_nll is eq. 1 of "deep ensembles"; temperature is that of "anti-distillation"; left-out
-    groups are the jackknife of "prediction variation". Reference in `pyens.reference.ensemble_mlp_loss`.
+    Source: gaussian_nll is eq. 1 of "deep ensembles" with its variance; the temperature and the left-out
+    groups (jackknife) are those of "prediction variation". Reference in `pyens.reference.ensemble_mlp_loss`.
     """
     if torch.compiler.is_compiling():
         return torch.ops.pyens.ensemble_mlp_loss(
