@@ -40,6 +40,11 @@ TORCH_LIBRARY(pyens, m) {
       " Tensor[] biases, str loss, str activation, float temperature, Tensor? sample_weight,"
       " float dropout, Tensor? dropout_seeds, Tensor? member_scale, bool[] wanted)"
       " -> (Tensor, Tensor[])");
+  m.def("mask_channels(Tensor input, Tensor masks, Tensor? index) -> Tensor");
+  m.def("masked_weights(Tensor weight, Tensor? rows, Tensor? columns, int num_masks) -> Tensor");
+  m.def(
+      "masked_weights_backward(Tensor grad, Tensor? rows, Tensor? columns, SymInt num_rows,"
+      " SymInt num_columns) -> Tensor");
 }
 
 namespace {
@@ -80,6 +85,21 @@ Tensor ensemble_mlp_packed(const Tensor& input, const Tensor& packed,
   return op.call(input, packed, weights, biases, activation);
 }
 
+Tensor mask_channels(const Tensor& input, const Tensor& masks, const std::optional<Tensor>& index) {
+  static const auto op =
+      dispatcher_op<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&)>(
+          "pyens::mask_channels");
+  return op.call(input, masks, index);
+}
+
+Tensor masked_weights(const Tensor& weight, const std::optional<Tensor>& rows,
+                      const std::optional<Tensor>& columns, int64_t num_masks) {
+  static const auto op =
+      dispatcher_op<Tensor(const Tensor&, const std::optional<Tensor>&,
+                           const std::optional<Tensor>&, int64_t)>("pyens::masked_weights");
+  return op.call(weight, rows, columns, num_masks);
+}
+
 // Multiply-add rate in GF/s of all of torch's threads together, measured for about `milliseconds`.
 double fma_peak(double milliseconds) {
   TORCH_CHECK_VALUE(milliseconds > 0, "fma_peak: milliseconds: expected a positive number, got ",
@@ -115,6 +135,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("ensemble_mlp", ensemble_mlp, no_gil());
   m.def("ensemble_mlp_packed", ensemble_mlp_packed, no_gil());
   m.def("ensemble_mlp_loss", ensemble_mlp_loss, no_gil());
+  m.def("mask_channels", mask_channels, no_gil());
+  m.def("masked_weights", masked_weights, no_gil());
   m.def("fma_peak", fma_peak, no_gil(), pybind11::arg("milliseconds"));
   m.def("build_info", build_info);
 }

@@ -2,5 +2,7 @@
 
 from pyens.ops.ensemble_mlp import ensemble_mlp
 from pyens.ops.ensemble_mlp_loss import ensemble_mlp_loss
+from pyens.ops.mask_channels import mask_channels
+from pyens.ops.masked_mlp import masked_mlp, masked_mlp_loss
 
-__all__ = ["ensemble_mlp", "ensemble_mlp_loss"]
+__all__ = ["ensemble_mlp", "ensemble_mlp_loss", "mask_channels", "masked_mlp", "masked_mlp_loss"]

@@ -1,0 +1,161 @@
+"""One MLP under several masks of its hidden units, without the work that they mask."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyens import reference
+from pyens._library import _C
+from pyens.ops.ensemble_mlp import ensemble_mlp
+from pyens.ops.ensemble_mlp_loss import ensemble_mlp_loss
+
+_peek_transform = torch._C._functorch.peek_interpreter_stack
+
+
+def plan_masks(masks: Sequence[Tensor]) -> list[Tensor]:
+    """The hidden units that each mask keeps: for each layer int64 `[N, largest number kept]`, padded with -1.
+
+    What `masked_mlp` computes from its masks; make it once where the masks stay the same, and on CUDA, where
+    it takes a synchronisation.
+    """
+    plan = []
+    for mask in masks:
+        kept = int(mask.sum(1).max()) if mask.numel() else 0
+        units = torch.arange(mask.shape[1], device=mask.device).where(mask, mask.shape[1])
+        first = units.sort(1).values[:, :kept]
+        plan.append(first.where(first < mask.shape[1], -1))
+    return plan
+
+
+def masked_weights(
+    weights: Sequence[Tensor], biases: Sequence[Tensor] | None, num_masks: int, plan: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The rows and columns of shared weights that each mask keeps, stacked: an ensemble of N smaller MLPs.
+
+    Units that pad the plan get zeros on both sides, so they change nothing.
+    """
+    gather = torch.ops.pyens.masked_weights if torch.compiler.is_compiling() else _C.masked_weights
+    rows, columns = [*plan, None], [None, *plan]
+    member_weights = [
+        gather(w, r, c, num_masks) for w, r, c in zip(weights, rows, columns, strict=True)
+    ]
+    member_biases = [
+        gather(b.unsqueeze(1), r, None, num_masks).squeeze(2)
+        for b, r in zip(biases or (), rows, strict=False)
+    ]
+    return member_weights, member_biases
+
+
+def masked_mlp(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    masks: Sequence[Tensor],
+    *,
+    activation: str = "relu",
+    plan: Sequence[Tensor] | None = None,
+) -> Tensor:
+    r"""One MLP under N masks of its hidden units: every mask on every example.
+
+    For every mask n, with h_0 = input (or input[n]):
+
+        z_l = h_{l-1} W_l^T + b_l,   h_l = act(z_l) where masks[l][n], else 0, for l < L,   output[n] = z_L
+
+    Only the rows and columns that a mask keeps are computed: they are gathered into an ensemble of N small
+    MLPs, and `ensemble_mlp` does the rest. Nothing is rescaled.
+
+    Args:
+        input: `[B, I]`, or `[N, B, I]` with examples of its own for each mask.
+        weights: L >= 2 matrices `[out_l, in_l]`, shared by all masks, as in `nn.Linear`.
+        biases: L vectors `[out_l]`, or None.
+        masks: L - 1 tensors bool `[N, out_l]`, one per hidden layer. A mask may keep nothing.
+        activation: as in `pyens.ops.ensemble_mlp`; the mask comes after it.
+        plan: `plan_masks(masks)`, to save the search for what is kept.
+
+    Returns:
+        `[N, B, O]`.
+
+    Differentiable in input, weights and biases, twice and more; the masks' gradients are added into the shared
+    weights in their order. Within `torch.func` it is composed of torch operations.
+
+    Raises:
+        ValueError: a shape that does not fit.
+        TypeError: masks that are not bool, mixed or unsupported dtypes, mixed devices.
+
+    Source: "Masksembles", section 3, and the structure that its section 5 leaves as future work; reference in
+    `pyens.reference.masked_mlp`.
+    """
+    num_masks = _check("masked_mlp", weights, biases, masks)
+    if not torch.compiler.is_compiling() and _peek_transform() is not None:
+        return reference.masked_mlp(input, weights, biases, masks, activation=activation)
+    parameters = masked_weights(weights, biases, num_masks, plan_masks(masks) if plan is None else plan)
+    return ensemble_mlp(input, *parameters, activation=activation)
+
+
+def masked_mlp_loss(
+    input: Tensor,
+    target: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    masks: Sequence[Tensor],
+    *,
+    loss: str,
+    activation: str = "relu",
+    temperature: float = 1.0,
+    sample_weight: Tensor | None = None,
+    plan: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Each mask's own mean loss `[N]`, its gradient computed in the same pass.
+
+    The MLPs are those of `masked_mlp`; losses, targets and weights as in `pyens.ops.ensemble_mlp_loss`.
+    """
+    num_masks = _check("masked_mlp_loss", weights, biases, masks)
+    parameters = masked_weights(weights, biases, num_masks, plan_masks(masks) if plan is None else plan)
+    return ensemble_mlp_loss(
+        input,
+        target,
+        *parameters,
+        loss=loss,
+        activation=activation,
+        temperature=temperature,
+        sample_weight=sample_weight,
+    )
+
+
+def _check(
+    op: str, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, masks: Sequence[Tensor]
+) -> int:
+    """The number of masks."""
+    if len(masks) == 0 or len(masks) != len(weights) - 1:
+        raise ValueError(
+            f"{op}: masks: expected one for each hidden layer, of at least one, with {len(weights)} weights, "
+            f"got {len(masks)}"
+        )
+    if biases and len(biases) != len(weights):
+        raise ValueError(f"{op}: biases: expected {len(weights)}, or none, got {len(biases)}")
+    for layer, weight in enumerate(weights):
+        if weight.dim() != 2 or (layer > 0 and weight.shape[1] != weights[layer - 1].shape[0]):
+            fan_in = "in" if layer == 0 else weights[layer - 1].shape[0]
+            raise ValueError(
+                f"{op}: weights[{layer}]: expected [out, {fan_in}], got shape {list(weight.shape)}"
+            )
+        if biases and biases[layer].shape != weight.shape[:1]:
+            raise ValueError(
+                f"{op}: biases[{layer}]: expected [{weight.shape[0]}], got shape {list(biases[layer].shape)}"
+            )
+    num_masks = masks[0].shape[0] if masks[0].dim() else 0
+    for layer, mask in enumerate(masks):
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{op}: masks[{layer}]: expected bool, got {mask.dtype}")
+        if mask.device != weights[0].device:
+            raise TypeError(
+                f"{op}: masks[{layer}]: expected the device of weights[0] ({weights[0].device}), "
+                f"got {mask.device}"
+            )
+        if mask.dim() != 2 or num_masks < 1 or mask.shape != (num_masks, weights[layer].shape[0]):
+            raise ValueError(
+                f"{op}: masks[{layer}]: expected [{max(num_masks, 1)}, {weights[layer].shape[0]}], "
+                f"got shape {list(mask.shape)}"
+            )
+    return num_masks
