@@ -1,5 +1,6 @@
 """Every operation of `pyens.ops` in plain PyTorch: the specification that the kernels are tested against."""
 
+from pyens.reference.ensemble_embedding import ensemble_embedding
 from pyens.reference.ensemble_mlp import ensemble_mlp
 
-__all__ = ["ensemble_mlp"]
+__all__ = ["ensemble_embedding", "ensemble_mlp"]
