@@ -40,6 +40,16 @@ TORCH_LIBRARY(pyens, m) {
       " Tensor[] biases, str loss, str activation, float temperature, Tensor? sample_weight,"
       " float dropout, Tensor? dropout_seeds, Tensor? member_scale, bool[] wanted)"
       " -> (Tensor, Tensor[])");
+  m.def("ensemble_embedding(Tensor index, Tensor weight, bool sparse) -> Tensor");
+  m.def("ensemble_embedding_backward(Tensor grad, Tensor index, SymInt num_embeddings) -> Tensor");
+  m.def(
+      "ensemble_embedding_sparse_backward(Tensor grad, Tensor index, SymInt num_embeddings)"
+      " -> Tensor");
+  m.def(
+      "ensemble_embedding_concat(Tensor categorical, Tensor[] tables, Tensor? numeric) -> Tensor");
+  m.def(
+      "ensemble_embedding_concat_backward(Tensor grad, Tensor categorical, SymInt[] num_embeddings,"
+      " SymInt[] dims, int[] wanted, bool numeric_shared) -> Tensor[]");
 }
 
 namespace {
@@ -80,6 +90,20 @@ Tensor ensemble_mlp_packed(const Tensor& input, const Tensor& packed,
   return op.call(input, packed, weights, biases, activation);
 }
 
+Tensor ensemble_embedding(const Tensor& index, const Tensor& weight, bool sparse) {
+  static const auto op =
+      dispatcher_op<Tensor(const Tensor&, const Tensor&, bool)>("pyens::ensemble_embedding");
+  return op.call(index, weight, sparse);
+}
+
+Tensor ensemble_embedding_concat(const Tensor& categorical, const std::vector<Tensor>& tables,
+                                 const std::optional<Tensor>& numeric) {
+  static const auto op =
+      dispatcher_op<Tensor(const Tensor&, TensorList, const std::optional<Tensor>&)>(
+          "pyens::ensemble_embedding_concat");
+  return op.call(categorical, tables, numeric);
+}
+
 // Multiply-add rate in GF/s of all of torch's threads together, measured for about `milliseconds`.
 double fma_peak(double milliseconds) {
   TORCH_CHECK_VALUE(milliseconds > 0, "fma_peak: milliseconds: expected a positive number, got ",
@@ -115,6 +139,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("ensemble_mlp", ensemble_mlp, no_gil());
   m.def("ensemble_mlp_packed", ensemble_mlp_packed, no_gil());
   m.def("ensemble_mlp_loss", ensemble_mlp_loss, no_gil());
+  m.def("ensemble_embedding", ensemble_embedding, no_gil());
+  m.def("ensemble_embedding_concat", ensemble_embedding_concat, no_gil());
   m.def("fma_peak", fma_peak, no_gil(), pybind11::arg("milliseconds"));
   m.def("build_info", build_info);
 }

@@ -9,6 +9,6 @@
 
 from pyens._library import build_info
 from pyens._version import __version__
-from pyens.nn import EnsembleLinear, EnsembleMLP
+from pyens.nn import EnsembleEmbedding, EnsembleLinear, EnsembleMLP
 
-__all__ = ["EnsembleLinear", "EnsembleMLP", "__version__", "build_info"]
+__all__ = ["EnsembleEmbedding", "EnsembleLinear", "EnsembleMLP", "__version__", "build_info"]

@@ -1,6 +1,7 @@
 """The operations: custom kernels on CPU and GPU, each specified by its twin in `pyens.reference`."""
 
+from pyens.ops.ensemble_embedding import ensemble_embedding
 from pyens.ops.ensemble_mlp import ensemble_mlp
 from pyens.ops.ensemble_mlp_loss import ensemble_mlp_loss
 
-__all__ = ["ensemble_mlp", "ensemble_mlp_loss"]
+__all__ = ["ensemble_embedding", "ensemble_mlp", "ensemble_mlp_loss"]
