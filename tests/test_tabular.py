@@ -323,7 +323,7 @@ def test_loss_trains():
     model = TabularEnsemble(E, CATEGORICAL, NUMERIC, [16], 1, seeds=SEEDS)
     categorical, numeric = data(dtype=torch.float32, each=(False, False), batch=200)
     target = numeric[:, :1] + (categorical[:, 2:3] > 3)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, foreach=False)
     losses = []
     for _ in range(60):
         optimizer.zero_grad()
@@ -336,7 +336,7 @@ def test_loss_trains():
 
 def test_loss_trains_to_the_same_bits_whichever_members_are_beside():
     def trained(model: TabularEnsemble, members: list[int]) -> list[Tensor]:
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=True)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, foreach=False)
         for categorical, numeric, target in batches:
             optimizer.zero_grad()
             model.loss(categorical[members], numeric[members], target[members], loss="mse").sum().backward()

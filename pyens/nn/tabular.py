@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyens import ops
 from pyens.nn._members import check_sizes, generators
 from pyens.nn.ensemble_embedding import EnsembleEmbedding
 from pyens.nn.ensemble_mlp import EnsembleMLP
@@ -132,12 +131,7 @@ class TabularEnsemble(nn.Module):
             ValueError: columns missing or not expected, shapes that do not fit, a category out of range, no
                 dropout_seeds in training with dropout.
         """
-        dropout = self._dropout(dropout_seeds)
-        features = self._features(categorical, numeric)
-        if not dropout:
-            return self.mlp(features)
-        weights, biases = self.mlp._stack()
-        return ops.ensemble_mlp(features, weights, biases, activation=self.mlp.activation, **dropout)
+        return self.mlp(self._features(categorical, numeric), **self._dropout(dropout_seeds))
 
     def loss(
         self,
@@ -155,19 +149,13 @@ class TabularEnsemble(nn.Module):
         `categorical`, `numeric` and `dropout_seeds` are those of `forward`; the others, shapes and errors
         those of `pyens.ops.ensemble_mlp_loss`.
         """
-        dropout = self._dropout(dropout_seeds)
-        features = self._features(categorical, numeric)
-        weights, biases = self.mlp._stack()
-        return ops.ensemble_mlp_loss(
-            features,
+        return self.mlp.loss(
+            self._features(categorical, numeric),
             target,
-            weights,
-            biases,
             loss=loss,
-            activation=self.mlp.activation,
             temperature=temperature,
             sample_weight=sample_weight,
-            **dropout,
+            **self._dropout(dropout_seeds),
         )
 
     def _dropout(self, seeds: Tensor | None) -> dict[str, Any]:
