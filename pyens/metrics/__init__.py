@@ -14,8 +14,17 @@ Conventions, the same in every function here:
 
 from pyens.metrics.calibration import ReliabilityCurve, expected_calibration_error, reliability_curve
 from pyens.metrics.classification import accuracy, brier_score, nll
-from pyens.metrics.confidence import ConfidenceCurve, confidence_curve
-from pyens.metrics.ood import ood_auroc
+
+
+from pyens.metrics.ood import ood_aupr, ood_auroc, ood_fpr95
+
+from pyens.metrics.selective import (
+    ConfidenceCurve,
+    RiskCoverageCurve,
+    aurc,
+    confidence_curve,
+    risk_coverage_curve,
+)
 from pyens.metrics.uncertainty import (
     expected_entropy,
     mutual_information,
@@ -26,15 +35,20 @@ from pyens.metrics.uncertainty import (
 __all__ = [
     "ConfidenceCurve",
     "ReliabilityCurve",
+    "RiskCoverageCurve",
     "accuracy",
+    "aurc",
     "brier_score",
     "confidence_curve",
     "expected_calibration_error",
     "expected_entropy",
     "mutual_information",
     "nll",
+    "ood_aupr",
     "ood_auroc",
+    "ood_fpr95",
     "predictive_entropy",
     "predictive_variance",
     "reliability_curve",
+    "risk_coverage_curve",
 ]
