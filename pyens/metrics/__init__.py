@@ -31,6 +31,12 @@ from pyens.metrics.classification import (
     nll,
 )
 
+from pyens.metrics.difference import (
+    hamming_prediction_difference,
+    label_prediction_difference,
+    prediction_difference,
+    relative_prediction_difference,
+)
 
 from pyens.metrics.ood import ood_aupr, ood_auroc, ood_fpr95
 
@@ -64,13 +70,17 @@ __all__ = [
     "confusion_matrix",
     "expected_calibration_error",
     "expected_entropy",
+    "hamming_prediction_difference",
+    "label_prediction_difference",
     "mutual_information",
     "nll",
     "ood_aupr",
     "ood_auroc",
     "ood_fpr95",
+    "prediction_difference",
     "predictive_entropy",
     "predictive_variance",
+    "relative_prediction_difference",
     "reliability_curve",
     "risk_coverage_curve",
 ]
