@@ -4,6 +4,7 @@ Conventions, the same in every function here:
 
 - Probabilities are ``[B, K]`` (one distribution per example; for an ensemble, the mean of its members) or
   ``[E, B, K]`` (member axis first), float32 or float64, each row summing to 1. Labels are int64 ``[B]``.
+- Values are ``[B]``, outputs of members and their variances ``[E, B]``, in units of the caller's.
 - A function sees all examples at once. Streaming are the classes, which hold sums of a fixed size:
   `CalibrationError`.
 - Everything is computed in float64 on the tensors' device. A measure of the whole batch is a 0-dim float64
@@ -30,16 +31,23 @@ from pyens.metrics.classification import (
     confusion_matrix,
     nll,
 )
-
+from pyens.metrics.correlation import pearson, spearman
 from pyens.metrics.difference import (
     hamming_prediction_difference,
     label_prediction_difference,
     prediction_difference,
     relative_prediction_difference,
 )
-
+from pyens.metrics.intervals import (
+    Interval,
+    interval_coverage,
+    mixture_cdf,
+    mixture_interval,
+    mixture_quantile,
+    value_at_risk,
+)
 from pyens.metrics.ood import ood_aupr, ood_auroc, ood_fpr95
-
+from pyens.metrics.regression import ensemble_crps, gaussian_crps, gaussian_nll, r_squared, rmse
 from pyens.metrics.selective import (
     ConfidenceCurve,
     RiskCoverageCurve,
@@ -58,6 +66,7 @@ __all__ = [
     "BrierDecomposition",
     "CalibrationError",
     "ConfidenceCurve",
+    "Interval",
     "ReliabilityCurve",
     "RiskCoverageCurve",
     "accuracy",
@@ -68,19 +77,31 @@ __all__ = [
     "classwise_calibration_error",
     "confidence_curve",
     "confusion_matrix",
+    "ensemble_crps",
     "expected_calibration_error",
     "expected_entropy",
+    "gaussian_crps",
+    "gaussian_nll",
     "hamming_prediction_difference",
+    "interval_coverage",
     "label_prediction_difference",
+    "mixture_cdf",
+    "mixture_interval",
+    "mixture_quantile",
     "mutual_information",
     "nll",
     "ood_aupr",
     "ood_auroc",
     "ood_fpr95",
+    "pearson",
     "prediction_difference",
     "predictive_entropy",
     "predictive_variance",
+    "r_squared",
     "relative_prediction_difference",
     "reliability_curve",
     "risk_coverage_curve",
+    "rmse",
+    "spearman",
+    "value_at_risk",
 ]
