@@ -3,6 +3,7 @@
 A variance of 0 makes a member a point; with all of them 0, the distribution steps from mean to mean.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -150,7 +151,8 @@ def _check(function: str, means: Tensor, variances: Tensor) -> None:
 def _cdf(means: Tensor, variances: Tensor, values: Tensor) -> Tensor:
     point = variances == 0
     z = (values - means) / variances.masked_fill(point, 1.0).sqrt()
-    return torch.where(point, (z >= 0).double(), torch.special.ndtr(z)).mean(0)
+    below = torch.special.erfc(z * -math.sqrt(0.5)) / 2  # ndtr has lost its digits in the lower tail
+    return torch.where(point, (z >= 0).double(), below).mean(0)
 
 
 @torch.no_grad()
