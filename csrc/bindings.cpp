@@ -45,6 +45,16 @@ TORCH_LIBRARY(pyens, m) {
   m.def(
       "masked_weights_backward(Tensor grad, Tensor? rows, Tensor? columns, SymInt num_rows,"
       " SymInt num_columns) -> Tensor");
+  m.def("ensemble_embedding(Tensor index, Tensor weight, bool sparse) -> Tensor");
+  m.def("ensemble_embedding_backward(Tensor grad, Tensor index, SymInt num_embeddings) -> Tensor");
+  m.def(
+      "ensemble_embedding_sparse_backward(Tensor grad, Tensor index, SymInt num_embeddings)"
+      " -> Tensor");
+  m.def(
+      "ensemble_embedding_concat(Tensor categorical, Tensor[] tables, Tensor? numeric) -> Tensor");
+  m.def(
+      "ensemble_embedding_concat_backward(Tensor grad, Tensor categorical, SymInt[] num_embeddings,"
+      " SymInt[] dims, int[] wanted, bool numeric_shared) -> Tensor[]");
 }
 
 namespace {
@@ -98,6 +108,18 @@ Tensor masked_weights(const Tensor& weight, const std::optional<Tensor>& rows,
       dispatcher_op<Tensor(const Tensor&, const std::optional<Tensor>&,
                            const std::optional<Tensor>&, int64_t)>("pyens::masked_weights");
   return op.call(weight, rows, columns, num_masks);
+Tensor ensemble_embedding(const Tensor& index, const Tensor& weight, bool sparse) {
+  static const auto op =
+      dispatcher_op<Tensor(const Tensor&, const Tensor&, bool)>("pyens::ensemble_embedding");
+  return op.call(index, weight, sparse);
+}
+
+Tensor ensemble_embedding_concat(const Tensor& categorical, const std::vector<Tensor>& tables,
+                                 const std::optional<Tensor>& numeric) {
+  static const auto op =
+      dispatcher_op<Tensor(const Tensor&, TensorList, const std::optional<Tensor>&)>(
+          "pyens::ensemble_embedding_concat");
+  return op.call(categorical, tables, numeric);
 }
 
 // Multiply-add rate in GF/s of all of torch's threads together, measured for about `milliseconds`.
@@ -137,6 +159,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("ensemble_mlp_loss", ensemble_mlp_loss, no_gil());
   m.def("mask_channels", mask_channels, no_gil());
   m.def("masked_weights", masked_weights, no_gil());
+  m.def("ensemble_embedding", ensemble_embedding, no_gil());
+  m.def("ensemble_embedding_concat", ensemble_embedding_concat, no_gil());
   m.def("fma_peak", fma_peak, no_gil(), pybind11::arg("milliseconds"));
   m.def("build_info", build_info);
 }

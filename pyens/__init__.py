@@ -4,11 +4,12 @@
     outputs = model(x)          # [B, 32] -> [100, B, 1], one fused kernel
 
 `pyens.ops` are the operations, `pyens.reference` the same in plain PyTorch, `pyens.nn` the modules,
-`pyens.metrics` what ensembles are judged by.
+`pyens.metrics` what ensembles are judged by, `pyens.select` what is done about their uncertainty,
+`pyens.losses` what keeps their members apart.
 """
 
 from pyens._library import build_info
 from pyens._version import __version__
-from pyens.nn import EnsembleLinear, EnsembleMLP
+from pyens.nn import EnsembleEmbedding, EnsembleLinear, EnsembleMLP
 
-__all__ = ["EnsembleLinear", "EnsembleMLP", "__version__", "build_info"]
+__all__ = ["EnsembleEmbedding", "EnsembleLinear", "EnsembleMLP", "__version__", "build_info"]

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from pyens import build_info, ops, reference
+from pyens.ops.ensemble_embedding import ensemble_embedding_concat
 from pyens.ops.ensemble_mlp import ensemble_mlp_packed, pack
+from pyens.reference.ensemble_embedding import ensemble_embedding_concat as reference_concat
 from pyens.reference.ensemble_mlp import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -108,12 +110,53 @@ def _gradients(function: Callable[..., Tensor], problem: dict[str, Any]) -> tupl
     return torch.autograd.grad(output.square().mean(), [x, *parameters])
 
 
+# --- ensemble_embedding --------------------------------------------------------------------------
+
+
+def check_ensemble_embedding() -> Iterator[float]:
+    """One table, and several side by side with numbers: values and gradients in the tables."""
+    sizes = random.Random(0)
+    values = torch.Generator().manual_seed(0)
+    for dtype, members, batch in itertools.product(DTYPES, (1, 40), BATCHES):
+        columns = [(sizes.randint(1, 100), sizes.randint(1, 20)) for _ in range(sizes.randint(1, 4))]
+        leading = (members, batch) if sizes.random() < 0.5 else (batch,)
+        categorical = torch.stack([torch.randint(n, leading, generator=values) for n, _ in columns], -1)
+        tables = [torch.randn(members, n, d, generator=values).to(dtype) for n, d in columns]
+        numeric = torch.randn(*leading, sizes.randint(1, 30), generator=values).to(dtype)
+        sparse = sizes.random() < 0.5
+
+        def single(embedding: Callable[..., Tensor], table: Tensor) -> Tensor:
+            return embedding(categorical[..., 0], table, sparse=sparse)  # noqa: B023
+
+        def several(concat: Callable[..., Tensor], *leaves: Tensor) -> Tensor:
+            return concat(categorical, leaves[:-1], leaves[-1])  # noqa: B023
+
+        for function, ours, theirs, leaves in (
+            (single, ops.ensemble_embedding, reference.ensemble_embedding, tables[:1]),
+            (several, ensemble_embedding_concat, reference_concat, [*tables, numeric]),
+        ):
+            got = _value_and_gradients(function, ours, leaves)
+            plain = _value_and_gradients(function, theirs, leaves)
+            exact = _value_and_gradients(function, theirs, [t.double() for t in leaves])
+            yield max(map(relative_error, got, plain, exact))
+
+
+def _value_and_gradients(
+    function: Callable[..., Tensor], operation: Callable[..., Tensor], tensors: list[Tensor]
+) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    output = function(operation, *leaves)
+    gradients = torch.autograd.grad(output.square().sum(), leaves)
+    return [output.detach(), *(gradient.to_dense() for gradient in gradients)]
+
+
 # -------------------------------------------------------------------------------------------------
 
 CHECKS: dict[str, Callable[[], Iterator[float]]] = {
     "ensemble_mlp": check_ensemble_mlp,
     "ensemble_mlp, packed": check_ensemble_mlp_packed,
     "ensemble_mlp, gradients": check_ensemble_mlp_gradients,
+    "ensemble_embedding": check_ensemble_embedding,
 }
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pyens
-from pyens import metrics, plots
+from pyens import metrics, plots, select
 from pyens.data import Digits, Split, load_digits
 
 UNKNOWN = (8, 9)
@@ -30,6 +30,8 @@ BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
 TRAINED_ALONE = 3  # members trained one after another as well, to measure what that costs
 CONFIDENT = 0.9  # the confidence from which the summary counts a digit as answered
+RISK = 0.01  # the error rate that the summary asks for on the validation digits
+LOWER_IS_BETTER = ("NLL [nats]", "Brier score", "ECE", "AURC", "OOD FPR95, entropy")
 PICTURE = "ensemble_digits.png"
 
 
@@ -80,11 +82,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Class probabilities of every member for the test digits, in float64."""
+    """Class probabilities of every member for the test and the validation digits, in float64."""
 
     known: Tensor  # [E, B, K]
     labels: Tensor  # [B]
     unknown: Tensor  # [E, B', K]
+    validation: Tensor  # [E, B'', K]
+    validation_labels: Tensor  # [B'']
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -189,7 +193,7 @@ def evaluate(predictions: Predictions) -> tuple[Measure, ...]:
         *(
             Measure(
                 name,
-                "lower" if name in ("NLL [nats]", "Brier score", "ECE") else "higher",
+                "lower" if name in LOWER_IS_BETTER else "higher",
                 torch.stack([measures[name] for measures in of_members]).cpu(),
                 value.item(),
             )
@@ -201,15 +205,17 @@ def evaluate(predictions: Predictions) -> tuple[Measure, ...]:
 
 def _measure(known: Tensor, labels: Tensor, unknown: Tensor) -> dict[str, Tensor]:
     """What can be said of one set of distributions: [B, K] for known digits, [B', K] for unknown ones."""
+    entropies = metrics.predictive_entropy(known), metrics.predictive_entropy(unknown)
     return {
         "accuracy": metrics.accuracy(known, labels),
         "NLL [nats]": metrics.nll(known, labels),
         "Brier score": metrics.brier_score(known, labels),
         "ECE": metrics.expected_calibration_error(known, labels),
+        "AURC": metrics.aurc(known.amax(-1), known.argmax(-1) != labels),
         "OOD AUROC, max probability": metrics.ood_auroc(-known.amax(-1), -unknown.amax(-1)),
-        "OOD AUROC, entropy": metrics.ood_auroc(
-            metrics.predictive_entropy(known), metrics.predictive_entropy(unknown)
-        ),
+        "OOD AUROC, entropy": metrics.ood_auroc(*entropies),
+        "OOD AUPR, entropy": metrics.ood_aupr(*entropies),
+        "OOD FPR95, entropy": metrics.ood_fpr95(*entropies),
     }
 
 
@@ -261,8 +267,8 @@ def summarise(measures: Sequence[Measure], predictions: Predictions) -> tuple[st
 
     known, unknown = predictions.known, predictions.unknown
     answered, answered_single = (
-        [(p.amax(-1) >= CONFIDENT).double().mean().item() for p in pair]
-        for pair in ((known.mean(0), unknown.mean(0)), (known, unknown))
+        [metrics.confidence_curve(p, thresholds=[CONFIDENT]).answered.item() for p in pair]
+        for pair in ((known.mean(0), unknown.mean(0)), (known.flatten(0, 1), unknown.flatten(0, 1)))
     )
     names = " and ".join(map(str, UNKNOWN))
     confidence = (
@@ -271,6 +277,8 @@ def summarise(measures: Sequence[Measure], predictions: Predictions) -> tuple[st
         f"and {answered_single[1]:.1%}."
     )
 
+    selective = _selective(predictions, names)
+
     ood = [m for m in measures if m.name.startswith("OOD AUROC")]
     best = max(ood, key=lambda m: m.ensemble)
     detection = f"Unknown digits stand out best by {_score(best)}, with an AUROC of {best.ensemble:.3f}"
@@ -278,7 +286,27 @@ def summarise(measures: Sequence[Measure], predictions: Predictions) -> tuple[st
     detection += (
         f"; a single member's best is {_score(best_single)}, {best_single.members.mean():.3f} on average."
     )
-    return errors, confidence, detection
+    return errors, confidence, selective, detection
+
+
+def _selective(predictions: Predictions, names: str) -> str:
+    """What answering only from some confidence on gives, where the validation digits decide from which."""
+    validation, known, unknown = (
+        p.mean(0) for p in (predictions.validation, predictions.known, predictions.unknown)
+    )
+    wrong = validation.argmax(-1) != predictions.validation_labels
+    threshold = select.risk_threshold(validation.amax(-1), wrong, RISK)
+    if threshold.isinf():
+        return f"No confidence keeps its errors on the validation digits within {RISK:.0%}."
+    answers = select.predict_or_abstain(known, threshold)
+    answered = answers != select.ABSTAIN
+    wrong = (answers != predictions.labels) & answered
+    fooled = select.predict_or_abstain(unknown, threshold) != select.ABSTAIN
+    return (
+        f"From a confidence of {threshold:.3f} on, at most {RISK:.0%} of the answers on validation digits "
+        f"are wrong; so it answers {answered.double().mean():.1%} of the test digits, {wrong.sum()} of them "
+        f"wrong, and {fooled.double().mean():.1%} of the {names}."
+    )
 
 
 def _compare(value: float, reference: float) -> str:
@@ -367,7 +395,11 @@ def run(settings: Settings) -> Result:
     digits = _to_device(load_digits(unknown=UNKNOWN, seed=settings.seed), settings.device)
     model, timing = train(settings, digits)
     predictions = Predictions(
-        predict(model, digits.test.images), digits.test.labels, predict(model, digits.unknown.images)
+        known=predict(model, digits.test.images),
+        labels=digits.test.labels,
+        unknown=predict(model, digits.unknown.images),
+        validation=predict(model, digits.validation.images),
+        validation_labels=digits.validation.labels,
     )
     measures = evaluate(predictions)
     picture = draw(predictions, digits, settings.output / PICTURE)

@@ -10,7 +10,7 @@ own (``ax.figure``). There is no pyplot in here: a figure belongs to the caller 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from pyens.metrics import ConfidenceCurve, ReliabilityCurve
+from pyens.metrics import ConfidenceCurve, ReliabilityCurve, RiskCoverageCurve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,6 +110,28 @@ def confidence_curves(curves: Mapping[str, ConfidenceCurve], ax: Axes | None = N
     return ax
 
 
+def risk_coverage_curves(
+    curves: Mapping[str, RiskCoverageCurve],
+    ax: Axes | None = None,
+    *,
+    ylabel: str = "error rate of the answers",
+) -> Axes:
+    """Mean loss of the answered examples against their share, one line for each named curve.
+
+    Args:
+        curves: what `pyens.metrics.risk_coverage_curve` returns, by the name for the legend.
+        ax: axes to draw on; None for a new figure.
+        ylabel: which risk it is, with its unit.
+    """
+    ax = _prepare("risk_coverage_curves", "curves", curves, RiskCoverageCurve, ax)
+    for (name, curve), colour, line in zip(curves.items(), cycle(COLOURS), cycle(LINES), strict=False):
+        coverage, risk = _array(curve.coverage), _array(curve.risk)
+        ax.plot(coverage, risk, color=colour, linestyle=line, linewidth=1.5, label=name)
+    ax.set(xlabel="coverage (share answered)", ylabel=ylabel, xlim=(0, 1))
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
 def uncertainty_histograms(
     uncertainties: Mapping[str, Tensor],
     ax: Axes | None = None,
@@ -139,6 +161,80 @@ def uncertainty_histograms(
         ax.hist(values, edges, weights=share, color=colour, alpha=0.35, label=name)
         ax.hist(values, edges, weights=share, color=colour, histtype="step", linestyle=line, linewidth=1.5)
     ax.set(xlabel=xlabel, ylabel="share of examples", xlim=(edges[0], edges[-1]))
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def confusion(matrix: Tensor, names: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
+    """Confusion matrix as a picture: of each true class (row), the share predicted as each class (column).
+
+    Args:
+        matrix: ``[K, K]`` counts >= 0, what `pyens.metrics.confusion_matrix` returns. The row of a class
+            without examples stays empty.
+        names: of the K classes; their numbers if not given.
+        ax: axes to draw on; None for a new figure.
+    """
+    if not isinstance(matrix, torch.Tensor):
+        raise TypeError(f"confusion: matrix: expected a tensor, got {type(matrix).__name__}")
+    counts = _array(matrix)
+    if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or counts.size == 0:
+        raise ValueError(f"confusion: matrix: expected shape [K, K] with K >= 1, got {list(counts.shape)}")
+    if not (counts >= 0).all():
+        raise ValueError("confusion: matrix: expected counts >= 0, got others")
+    names = [str(k) for k in range(len(counts))] if names is None else list(names)
+    if len(names) != len(counts):
+        raise ValueError(f"confusion: names: expected {len(counts)}, one for each class, got {len(names)}")
+    if ax is None:
+        ax = new_figure().add_subplot()
+    total = counts.sum(1, keepdims=True)
+    shares = np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
+    image = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), share in np.ndenumerate(shares):
+        if np.isfinite(share):
+            ink = "white" if share > 0.5 else INK
+            ax.text(column, row, f"{share:.2f}", ha="center", va="center", color=ink, fontsize="x-small")
+    ticks = range(len(names))
+    ax.set(xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names)
+    ax.set(xlabel="predicted class", ylabel="true class")
+    ax.figure.colorbar(image, ax=ax, label="share of the true class", fraction=0.05)
+    return ax
+
+
+def prediction_differences(
+    strengths: Sequence[float],
+    differences: Mapping[str, Tensor],
+    ax: Axes | None = None,
+    *,
+    xlabel: str = "strength λ of the decorrelation loss",
+) -> Axes:
+    """Prediction difference against the strength λ, on logarithmic axes, one line for each named measure.
+
+    Args:
+        strengths: the L values of λ >= 0, in any order. The axis is linear around 0, which is no such loss.
+        differences: ``[L]`` finite values > 0 of each measure, by the name for the legend (Δ1, Δ2, ...).
+        ax: axes to draw on; None for a new figure.
+        xlabel: what λ is.
+    """
+    ax = _prepare("prediction_differences", "differences", differences, torch.Tensor, ax)
+    strengths = np.asarray(strengths, dtype=float)
+    if strengths.ndim != 1 or strengths.size == 0 or not (np.isfinite(strengths) & (strengths >= 0)).all():
+        raise ValueError("prediction_differences: strengths: expected one or more finite numbers >= 0")
+    order = strengths.argsort()
+    for (name, values), colour, line, marker in zip(
+        differences.items(), cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False
+    ):
+        heights = _array(values)
+        if heights.shape != strengths.shape or not (np.isfinite(heights) & (heights > 0)).all():
+            raise ValueError(
+                f"prediction_differences: differences[{name!r}]: expected finite values > 0 of shape "
+                f"[{len(strengths)}], got shape {list(heights.shape)}"
+            )
+        style = {"color": colour, "linestyle": line, "marker": marker}
+        ax.plot(strengths[order], heights[order], **style, linewidth=1.5, label=name)
+    positive = strengths[strengths > 0]
+    ax.set_xscale("symlog", linthresh=positive.min() if positive.size else 1.0)
+    ax.set_yscale("log")
+    ax.set(xlabel=xlabel, ylabel="prediction difference")
     ax.legend(frameon=False, fontsize="small")
     return ax
 

@@ -1,5 +1,6 @@
 """The main job, run small: what it prints, the picture, that a seed decides everything, and refused flags."""
 
+import dataclasses
 import importlib.util
 import math
 
@@ -30,8 +31,11 @@ def test_the_measures(result):
         "NLL [nats]",
         "Brier score",
         "ECE",
+        "AURC",
         "OOD AUROC, max probability",
         "OOD AUROC, entropy",
+        "OOD AUPR, entropy",
+        "OOD FPR95, entropy",
         "OOD AUROC, mutual information",
     ]
     for measure in result.measures:
@@ -124,22 +128,30 @@ def test_the_summary_follows_the_numbers():
         known=torch.stack([certain, unsure]),
         labels=torch.tensor([0, 1]),
         unknown=torch.stack([unsure, unsure]),
+        validation=torch.stack([certain, unsure]),
+        validation_labels=torch.tensor([0, 1]),
     )
     better = measures([1.0, 0.2, 0.7, 0.8, 0.9], [[0.5, 0.5], [0.3, 0.5], [0.6, 0.6], [0.5, 0.5]])
-    errors, confidence, detection = demo.summarise(better, predictions)
+    errors, confidence, selective, detection = demo.summarise(better, predictions)
     assert "gets 0 wrong and a single member 1.0 on average" in errors
     assert "NLL is 50% lower than theirs" in errors
     assert "answers 0.0% of the known digits and 0.0% of the 8 and 9" in confidence  # means of 1 and 1/2
     assert "single members answer 50.0% and 0.0%" in confidence
+    # All validation digits are right at a confidence of 3/4, and so are both test digits.
+    assert "From a confidence of 0.750 on" in selective
+    assert "answers 100.0% of the test digits, 0 of them wrong, and 0.0% of the 8 and 9" in selective
     assert "best by mutual information, with an AUROC of 0.900" in detection
     assert "a single member's best is max probability, 0.600" in detection
 
     worse = measures([0.5, 0.6, 0.7, 0.8, 0.1], [[1.0, 1.0], [0.3, 0.5], [0.6, 0.6], [0.9, 0.9]])
-    errors, _, detection = demo.summarise(worse, predictions)
+    errors, _, _, detection = demo.summarise(worse, predictions)
     assert "gets 1 wrong and a single member 0.0 on average" in errors
     assert "NLL is 50% higher than theirs" in errors
     assert "best by entropy, with an AUROC of 0.800" in detection
     assert "a single member's best is entropy, 0.900" in detection
+
+    never_right = dataclasses.replace(predictions, validation_labels=torch.tensor([1, 0]))
+    assert demo.summarise(worse, never_right)[2].startswith("No confidence keeps its errors")
 
     infinite = measures([0.5, 0.6, 0.7, 0.8, 0.1], [[1.0, 1.0], [0.3, math.inf], [0.6, 0.6], [0.9, 0.9]])
     assert "NLL is 0.6000 against inf" in demo.summarise(infinite, predictions)[0]

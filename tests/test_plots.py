@@ -68,6 +68,44 @@ def test_confidence_curves_draw_shares_against_ascending_thresholds(ax):
     assert ax.get_xlabel() and ax.get_ylabel()
 
 
+def test_risk_coverage_curves_draw_risk_against_coverage(ax):
+    p, y = predictions()
+    curves = {
+        "max p": metrics.risk_coverage_curve(p.amax(-1), p.argmax(-1) != y),
+        "entropy": metrics.risk_coverage_curve(-metrics.predictive_entropy(p), p.argmax(-1) != y),
+    }
+    assert plots.risk_coverage_curves(curves, ax, ylabel="error rate") is ax
+    for name, curve in curves.items():
+        np.testing.assert_array_equal(line(ax, name).get_xdata(), curve.coverage)
+        np.testing.assert_array_equal(line(ax, name).get_ydata(), curve.risk)
+    assert legend(ax) == ["max p", "entropy"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("coverage (share answered)", "error rate")
+
+
+def test_confusion_shows_the_shares_of_each_true_class(ax):
+    matrix = torch.tensor([[3, 1, 0], [0, 0, 0], [0, 2, 2]])
+    assert plots.confusion(matrix, ["a", "b", "c"], ax) is ax
+    (image,) = ax.get_images()
+    shown = image.get_array().filled(np.nan)
+    np.testing.assert_array_equal(shown, [[0.75, 0.25, 0], [np.nan] * 3, [0, 0.5, 0.5]])
+    written = {text.get_position(): text.get_text() for text in ax.texts}  # (column, row)
+    assert written[0, 0] == "0.75" and written[1, 2] == "0.50" and len(written) == 6
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["a", "b", "c"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("predicted class", "true class")
+    assert [t.get_text() for t in plots.confusion(matrix).get_yticklabels()] == ["0", "1", "2"]
+
+
+def test_prediction_differences_are_drawn_over_ascending_strengths(ax):
+    differences = {"Δ1": torch.tensor([0.004, 0.08, 0.005]), "Δ2": torch.tensor([0.002, 0.03, 0.003])}
+    assert plots.prediction_differences([0.1, 0, 0.05], differences, ax) is ax
+    for name, values in differences.items():
+        np.testing.assert_array_equal(line(ax, name).get_xdata(), [0, 0.05, 0.1])
+        np.testing.assert_array_equal(line(ax, name).get_ydata(), values[[1, 2, 0]].double())
+    assert (ax.get_xscale(), ax.get_yscale()) == ("symlog", "log")
+    assert legend(ax) == ["Δ1", "Δ2"]
+    assert "λ" in ax.get_xlabel() and ax.get_ylabel() == "prediction difference"
+
+
 def test_histograms_are_shares_of_each_group_over_common_bins(ax):
     generator = torch.Generator().manual_seed(0)
     groups = {
@@ -86,6 +124,39 @@ def test_histograms_are_shares_of_each_group_over_common_bins(ax):
         )
         np.testing.assert_allclose(edges, expected_edges[:-1])
         np.testing.assert_allclose(heights, expected / len(values))
+
+
+@pytest.mark.parametrize(
+    ("plot", "arguments", "error", "message"),
+    [
+        (plots.confusion, ([[1]],), TypeError, "confusion: matrix: expected a tensor, got list"),
+        (plots.confusion, (torch.ones(2, 3),), ValueError, r"matrix: expected shape \[K, K\].*got \[2, 3\]"),
+        (plots.confusion, (-torch.ones(2, 2),), ValueError, "matrix: expected counts >= 0"),
+        (plots.confusion, (torch.ones(2, 2), ["a"]), ValueError, "names: expected 2, .*, got 1"),
+        (plots.prediction_differences, ([0.1], {}), ValueError, "differences: expected at least one Tensor"),
+        (
+            plots.prediction_differences,
+            ([0.1, 0.2], {"Δ1": torch.ones(3)}),
+            ValueError,
+            r"differences\['Δ1'\]: .* \[2\], got shape \[3\]",
+        ),
+        (
+            plots.prediction_differences,
+            ([0.1], {"Δ1": torch.zeros(1)}),
+            ValueError,
+            r"differences\['Δ1'\]: expected finite values > 0",
+        ),
+        (
+            plots.prediction_differences,
+            ([-0.1], {"Δ1": torch.ones(1)}),
+            ValueError,
+            "strengths: expected one or more finite numbers >= 0",
+        ),
+    ],
+)
+def test_bad_matrices_and_differences_are_refused(plot, arguments, error, message):
+    with pytest.raises(error, match=message):
+        plot(*arguments)
 
 
 def test_lines_differ_in_colour_and_in_style(ax):

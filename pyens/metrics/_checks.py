@@ -4,6 +4,8 @@ Messages read ``function: argument: expected ..., got ...``. Wrong types and dty
 shapes and values ValueError.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -53,31 +55,95 @@ def probabilities(
 
 
 def labels(function: str, value: Tensor, probabilities: Tensor) -> None:
-    """`value` is one class index per row of the (already checked) `[B, K]` probabilities."""
+    """`value` is one class index per row of the (already checked) `[B, K]` or `[M, B, K]` probabilities."""
+    examples, classes = probabilities.shape[-2:]
     _tensor(function, "labels", value)
     if value.dtype != torch.int64:
         raise TypeError(f"{function}: labels: expected int64, got {_name(value.dtype)}")
-    examples, classes = probabilities.shape
     if value.shape != (examples,):
         raise ValueError(
             f"{function}: labels: expected shape [{examples}], one for each row of probabilities, "
             f"got {list(value.shape)}"
         )
-    if value.device != probabilities.device:
-        raise ValueError(
-            f"{function}: labels: expected device {probabilities.device}, that of probabilities, "
-            f"got {value.device}"
-        )
+    device(function, "labels", value, "probabilities", probabilities)
     outside = value[(value < 0) | (value >= classes)]
     if outside.numel():
         raise ValueError(f"{function}: labels: expected values in 0..{classes - 1}, got {outside[0].item()}")
 
 
+def finite(function: str, argument: str, value: Tensor) -> None:
+    """`value` (already checked by `floats`) holds no infinity."""
+    infinite = int(value.isinf().sum())
+    if infinite:
+        raise ValueError(
+            f"{function}: {argument}: expected finite values, got {infinite} of {value.numel()} infinite"
+        )
+
+
+def like(function: str, argument: str, value: Tensor, other: str, model: Tensor) -> None:
+    """`value` has the shape, dtype and device of `model`, the argument called `other`; both are tensors."""
+    shape(function, argument, value, other, model)
+    if value.dtype != model.dtype:
+        raise TypeError(
+            f"{function}: {argument}: expected {_name(model.dtype)}, the dtype of {other}, "
+            f"got {_name(value.dtype)}"
+        )
+    device(function, argument, value, other, model)
+
+
+def mask(function: str, argument: str, value: Tensor, other: str, model: Tensor) -> None:
+    """`value` is a bool tensor of the shape and device of `model`, the argument called `other`."""
+    _tensor(function, argument, value)
+    if value.dtype != torch.bool:
+        raise TypeError(f"{function}: {argument}: expected bool, got {_name(value.dtype)}")
+    shape(function, argument, value, other, model)
+    device(function, argument, value, other, model)
+
+
+def shape(function: str, argument: str, value: Tensor, other: str, model: Tensor) -> None:
+    if value.shape != model.shape:
+        raise ValueError(
+            f"{function}: {argument}: expected shape {list(model.shape)}, that of {other}, "
+            f"got {list(value.shape)}"
+        )
+
+
+def device(function: str, argument: str, value: Tensor, other: str, model: Tensor) -> None:
+    if value.device != model.device:
+        raise ValueError(
+            f"{function}: {argument}: expected device {model.device}, that of {other}, got {value.device}"
+        )
+
+
 def bins(function: str, value: int) -> None:
+    count(function, "bins", value, 1)
+
+
+def count(function: str, argument: str, value: int, low: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{function}: bins: expected an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{function}: bins: expected at least 1, got {value}")
+        raise TypeError(f"{function}: {argument}: expected an int, got {type(value).__name__}")
+    if value < low:
+        raise ValueError(f"{function}: {argument}: expected at least {low}, got {value}")
+
+
+def number(function: str, argument: str, value: float, low: float, high: float = math.inf) -> None:
+    """`value` is a Python number in the closed range."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{function}: {argument}: expected a number, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{function}: {argument}: expected a number in [{low}, {high}], got {value}")
+
+
+def share(function: str, argument: str, value: float) -> None:
+    """`value` is a Python number strictly between 0 and 1."""
+    number(function, argument, value, 0, 1)
+    if value in (0, 1):
+        raise ValueError(f"{function}: {argument}: expected a number strictly between 0 and 1, got {value}")
+
+
+def choice(function: str, argument: str, value: str, *allowed: str) -> None:
+    if value not in allowed:
+        raise ValueError(f"{function}: {argument}: expected {' or '.join(allowed)}, got {value!r}")
 
 
 def _tensor(function: str, argument: str, value: object) -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,29 +11,19 @@ from typing_extensions import Self
 
 from pyens import ops
 from pyens.nn import _sequential
+from pyens.nn._members import Members, check_not_empty, check_sizes
 from pyens.ops.ensemble_mlp import ensemble_mlp_packed, pack
 
-Indices = Sequence[int] | slice | Tensor
 
-
-class _Stacked(nn.Module):
+class _Stacked(Members):
     """What `EnsembleLinear` and `EnsembleMLP` share: a stack of linear layers per member.
 
     A subclass says where the parameters live (`_stack`, `_set_stack`) and what a member looks like.
     """
 
-    ensemble_size: int
     activation: str
 
-    def _stack(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Weights `[E, out, in]` and biases `[E, out]` of all layers; no biases: an empty list."""
-        raise NotImplementedError
-
     def _set_stack(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
-        raise NotImplementedError
-
-    def _with(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Self:
-        """A module like this one around other parameters."""
         raise NotImplementedError
 
     def forward(self, input: Tensor, *, dropout: float = 0.0, dropout_seeds: Tensor | None = None) -> Tensor:
@@ -80,97 +70,25 @@ class _Stacked(nn.Module):
             dropout_seeds=dropout_seeds,
         )
 
-    @torch.no_grad()
-    def reset_parameters(self, seeds: Sequence[int] | Tensor | None = None) -> None:
-        """Draws every member anew, exactly as `nn.Linear` draws its parameters (fan-in of one member).
-
-        `seeds[m] = s` gives member m bit for bit the parameters of the same `nn.Linear` or `nn.Sequential`
-        built under `torch.manual_seed(s)` with float32 on the CPU, whatever the other members are. Without
-        seeds the members are drawn one after the other from torch's default generator.
-        """
+    def _draw(self, member: int, generator: torch.Generator | None) -> None:
         weights, biases = self._stack()
-        generators: list[torch.Generator | None] = [None] * self.ensemble_size
-        if seeds is not None:
-            if len(seeds) != self.ensemble_size:
-                raise ValueError(
-                    f"reset_parameters: seeds: expected one for each of the {self.ensemble_size} members, "
-                    f"got {len(seeds)}"
-                )
-            generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-        if weights[0].is_meta:
-            return
-        for member, generator in enumerate(generators):
-            for layer, weight in enumerate(weights):
-                # On the CPU in float32 and then cast: a seed means the same on every device and dtype.
-                drawn = torch.empty(weight.shape[1:], dtype=torch.float32, device="cpu")
-                nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-                weight[member].copy_(drawn)
-                if biases:
-                    bound = 1 / math.sqrt(weight.shape[2])
-                    drawn = torch.empty(weight.shape[1], dtype=torch.float32, device="cpu")
-                    nn.init.uniform_(drawn, -bound, bound, generator=generator)
-                    biases[layer][member].copy_(drawn)
-
-    @torch.no_grad()
-    def load_stacked(self, params: Mapping[str, Tensor]) -> None:
-        """Copies in the parameters that `torch.func.stack_module_state(members)` gives.
-
-        Names may be anything that ends in `weight` and `bias`; the layers are taken in the mapping's order.
-
-        Raises:
-            ValueError: names or shapes that do not fit; nothing is copied then.
-        """
-        weights, biases = self._stack()
-        for kind, own in (("weight", weights), ("bias", biases)):
-            given = {name: t for name, t in params.items() if name.rpartition(".")[2] == kind}
-            shapes, expected = [list(t.shape) for t in given.values()], [list(t.shape) for t in own]
-            if shapes != expected:
-                raise ValueError(
-                    f"load_stacked: params: expected {kind} tensors of shapes {expected}, got {shapes}"
-                )
-        if unknown := [name for name in params if name.rpartition(".")[2] not in ("weight", "bias")]:
-            raise ValueError(f"load_stacked: params: expected only weights and biases, got {unknown}")
-        given_weights = [t for name, t in params.items() if name.endswith("weight")]
-        given_biases = [t for name, t in params.items() if name.endswith("bias")]
-        for own, given_tensor in zip(weights + biases, given_weights + given_biases, strict=True):
-            own.copy_(given_tensor)
-
-    def select(self, indices: Indices) -> Self:
-        """A new ensemble of copies of the chosen members, in the order of `indices` (ints, slice or mask).
-
-        Raises:
-            ValueError: no member chosen, or indices of another kind.
-            IndexError: an index out of range, or a mask that is not `[E]`.
-        """
-        weights, biases = self._stack()
-        index: Any = indices
-        if not isinstance(index, slice):
-            index = torch.as_tensor(index, device="cpu")
-            if index.is_floating_point() and len(index) > 0:  # torch takes [] for floats
-                raise ValueError(f"select: indices: expected ints, a slice or a boolean mask, got {indices}")
-            index = index if index.dtype == torch.bool else index.long()
-        chosen = torch.arange(self.ensemble_size, device="cpu")[index]
-        if chosen.dim() != 1 or len(chosen) == 0:
-            raise ValueError(f"select: indices: expected at least one member, got {indices}")
-        chosen = chosen.to(weights[0].device)
-        return self._with([w.detach()[chosen] for w in weights], [b.detach()[chosen] for b in biases])
+        for layer, weight in enumerate(weights):
+            drawn = torch.empty(weight.shape[1:], dtype=torch.float32, device="cpu")
+            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+            weight[member].copy_(drawn)
+            if biases:
+                bound = 1 / math.sqrt(weight.shape[2])
+                drawn = torch.empty(weight.shape[1], dtype=torch.float32, device="cpu")
+                nn.init.uniform_(drawn, -bound, bound, generator=generator)
+                biases[layer][member].copy_(drawn)
 
     def _member_layers(self, i: int) -> list[nn.Linear]:
-        if not -self.ensemble_size <= i < self.ensemble_size:
-            raise IndexError(f"member: i: expected below {self.ensemble_size}, got {i}")
+        self._check_member(i)
         return _sequential.unstack(*self._stack(), i)
-
-    def member(self, i: int) -> nn.Module:
-        """Member i alone, with copies of its parameters."""
-        raise NotImplementedError
 
     def packed(self) -> "PackedEnsembleMLP":
         """A frozen copy for inference that is faster for small batches. See `PackedEnsembleMLP`."""
         return PackedEnsembleMLP(self)
-
-    def to_modules(self) -> list[Any]:
-        """All members as `member(i)` gives them."""
-        return [self.member(i) for i in range(self.ensemble_size)]
 
 
 class EnsembleLinear(_Stacked):
@@ -198,7 +116,7 @@ class EnsembleLinear(_Stacked):
         seeds: Sequence[int] | Tensor | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(
+        check_sizes(
             "EnsembleLinear", ensemble_size=ensemble_size, in_features=in_features, out_features=out_features
         )
         self.ensemble_size = ensemble_size
@@ -212,7 +130,7 @@ class EnsembleLinear(_Stacked):
     @classmethod
     def from_modules(cls, modules: Sequence[nn.Linear]) -> Self:
         """An ensemble of copies of trained layers of one shape, dtype and device, bit for bit."""
-        _check_not_empty(modules)
+        check_not_empty(modules)
         for i, module in enumerate(modules):
             if type(module) is not nn.Linear:
                 raise ValueError(
@@ -288,7 +206,7 @@ class EnsembleMLP(_Stacked):
             raise TypeError(
                 f"EnsembleMLP: hidden_features: expected a sequence of widths, got {hidden_features}"
             )
-        _check_sizes(
+        check_sizes(
             "EnsembleMLP",
             ensemble_size=ensemble_size,
             in_features=in_features,
@@ -318,7 +236,7 @@ class EnsembleMLP(_Stacked):
         does not compute (tanh-GELU, ELU with alpha other than 1, dropout, ...) is refused by name with a
         ValueError.
         """
-        _check_not_empty(modules)
+        check_not_empty(modules)
         parsed = [
             _sequential.parse(module, f"from_modules: modules[{i}]") for i, module in enumerate(modules)
         ]
@@ -444,14 +362,3 @@ class _BufferList(nn.Module):
 
     def __len__(self) -> int:
         return len(self._buffers)
-
-
-def _check_sizes(name: str, **sizes: int) -> None:
-    for argument, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name}: {argument}: expected a positive integer, got {size!r}")
-
-
-def _check_not_empty(modules: Sequence[nn.Module]) -> None:
-    if len(modules) == 0:
-        raise ValueError("from_modules: modules: expected at least one, got none")

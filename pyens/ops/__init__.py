@@ -1,8 +1,16 @@
 """The operations: custom kernels on CPU and GPU, each specified by its twin in `pyens.reference`."""
 
+from pyens.ops.ensemble_embedding import ensemble_embedding
 from pyens.ops.ensemble_mlp import ensemble_mlp
 from pyens.ops.ensemble_mlp_loss import ensemble_mlp_loss
 from pyens.ops.mask_channels import mask_channels
 from pyens.ops.masked_mlp import masked_mlp, masked_mlp_loss
 
-__all__ = ["ensemble_mlp", "ensemble_mlp_loss", "mask_channels", "masked_mlp", "masked_mlp_loss"]
+__all__ = [
+    "ensemble_embedding",
+    "ensemble_mlp",
+    "ensemble_mlp_loss",
+    "mask_channels",
+    "masked_mlp",
+    "masked_mlp_loss",
+]

@@ -37,9 +37,7 @@ def masked_weights(
     """
     gather = torch.ops.pyens.masked_weights if torch.compiler.is_compiling() else _C.masked_weights
     rows, columns = [*plan, None], [None, *plan]
-    member_weights = [
-        gather(w, r, c, num_masks) for w, r, c in zip(weights, rows, columns, strict=True)
-    ]
+    member_weights = [gather(w, r, c, num_masks) for w, r, c in zip(weights, rows, columns, strict=True)]
     member_biases = [
         gather(b.unsqueeze(1), r, None, num_masks).squeeze(2)
         for b, r in zip(biases or (), rows, strict=False)

@@ -1,6 +1,7 @@
 """Every operation of `pyens.ops` in plain PyTorch: the specification that the kernels are tested against."""
 
+from pyens.reference.ensemble_embedding import ensemble_embedding
 from pyens.reference.ensemble_mlp import ensemble_mlp
 from pyens.reference.ensemble_mlp_loss import ensemble_mlp_loss
 
-__all__ = ["ensemble_mlp", "ensemble_mlp_loss"]
+__all__ = ["ensemble_embedding", "ensemble_mlp", "ensemble_mlp_loss"]

@@ -1,0 +1,214 @@
+"""Ensembles of models for tables: columns of categories and columns of numbers in, an MLP on top."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyens.nn._members import check_sizes, generators
+from pyens.nn.ensemble_embedding import EnsembleEmbedding
+from pyens.nn.ensemble_mlp import EnsembleMLP
+from pyens.ops.ensemble_embedding import ensemble_embedding_concat
+
+
+class TabularEnsemble(nn.Module):
+    r"""`ensemble_size` models that each embed categorical columns, append numeric ones, and apply an MLP.
+
+    For every member m and example b, with a table of its own for each categorical column:
+
+        features = tables[0][m, categorical[b, 0]], ..., tables[C-1][m, categorical[b, C-1]], numeric[b]
+        output[m, b] = MLP[m](features)
+
+    Args:
+        ensemble_size: E, the number of members.
+        categorical: for each of the C categorical columns how many categories it has and how many numbers a
+            category becomes; may be empty.
+        numeric_features: F, the number of numeric columns; may be 0, but not without categorical columns.
+        hidden_features, out_features, activation, bias: of the MLP, see `EnsembleMLP`.
+        dropout: probability of dropping a hidden activation in training.
+        sparse: whether the tables' gradients are sparse, see `EnsembleEmbedding`. The features are then put
+            together in several passes instead of one.
+        device, dtype: of the parameters.
+        seeds: one per member, see `reset_parameters`.
+
+    Submodules: `embeddings`, an `nn.ModuleList` of `EnsembleEmbedding`, and `mlp`, an `EnsembleMLP`.
+
+    Example:
+        >>> model = TabularEnsemble(100, [(6040, 8), (3883, 8)], 19, [50, 20, 10], 1)
+        >>> model(torch.randint(3883, (16, 2)), torch.randn(16, 19)).shape
+        torch.Size([100, 16, 1])
+    """
+
+    def __init__(
+        self,
+        ensemble_size: int,
+        categorical: Sequence[tuple[int, int]],
+        numeric_features: int,
+        hidden_features: Sequence[int],
+        out_features: int,
+        *,
+        activation: str = "relu",
+        bias: bool = True,
+        dropout: float = 0.0,
+        sparse: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        seeds: Sequence[int] | Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        for i, column in enumerate(categorical):
+            check_sizes(
+                "TabularEnsemble",
+                **{f"categorical[{i}][0]": column[0], f"categorical[{i}][1]": column[1]},
+            )
+        if not isinstance(numeric_features, int) or numeric_features < 0:
+            raise ValueError(
+                f"TabularEnsemble: numeric_features: expected an integer from 0, got {numeric_features!r}"
+            )
+        if not categorical and numeric_features == 0:
+            raise ValueError(
+                "TabularEnsemble: numeric_features: expected 1 or more without categorical, got 0"
+            )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"TabularEnsemble: dropout: expected 0 <= dropout < 1, got {dropout}")
+        self.ensemble_size = ensemble_size
+        self.numeric_features = numeric_features
+        self.dropout = dropout
+        self.sparse = sparse
+        # Without memory at first, so that nothing is drawn but what reset_parameters draws.
+        self.embeddings = nn.ModuleList(
+            EnsembleEmbedding(ensemble_size, *column, sparse=sparse, device="meta", dtype=dtype)
+            for column in categorical
+        )
+        in_features = sum(dim for _, dim in categorical) + numeric_features
+        self.mlp = EnsembleMLP(
+            ensemble_size,
+            in_features,
+            hidden_features,
+            out_features,
+            activation=activation,
+            bias=bias,
+            device="meta",
+            dtype=dtype,
+        )
+        self.to_empty(device=torch.get_default_device() if device is None else device)
+        self.reset_parameters(seeds)
+
+    @torch.no_grad()
+    def reset_parameters(self, seeds: Sequence[int] | Tensor | None = None) -> None:
+        """Draws every member anew, exactly as `nn.Embedding` and `nn.Linear` draw their parameters.
+
+        `seeds[m] = s` gives member m bit for bit the parameters of a model that is built under
+        `torch.manual_seed(s)` with float32 on the CPU and makes its `nn.Embedding`s in order and then its
+        `nn.Linear`s in order. Without seeds the members are drawn one after the other from torch's default
+        generator.
+        """
+        drawn_from = generators(self.ensemble_size, seeds)
+        if self.mlp.weights[0].is_meta:
+            return
+        for member, generator in enumerate(drawn_from):
+            for module in (*self.embeddings, self.mlp):
+                module._draw(member, generator)
+
+    def forward(
+        self,
+        categorical: Tensor | None = None,
+        numeric: Tensor | None = None,
+        *,
+        dropout_seeds: Tensor | None = None,
+    ) -> Tensor:
+        """The members' outputs `[E, B, out_features]`.
+
+        Args:
+            categorical: int64 `[B, C]`, shared by all members, or `[E, B, C]`; None if there are no
+                categorical columns.
+            numeric: `[B, F]` or `[E, B, F]`; None if there are no numeric columns.
+            dropout_seeds: int64 `[E]`, see `pyens.ops.ensemble_mlp`. Dropout is applied if and only if they
+                are given, also in evaluation (for MC dropout); training with dropout needs them.
+
+        Raises:
+            ValueError: columns missing or not expected, shapes that do not fit, a category out of range, no
+                dropout_seeds in training with dropout.
+        """
+        return self.mlp(self._features(categorical, numeric), **self._dropout(dropout_seeds))
+
+    def loss(
+        self,
+        categorical: Tensor | None,
+        numeric: Tensor | None,
+        target: Tensor,
+        *,
+        loss: str,
+        temperature: float = 1.0,
+        sample_weight: Tensor | None = None,
+        dropout_seeds: Tensor | None = None,
+    ) -> Tensor:
+        """Each member's mean loss `[E]`, computed together with its gradient: train on its sum.
+
+        `categorical`, `numeric` and `dropout_seeds` are those of `forward`; the others, shapes and errors
+        those of `pyens.ops.ensemble_mlp_loss`.
+        """
+        return self.mlp.loss(
+            self._features(categorical, numeric),
+            target,
+            loss=loss,
+            temperature=temperature,
+            sample_weight=sample_weight,
+            **self._dropout(dropout_seeds),
+        )
+
+    def _dropout(self, seeds: Tensor | None) -> dict[str, Any]:
+        """The arguments of the operations: none for no dropout."""
+        if self.dropout == 0:
+            return {}
+        if seeds is not None:
+            return {"dropout": self.dropout, "dropout_seeds": seeds}
+        if self.training:
+            raise ValueError(
+                f"TabularEnsemble: dropout_seeds: expected int64 [{self.ensemble_size}], new in every step "
+                f"of training with dropout {self.dropout}, got None"
+            )
+        return {}
+
+    def _features(self, categorical: Tensor | None, numeric: Tensor | None) -> Tensor:
+        """`[E, B, I]`, or `[B, I]` where nothing differs between the members."""
+        columns = len(self.embeddings)
+        _check_columns("categorical", categorical, columns, self.ensemble_size)
+        _check_columns("numeric", numeric, self.numeric_features, self.ensemble_size)
+        if categorical is None:
+            assert numeric is not None  # there are columns of one kind at least
+            return numeric
+        if numeric is not None and numeric.shape[-2] != categorical.shape[-2]:
+            raise ValueError(
+                f"TabularEnsemble: numeric: expected the {categorical.shape[-2]} examples of categorical, "
+                f"got shape {list(numeric.shape)}"
+            )
+        if not self.sparse:
+            tables = [embedding.weight for embedding in self.embeddings]
+            return ensemble_embedding_concat(categorical, tables, numeric)
+        blocks = [embedding(categorical[..., t]) for t, embedding in enumerate(self.embeddings)]
+        if numeric is not None:
+            blocks.append(numeric.expand(self.ensemble_size, -1, -1))
+        return torch.cat(blocks, -1)
+
+    def extra_repr(self) -> str:
+        return (
+            f"ensemble_size={self.ensemble_size}, numeric_features={self.numeric_features}, "
+            f"dropout={self.dropout}, sparse={self.sparse}"
+        )
+
+
+def _check_columns(argument: str, value: Tensor | None, columns: int, ensemble_size: int) -> None:
+    if value is None and columns == 0:
+        return
+    if (
+        value is None
+        or value.dim() not in (2, 3)
+        or value.shape[-1] != columns
+        or columns == 0
+        or value.shape[:-2] not in ((), (ensemble_size,))
+    ):
+        expected = f"[B, {columns}] or [{ensemble_size}, B, {columns}]" if columns else "None"
+        got = "None" if value is None else f"shape {list(value.shape)}"
+        raise ValueError(f"TabularEnsemble: {argument}: expected {expected}, got {got}")

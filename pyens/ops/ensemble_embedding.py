@@ -1,0 +1,78 @@
+"""Embedding tables per member."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyens import reference
+from pyens._library import _C
+from pyens.reference.ensemble_embedding import ensemble_embedding_concat as _reference_concat
+
+_peek_transform = torch._C._functorch.peek_interpreter_stack
+
+
+def ensemble_embedding(index: Tensor, weight: Tensor, *, sparse: bool = False) -> Tensor:
+    r"""Rows of a table that each member has for itself.
+
+        output[m, b] = weight[m, index[b]]      or      weight[m, index[m, b]]
+
+    Args:
+        index: int64 `[B]`, shared by all members, or `[E, B]`, each in 0 ... N - 1. B may be 0.
+        weight: `[E, N, D]`, the layout of `nn.Embedding.weight` stacked. float32, float64, bfloat16, float16.
+        sparse: the gradient of `weight` is a coalesced sparse COO tensor `[E, N, D]` with two sparse
+            dimensions (member, row) and values `[nnz, D]`: one row for each that was looked up. It is made
+            without anything of the size of `weight`. (In `.grad` torch drops the flag of being coalesced,
+            not the fact.) See `pyens.EnsembleEmbedding` for what takes it.
+
+    Returns:
+        `[E, B, D]`, contiguous, of the dtype of `weight`.
+
+    The gradient of a row is the sum over the examples that looked it up, in ascending b (bfloat16 and float16
+    in float32, rounded once): the same bits for any number of threads and any other members beside. The dense
+    one costs the rows touched and one zeroing of the table. Strided and expanded tensors are read where they
+    lie as long as the last dimension of `weight` is contiguous.
+
+    Differentiable in `weight`, twice and more; with `sparse` once, and not under `torch.compile`. Autocast
+    leaves it alone, as it does `F.embedding`. Within `torch.func` the reference computes, which is plain
+    PyTorch, and the gradient is dense: grad, vjp, jvp and vmap work.
+
+    Raises:
+        ValueError: a shape that does not fit, an index out of range.
+        TypeError: an index that is not int64, an unsupported dtype, mixed devices.
+        NotImplementedError: tensors that are not on the CPU.
+
+    Source: the categorical features of the click and rating models in "prediction variation"; reference in
+    `pyens.reference.ensemble_embedding`.
+    """
+    # In this order: while compiling, there is always a transform to peek at.
+    if torch.compiler.is_compiling():
+        return torch.ops.pyens.ensemble_embedding(index, weight, sparse)
+    if _peek_transform() is not None:
+        return reference.ensemble_embedding(index, weight)
+    return _C.ensemble_embedding(index, weight, sparse)
+
+
+def ensemble_embedding_concat(
+    categorical: Tensor, tables: Sequence[Tensor], numeric: Tensor | None = None
+) -> Tensor:
+    r"""Rows of C tables side by side, then numbers: the features of a table of data, written once.
+
+        output[m, b] = tables[0][m, i_0], ..., tables[C-1][m, i_{C-1}], numeric[m, b],   i = categorical[m, b]
+
+    Args:
+        categorical: int64 `[B, C]`, shared by all members, or `[E, B, C]`: a column for each table.
+        tables: C >= 1 tensors `[E, N_t, D_t]`.
+        numeric: `[B, F]` or `[E, B, F]`, of the dtype of the tables; or None.
+
+    Returns:
+        `[E, B, sum of D_t, then F]`, contiguous.
+
+    In everything else as `ensemble_embedding` with `sparse=False`; differentiable in `numeric` too, where it
+    is shared as the sum over the members in ascending order.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.pyens.ensemble_embedding_concat(categorical, list(tables), numeric)
+    if _peek_transform() is not None:
+        return _reference_concat(categorical, tables, numeric)
+    return _C.ensemble_embedding_concat(categorical, tables, numeric)
