@@ -4,7 +4,7 @@
     outputs = model(x)          # [B, 32] -> [100, B, 1], one fused kernel
 
 `pyens.ops` are the operations, `pyens.reference` the same in plain PyTorch, `pyens.nn` the modules,
-`pyens.metrics` what ensembles are judged by.
+`pyens.masks` draws the masks of Masksembles, `pyens.metrics` is what ensembles are judged by.
 """
 
 from pyens._library import build_info
