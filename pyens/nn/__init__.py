@@ -1,5 +1,19 @@
 """Modules: thin Python over `pyens.ops`."""
 
 from pyens.nn.ensemble_mlp import EnsembleLinear, EnsembleMLP, PackedEnsembleMLP
+from pyens.nn.masked_conv import MaskedConv2d
+from pyens.nn.masked_networks import forward_tiled, insert_masksembles_, set_mask_mode_
+from pyens.nn.masksembles import Masksembles1D, Masksembles2D, Masksembles3D
 
-__all__ = ["EnsembleLinear", "EnsembleMLP", "PackedEnsembleMLP"]
+__all__ = [
+    "EnsembleLinear",
+    "EnsembleMLP",
+    "MaskedConv2d",
+    "Masksembles1D",
+    "Masksembles2D",
+    "Masksembles3D",
+    "PackedEnsembleMLP",
+    "forward_tiled",
+    "insert_masksembles_",
+    "set_mask_mode_",
+]
