@@ -2,6 +2,26 @@
 
 from pyens.nn.ensemble_embedding import EnsembleEmbedding
 from pyens.nn.ensemble_mlp import EnsembleLinear, EnsembleMLP, PackedEnsembleMLP
+from pyens.nn.masked_conv import MaskedConv2d
+from pyens.nn.masked_mlp import MaskedMLP
+from pyens.nn.masked_networks import forward_tiled, insert_masksembles_, set_mask_mode_
+from pyens.nn.masksembles import Masksembles1D, Masksembles2D, Masksembles3D
+from pyens.nn.mc_dropout import mc_dropout
 from pyens.nn.tabular import TabularEnsemble
 
-__all__ = ["EnsembleEmbedding", "EnsembleLinear", "EnsembleMLP", "PackedEnsembleMLP", "TabularEnsemble"]
+__all__ = [
+    "EnsembleEmbedding",
+    "EnsembleLinear",
+    "EnsembleMLP",
+    "MaskedConv2d",
+    "MaskedMLP",
+    "Masksembles1D",
+    "Masksembles2D",
+    "Masksembles3D",
+    "PackedEnsembleMLP",
+    "TabularEnsemble",
+    "forward_tiled",
+    "insert_masksembles_",
+    "mc_dropout",
+    "set_mask_mode_",
+]

@@ -1,6 +1,6 @@
 """What an `nn.Sequential` must look like to be a member of an `EnsembleMLP`, and back."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,10 @@ _MODULES: dict[str, type[nn.Module]] = {
 }
 
 
-def activation_module(name: str) -> nn.Module:
-    """`name` as a module, with default arguments."""
+def activation_module(name: str, function: str = "EnsembleMLP") -> nn.Module:
+    """`name` as a module, with default arguments; `function` is who asks, for the error."""
     if name not in _MODULES:
-        raise ValueError(f'EnsembleMLP: activation: expected one of {", ".join(_MODULES)}, got "{name}"')
+        raise ValueError(f'{function}: activation: expected one of {", ".join(_MODULES)}, got "{name}"')
     return _MODULES[name]()
 
 
@@ -42,6 +42,15 @@ def _settings(activation: nn.Module) -> dict[str, Any]:
         for name, value in vars(activation).items()
         if not name.startswith("_") and name not in ("training", "inplace")
     }
+
+
+def flatten(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a sequence, and of the sequences in it, in their order."""
+    if type(module) is nn.Sequential:
+        for child in module:
+            yield from flatten(child)
+    else:
+        yield module
 
 
 def parse(module: nn.Module, argument: str) -> tuple[list[nn.Linear], str]:

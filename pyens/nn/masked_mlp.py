@@ -1,0 +1,250 @@
+"""One MLP under N masks: the members share its weights."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from pyens.masks import check, masks_for_channels
+from pyens.nn import _sequential
+from pyens.nn._rows import MODES, cards, check_mode
+from pyens.nn.ensemble_mlp import EnsembleMLP, _BufferList
+from pyens.nn.masksembles import Masksembles1D
+from pyens.ops import masked_mlp
+
+
+class MaskedMLP(nn.Module):
+    r"""An MLP with Masksembles on its hidden layers: Linear, activation, mask, ..., Linear.
+
+    What `nn.Sequential(nn.Linear, activation, Masksembles1D, ..., nn.Linear)` computes; of each hidden layer
+    only the units that the mask leaves take part.
+
+    Args:
+        ensemble_size: N, the number of masks.
+        in_features, hidden_features, out_features: widths of the one network; at least one hidden layer.
+        scale: S >= 1 of the masks, see `pyens.masks.masks_for_channels`.
+        activation: relu, gelu, silu, elu, softplus, tanh or identity, as in `EnsembleMLP`.
+        bias: whether the layers have biases.
+        device, dtype: of the parameters.
+        seed: the parameters are bit for bit those of the same `nn.Sequential` built under
+            `torch.manual_seed(seed)` in float32 on the CPU; without it they are the next ones drawn.
+        generator: to draw the masks from.
+
+    Parameters: `weights.{l}` `[out_l, in_l]` and `biases.{l}` `[out_l]`. Buffers, in the state dict too:
+    `masks.{l}`, bool `[N, H_l]`.
+
+    Raises:
+        ValueError: a size, N or S below 1, no hidden layer, an unknown activation.
+
+    Example:
+        >>> model = MaskedMLP(4, 32, [64, 64], 1, scale=2.0)
+        >>> model(torch.randn(8, 32)).shape, model(torch.randn(8, 32), mode="dealt").shape
+        (torch.Size([4, 8, 1]), torch.Size([8, 1]))
+    """
+
+    def __init__(
+        self,
+        ensemble_size: int,
+        in_features: int,
+        hidden_features: Sequence[int],
+        out_features: int,
+        *,
+        scale: float,
+        activation: str = "relu",
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if isinstance(hidden_features, int):
+            raise TypeError(
+                f"MaskedMLP: hidden_features: expected a sequence of widths, got {hidden_features}"
+            )
+        widths = {f"hidden_features[{i}]": width for i, width in enumerate(hidden_features)}
+        check(
+            "MaskedMLP",
+            scale,
+            ensemble_size=ensemble_size,
+            in_features=in_features,
+            out_features=out_features,
+            **widths,
+        )
+        masks = [masks_for_channels(w, ensemble_size, scale, generator=generator) for w in hidden_features]
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        layers = list(itertools.pairwise([in_features, *hidden_features, out_features]))
+        weights = [torch.empty(fan_out, fan_in, **factory) for fan_in, fan_out in layers]
+        biases = [torch.empty(fan_out, **factory) for _, fan_out in layers] if bias else []
+        masks = [torch.empty(m.shape, dtype=torch.bool, device=device).copy_(m) for m in masks]
+        self._set(weights, biases, masks, activation)
+        self.reset_parameters(seed)
+
+    def _set(
+        self, weights: Sequence[Tensor], biases: Sequence[Tensor], masks: Sequence[Tensor], activation: str
+    ) -> None:
+        """Everything that this module consists of."""
+        super().__init__()
+        if not masks:
+            raise ValueError("MaskedMLP: hidden_features: expected at least one hidden layer, got none")
+        _sequential.activation_module(activation, "MaskedMLP")  # raises if there is none of this name
+        self.ensemble_size = masks[0].shape[0]
+        self.in_features = weights[0].shape[1]
+        self.hidden_features = tuple(mask.shape[1] for mask in masks)
+        self.out_features = weights[-1].shape[0]
+        self.activation = activation
+        self.weights = nn.ParameterList(weights)
+        self.biases = nn.ParameterList(biases)
+        self.masks = _BufferList(masks)
+
+    @classmethod
+    def from_parameters(
+        cls,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        masks: Sequence[Tensor],
+        *,
+        activation: str = "relu",
+    ) -> Self:
+        """A model of these weights `[out, in]` and biases `[out]` (none: empty), used as they are, and masks.
+
+        Masks are bool `[N, H_l]`, one for each hidden layer, and copied.
+        """
+        new = cls.__new__(cls)
+        new._set(weights, biases, masks, activation)
+        return new
+
+    @classmethod
+    def from_module(cls, module: nn.Sequential) -> Self:
+        """A copy of a network with `Masksembles1D` layers: Linear, activation, mask, ..., Linear.
+
+        Sequences within sequences are read as one, so `insert_masksembles_` may have made it. A hidden layer
+        without a mask keeps all its units; the modes of the mask layers do not matter.
+
+        Raises:
+            ValueError: anything else, by name.
+        """
+        layers = list(_sequential.flatten(module))
+        masks: list[Tensor | None] = []
+        for layer, following in itertools.pairwise([*layers, None]):
+            if isinstance(layer, Masksembles1D):
+                if type(following) is not nn.Linear or not masks:
+                    raise ValueError(
+                        "from_module: module: expected Masksembles1D between an activation and an nn.Linear, "
+                        f"got {module}"
+                    )
+                masks[-1] = layer.masks
+            elif type(layer) is nn.Linear:
+                masks.append(None)
+        rest = nn.Sequential(*(layer for layer in layers if not isinstance(layer, Masksembles1D)))
+        linears, activation = _sequential.parse(rest, "from_module: module")
+        sizes = {len(mask) for mask in masks if mask is not None}
+        if len(sizes) != 1:
+            raise ValueError(
+                f"from_module: module: expected Masksembles1D layers of one n, got {sorted(sizes) or 'none'}"
+            )
+        (n,) = sizes
+        hidden = [
+            linear.weight.new_ones(n, linear.out_features, dtype=torch.bool) if mask is None else mask
+            for linear, mask in zip(linears[:-1], masks[:-1], strict=True)
+        ]
+        stacked = _sequential.stack([linears])
+        weights, biases = ([tensor[0] for tensor in tensors] for tensors in stacked)
+        return cls.from_parameters(weights, biases, hidden, activation=activation).train(module.training)
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int | None = None) -> None:
+        """Draws the weights anew, exactly as `nn.Linear` does; the masks stay."""
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        if self.weights[0].is_meta:
+            return
+        for layer, weight in enumerate(self.weights):
+            # On the CPU in float32 and then cast: a seed means the same on every device and dtype.
+            drawn = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
+            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+            weight.copy_(drawn)
+            if len(self.biases) > 0:
+                bound = 1 / math.sqrt(weight.shape[1])
+                drawn = torch.empty(weight.shape[0], dtype=torch.float32, device="cpu")
+                self.biases[layer].copy_(nn.init.uniform_(drawn, -bound, bound, generator=generator))
+
+    def forward(self, input: Tensor, *, mode: str = "tiled", seed: int | Tensor = 0) -> Tensor:
+        """Each example under each mask, or under one.
+
+        Args:
+            input: `[B, in_features]`; with "tiled" also `[N, B, in_features]`, the examples of each mask.
+            mode: "tiled": every mask on every example. "grouped", "dealt" or "drawn": each example meets one
+                mask, see `Masksembles1D`.
+            seed: with "drawn", says which (int64, if a tensor). A training loop passes a new one each step.
+
+        Returns:
+            `[N, B, out_features]` with "tiled", else `[B, out_features]`.
+
+        Raises:
+            ValueError: an unknown mode, an input of another shape.
+        """
+        check_mode("MaskedMLP", mode, ("tiled", *MODES))
+        n = self.ensemble_size
+        shared = input.dim() == 2 and input.shape[1] == self.in_features
+        per_mask = input.dim() == 3 and input.shape[::2] == (n, self.in_features)
+        if not shared and not (per_mask and mode == "tiled"):
+            also = f" or [{n}, B, {self.in_features}]" if mode == "tiled" else ""
+            raise ValueError(
+                f"MaskedMLP: input: expected [B, {self.in_features}]{also}, got shape {list(input.shape)}"
+            )
+        if mode == "tiled":
+            return self._apply_masks(input)
+        # As many rows for each mask, some of them zeros where N does not divide B.
+        per_mask_rows = -(-input.shape[0] // n)
+        card = cards(mode, input.shape[0], n, torch.as_tensor(seed, device=input.device))
+        place = card % n * per_mask_rows + card // n
+        rows = input.new_zeros(n * per_mask_rows, self.in_features).index_copy(0, place, input)
+        output = self._apply_masks(rows.unflatten(0, (n, per_mask_rows)))
+        return output.flatten(0, 1).index_select(0, place)
+
+    def _apply_masks(self, input: Tensor) -> Tensor:
+        modules = self._modules
+        weights, biases, masks = (
+            list(modules["weights"]._parameters.values()),
+            list(modules["biases"]._parameters.values()),
+            list(modules["masks"]._buffers.values()),
+        )
+        return masked_mlp(input, weights, biases, masks, activation=self.activation)
+
+    @torch.no_grad()
+    def compact(self) -> EnsembleMLP:
+        """The members as a plain ensemble: copies of the weights that each mask leaves, the same outputs.
+
+        Its hidden layers are as wide as the masks' ones; masks with fewer ones than others, which are not
+        drawn but may be loaded, get units without weights.
+        """
+        weights, biases = [], []
+        inputs, has_input = None, None  # of all masks: the units left [N, M], and which of them are there
+        for layer, weight in enumerate(self.weights):
+            mask = self._mask_of_outputs(layer)
+            most = max(1, int(mask.sum(1).max()))
+            units = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+            there = mask.gather(1, units)
+            gathered = weight[units]  # [N, M, in]
+            if inputs is not None:
+                columns = inputs.unsqueeze(1).expand(-1, most, -1)
+                gathered = torch.where(has_input.unsqueeze(1), gathered.gather(2, columns), 0)
+            weights.append(torch.where(there.unsqueeze(2), gathered, 0))
+            if len(self.biases) > 0:
+                biases.append(torch.where(there, self.biases[layer][units], 0))
+            inputs, has_input = units, there
+        return EnsembleMLP._from_stack(weights, biases, self.activation).train(self.training)
+
+    def _mask_of_outputs(self, layer: int) -> Tensor:
+        masks = list(self.masks.buffers())
+        return masks[layer] if layer < len(masks) else masks[0].new_ones(len(masks[0]), self.out_features)
+
+    def extra_repr(self) -> str:
+        return (
+            f"ensemble_size={self.ensemble_size}, in_features={self.in_features}, "
+            f"hidden_features={list(self.hidden_features)}, out_features={self.out_features}, "
+            f"activation={self.activation}, bias={len(self.biases) > 0}"
+        )

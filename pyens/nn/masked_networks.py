@@ -1,0 +1,142 @@
+"""Masksembles in networks that are there: put in, told who meets which mask, run under all masks."""
+
+import fnmatch
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pyens.masks import check
+from pyens.nn._rows import MODES, check_mode
+from pyens.nn.masked_conv import MaskedConv2d
+from pyens.nn.masksembles import Masksembles1D, Masksembles2D, Masksembles3D, _Masksembles
+
+
+def insert_masksembles_(
+    module: nn.Module,
+    n: int,
+    scale: float,
+    *,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    mode: str = "grouped",
+    generator: torch.Generator | None = None,
+) -> nn.Module:
+    """Puts a mask layer before layers of an existing network, in place; their parameters stay what they are.
+
+    An `nn.Linear`, `nn.Conv2d` or `nn.Conv3d` becomes an `nn.Sequential` of `mask` and `linear` or `conv`
+    (for a Conv2d with groups = 1 a `MaskedConv2d`, which is one): the mask is on the layer's inputs, that is
+    after the activation before it. In the state dict, `fc.weight` becomes `fc.linear.weight` beside
+    `fc.mask.masks`; torch-uncertainty's masked layers have the same names.
+
+    Args:
+        module: the network, which holds the layers.
+        n, scale, mode, generator: of the masks, see `Masksembles1D`.
+        include: names of layers, as `module.named_modules()` gives them, with `*` and `?` as in the shell.
+            None: all but the first, which sees the data.
+        exclude: layers to leave out of these, in the same way. Layers that have masks already stay as they
+            are, and so do subclasses, such as the projection within `nn.MultiheadAttention`.
+
+    Returns:
+        `module`.
+
+    Raises:
+        ValueError: n or scale below 1, an unknown mode, a pattern that names no layer, no layer left. Nothing
+            is changed then.
+    """
+    check("insert_masksembles_", scale, n=n)
+    check_mode("insert_masksembles_", mode, MODES)
+    layers: dict[str, nn.Module] = {}
+    for name, layer in module.named_modules(remove_duplicate=False):
+        if name and type(layer) in (nn.Linear, nn.Conv2d, nn.Conv3d):
+            parent = module.get_submodule(name.rpartition(".")[0])
+            if not isinstance(getattr(parent, "mask", None), _Masksembles):
+                layers[name] = layer
+
+    def named(argument: str, patterns: Sequence[str]) -> set[str]:
+        found = [fnmatch.filter(layers, pattern) for pattern in patterns]
+        for pattern, names in zip(patterns, found, strict=True):
+            if not names:
+                raise ValueError(
+                    f"insert_masksembles_: {argument}: expected names of nn.Linear, nn.Conv2d or nn.Conv3d "
+                    f"layers ({', '.join(layers) or 'there are none'}), got {pattern!r}"
+                )
+        return {name for names in found for name in names}
+
+    chosen = set(list(layers)[1:]) if include is None else named("include", include)
+    chosen -= named("exclude", exclude)
+    if not chosen:
+        raise ValueError("insert_masksembles_: module: expected layers to put masks before, got none")
+    masked: dict[nn.Module, nn.Module] = {}  # a layer in two places stays one
+    for name, layer in layers.items():
+        if name in chosen:
+            if layer not in masked:
+                masked[layer] = _masked(layer, n, scale, mode, generator)
+            parent_name, _, child_name = name.rpartition(".")
+            setattr(module.get_submodule(parent_name), child_name, masked[layer])
+    return module
+
+
+def _masked(
+    layer: nn.Module, n: int, scale: float, mode: str, generator: torch.Generator | None
+) -> nn.Sequential:
+    device = layer.weight.device
+    masked = nn.Sequential()
+    if isinstance(layer, nn.Linear):
+        mask = Masksembles1D(layer.in_features, n, scale, mode=mode, generator=generator, device=device)
+        masked.add_module("mask", mask)
+        masked.add_module("linear", layer)
+    elif isinstance(layer, nn.Conv2d) and layer.groups == 1:
+        masked = MaskedConv2d.from_conv(layer, n, scale, mode=mode, generator=generator)
+    else:
+        kind = Masksembles2D if isinstance(layer, nn.Conv2d) else Masksembles3D
+        mask = kind(layer.in_channels, n, scale, mode=mode, generator=generator, device=device)
+        masked.add_module("mask", mask)
+        masked.add_module("conv", layer)
+    return masked.train(layer.training)
+
+
+def set_mask_mode_(module: nn.Module, mode: str, *, seed: int = 0) -> nn.Module:
+    """Sets which row meets which mask, grouped, dealt or drawn, in all mask layers of a network.
+
+    Every layer then has the same masks for the same rows, so that mask n of all of them is one member. With
+    "drawn", pass a new seed each step. See `Masksembles1D`.
+
+    Raises:
+        ValueError: another mode, or a module without mask layers.
+    """
+    check_mode("set_mask_mode_", mode, MODES)
+    for layer in _mask_layers("set_mask_mode_", module):
+        layer.mode = mode
+        layer.seed.fill_(seed)
+    return module
+
+
+def forward_tiled(module: nn.Module, input: Tensor) -> Tensor:
+    """Every mask on every example: `[B, *]` -> `[N, B, *]`, one output per mask.
+
+    Gives the network the batch N times over, whatever the mode of its mask layers.
+
+    Raises:
+        ValueError: a module without mask layers, or with layers of different n.
+    """
+    layers = _mask_layers("forward_tiled", module)
+    n, *others = {layer.n for layer in layers}
+    if others:
+        raise ValueError(f"forward_tiled: module: expected one number of masks, got {sorted([n, *others])}")
+    modes = [layer.mode for layer in layers]
+    try:
+        for layer in layers:
+            layer.mode = "grouped"
+        output: Tensor = module(input.expand(n, *input.shape).flatten(0, 1))
+    finally:
+        for layer, mode in zip(layers, modes, strict=True):
+            layer.mode = mode
+    return output.unflatten(0, (n, input.shape[0]))
+
+
+def _mask_layers(function: str, module: nn.Module) -> list[_Masksembles]:
+    layers = [layer for layer in module.modules() if isinstance(layer, _Masksembles)]
+    if not layers:
+        raise ValueError(f"{function}: module: expected one with Masksembles layers, got none")
+    return layers

@@ -1,0 +1,41 @@
+"""Specification of `pyens.ops.masked_mlp`."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyens.reference.ensemble_mlp import ACTIVATIONS
+
+
+def masked_mlp(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    masks: Sequence[Tensor],
+    *,
+    activation: str = "relu",
+) -> Tensor:
+    """One MLP under N masks: mask n leaves, of each hidden layer l, the units of masks[l][n].
+
+    input `[B, I]` (shared) or `[N, B, I]`, weights `[O, I]` as in `nn.Linear`, biases `[O]` or None, masks
+    bool `[N, H_l]`, one for each hidden layer; returns `[N, B, O]`. Masking comes after the activation. The
+    rows and columns of units that a mask leaves out take no part, so NaN and Inf in them do not either.
+    """
+    act = ACTIVATIONS[activation]
+    outputs = []
+    for n in range(masks[0].shape[0]):
+        hidden = input if input.dim() == 2 else input[n]  # [B, I]
+        for layer, weight in enumerate(weights):  # [out, in]
+            bias = biases[layer] if biases else None
+            if layer > 0:
+                weight = weight[:, masks[layer - 1][n]]
+            if layer < len(masks):
+                weight = weight[masks[layer][n]]
+                bias = bias[masks[layer][n]] if biases else None
+            hidden = F.linear(hidden, weight, bias)
+            if layer < len(masks):
+                hidden = act(hidden)
+        outputs.append(hidden)
+    return torch.stack(outputs)
