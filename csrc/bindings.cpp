@@ -108,6 +108,8 @@ Tensor masked_weights(const Tensor& weight, const std::optional<Tensor>& rows,
       dispatcher_op<Tensor(const Tensor&, const std::optional<Tensor>&,
                            const std::optional<Tensor>&, int64_t)>("pyens::masked_weights");
   return op.call(weight, rows, columns, num_masks);
+}
+
 Tensor ensemble_embedding(const Tensor& index, const Tensor& weight, bool sparse) {
   static const auto op =
       dispatcher_op<Tensor(const Tensor&, const Tensor&, bool)>("pyens::ensemble_embedding");

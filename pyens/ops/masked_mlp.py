@@ -74,8 +74,8 @@ def masked_mlp(
     Returns:
         `[N, B, O]`.
 
-    Differentiable in input, weights and biases, twice and more; the masks' gradients are added into the shared
-    weights in their order. Within `torch.func` it is composed of torch operations.
+    Differentiable in input, weights and biases, twice and more; the masks' gradients are added into the
+    shared weights in their order. Within `torch.func` it is composed of torch operations.
 
     Raises:
         ValueError: a shape that does not fit.
