@@ -27,6 +27,11 @@ auto typed(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+void check_cpu(const char* op, const Tensor& tensor) {
+  TORCH_CHECK_NOT_IMPLEMENTED(tensor.is_cpu(), op, ": tensors on ", tensor.device(),
+                              ", but there is no kernel for that device yet");
+}
+
 // --- mask_channels -------------------------------------------------------------------------------
 
 constexpr const char* kMaskChannels = "mask_channels";
@@ -52,6 +57,7 @@ void check_mask_channels(const Tensor& input, const Tensor& masks, const Optiona
 
 Tensor mask_channels(const Tensor& input, const Tensor& masks, const OptionalTensor& index) {
   check_mask_channels(input, masks, index);
+  check_cpu(kMaskChannels, input);
   const Tensor x = input.contiguous(), kept = masks.contiguous();
   Tensor output = at::empty(x.sizes(), x.options());
   MaskChannelsParams params{};
@@ -123,6 +129,12 @@ c10::SymInt kept(const OptionalTensor& index, const c10::SymInt& all) {
   return index ? index->sym_size(1) : all;
 }
 
+void check_rank(const char* argument, const OptionalTensor& index) {
+  if (!index) return;
+  PYENS_CHECK_VALUE(index->dim() == 2, kMaskedWeights, argument, "[N, kept]", "shape ",
+                    index->sym_sizes());
+}
+
 void check_index(const char* argument, const OptionalTensor& index, const c10::SymInt& num_masks,
                  const Tensor& like) {
   if (!index) return;
@@ -187,6 +199,7 @@ constexpr int64_t kWorthAThread = 32768;  // elements
 Tensor masked_weights(const Tensor& weight, const OptionalTensor& rows,
                       const OptionalTensor& columns, int64_t num_masks) {
   check_masked_weights(weight, rows, columns, num_masks);
+  check_cpu(kMaskedWeights, weight);
   const Tensor w = weight.contiguous();
   const MaskedWeightsProblem problem(num_masks, w.size(0), w.size(1), rows, columns);
   const MaskedWeightsParams& p = problem.params;
@@ -212,6 +225,8 @@ void check_masked_weights_backward(const Tensor& grad, const OptionalTensor& row
                                    const OptionalTensor& columns, const c10::SymInt& num_rows,
                                    const c10::SymInt& num_columns) {
   check_dtype("grad", grad);
+  check_rank("rows", rows);
+  check_rank("columns", columns);
   const bool fits = grad.dim() == 3 && grad.sym_size(1) == kept(rows, num_rows) &&
                     grad.sym_size(2) == kept(columns, num_columns);
   PYENS_CHECK_VALUE(fits, kMaskedWeights, "grad",
@@ -225,6 +240,7 @@ Tensor masked_weights_backward(const Tensor& grad, const OptionalTensor& rows,
                                const OptionalTensor& columns, int64_t num_rows,
                                int64_t num_columns) {
   check_masked_weights_backward(grad, rows, columns, num_rows, num_columns);
+  check_cpu(kMaskedWeights, grad);
   const bool wide = grad.scalar_type() == at::kDouble;
   const Tensor g = grad.to(wide ? at::kDouble : at::kFloat).contiguous();
   const MaskedWeightsProblem problem(g.size(0), num_rows, num_columns, rows, columns);
@@ -269,10 +285,12 @@ class MaskedWeightsFunction : public torch::autograd::Function<MaskedWeightsFunc
   static Tensor forward(AutogradContext* ctx, const Tensor& weight, const OptionalTensor& rows,
                         const OptionalTensor& columns, int64_t num_masks) {
     at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor output =
+        call_masked_weights(weight, rows, columns, num_masks);  // it checks, so it is first
     ctx->save_for_backward({rows.value_or(Tensor()), columns.value_or(Tensor())});
     ctx->saved_data["rows"] = weight.sym_size(0);
     ctx->saved_data["columns"] = weight.sym_size(1);
-    return call_masked_weights(weight, rows, columns, num_masks);
+    return output;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
@@ -293,10 +311,11 @@ class MaskedWeightsBackwardFunction
                         const OptionalTensor& columns, c10::SymInt num_rows,
                         c10::SymInt num_columns) {
     at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor weight = call_masked_weights_backward(grad, rows, columns, std::move(num_rows),
+                                                       std::move(num_columns));
     ctx->save_for_backward({rows.value_or(Tensor()), columns.value_or(Tensor())});
     ctx->saved_data["masks"] = grad.sym_size(0);
-    return call_masked_weights_backward(grad, rows, columns, std::move(num_rows),
-                                        std::move(num_columns));
+    return weight;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
@@ -324,6 +343,13 @@ Tensor masked_weights_backward_autograd(const Tensor& grad, const OptionalTensor
 }  // namespace
 
 TORCH_LIBRARY_IMPL(pyens, CPU, m) {
+  m.impl("mask_channels", mask_channels);
+  m.impl("masked_weights", masked_weights);
+  m.impl("masked_weights_backward", masked_weights_backward);
+}
+
+// For their error: there is no CUDA kernel yet.
+TORCH_LIBRARY_IMPL(pyens, CUDA, m) {
   m.impl("mask_channels", mask_channels);
   m.impl("masked_weights", masked_weights);
   m.impl("masked_weights_backward", masked_weights_backward);
