@@ -16,12 +16,13 @@ _peek_transform = torch._C._functorch.peek_interpreter_stack
 def plan_masks(masks: Sequence[Tensor]) -> list[Tensor]:
     """The hidden units that each mask keeps: for each layer int64 `[N, largest number kept]`, padded with -1.
 
-    What `masked_mlp` computes from its masks; make it once where the masks stay the same, and on CUDA, where
-    it takes a synchronisation.
+    What `masked_mlp` computes from its masks; make it once where the masks stay the same, and outside of what
+    `torch.compile` compiles: the widths are read off the masks' values. At least one unit wide, so that empty
+    masks make an MLP too.
     """
     plan = []
     for mask in masks:
-        kept = int(mask.sum(1).max()) if mask.numel() else 0
+        kept = max(1, int(mask.sum(1).max()))
         units = torch.arange(mask.shape[1], device=mask.device).where(mask, mask.shape[1])
         first = units.sort(1).values[:, :kept]
         plan.append(first.where(first < mask.shape[1], -1))
@@ -69,22 +70,29 @@ def masked_mlp(
         biases: L vectors `[out_l]`, or None.
         masks: L - 1 tensors bool `[N, out_l]`, one per hidden layer. A mask may keep nothing.
         activation: as in `pyens.ops.ensemble_mlp`; the mask comes after it.
-        plan: `plan_masks(masks)`, to save the search for what is kept.
+        plan: `plan_masks(masks)`, to save the search for what is kept. It must be that of these masks.
 
     Returns:
         `[N, B, O]`.
 
     Differentiable in input, weights and biases, twice and more; the masks' gradients are added into the
-    shared weights in their order. Within `torch.func` it is composed of torch operations.
+    shared weights in their order, so the bits are the same for any number of threads. Within `torch.func` it
+    is composed of torch operations.
+
+    NaN and Inf in weights that a mask leaves out do not reach its output. Masks of a layer that keep fewer
+    units than another of them are padded with units of weight 0: there an Inf in the example itself, or one
+    that comes up on the way, makes the output NaN where the reference may have Inf or less. The masks that
+    `pyens.masks` draws all keep the same number.
 
     Raises:
-        ValueError: a shape that does not fit.
+        ValueError: a shape that does not fit, an unknown activation.
         TypeError: masks that are not bool, mixed or unsupported dtypes, mixed devices.
+        NotImplementedError: on CUDA, for now.
 
     Source: "Masksembles", section 3, and the structure that its section 5 leaves as future work; reference in
     `pyens.reference.masked_mlp`.
     """
-    num_masks = _check("masked_mlp", weights, biases, masks)
+    num_masks = _check("masked_mlp", input, weights, biases, masks, plan)
     if not torch.compiler.is_compiling() and _peek_transform() is not None:
         return reference.masked_mlp(input, weights, biases, masks, activation=activation)
     parameters = masked_weights(weights, biases, num_masks, plan_masks(masks) if plan is None else plan)
@@ -104,11 +112,36 @@ def masked_mlp_loss(
     sample_weight: Tensor | None = None,
     plan: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Each mask's own mean loss `[N]`, its gradient computed in the same pass.
+    r"""Each mask's own mean loss, its gradient computed in the same pass.
 
-    The MLPs are those of `masked_mlp`; losses, targets and weights as in `pyens.ops.ensemble_mlp_loss`.
+    loss[n] = sum_b w_b loss(output[n, b], target_b) / sum_b w_b with the outputs of `masked_mlp`; the losses,
+    and all that concerns targets and weights with its errors, are those of `pyens.ops.ensemble_mlp_loss`.
+
+    Args:
+        input, weights, biases, masks, activation, plan: as in `masked_mlp`.
+        target, loss, temperature, sample_weight: as in `pyens.ops.ensemble_mlp_loss`, with N for E.
+
+    Returns:
+        `[N]`, float32 (float64 for float64). A model trains on its sum or mean.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `masked_mlp` and `pyens.ops.ensemble_mlp_loss`.
+
+    Source: as `masked_mlp`; reference in `pyens.reference.masked_mlp_loss`.
     """
-    num_masks = _check("masked_mlp_loss", weights, biases, masks)
+    num_masks = _check("masked_mlp_loss", input, weights, biases, masks, plan)
+    if not torch.compiler.is_compiling() and _peek_transform() is not None:
+        return reference.masked_mlp_loss(
+            input,
+            target,
+            weights,
+            biases,
+            masks,
+            loss=loss,
+            activation=activation,
+            temperature=temperature,
+            sample_weight=sample_weight,
+        )
     parameters = masked_weights(weights, biases, num_masks, plan_masks(masks) if plan is None else plan)
     return ensemble_mlp_loss(
         input,
@@ -122,7 +155,12 @@ def masked_mlp_loss(
 
 
 def _check(
-    op: str, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, masks: Sequence[Tensor]
+    op: str,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    masks: Sequence[Tensor],
+    plan: Sequence[Tensor] | None,
 ) -> int:
     """The number of masks."""
     if len(masks) == 0 or len(masks) != len(weights) - 1:
@@ -132,28 +170,54 @@ def _check(
         )
     if biases and len(biases) != len(weights):
         raise ValueError(f"{op}: biases: expected {len(weights)}, or none, got {len(biases)}")
+    if plan is not None and len(plan) != len(masks):
+        raise ValueError(f"{op}: plan: expected one for each of the {len(masks)} masks, got {len(plan)}")
     for layer, weight in enumerate(weights):
         if weight.dim() != 2 or (layer > 0 and weight.shape[1] != weights[layer - 1].shape[0]):
             fan_in = "in" if layer == 0 else weights[layer - 1].shape[0]
             raise ValueError(
                 f"{op}: weights[{layer}]: expected [out, {fan_in}], got shape {list(weight.shape)}"
             )
-        if biases and biases[layer].shape != weight.shape[:1]:
-            raise ValueError(
-                f"{op}: biases[{layer}]: expected [{weight.shape[0]}], got shape {list(biases[layer].shape)}"
-            )
+        _check_kind(op, f"weights[{layer}]", weight, weights[0])
+        if biases:
+            if biases[layer].shape != weight.shape[:1]:
+                raise ValueError(
+                    f"{op}: biases[{layer}]: expected [{weight.shape[0]}], "
+                    f"got shape {list(biases[layer].shape)}"
+                )
+            _check_kind(op, f"biases[{layer}]", biases[layer], weights[0])
     num_masks = masks[0].shape[0] if masks[0].dim() else 0
     for layer, mask in enumerate(masks):
         if mask.dtype != torch.bool:
             raise TypeError(f"{op}: masks[{layer}]: expected bool, got {mask.dtype}")
-        if mask.device != weights[0].device:
-            raise TypeError(
-                f"{op}: masks[{layer}]: expected the device of weights[0] ({weights[0].device}), "
-                f"got {mask.device}"
-            )
+        _check_device(op, f"masks[{layer}]", mask, weights[0])
         if mask.dim() != 2 or num_masks < 1 or mask.shape != (num_masks, weights[layer].shape[0]):
             raise ValueError(
                 f"{op}: masks[{layer}]: expected [{max(num_masks, 1)}, {weights[layer].shape[0]}], "
                 f"got shape {list(mask.shape)}"
             )
+    features = weights[0].shape[1]
+    shared = input.dim() == 2 and input.shape[1] == features
+    if not shared and not (input.dim() == 3 and input.shape[::2] == (num_masks, features)):
+        raise ValueError(
+            f"{op}: input: expected [B, {features}] or [{num_masks}, B, {features}], "
+            f"got shape {list(input.shape)}"
+        )
+    _check_kind(op, "input", input, weights[0])
     return num_masks
+
+
+def _check_kind(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:
+    # Under autocast all of them are cast.
+    if tensor.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+        raise TypeError(
+            f"{op}: {argument}: expected the dtype of weights[0] ({like.dtype}), got {tensor.dtype}"
+        )
+    _check_device(op, argument, tensor, like)
+
+
+def _check_device(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise TypeError(
+            f"{op}: {argument}: expected the device of weights[0] ({like.device}), got {tensor.device}"
+        )

@@ -4,6 +4,13 @@ from pyens.reference.ensemble_embedding import ensemble_embedding
 from pyens.reference.ensemble_mlp import ensemble_mlp
 from pyens.reference.ensemble_mlp_loss import ensemble_mlp_loss
 from pyens.reference.mask_channels import mask_channels
-from pyens.reference.masked_mlp import masked_mlp
+from pyens.reference.masked_mlp import masked_mlp, masked_mlp_loss
 
-__all__ = ["ensemble_embedding", "ensemble_mlp", "ensemble_mlp_loss", "mask_channels", "masked_mlp"]
+__all__ = [
+    "ensemble_embedding",
+    "ensemble_mlp",
+    "ensemble_mlp_loss",
+    "mask_channels",
+    "masked_mlp",
+    "masked_mlp_loss",
+]

@@ -52,19 +52,37 @@ def ensemble_mlp_loss(
     dropout_seeds: Tensor | None = None,
 ) -> Tensor:
     """See `pyens.ops.ensemble_mlp_loss`."""
+
+    def run(input: Tensor) -> Tensor:
+        return ensemble_mlp(
+            input, weights, biases, activation=activation, dropout=dropout, dropout_seeds=dropout_seeds
+        )
+
+    return mean_losses(run, input, target, loss, temperature, sample_weight)
+
+
+def mean_losses(
+    run: Callable[[Tensor], Tensor],
+    input: Tensor,
+    target: Tensor,
+    loss: str,
+    temperature: float,
+    sample_weight: Tensor | None,
+) -> Tensor:
+    """The mean loss `[E]` of each member, whose outputs `[E, B, O]` are run(input)."""
     weight = torch.ones_like(input[..., 0]) if sample_weight is None else sample_weight  # [B] or [E, B]
     # Selected, not multiplied by 0: what is left out may be NaN.
     present = weight != 0
     input = torch.where(present.unsqueeze(-1), input, 0)
     target = torch.where(present if loss == "cross_entropy" else present.unsqueeze(-1), target, 0)
-    output = ensemble_mlp(
-        input, weights, biases, activation=activation, dropout=dropout, dropout_seeds=dropout_seeds
-    )
+    output = run(input)
     if output.dtype != torch.float64:
         output, target, weight = output.float(), _to_float(target), weight.float()
     losses = LOSSES[loss](output, target, temperature)
     total = weight.sum(-1)
-    return torch.where(total > 0, (losses * weight).sum(-1) / total, 0)
+    # Never a division by 0, whose gradient would be NaN even where it is not selected.
+    mean = (losses * weight).sum(-1) / torch.where(total > 0, total, 1)
+    return torch.where(total > 0, mean, 0)
 
 
 def _to_float(target: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Specification of `pyens.ops.masked_mlp`."""
+"""Specification of `pyens.ops.masked_mlp` and `masked_mlp_loss`."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyens.reference.ensemble_mlp import ACTIVATIONS
+from pyens.reference.ensemble_mlp_loss import mean_losses
 
 
 def masked_mlp(
@@ -39,3 +40,23 @@ def masked_mlp(
                 hidden = act(hidden)
         outputs.append(hidden)
     return torch.stack(outputs)
+
+
+def masked_mlp_loss(
+    input: Tensor,
+    target: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    masks: Sequence[Tensor],
+    *,
+    loss: str,
+    activation: str = "relu",
+    temperature: float = 1.0,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """The mean loss of each mask's outputs, `[N]`, as `pyens.reference.ensemble_mlp_loss` has it."""
+
+    def run(input: Tensor) -> Tensor:
+        return masked_mlp(input, weights, biases, masks, activation=activation)
+
+    return mean_losses(run, input, target, loss, temperature, sample_weight)
