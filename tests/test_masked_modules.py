@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given
 from hypothesis import strategies as st
 from nn_models import DTYPES, KINDS, assert_same_state
@@ -218,10 +219,14 @@ def test_on_devices(device):
     model = mlp(dtype=torch.float64)
     x = torch.randn(7, 6).double()
     there = copy.deepcopy(model).to(device)
-    close(there(x.to(device)).cpu(), model(x))
     close(there.compact()(x.to(device)).cpu(), model(x))
+    if device.type == "cuda":
+        with pytest.raises(NotImplementedError, match="masked_weights: tensors on cuda:0, but there is no"):
+            there(x.to(device))
+        return
+    close(there(x), model(x))
     for mode in ("grouped", "dealt", "drawn"):
-        close(there(x.to(device), mode=mode, seed=5).cpu(), model(x, mode=mode, seed=5))
+        close(there(x, mode=mode, seed=5), model(x, mode=mode, seed=5))
 
 
 def test_gradients_with_a_mask_each():
@@ -234,6 +239,183 @@ def test_gradients_with_a_mask_each():
     expected = torch.autograd.grad(dense(model, x)[met, rows], parameters, grad)
     for a, b in zip(got, expected, strict=True):
         close(a, b)
+
+
+LOSSES = {
+    "mse": (lambda b: torch.randn(b, 3).double(), nn.functional.mse_loss),
+    "bce": (lambda b: torch.rand(b, 3).double(), nn.functional.binary_cross_entropy_with_logits),
+    "cross_entropy": (lambda b: torch.randint(3, (b,)), nn.functional.cross_entropy),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("mode", ["tiled", "grouped", "dealt", "drawn"])
+def test_loss_is_the_mean_over_the_examples(loss, mode):
+    model = mlp(activation="silu", dtype=torch.float64)
+    draw, function = LOSSES[loss]
+    for b in (1, 3, 8, 11):  # fewer rows than masks, and rows that are not shared out evenly
+        x, y = torch.randn(b, 6).double().requires_grad_(), draw(b)
+        got = model.loss(x, y, loss=loss, mode=mode, seed=5)
+        output = model(x, mode=mode, seed=5)
+        expected = torch.stack([function(z, y) for z in output]) if mode == "tiled" else function(output, y)
+        close(got, expected)
+        parameters = [x, *model.parameters()]
+        ours, theirs = (torch.autograd.grad(value.sum(), parameters) for value in (got, expected))
+        for a, b_ in zip(ours, theirs, strict=True):
+            close(a, b_)
+
+
+@pytest.mark.parametrize("mode", ["tiled", "grouped", "dealt", "drawn"])
+def test_loss_with_weights(mode):
+    model = mlp(dtype=torch.float64)
+    x, y = torch.randn(11, 6).double(), torch.randint(3, (11,))
+    weight = torch.rand(11).double()
+    weight[3:6] = 0
+    x[4] = float("nan")  # left out
+    got = model.loss(x, y, loss="cross_entropy", mode=mode, temperature=0.5, sample_weight=weight)
+    output = model(torch.nan_to_num(x), mode=mode) / 0.5
+    losses = nn.functional.cross_entropy(output.movedim(-1, 1), y.expand(output.shape[:-1]), reduction="none")
+    close(got, (losses * weight).sum(-1) / weight.sum())
+    for nothing in (
+        model.loss(x[:0], y[:0], loss="cross_entropy", mode=mode),
+        model.loss(x, y, loss="cross_entropy", mode=mode, sample_weight=0 * weight),
+    ):
+        assert torch.equal(nothing, torch.zeros(4 if mode == "tiled" else (), dtype=torch.float64))
+        nothing.sum().backward()
+        assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters())
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_loss_of_other_dtypes(dtype):
+    model = mlp(dtype=dtype)
+    x, y = torch.randn(11, 6).to(dtype), torch.randn(11, 3).to(dtype)
+    weight = torch.rand(11).to(dtype)
+    for mode in ("tiled", "dealt"):
+        got = model.loss(x, y, loss="mse", mode=mode, sample_weight=weight)
+        exact = copy.deepcopy(model).double()
+        expected = exact.loss(x.double(), y.double(), loss="mse", mode=mode, sample_weight=weight.double())
+        assert got.dtype == torch.float32
+        assert (got - expected).abs().max() <= 8 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+def test_bad_losses():
+    model = mlp()
+    x, y = torch.zeros(5, 6), torch.zeros(5, 3)
+    for arguments, message in (
+        ({"input": x[0]}, "input: expected [B, 6], got shape [6]"),
+        ({"target": y[:4]}, "target: expected the 5 examples of the input first, got shape [4, 3]"),
+        (
+            {"sample_weight": torch.ones(4, 5)},
+            "sample_weight: expected the 5 examples of the input first, got shape [4, 5]",
+        ),
+        ({"mode": "all"}, "mode: expected one of tiled, grouped, dealt, drawn, got 'all'"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"MaskedMLP: {message}")):
+            model.loss(**({"input": x, "target": y, "loss": "mse", "mode": "dealt"} | arguments))
+    with pytest.raises(ValueError, match=r'loss: expected .*, got "mae"'):
+        model.loss(x, y, loss="mae")
+
+
+def test_training_in_one_pass_is_training():
+    together, apart = mlp(seed=1, generator=seeded(2)), mlp(seed=1, generator=seeded(2))
+    x, y = torch.randn(30, 6), torch.randint(3, (30,))
+    for step in range(5):
+        losses = (
+            together.loss(x, y, loss="cross_entropy", mode="drawn", seed=step),
+            nn.functional.cross_entropy(apart(x, mode="drawn", seed=step), y),
+        )
+        for model, loss in zip((together, apart), losses, strict=True):
+            loss.backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.1 * parameter.grad
+                    parameter.grad = None
+    for a, b in zip(together.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_search_for_what_masks_keep_is_made_once(monkeypatch):
+    from pyens.nn import masked_mlp as module
+
+    model = mlp()
+    calls = []
+    plan = module.plan_masks
+    monkeypatch.setattr(module, "plan_masks", lambda masks: calls.append(1) or plan(masks))
+    x = torch.randn(5, 6)
+    for mode in ("tiled", "dealt"):
+        model(x, mode=mode)
+        model.loss(x, torch.zeros(5, 3), loss="mse", mode=mode).sum().backward()
+    assert not calls
+
+
+CHANGES = {
+    "load_state_dict": lambda model, other: model.load_state_dict(other.state_dict()),
+    "load_state_dict, assigned": lambda model, other: model.load_state_dict(other.state_dict(), assign=True),
+    "of a network around it": lambda model, other: nn.Sequential(model).load_state_dict(
+        nn.Sequential(other).state_dict()
+    ),
+    "in place": lambda model, other: (
+        [
+            tensor.data.copy_(value)
+            for (name, value) in other.state_dict().items()
+            for tensor in [model.state_dict(keep_vars=True)[name]]
+            if not name.startswith("masks")
+        ]
+        + [a.copy_(b) for a, b in zip(model.masks.buffers(), other.masks.buffers(), strict=True)]
+    ),
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_other_masks_are_planned_anew(how):
+    model, other = mlp(), mlp()
+    x = torch.randn(5, 6)
+    model(x)
+    CHANGES[how](model, other)
+    assert torch.equal(model(x), other(x))
+
+
+def test_copies_have_plans_of_their_own():
+    model = mlp()
+    x = torch.randn(5, 6)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model).double()):
+        assert torch.allclose(again(x.to(again.weights[0].dtype)).float(), model(x), atol=1e-5)
+        before = model(x)
+        next(again.masks.buffers()).fill_(False)
+        again(x.to(again.weights[0].dtype))
+        assert torch.equal(model(x), before)
+    with torch.inference_mode():
+        made = mlp()
+        assert made(x).shape == (4, 5, 3)
+    empty = mlp(device="meta")
+    there = empty.to_empty(device="cpu")
+    there.load_state_dict(model.state_dict())
+    assert torch.equal(there(x), model(x))
+
+
+@pytest.mark.parametrize("mode", ["tiled", "grouped", "dealt", "drawn"])
+def test_compiles(mode):
+    torch._dynamo.reset()
+    model = mlp()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def step(x: Tensor, y: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+        return model(x, mode=mode, seed=seed).square().mean(), model.loss(
+            x, y, loss="mse", mode=mode, seed=seed
+        ).mean()
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    parameters = list(model.parameters())
+    for b in (5, 8, 11, 30):
+        x, y, seed = torch.randn(b, 6), torch.randn(b, 3), torch.tensor(b)
+        got, expected = compiled(x, y, seed), step(x, y, seed)
+        torch.testing.assert_close(got, expected)
+        ours, theirs = (torch.autograd.grad(sum(values), parameters) for values in (got, expected))
+        torch.testing.assert_close(ours, theirs)
+    other = mlp()
+    model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(compiled(x, y, seed), step(x, y, seed))
 
 
 def test_bad_arguments():

@@ -14,7 +14,7 @@ from pyens.nn import _sequential
 from pyens.nn._rows import MODES, cards, check_mode
 from pyens.nn.ensemble_mlp import EnsembleMLP, _BufferList
 from pyens.nn.masksembles import Masksembles1D
-from pyens.ops import masked_mlp
+from pyens.ops.masked_mlp import masked_mlp, masked_mlp_loss, plan_masks
 
 
 class MaskedMLP(nn.Module):
@@ -35,7 +35,9 @@ class MaskedMLP(nn.Module):
         generator: to draw the masks from.
 
     Parameters: `weights.{l}` `[out_l, in_l]` and `biases.{l}` `[out_l]`. Buffers, in the state dict too:
-    `masks.{l}`, bool `[N, H_l]`.
+    `masks.{l}`, bool `[N, H_l]`. Which units they keep is looked up once, and again after loading, moving,
+    copying and unpickling. Masks that are changed in place are noticed in the next eager call; compiled code
+    keeps computing with the ones before, until such a call.
 
     Raises:
         ValueError: a size, N or S below 1, no hidden layer, an unknown activation.
@@ -99,6 +101,25 @@ class MaskedMLP(nn.Module):
         self.weights = nn.ParameterList(weights)
         self.biases = nn.ParameterList(biases)
         self.masks = _BufferList(masks)
+        self._plan_masks()
+        self.register_load_state_dict_post_hook(_plan_after_loading)
+
+    def _plan_masks(self) -> None:
+        masks = list(self.masks.buffers())
+        # Lists, because gathering buffers costs each call a microsecond. On "meta" there is nothing to read.
+        self._planned = (masks, None if masks[0].is_meta else plan_masks(masks), _versions(masks))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._plan_masks()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_planned"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan_masks()
 
     @classmethod
     def from_parameters(
@@ -186,6 +207,66 @@ class MaskedMLP(nn.Module):
         Raises:
             ValueError: an unknown mode, an input of another shape.
         """
+        self._check(input, mode)
+        if mode == "tiled":
+            return masked_mlp(input, **self._arguments())
+        n = self.ensemble_size
+        place, rows = self._deal(input.shape[0], mode, seed, input.device)
+        dealt = _put(input, place, n, rows)
+        return masked_mlp(dealt, **self._arguments()).flatten(0, 1).index_select(0, place)
+
+    def loss(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        loss: str,
+        mode: str = "tiled",
+        seed: int | Tensor = 0,
+        temperature: float = 1.0,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
+        """The mean loss of `forward` in this mode, its gradient computed in the same pass.
+
+        Args:
+            input, mode, seed: as for `forward`.
+            target: `[B, K]`, or int64 `[B]` for cross_entropy; with "tiled" also `[N, B, K]` or `[N, B]`.
+            loss: mse, bce, gaussian_nll or cross_entropy, see `pyens.ops.ensemble_mlp_loss`.
+            temperature: of cross_entropy.
+            sample_weight: `[B]`, at least 0; with "tiled" also `[N, B]`. None is all ones.
+
+        Returns:
+            With "tiled" `[N]`, the mean over the examples for each mask; train on its sum or mean. Otherwise
+            0-dim: sum_b w_b loss(b) / sum_b w_b over the examples of the batch, each under the one mask that
+            it meets, however many examples each mask got; 0 where the weights sum to 0.
+
+        Raises:
+            ValueError: an unknown mode or loss, another shape.
+        """
+        self._check(input, mode)
+        arguments = {"loss": loss, "temperature": temperature, **self._arguments()}
+        if mode == "tiled":
+            return masked_mlp_loss(input, target, sample_weight=sample_weight, **arguments)
+        n, b = self.ensemble_size, input.shape[0]
+        if sample_weight is None:
+            sample_weight = input.new_ones(b)
+        for name, tensor in (("target", target), ("sample_weight", sample_weight)):
+            if tensor.dim() == 0 or tensor.shape[0] != b:
+                raise ValueError(
+                    f"MaskedMLP: {name}: expected the {b} examples of the input first, "
+                    f"got shape {list(tensor.shape)}"
+                )
+        place, rows = self._deal(b, mode, seed, input.device)
+        # Rows that are there to fill up have weight 0.
+        weights = _put(sample_weight.float() if _is_half(sample_weight) else sample_weight, place, n, rows)
+        losses = masked_mlp_loss(
+            _put(input, place, n, rows), _put(target, place, n, rows), sample_weight=weights, **arguments
+        )
+        shares = weights.sum(1).to(losses.dtype)
+        total = shares.sum()
+        return (losses * shares).sum() / torch.where(total > 0, total, 1)
+
+    def _check(self, input: Tensor, mode: str) -> None:
         check_mode("MaskedMLP", mode, ("tiled", *MODES))
         n = self.ensemble_size
         shared = input.dim() == 2 and input.shape[1] == self.in_features
@@ -195,24 +276,32 @@ class MaskedMLP(nn.Module):
             raise ValueError(
                 f"MaskedMLP: input: expected [B, {self.in_features}]{also}, got shape {list(input.shape)}"
             )
-        if mode == "tiled":
-            return self._apply_masks(input)
-        # As many rows for each mask, some of them zeros where N does not divide B.
-        per_mask_rows = -(-input.shape[0] // n)
-        card = cards(mode, input.shape[0], n, torch.as_tensor(seed, device=input.device))
-        place = card % n * per_mask_rows + card // n
-        rows = input.new_zeros(n * per_mask_rows, self.in_features).index_copy(0, place, input)
-        output = self._apply_masks(rows.unflatten(0, (n, per_mask_rows)))
-        return output.flatten(0, 1).index_select(0, place)
 
-    def _apply_masks(self, input: Tensor) -> Tensor:
-        modules = self._modules
-        weights, biases, masks = (
-            list(modules["weights"]._parameters.values()),
-            list(modules["biases"]._parameters.values()),
-            list(modules["masks"]._buffers.values()),
-        )
-        return masked_mlp(input, weights, biases, masks, activation=self.activation)
+    def _deal(
+        self, batch_size: int, mode: str, seed: int | Tensor, device: torch.device
+    ) -> tuple[Tensor, int]:
+        """Where each row goes among N times `rows` rows, mask by mask, int64 `[B]`; and `rows`."""
+        n = self.ensemble_size
+        rows = -(-batch_size // n)
+        card = cards(mode, batch_size, n, torch.as_tensor(seed, device=device))
+        return card % n * rows + card // n, rows
+
+    def _arguments(self) -> dict[str, Any]:
+        """What `masked_mlp` takes beside the input."""
+        masks, plan, versions = self._planned
+        if not torch.compiler.is_compiling():
+            buffers = list(self._modules["masks"]._buffers.values())
+            changed = any(now is not then for now, then in zip(buffers, masks, strict=True))
+            if changed or _versions(masks) != versions:
+                self._plan_masks()
+                masks, plan, _ = self._planned
+        return {
+            "weights": list(self._modules["weights"]._parameters.values()),
+            "biases": list(self._modules["biases"]._parameters.values()),
+            "masks": masks,
+            "activation": self.activation,
+            "plan": plan,
+        }
 
     @torch.no_grad()
     def compact(self) -> EnsembleMLP:
@@ -248,3 +337,23 @@ class MaskedMLP(nn.Module):
             f"hidden_features={list(self.hidden_features)}, out_features={self.out_features}, "
             f"activation={self.activation}, bias={len(self.biases) > 0}"
         )
+
+
+# Not a lambda, which could not be pickled.
+def _plan_after_loading(module: MaskedMLP, incompatible_keys: Any) -> None:
+    module._plan_masks()
+
+
+def _versions(masks: Sequence[Tensor]) -> list[int]:
+    """They count changes in place; what inference mode made has none."""
+    return [0 if mask.is_inference() else mask._version for mask in masks]
+
+
+def _put(values: Tensor, place: Tensor, n: int, rows: int) -> Tensor:
+    """`[B, ...]` -> `[n, rows, ...]`, value b at place[b] and zeros in the rest."""
+    zeros = values.new_zeros(n * rows, *values.shape[1:])
+    return zeros.index_copy(0, place, values).unflatten(0, (n, rows))
+
+
+def _is_half(values: Tensor) -> bool:
+    return values.dtype in (torch.bfloat16, torch.float16)
