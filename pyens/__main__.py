@@ -150,6 +150,76 @@ def _value_and_gradients(
     return [output.detach(), *(gradient.to_dense() for gradient in gradients)]
 
 
+# --- masksembles ---------------------------------------------------------------------------------
+
+
+def check_mask_channels() -> Iterator[float]:
+    """Values and gradients; what is kept keeps its bits."""
+    sizes = random.Random(0)
+    values = torch.Generator().manual_seed(0)
+    for dtype, batch, inner, indexed in itertools.product(DTYPES, BATCHES, ((), (1,), (5, 7)), (True, False)):
+        channels, masks = sizes.randint(1, 100), sizes.randint(1, 8)
+        x = torch.randn(batch, channels, *inner, generator=values).to(dtype)
+        kept = torch.rand(masks, channels, generator=values) < 0.6
+        index = torch.randint(masks, (batch,), generator=values) if indexed else None
+
+        def function(operation: Callable[..., Tensor], x: Tensor) -> Tensor:
+            return operation(x, kept, index)  # noqa: B023
+
+        got = _value_and_gradients(function, ops.mask_channels, [x])
+        plain = _value_and_gradients(function, reference.mask_channels, [x])
+        yield max(map(relative_error, got, plain, [t.double() for t in plain]))
+
+
+def _masked_problems(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[dict[str, Any]]:
+    """As `_mlp_problems`, of shared weights under masks of all sizes.
+
+    Fewer of them: to the reference each mask is a network of other shapes, slow to set up in half precision.
+    """
+    sizes = random.Random(0)
+    values = torch.Generator().manual_seed(0)
+    activations = itertools.cycle(ACTIVATIONS)
+    for dtype, batch in itertools.product(dtypes, BATCHES * (8 // len(dtypes))):
+        activation, masks = next(activations), sizes.randint(2, 6)
+        widths = [sizes.randint(1, 50) for _ in range(sizes.randint(3, 4))]
+        layers = list(itertools.pairwise(widths))
+        leading = [masks, batch] if sizes.random() < 0.5 else [batch]
+        yield {
+            "input": torch.randn(*leading, widths[0], generator=values).to(dtype),
+            "weights": [(torch.randn(o, i, generator=values) * 1.4 / i**0.5).to(dtype) for i, o in layers],
+            "biases": [(torch.randn(o, generator=values) * 0.3).to(dtype) for _, o in layers],
+            "masks": [torch.rand(masks, width, generator=values) < 0.5 for width in widths[1:-1]],
+            "activation": activation,
+        }
+
+
+def check_masked_mlp() -> Iterator[float]:
+    for problem in _masked_problems():
+        exact = reference.masked_mlp(**_in_float64(problem))
+        yield relative_error(ops.masked_mlp(**problem), reference.masked_mlp(**problem), exact)
+
+
+def check_masked_mlp_loss() -> Iterator[float]:
+    # Gradients too, and so not in half precision, where a rounding flips a ReLU here and there.
+    for problem in _masked_problems((torch.float32, torch.float64)):
+        leaves = [problem["input"], *problem["weights"], *problem["biases"]]
+        layers = len(problem["weights"])
+        target = torch.linspace(-1, 1, problem["input"].shape[-2] * len(problem["biases"][-1]))
+        target = target.view(problem["input"].shape[-2], -1)
+
+        def function(operation: Callable[..., Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
+            weights, biases = parameters[:layers], parameters[layers:]  # noqa: B023
+            masks, activation = problem["masks"], problem["activation"]  # noqa: B023
+            y = target.to(x.dtype)  # noqa: B023
+            return operation(x, y, weights, biases, masks, loss="mse", activation=activation)
+
+        got = _value_and_gradients(function, ops.masked_mlp_loss, leaves)
+        plain = _value_and_gradients(function, reference.masked_mlp_loss, leaves)
+        exact = _value_and_gradients(function, reference.masked_mlp_loss, [t.double() for t in leaves])
+        # All in one: a loss for each of a few masks is too little to tell its error from luck.
+        yield relative_error(*(torch.cat([t.flatten() for t in ts]) for ts in (got, plain, exact)))
+
+
 # -------------------------------------------------------------------------------------------------
 
 CHECKS: dict[str, Callable[[], Iterator[float]]] = {
@@ -157,6 +227,9 @@ CHECKS: dict[str, Callable[[], Iterator[float]]] = {
     "ensemble_mlp, packed": check_ensemble_mlp_packed,
     "ensemble_mlp, gradients": check_ensemble_mlp_gradients,
     "ensemble_embedding": check_ensemble_embedding,
+    "mask_channels": check_mask_channels,
+    "masked_mlp": check_masked_mlp,
+    "masked_mlp_loss": check_masked_mlp_loss,
 }
 
 
