@@ -181,7 +181,7 @@ def _masked_problems(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[dict[
     activations = itertools.cycle(ACTIVATIONS)
     for dtype, batch in itertools.product(dtypes, BATCHES * (8 // len(dtypes))):
         activation, masks = next(activations), sizes.randint(2, 6)
-        widths = [sizes.randint(1, 50) for _ in range(sizes.randint(3, 4))]
+        widths = [sizes.randint(8, 50) for _ in range(sizes.randint(3, 4))]
         layers = list(itertools.pairwise(widths))
         leading = [masks, batch] if sizes.random() < 0.5 else [batch]
         yield {
