@@ -1,0 +1,114 @@
+"""Loaders of idx files and the two sinusoids, on small made-up files of the same format."""
+
+import gzip
+import math
+import struct
+
+import pytest
+import torch
+
+from pyens.data import load_idx, read_idx, two_sinusoids
+
+
+def idx(array: torch.Tensor, kind: int = 8) -> bytes:
+    header = struct.pack(">BBBB", 0, 0, kind, array.dim()) + struct.pack(f">{array.dim()}I", *array.shape)
+    return header + array.to(torch.uint8).numpy().tobytes()
+
+
+IMAGES = torch.arange(2 * 3 * 4).view(2, 3, 4) * 11 % 256
+LABELS = torch.tensor([9, 0])
+
+
+def write(folder, images=IMAGES, labels=LABELS, part="train", zipped=False):
+    for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+        content = idx(array)
+        path = folder / f"{part}-{name}-ubyte{'.gz' if zipped else ''}"
+        path.write_bytes(gzip.compress(content) if zipped else content)
+    return folder
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("part", ["train", "t10k", "notMNIST_small"])
+def test_images_and_labels(tmp_path, part, zipped):
+    split = load_idx(write(tmp_path, part=part, zipped=zipped), part)
+    assert split.images.dtype == torch.float32 and split.labels.dtype == torch.int64
+    assert torch.equal(split.images, IMAGES.view(2, 12).float() / 255)
+    assert split.labels.tolist() == [9, 0]
+    split.images.zero_()  # memory of its own
+
+
+def test_any_shape(tmp_path):
+    for array in (torch.arange(5), torch.zeros(0, 3, 4), torch.ones(2, 2, 2, 2)):
+        (tmp_path / "file").write_bytes(idx(array))
+        got = read_idx(tmp_path / "file")
+        assert got.dtype == torch.uint8 and torch.equal(got, array.to(torch.uint8))
+
+
+def test_plain_files_come_first(tmp_path):
+    write(tmp_path, zipped=True, labels=torch.tensor([1, 1]))
+    write(tmp_path)
+    assert load_idx(tmp_path).labels.tolist() == [9, 0]
+
+
+GOOD = idx(IMAGES)
+BAD = {
+    "empty": (b"", "expected idx of unsigned bytes (00 00 08), got no bytes"),
+    "another format": (b"P5 1 1 255", "expected idx of unsigned bytes (00 00 08), got 50 35 20"),
+    "floats": (idx(IMAGES, kind=13), "expected idx of unsigned bytes (00 00 08), got 00 00 0d"),
+    "half a header": (GOOD[:10], "expected a header of 16 bytes, got 10"),
+    "cut short": (GOOD[:-1], "expected 24 bytes for shape [2, 3, 4], got 23"),
+    "too long": (GOOD + b"\0", "expected 24 bytes for shape [2, 3, 4], got 25"),
+    "cut gzip": (gzip.compress(GOOD)[:-9], "expected a whole gzip file"),
+    "bad gzip": (b"\x1f\x8b" + b"\xff" * 30, "expected a whole gzip file"),
+    "labels": (idx(LABELS), "expected [N, H, W], got shape [2]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_files_are_named(tmp_path, case):
+    content, message = BAD[case]
+    path = write(tmp_path) / "train-images-idx3-ubyte"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as raised:
+        load_idx(tmp_path)
+    assert f"{path}: {message}" in str(raised.value)
+
+
+def test_missing_files_and_labels(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"t10k-images-idx3-ubyte or t10k-images-idx3-ubyte\.gz"):
+        load_idx(write(tmp_path), "t10k")
+    write(tmp_path, labels=torch.arange(3))
+    with pytest.raises(
+        ValueError, match=r"labels-idx1-ubyte: expected a label for each of the 2 images, got"
+    ):
+        load_idx(tmp_path)
+
+
+def test_two_sinusoids():
+    points = two_sinusoids(1001, noise=0.0, gap=3.0, generator=torch.Generator().manual_seed(1))
+    x, y = points.positions.T
+    assert points.labels.bincount().tolist() == [501, 500]
+    assert -5 <= x.min() < -4.9 and 4.9 < x.max() <= 5
+    torch.testing.assert_close(y, x.sin() + torch.where(points.labels == 1, 1.5, -1.5))
+    noisy = two_sinusoids(1001, noise=0.5, gap=3.0, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(noisy.positions[:, 0], x) and torch.equal(noisy.labels, points.labels)
+    assert abs((noisy.positions[:, 1] - y).std().item() - 0.5) < 0.05
+    again = two_sinusoids(1001, noise=0.5, gap=3.0, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(again.positions, noisy.positions)
+
+
+def test_two_sinusoids_refuse():
+    with pytest.raises(ValueError, match="two_sinusoids: num_points: expected at least 1, got 0"):
+        two_sinusoids(0)
+    with pytest.raises(ValueError, match="two_sinusoids: noise: expected at least 0, got nan"):
+        two_sinusoids(5, noise=math.nan)
+
+
+def test_real_files(data_dir):
+    for name, part, shape in (
+        ("mnist", "t10k", (10_000, 784)),
+        ("notmnist-small", "notMNIST_small", (18_724, 784)),
+    ):
+        split = load_idx(data_dir(name), part)
+        assert split.images.shape == shape and split.labels.unique().tolist() == list(range(10))
+        assert split.images.min() == 0 and split.images.max() == 1
