@@ -452,7 +452,7 @@ def markdown(report: Report) -> str:
         timed = {t.name: t for t in result.timed(ours=True)}
         for name in ours:
             if name not in timed:
-                cells.append("excluded")
+                cells.append("excluded" if any(t.name == name for t in result.timings) else "")
                 continue
             rate, unit = result.rate(timed[name].median)
             of_peak = f", {rate / peak:.0%}" if peak else ""

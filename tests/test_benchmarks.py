@@ -1,14 +1,18 @@
 """The benchmark harness: it measures what it says, excludes what is wrong, and leaves its files behind."""
 
+import itertools
 import json
 import math
+import struct
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import ensemble_mlp, harness, peers
+import pyens
+from benchmarks import ensemble_mlp, harness, masksembles, peers
 from benchmarks.harness import Case, Contestant, Options, Peaks, Report, Result, Target, Timing
+from benchmarks.papers import masksembles as masksembles_paper
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PEAKS = Peaks(gflops=100.0, kind="float32 FMA", copy_gbs=10.0)
@@ -288,6 +292,79 @@ def test_quick_run_leaves_json_picture_and_markdown(tmp_path, capsys, dtype):
 
     assert harness.main("ensemble_mlp", "text", ensemble_mlp.cases, [*command, "--markdown"]) == 0
     assert capsys.readouterr().out.startswith("| work | best peer | pyens op |")
+
+
+def test_masksembles_cases_have_targets():
+    full = masksembles.cases(options(quick=False))
+    assert [case.name for case in full] == ["forward", "training", "channels"]
+    assert all(case.targets for case in full)
+    assert not any(case.targets for case in masksembles.cases(options(quick=False, threads=1)))
+    assert len(list(itertools.product(*masksembles.DRAWN))) == 300
+
+
+def test_restated_layer_is_groups_times_masks():
+    masks = torch.tensor([[1, 0, 1], [0, 1, 1]]).bool()
+    for inner in ((), (2, 2)):
+        x = torch.randn(6, 3, *inner)
+        expected = pyens.reference.mask_channels(x, masks)
+        assert torch.equal(masksembles.RestatedMasksembles(masks)(x), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_quick_run_of_masksembles(tmp_path, capsys, dtype):
+    command = ["--quick", "--threads", "1", "--dtype", dtype, "--output", str(tmp_path)]
+    assert masksembles.main(command) == 0
+    shown = capsys.readouterr().out
+    stem = f"masksembles-cpu-{dtype}-quick"
+    names = {f"{stem}{end}" for end in (".json", ".png", "-scale.json", "-scale.png")}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    saved = Report.load(tmp_path / f"{stem}.json")
+    assert not [t for result in saved.results for t in result.timings if t.excluded]
+    forward, training, channels = ({t.name for t in result.timed()} for result in saved.results)
+    assert forward >= {"pyens op", "pyens MaskedMLP", "layer", "hand-gathered", "hand-gathered transposed"}
+    assert training >= {"pyens MaskedMLP.loss", "layer", "hand-gathered"}
+    assert channels >= {"pyens op", "layer", "clone", "copy_"}
+    content = json.loads((tmp_path / f"{stem}-scale.json").read_text())
+    assert content["draw"]["failed"] == [] and content["draw"]["settings"] == 12
+    assert all(0 < s < math.inf for seconds in content["curve"].values() for s in seconds)
+    assert "draw: 12 of 12 settings" in shown
+    assert masksembles.main([*command, "--markdown"]) == 0
+    assert capsys.readouterr().out.startswith("| work | best peer |")
+
+
+def test_quick_run_of_the_masksembles_paper(tmp_path, capsys):
+    parts = {"mnist": ("train", "t10k"), "fashion-mnist": ("t10k",), "notmnist-small": ("notMNIST_small",)}
+    for folder, names in parts.items():
+        (tmp_path / folder).mkdir()
+        for name in names:
+            labels = torch.arange(40) % 10
+            images = (labels.view(-1, 1, 1) * 20 + torch.randint(50, (40, 5, 5))).to(torch.uint8)
+            for kind, array in (("images-idx3", images), ("labels-idx1", labels.to(torch.uint8))):
+                header = struct.pack(f">BBBB{array.dim()}I", 0, 0, 8, array.dim(), *array.shape)
+                (tmp_path / folder / f"{name}-{kind}-ubyte").write_bytes(header + array.numpy().tobytes())
+    output = tmp_path / "results"
+    command = ["--data", str(tmp_path), "--output", str(output), "--quick"]
+    assert masksembles_paper.main(command) == 0
+    pictures = {f"masksembles-quick-{what}.png" for what in ("figure4", "masks", "noise")}
+    assert {path.name for path in output.iterdir()} == {"masksembles-quick.md", *pictures}
+    for name in pictures:
+        assert (output / name).read_bytes().startswith(PNG)
+    page = (output / "masksembles-quick.md").read_text()
+    assert page in capsys.readouterr().out
+    rows = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in page.splitlines()}
+    for name, size in (("single", "1.0×"), ("MC dropout", "1.0×"), ("ensemble", "4.0×")):
+        assert rows[name][3] == size
+        numbers = [float(cell) for cell in (*rows[name][1:3], *rows[name][5:9])]
+        assert all(0 <= number <= 1 for number in numbers)
+    assert len(rows["accuracy, Masksembles"]) == len(rows["ECE, Masksembles"]) == 7
+    assert "commit" in page and "## Speed" not in page
+
+
+def test_the_masksembles_paper_names_a_missing_file(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        masksembles_paper.main(["--data", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert f"--data: load_idx: expected {tmp_path / 'mnist'}" in capsys.readouterr().err
 
 
 def test_an_excluded_contestant_of_ours_fails_the_run(tmp_path, capsys):
