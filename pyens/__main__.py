@@ -20,6 +20,7 @@ from pyens.ops.ensemble_embedding import ensemble_embedding_concat
 from pyens.ops.ensemble_mlp import ensemble_mlp_packed, pack
 from pyens.reference.ensemble_embedding import ensemble_embedding_concat as reference_concat
 from pyens.reference.ensemble_mlp import ACTIVATIONS
+from pyens.reference.ensemble_mlp_loss import LOSSES
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BATCHES = (1, 3, 7, 8, 9, 10, 17, 100)  # the CPU kernel maps those under 8, packed 10, in another way
@@ -71,12 +72,12 @@ def _mlp_problems(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[dict[str
 
 
 def _in_float64(problem: dict[str, Any]) -> dict[str, Any]:
-    return {
-        **problem,
-        "input": problem["input"].double(),
-        "weights": [w.double() for w in problem["weights"]],
-        "biases": [b.double() for b in problem["biases"]],
-    }
+    def convert(value: Any) -> Any:
+        if isinstance(value, list):
+            return [convert(v) for v in value]
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return {name: convert(value) for name, value in problem.items()}
 
 
 def check_ensemble_mlp() -> Iterator[float]:
@@ -106,8 +107,64 @@ def _gradients(function: Callable[..., Tensor], problem: dict[str, Any]) -> tupl
         t.detach().requires_grad_() for t in (problem["input"], *problem["weights"], *problem["biases"])
     )
     layers = len(problem["weights"])
-    output = function(x, parameters[:layers], parameters[layers:], activation=problem["activation"])
-    return torch.autograd.grad(output.square().mean(), [x, *parameters])
+    given = {"input": x, "weights": parameters[:layers], "biases": parameters[layers:]}
+    return torch.autograd.grad(function(**problem | given).square().mean(), [x, *parameters])
+
+
+def check_dropout() -> Iterator[float]:
+    # A unit that is kept in one and dropped in the other would be an error of 100 %.
+    for i, problem in enumerate(_mlp_problems()):
+        seeds = torch.arange(problem["weights"][0].shape[0]) - i
+        problem |= {"dropout": (i % 9 + 1) / 10, "dropout_seeds": seeds}
+        exact = reference.ensemble_mlp(**_in_float64(problem))
+        yield relative_error(ops.ensemble_mlp(**problem), reference.ensemble_mlp(**problem), exact)
+
+
+# --- ensemble_mlp_loss -----------------------------------------------------------------------------
+
+
+def _loss_problems(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[dict[str, Any]]:
+    """Arguments of `ensemble_mlp_loss`: a loss for each problem in turn, with all its options."""
+    losses = itertools.cycle(LOSSES)
+    values = torch.Generator().manual_seed(1)
+    for i, problem in enumerate(_mlp_problems(dtypes)):
+        dtype, loss = problem["input"].dtype, next(losses)
+        members, out, _ = problem["weights"][-1].shape
+        if loss == "gaussian_nll" and out % 2 == 1:
+            loss = "mse"
+        if loss == "gaussian_nll":  # no variance so small that it magnifies a rounding to all of the loss
+            problem["weights"][-1] *= 0.125
+        leading = ([members] if i % 3 == 0 else []) + [problem["input"].shape[-2]]
+        outputs = out // 2 if loss == "gaussian_nll" else out
+        if loss == "cross_entropy":
+            target = torch.randint(out, leading, generator=values)
+        else:
+            target = torch.rand([*leading, outputs], generator=values).to(dtype)
+        yield problem | {
+            "target": target,
+            "loss": loss,
+            "temperature": 0.5 if loss == "cross_entropy" else 1.0,
+            "sample_weight": (torch.rand(leading, generator=values) + 0.1).to(dtype) if i % 2 == 0 else None,
+            "dropout": 0.2 if i % 5 == 0 else 0.0,
+            "dropout_seeds": torch.arange(members) if i % 5 == 0 else None,
+        }
+
+
+def check_ensemble_mlp_loss() -> Iterator[float]:
+    for problem in _loss_problems():
+        exact = reference.ensemble_mlp_loss(**_in_float64(problem))
+        plain = reference.ensemble_mlp_loss(**problem)
+        yield relative_error(ops.ensemble_mlp_loss(**problem), plain, exact)
+
+
+def check_ensemble_mlp_loss_gradients() -> Iterator[float]:
+    for problem in _loss_problems((torch.float32, torch.float64)):
+        if problem["activation"] == "relu" and problem["input"].dtype == torch.float32:
+            continue  # a rounding turns one on or off here and there
+        got = _gradients(ops.ensemble_mlp_loss, problem)
+        plain = _gradients(reference.ensemble_mlp_loss, problem)
+        exact = _gradients(reference.ensemble_mlp_loss, _in_float64(problem))
+        yield max(map(relative_error, got, plain, exact))
 
 
 # --- ensemble_embedding --------------------------------------------------------------------------
@@ -157,6 +214,9 @@ CHECKS: dict[str, Callable[[], Iterator[float]]] = {
     "ensemble_mlp, packed": check_ensemble_mlp_packed,
     "ensemble_mlp, gradients": check_ensemble_mlp_gradients,
     "ensemble_embedding": check_ensemble_embedding,
+    "ensemble_mlp, dropout": check_dropout,
+    "ensemble_mlp_loss": check_ensemble_mlp_loss,
+    "ensemble_mlp_loss, gradients": check_ensemble_mlp_loss_gradients,
 }
 
 

@@ -1,6 +1,6 @@
 """What `torch.optim` needs to train members as if each were alone."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -27,11 +27,10 @@ def fused(kind: type[SomeOptimizer], parameters: Iterable[Tensor], **options: An
 
     Returns:
         The optimizer. Its `zero_grad` and `step` act on `parameters`; its `param_groups` and `state` hold the
-        views, so its `state_dict` loads into an optimizer that was made in the same way. Gradients must be
-        dense and contiguous, as those of pyens are.
+        views, so its `state_dict` loads into an optimizer that was made in the same way.
 
     Raises:
-        ValueError: a parameter that is not contiguous, or a sparse gradient in a step.
+        ValueError: a parameter that is not contiguous; in a step a sparse gradient, or a closure.
     """
     owners = list(parameters)
     for i, owner in enumerate(owners):
@@ -40,6 +39,8 @@ def fused(kind: type[SomeOptimizer], parameters: Iterable[Tensor], **options: An
     views = [_Views(owner) for owner in owners]
 
     class Fused(kind):  # type: ignore[misc, valid-type]
+        members = owners  # what MemberLearningRates scales
+
         def zero_grad(self, set_to_none: bool = True) -> None:
             super().zero_grad(set_to_none=True)
             for owner in owners:
@@ -51,7 +52,10 @@ def fused(kind: type[SomeOptimizer], parameters: Iterable[Tensor], **options: An
     Fused.__name__ = Fused.__qualname__ = kind.__name__
     optimizer = Fused([v for view in views for v in view.all], fused=True, **options)
 
-    def before_step(*_: Any) -> None:
+    def before_step(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # The instance comes first. A closure would make its gradients when they have been taken already.
+        if any(closure is not None for closure in (*args[1:], *kwargs.values())):
+            raise ValueError("fused: step: expected no closure, got one")
         for view in views:
             view.take()
 
@@ -91,10 +95,72 @@ class _Views:
             raise ValueError(f"fused: gradient: expected dense, got {grad.layout}")
         flat = grad.contiguous().view(-1)
         self.body.grad = flat[: self.whole]
-        self.rest.grad = torch.zeros_like(self.rest)
-        self.rest.grad[:rest] = flat[self.whole :]
+        if rest:
+            self.rest.grad = torch.zeros_like(self.rest)
+            self.rest.grad[:rest] = flat[self.whole :]
 
     @torch.no_grad()
     def give_back(self) -> None:
         self._flat()[self.whole :] = self.rest[: self.owner.numel() - self.whole]
         self.body.grad = self.rest.grad = None
+
+
+class MemberLearningRates:
+    """Multiplies the optimizer's learning rate by a factor of each member's own.
+
+    After every `optimizer.step()`, for each member m of each parameter p,
+
+        p[m] <- p_before[m] + factors[m] * (p[m] - p_before[m])
+
+    which is what the optimizer does with learning rate `lr * factors[m]` (to rounding) wherever its step is
+    proportional to the learning rate: all of `torch.optim` but ASGD, LBFGS and Rprop. No member depends on
+    another. A factor of 1 changes no bit; with a factor of 0 a member stays as it is, while the optimizer's
+    averages of its gradients run on. Costs a copy of the parameters during the step.
+
+    Args:
+        optimizer: of stacked parameters `[E, ...]`, all of them.
+        factors: `[E]`. Assign to `factors`, whole or in part, for a schedule or to stop a member early.
+
+    Raises:
+        ValueError: factors that are not one for each member of every parameter.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, factors: Sequence[float] | Tensor) -> None:
+        self.factors = torch.as_tensor(factors)
+        self._before: list[Tensor] = []
+        for parameter in _parameters(optimizer):
+            self._factors_of(parameter)  # raises where they do not fit
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._keep),
+            optimizer.register_step_post_hook(self._scale),
+        )
+
+    def remove(self) -> None:
+        """Leaves the optimizer as it was."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _factors_of(self, parameter: Tensor) -> Tensor:
+        if self.factors.dim() != 1 or parameter.shape[:1] != self.factors.shape:
+            raise ValueError(
+                f"MemberLearningRates: factors: expected [E] for parameters [E, ...], got shape "
+                f"{list(self.factors.shape)} for a parameter of shape {list(parameter.shape)}"
+            )
+        return self.factors.to(parameter).view(-1, *[1] * (parameter.dim() - 1))
+
+    def _keep(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._before = [p.detach().clone() for p in _parameters(optimizer)]
+
+    @torch.no_grad()
+    def _scale(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for after, before in zip(_parameters(optimizer), self._before, strict=True):
+            factor = self._factors_of(after)
+            # Single roundings, which are the same in every lane; lerp's differ between vectors and tails.
+            scaled = before + factor * (after - before)
+            after.copy_(torch.where(factor == 1, after, torch.where(factor == 0, before, scaled)))
+        self._before = []
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    own = getattr(optimizer, "members", None)
+    return own or [p for group in optimizer.param_groups for p in group["params"]]

@@ -64,7 +64,8 @@ def ensemble_mlp_loss(
         output, target, weight = output.float(), _to_float(target), weight.float()
     losses = LOSSES[loss](output, target, temperature)
     total = weight.sum(-1)
-    return torch.where(total > 0, (losses * weight).sum(-1) / total, 0)
+    mean = (losses * weight).sum(-1) / torch.where(total > 0, total, 1)  # 0 / 1, whose gradient is no NaN
+    return torch.where(total > 0, mean, 0)
 
 
 def _to_float(target: Tensor) -> Tensor:
