@@ -25,6 +25,14 @@ TORCH_LIBRARY(pyens, m) {
   m.def(
       "ensemble_mlp_packed(Tensor input, Tensor packed, Tensor[] weights, Tensor[] biases,"
       " str activation) -> Tensor");
+
+  m.def("decorrelation_loss(Tensor outputs, str kind, str reduction) -> Tensor");
+  m.def(
+      "decorrelation_loss_forward(Tensor outputs, str kind, str reduction)"
+      " -> (Tensor loss, Tensor correlations, Tensor centre)");
+  m.def(
+      "decorrelation_loss_backward(Tensor grad, Tensor outputs, Tensor correlations, Tensor centre,"
+      " str kind, str reduction) -> Tensor");
 }
 
 namespace {
@@ -49,6 +57,13 @@ Tensor ensemble_mlp_packed(const Tensor& input, const Tensor& packed,
       dispatcher_op<Tensor(const Tensor&, const Tensor&, TensorList, TensorList, std::string_view)>(
           "pyens::ensemble_mlp_packed");
   return op.call(input, packed, weights, biases, activation);
+}
+
+Tensor decorrelation_loss(const Tensor& outputs, const std::string& kind,
+                          const std::string& reduction) {
+  static const auto op = dispatcher_op<Tensor(const Tensor&, std::string_view, std::string_view)>(
+      "pyens::decorrelation_loss");
+  return op.call(outputs, kind, reduction);
 }
 
 // Multiply-add rate in GF/s of all of torch's threads together, measured for about `milliseconds`.
@@ -85,6 +100,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using no_gil = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("ensemble_mlp", ensemble_mlp, no_gil());
   m.def("ensemble_mlp_packed", ensemble_mlp_packed, no_gil());
+  m.def("decorrelation_loss", decorrelation_loss, no_gil());
   m.def("fma_peak", fma_peak, no_gil(), pybind11::arg("milliseconds"));
   m.def("build_info", build_info);
 }

@@ -1,5 +1,6 @@
 """The operations: custom kernels on CPU and GPU, each specified by its twin in `pyens.reference`."""
 
+from pyens.ops.decorrelation import decorrelation_loss
 from pyens.ops.ensemble_mlp import ensemble_mlp
 
-__all__ = ["ensemble_mlp"]
+__all__ = ["decorrelation_loss", "ensemble_mlp"]

@@ -1,5 +1,6 @@
 """Every operation of `pyens.ops` in plain PyTorch: the specification that the kernels are tested against."""
 
+from pyens.reference.decorrelation import decorrelation_loss
 from pyens.reference.ensemble_mlp import ensemble_mlp
 
-__all__ = ["ensemble_mlp"]
+__all__ = ["decorrelation_loss", "ensemble_mlp"]
