@@ -66,6 +66,24 @@ inline V expm1_nonpositive(V x) {
   return madd(exp_polynomial(r), scale, scale - broadcast<V>(1.0f));
 }
 
+// log x for normal x > 0, within 1 ulp; any number for any other x.
+template <class V>
+inline V log_positive(V x) {
+  using Ints = Vec<int32_t, lanes_of<V>()>;
+  using Words = Vec<uint32_t, lanes_of<V>()>;
+  // x = 2^e m with m in [sqrt(1/2), sqrt(2)); as in Softplus, log(1 + f) = f - (h - s (h + q Q(q))).
+  const Words above = (Words)x - 0x3f3504f3u;
+  const V exponent = __builtin_convertvector((Ints)above >> 23, V);
+  const V f = (V)((Words)x - (above & 0xff800000u)) - broadcast<V>(1.0f);
+  const V s = f / (broadcast<V>(2.0f) + f), q = s * s;
+  V p = broadcast<V>(0.29878795f);
+  p = madd(p, q, broadcast<V>(0.39977252f));
+  p = madd(p, q, broadcast<V>(0.6666678f));
+  const V h = broadcast<V>(0.5f) * f * f;
+  const V low = madd(s, madd(p, q, h), exponent * broadcast<V>(1.42860677e-6f));
+  return madd(exponent, broadcast<V>(0.693145751953125f), f - (h - low));
+}
+
 template <class V>
 inline V absolute(V x) {
   using Words = Vec<uint32_t, lanes_of<V>()>;
