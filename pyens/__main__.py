@@ -147,6 +147,24 @@ def check_decorrelation_loss_gradients() -> Iterator[float]:
         yield relative_error(gradient(ops.decorrelation_loss, outputs, kind), plain, exact)
 
 
+def check_predictive_uncertainty() -> Iterator[float]:
+    for logits in _members():
+        measures = ops.predictive_uncertainty(3 * logits)
+        plain = reference.predictive_uncertainty(3 * logits)
+        yield max(
+            map(relative_error, measures, plain, reference.predictive_uncertainty((3 * logits).double()))
+        )
+
+
+def check_predictive_moments() -> Iterator[float]:
+    for outputs in _members():
+        variances = outputs.abs()
+        moments = ops.predictive_moments(outputs, variances=variances)
+        plain = reference.predictive_moments(outputs, variances=variances)
+        exact = reference.predictive_moments(outputs.double(), variances=variances.double())
+        yield max(map(relative_error, moments, plain, exact))
+
+
 # -------------------------------------------------------------------------------------------------
 
 CHECKS: dict[str, Callable[[], Iterator[float]]] = {
@@ -155,6 +173,8 @@ CHECKS: dict[str, Callable[[], Iterator[float]]] = {
     "ensemble_mlp, gradients": check_ensemble_mlp_gradients,
     "decorrelation_loss": check_decorrelation_loss,
     "decorrelation_loss, gradients": check_decorrelation_loss_gradients,
+    "predictive_uncertainty": check_predictive_uncertainty,
+    "predictive_moments": check_predictive_moments,
 }
 
 
