@@ -16,6 +16,7 @@ from pyens.metrics.calibration import ReliabilityCurve, expected_calibration_err
 from pyens.metrics.classification import accuracy, brier_score, nll
 from pyens.metrics.confidence import ConfidenceCurve, confidence_curve
 from pyens.metrics.ood import ood_auroc
+from pyens.metrics.streaming import PredictiveMoments, PredictiveUncertainty
 from pyens.metrics.uncertainty import (
     expected_entropy,
     mutual_information,
@@ -25,6 +26,8 @@ from pyens.metrics.uncertainty import (
 
 __all__ = [
     "ConfidenceCurve",
+    "PredictiveMoments",
+    "PredictiveUncertainty",
     "ReliabilityCurve",
     "accuracy",
     "brier_score",
