@@ -207,6 +207,63 @@ def _value_and_gradients(
     return [output.detach(), *(gradient.to_dense() for gradient in gradients)]
 
 
+# --- over the member axis ------------------------------------------------------------------------
+
+
+def _members(
+    dtypes: tuple[torch.dtype, ...] = DTYPES, *, classes: tuple[int, ...] = (2, 3, 10, 17, 64, 130)
+) -> Iterator[Tensor]:
+    """`[E, B, K]` of every dtype with random E and B: members that agree somewhat."""
+    sizes = random.Random(0)
+    values = torch.Generator().manual_seed(0)
+    for dtype, count, _ in itertools.product(dtypes, classes, range(4)):
+        members, batch = sizes.randint(2, 40), sizes.randint(8, 100)
+        common = torch.randn(batch, count, generator=values)
+        yield (common + torch.randn(members, batch, count, generator=values)).to(dtype)
+
+
+def _components() -> Iterator[tuple[Tensor, str]]:
+    """Outputs and a kind of `decorrelation_loss`."""
+    return zip(_members(), itertools.cycle(("correlation", "covariance", "residue")), strict=False)
+
+
+def check_decorrelation_loss() -> Iterator[float]:
+    for outputs, kind in _components():
+        arguments = {"kind": kind, "reduction": "none"}
+        exact = reference.decorrelation_loss(outputs.double(), **arguments)
+        plain = reference.decorrelation_loss(outputs, **arguments)
+        yield relative_error(ops.decorrelation_loss(outputs, **arguments), plain, exact)
+
+
+def check_decorrelation_loss_gradients() -> Iterator[float]:
+    def gradient(function: Callable[..., Tensor], outputs: Tensor, kind: str) -> Tensor:
+        outputs = outputs.detach().requires_grad_()
+        return torch.autograd.grad(function(outputs, kind=kind), outputs)[0]
+
+    for outputs, kind in _components():
+        exact = gradient(reference.decorrelation_loss, outputs.double(), kind)
+        plain = gradient(reference.decorrelation_loss, outputs, kind)
+        yield relative_error(gradient(ops.decorrelation_loss, outputs, kind), plain, exact)
+
+
+def check_predictive_uncertainty() -> Iterator[float]:
+    for logits in _members():
+        measures = ops.predictive_uncertainty(3 * logits)
+        plain = reference.predictive_uncertainty(3 * logits)
+        yield max(
+            map(relative_error, measures, plain, reference.predictive_uncertainty((3 * logits).double()))
+        )
+
+
+def check_predictive_moments() -> Iterator[float]:
+    for outputs in _members():
+        variances = outputs.abs()
+        moments = ops.predictive_moments(outputs, variances=variances)
+        plain = reference.predictive_moments(outputs, variances=variances)
+        exact = reference.predictive_moments(outputs.double(), variances=variances.double())
+        yield max(map(relative_error, moments, plain, exact))
+
+
 # -------------------------------------------------------------------------------------------------
 
 CHECKS: dict[str, Callable[[], Iterator[float]]] = {
@@ -217,6 +274,10 @@ CHECKS: dict[str, Callable[[], Iterator[float]]] = {
     "ensemble_mlp, dropout": check_dropout,
     "ensemble_mlp_loss": check_ensemble_mlp_loss,
     "ensemble_mlp_loss, gradients": check_ensemble_mlp_loss_gradients,
+    "decorrelation_loss": check_decorrelation_loss,
+    "decorrelation_loss, gradients": check_decorrelation_loss_gradients,
+    "predictive_uncertainty": check_predictive_uncertainty,
+    "predictive_moments": check_predictive_moments,
 }
 
 

@@ -1,7 +1,16 @@
 """The operations: custom kernels on CPU and GPU, each specified by its twin in `pyens.reference`."""
 
+from pyens.ops.decorrelation import decorrelation_loss
 from pyens.ops.ensemble_embedding import ensemble_embedding
 from pyens.ops.ensemble_mlp import ensemble_mlp
 from pyens.ops.ensemble_mlp_loss import ensemble_mlp_loss
+from pyens.ops.uncertainty import predictive_moments, predictive_uncertainty
 
-__all__ = ["ensemble_embedding", "ensemble_mlp", "ensemble_mlp_loss"]
+__all__ = [
+    "decorrelation_loss",
+    "ensemble_embedding",
+    "ensemble_mlp",
+    "ensemble_mlp_loss",
+    "predictive_moments",
+    "predictive_uncertainty",
+]

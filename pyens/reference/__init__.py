@@ -1,7 +1,16 @@
 """Every operation of `pyens.ops` in plain PyTorch: the specification that the kernels are tested against."""
 
+from pyens.reference.decorrelation import decorrelation_loss
 from pyens.reference.ensemble_embedding import ensemble_embedding
 from pyens.reference.ensemble_mlp import ensemble_mlp
 from pyens.reference.ensemble_mlp_loss import ensemble_mlp_loss
+from pyens.reference.uncertainty import predictive_moments, predictive_uncertainty
 
-__all__ = ["ensemble_embedding", "ensemble_mlp", "ensemble_mlp_loss"]
+__all__ = [
+    "decorrelation_loss",
+    "ensemble_embedding",
+    "ensemble_mlp",
+    "ensemble_mlp_loss",
+    "predictive_moments",
+    "predictive_uncertainty",
+]
