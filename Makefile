@@ -66,7 +66,6 @@ bench-cuda: ## build for CUDA with $(PYTHON) and run the benchmark on the GPU
 	@echo "building pyens._C for CUDA"
 	@PYENS_CUDA=1 $(PYTHON) $(BUILD_EXT)
 	$(PYTHON) -m benchmarks.ensemble_mlp --device cuda $(ARGS)
-	$(PYTHON) -m benchmarks.training --device cuda $(ARGS)
 
 clean: ## remove what was built
 	rm -rf build *.egg-info pyens/_C.*.so $(BUILT)
