@@ -51,8 +51,10 @@ kernels: $(filter $(VENV)/%,$(CMAKE)) ## kernels without torch: ctest under ASAN
 	$(CMAKE) --build build/kernels --parallel $(JOBS)
 	CTEST_OUTPUT_ON_FAILURE=1 $(CMAKE) --build build/kernels --target test
 
-bench: $(BUILT) $(VENV)/peers ## compare the ensemble MLP with its peers
-	$(PY) -m benchmarks.ensemble_mlp $(ARGS)
+BENCHMARKS := ensemble_mlp training decorrelation uncertainty
+
+bench: $(BUILT) $(VENV)/peers ## compare every operation with its peers
+	for name in $(BENCHMARKS); do $(PY) -m benchmarks.$$name $(ARGS); done
 
 # On a GPU machine: the interpreter that is already there, with its torch; nothing is installed.
 test-cuda: ## build for CUDA with $(PYTHON) and run all tests; none skips for want of a GPU

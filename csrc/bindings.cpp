@@ -12,6 +12,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "kernels/cpu/isa.h"
@@ -55,6 +56,23 @@ TORCH_LIBRARY(pyens, m) {
   m.def(
       "ensemble_embedding_concat_backward(Tensor grad, Tensor categorical, SymInt[] num_embeddings,"
       " SymInt[] dims, int[] wanted, bool numeric_shared) -> Tensor[]");
+
+  m.def("decorrelation_loss(Tensor outputs, str kind, str reduction) -> Tensor");
+  m.def(
+      "decorrelation_loss_forward(Tensor outputs, str kind, str reduction)"
+      " -> (Tensor loss, Tensor correlations, Tensor centre)");
+  m.def(
+      "decorrelation_loss_backward(Tensor grad, Tensor outputs, Tensor correlations, Tensor centre,"
+      " str kind, str reduction) -> Tensor");
+
+  m.def(
+      "predictive_uncertainty(Tensor logits, bool from_probabilities, bool with_votes)"
+      " -> (Tensor mean_probability, Tensor predictive_entropy, Tensor expected_entropy,"
+      " Tensor mutual_information, Tensor distribution_pv, Tensor vote_disagreement, Tensor "
+      "votes)");
+  m.def(
+      "predictive_moments(Tensor outputs, Tensor? variances)"
+      " -> (Tensor mean, Tensor std, Tensor min, Tensor max, Tensor aleatoric, Tensor epistemic)");
 }
 
 namespace {
@@ -124,6 +142,29 @@ Tensor ensemble_embedding_concat(const Tensor& categorical, const std::vector<Te
   return op.call(categorical, tables, numeric);
 }
 
+Tensor decorrelation_loss(const Tensor& outputs, const std::string& kind,
+                          const std::string& reduction) {
+  static const auto op = dispatcher_op<Tensor(const Tensor&, std::string_view, std::string_view)>(
+      "pyens::decorrelation_loss");
+  return op.call(outputs, kind, reduction);
+}
+
+using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+SevenTensors predictive_uncertainty(const Tensor& logits, bool from_probabilities,
+                                    bool with_votes) {
+  static const auto op =
+      dispatcher_op<SevenTensors(const Tensor&, bool, bool)>("pyens::predictive_uncertainty");
+  return op.call(logits, from_probabilities, with_votes);
+}
+
+SixTensors predictive_moments(const Tensor& outputs, const std::optional<Tensor>& variances) {
+  static const auto op = dispatcher_op<SixTensors(const Tensor&, const std::optional<Tensor>&)>(
+      "pyens::predictive_moments");
+  return op.call(outputs, variances);
+}
+
 // Multiply-add rate in GF/s of all of torch's threads together, measured for about `milliseconds`.
 double fma_peak(double milliseconds) {
   TORCH_CHECK_VALUE(milliseconds > 0, "fma_peak: milliseconds: expected a positive number, got ",
@@ -163,6 +204,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("masked_weights", masked_weights, no_gil());
   m.def("ensemble_embedding", ensemble_embedding, no_gil());
   m.def("ensemble_embedding_concat", ensemble_embedding_concat, no_gil());
+  m.def("decorrelation_loss", decorrelation_loss, no_gil());
+  m.def("predictive_uncertainty", predictive_uncertainty, no_gil());
+  m.def("predictive_moments", predictive_moments, no_gil());
   m.def("fma_peak", fma_peak, no_gil(), pybind11::arg("milliseconds"));
   m.def("build_info", build_info);
 }

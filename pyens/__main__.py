@@ -20,6 +20,7 @@ from pyens.ops.ensemble_embedding import ensemble_embedding_concat
 from pyens.ops.ensemble_mlp import ensemble_mlp_packed, pack
 from pyens.reference.ensemble_embedding import ensemble_embedding_concat as reference_concat
 from pyens.reference.ensemble_mlp import ACTIVATIONS
+from pyens.reference.ensemble_mlp_loss import LOSSES
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BATCHES = (1, 3, 7, 8, 9, 10, 17, 100)  # the CPU kernel maps those under 8, packed 10, in another way
@@ -71,12 +72,12 @@ def _mlp_problems(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[dict[str
 
 
 def _in_float64(problem: dict[str, Any]) -> dict[str, Any]:
-    return {
-        **problem,
-        "input": problem["input"].double(),
-        "weights": [w.double() for w in problem["weights"]],
-        "biases": [b.double() for b in problem["biases"]],
-    }
+    def convert(value: Any) -> Any:
+        if isinstance(value, list):
+            return [convert(v) for v in value]
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return {name: convert(value) for name, value in problem.items()}
 
 
 def check_ensemble_mlp() -> Iterator[float]:
@@ -106,8 +107,64 @@ def _gradients(function: Callable[..., Tensor], problem: dict[str, Any]) -> tupl
         t.detach().requires_grad_() for t in (problem["input"], *problem["weights"], *problem["biases"])
     )
     layers = len(problem["weights"])
-    output = function(x, parameters[:layers], parameters[layers:], activation=problem["activation"])
-    return torch.autograd.grad(output.square().mean(), [x, *parameters])
+    given = {"input": x, "weights": parameters[:layers], "biases": parameters[layers:]}
+    return torch.autograd.grad(function(**problem | given).square().mean(), [x, *parameters])
+
+
+def check_dropout() -> Iterator[float]:
+    # A unit that is kept in one and dropped in the other would be an error of 100 %.
+    for i, problem in enumerate(_mlp_problems()):
+        seeds = torch.arange(problem["weights"][0].shape[0]) - i
+        problem |= {"dropout": (i % 9 + 1) / 10, "dropout_seeds": seeds}
+        exact = reference.ensemble_mlp(**_in_float64(problem))
+        yield relative_error(ops.ensemble_mlp(**problem), reference.ensemble_mlp(**problem), exact)
+
+
+# --- ensemble_mlp_loss -----------------------------------------------------------------------------
+
+
+def _loss_problems(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[dict[str, Any]]:
+    """Arguments of `ensemble_mlp_loss`: a loss for each problem in turn, with all its options."""
+    losses = itertools.cycle(LOSSES)
+    values = torch.Generator().manual_seed(1)
+    for i, problem in enumerate(_mlp_problems(dtypes)):
+        dtype, loss = problem["input"].dtype, next(losses)
+        members, out, _ = problem["weights"][-1].shape
+        if loss == "gaussian_nll" and out % 2 == 1:
+            loss = "mse"
+        if loss == "gaussian_nll":  # no variance so small that it magnifies a rounding to all of the loss
+            problem["weights"][-1] *= 0.125
+        leading = ([members] if i % 3 == 0 else []) + [problem["input"].shape[-2]]
+        outputs = out // 2 if loss == "gaussian_nll" else out
+        if loss == "cross_entropy":
+            target = torch.randint(out, leading, generator=values)
+        else:
+            target = torch.rand([*leading, outputs], generator=values).to(dtype)
+        yield problem | {
+            "target": target,
+            "loss": loss,
+            "temperature": 0.5 if loss == "cross_entropy" else 1.0,
+            "sample_weight": (torch.rand(leading, generator=values) + 0.1).to(dtype) if i % 2 == 0 else None,
+            "dropout": 0.2 if i % 5 == 0 else 0.0,
+            "dropout_seeds": torch.arange(members) if i % 5 == 0 else None,
+        }
+
+
+def check_ensemble_mlp_loss() -> Iterator[float]:
+    for problem in _loss_problems():
+        exact = reference.ensemble_mlp_loss(**_in_float64(problem))
+        plain = reference.ensemble_mlp_loss(**problem)
+        yield relative_error(ops.ensemble_mlp_loss(**problem), plain, exact)
+
+
+def check_ensemble_mlp_loss_gradients() -> Iterator[float]:
+    for problem in _loss_problems((torch.float32, torch.float64)):
+        if problem["activation"] == "relu" and problem["input"].dtype == torch.float32:
+            continue  # a rounding turns one on or off here and there
+        got = _gradients(ops.ensemble_mlp_loss, problem)
+        plain = _gradients(reference.ensemble_mlp_loss, problem)
+        exact = _gradients(reference.ensemble_mlp_loss, _in_float64(problem))
+        yield max(map(relative_error, got, plain, exact))
 
 
 # --- ensemble_embedding --------------------------------------------------------------------------
@@ -148,6 +205,63 @@ def _value_and_gradients(
     output = function(operation, *leaves)
     gradients = torch.autograd.grad(output.square().sum(), leaves)
     return [output.detach(), *(gradient.to_dense() for gradient in gradients)]
+
+
+# --- over the member axis ------------------------------------------------------------------------
+
+
+def _members(
+    dtypes: tuple[torch.dtype, ...] = DTYPES, *, classes: tuple[int, ...] = (2, 3, 10, 17, 64, 130)
+) -> Iterator[Tensor]:
+    """`[E, B, K]` of every dtype with random E and B: members that agree somewhat."""
+    sizes = random.Random(0)
+    values = torch.Generator().manual_seed(0)
+    for dtype, count, _ in itertools.product(dtypes, classes, range(4)):
+        members, batch = sizes.randint(2, 40), sizes.randint(8, 100)
+        common = torch.randn(batch, count, generator=values)
+        yield (common + torch.randn(members, batch, count, generator=values)).to(dtype)
+
+
+def _components() -> Iterator[tuple[Tensor, str]]:
+    """Outputs and a kind of `decorrelation_loss`."""
+    return zip(_members(), itertools.cycle(("correlation", "covariance", "residue")), strict=False)
+
+
+def check_decorrelation_loss() -> Iterator[float]:
+    for outputs, kind in _components():
+        arguments = {"kind": kind, "reduction": "none"}
+        exact = reference.decorrelation_loss(outputs.double(), **arguments)
+        plain = reference.decorrelation_loss(outputs, **arguments)
+        yield relative_error(ops.decorrelation_loss(outputs, **arguments), plain, exact)
+
+
+def check_decorrelation_loss_gradients() -> Iterator[float]:
+    def gradient(function: Callable[..., Tensor], outputs: Tensor, kind: str) -> Tensor:
+        outputs = outputs.detach().requires_grad_()
+        return torch.autograd.grad(function(outputs, kind=kind), outputs)[0]
+
+    for outputs, kind in _components():
+        exact = gradient(reference.decorrelation_loss, outputs.double(), kind)
+        plain = gradient(reference.decorrelation_loss, outputs, kind)
+        yield relative_error(gradient(ops.decorrelation_loss, outputs, kind), plain, exact)
+
+
+def check_predictive_uncertainty() -> Iterator[float]:
+    for logits in _members():
+        measures = ops.predictive_uncertainty(3 * logits)
+        plain = reference.predictive_uncertainty(3 * logits)
+        yield max(
+            map(relative_error, measures, plain, reference.predictive_uncertainty((3 * logits).double()))
+        )
+
+
+def check_predictive_moments() -> Iterator[float]:
+    for outputs in _members():
+        variances = outputs.abs()
+        moments = ops.predictive_moments(outputs, variances=variances)
+        plain = reference.predictive_moments(outputs, variances=variances)
+        exact = reference.predictive_moments(outputs.double(), variances=variances.double())
+        yield max(map(relative_error, moments, plain, exact))
 
 
 # --- masksembles ---------------------------------------------------------------------------------
@@ -227,6 +341,13 @@ CHECKS: dict[str, Callable[[], Iterator[float]]] = {
     "ensemble_mlp, packed": check_ensemble_mlp_packed,
     "ensemble_mlp, gradients": check_ensemble_mlp_gradients,
     "ensemble_embedding": check_ensemble_embedding,
+    "ensemble_mlp, dropout": check_dropout,
+    "ensemble_mlp_loss": check_ensemble_mlp_loss,
+    "ensemble_mlp_loss, gradients": check_ensemble_mlp_loss_gradients,
+    "decorrelation_loss": check_decorrelation_loss,
+    "decorrelation_loss, gradients": check_decorrelation_loss_gradients,
+    "predictive_uncertainty": check_predictive_uncertainty,
+    "predictive_moments": check_predictive_moments,
     "mask_channels": check_mask_channels,
     "masked_mlp": check_masked_mlp,
     "masked_mlp_loss": check_masked_mlp_loss,

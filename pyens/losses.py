@@ -1,8 +1,8 @@
 """Losses that push the components of an ensemble apart, and ways to combine their outputs into one.
 
 The J components of a model are trained side by side, each on its own label loss; a loss of this module,
-times a strength λ, is added. All of it is from "Anti-Distillation: Improving Reproducibility of Deep
-Networks" ("the paper" below).
+times a strength λ, is added; `decorrelation_loss` is `pyens.ops.decorrelation_loss`. All of it is from
+"Anti-Distillation: Improving Reproducibility of Deep Networks" ("the paper" below).
 
 Outputs z are ``[J, B]`` (one output, such as a binary logit), ``[J, B, K]``, or ``[M, J, B, K]`` for M
 independent models that are trained together. A loss is computed for each of the K labels; with
@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from pyens.ops import decorrelation_loss as decorrelation_loss
 
 _KINDS = ("correlation", "covariance", "residue")
 

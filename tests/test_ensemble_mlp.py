@@ -301,6 +301,69 @@ def test_gradients_match_the_reference(device, dtype, per_member):
         )
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_every_shape(device, dtype, shape):
+    e, b, widths = shape
+    layers = len(widths) - 1
+    activation = ACTIVATIONS[sum(widths) % 7] if b % 2 else "relu"
+    # On a grid on which the outputs of a ReLU network are exact, so that no rounding flips a ReLU.
+    x, weights, biases = problem(e, b, widths, device, torch.float64, per_member=sum(widths) % 3 == 0)
+    tensors = [(t * 8).round() / 8 for t in (x, *weights, *biases)]
+    grad = torch.randn(e, b, widths[-1], device=device).to(dtype)
+
+    def gradients(function, dtype):
+        x, *parameters = [t.to(dtype).requires_grad_() for t in tensors]
+        output = function(x, parameters[:layers], parameters[layers:], activation=activation)
+        return torch.autograd.grad(output, [x, *parameters], grad.to(dtype))
+
+    got = gradients(ensemble_mlp, dtype)
+    plain = gradients(reference.ensemble_mlp, dtype)
+    exact = gradients(reference.ensemble_mlp, torch.float64)
+    for ours, theirs, oracle in zip(got, plain, exact, strict=True):
+        assert ours.shape == oracle.shape and ours.dtype == dtype
+        rounding = torch.finfo(dtype).eps * rms(oracle)
+        plain_error = 0 if dtype == torch.float64 else 2 * rms(theirs.double() - oracle)
+        assert rms(ours.double() - oracle) <= plain_error + (32 if dtype == torch.float64 else 8) * rounding
+
+
+@pytest.mark.parametrize(("e", "out"), [(1, 1), (1, 3), (4, 1), (4, 3)])
+@pytest.mark.parametrize("b", [1, 5, 40])
+def test_gradients_from_above_of_any_strides(device, e, out, b):
+    x, weights, biases = problem(e, b, [4, 6, out], device, torch.float32)
+    tensors = [t.requires_grad_() for t in (x, *weights, *biases)]
+    output = ensemble_mlp(x, weights, biases)
+    grad = torch.randn(e, b, out, device=device)
+    for strided in (
+        torch.ones((), device=device).expand(e, b, out),
+        grad[:1].expand(e, b, out),
+        grad[:, :1].expand(e, b, out),
+        grad[..., :1].expand(e, b, out),
+        grad.transpose(0, 2).contiguous().transpose(0, 2),
+        torch.cat([grad, grad * float("nan")], -1)[..., :out],
+    ):
+        got = torch.autograd.grad(output, tensors, strided, retain_graph=True)
+        plain = strided.clone(memory_format=torch.contiguous_format)
+        expected = torch.autograd.grad(output, tensors, plain, retain_graph=True)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, expected, strict=True))
+
+
+def test_backward_computes_only_what_is_wanted():
+    x, weights, biases = problem(3, 20, [4, 6, 2], torch.device("cpu"), torch.float32)
+    grad = torch.randn(3, 20, 2)
+
+    def backward(wanted):
+        op = torch.ops.pyens.ensemble_mlp_backward
+        return op(grad, x, weights, biases, "gelu", 0.0, None, list(wanted))
+
+    whole = backward([True] * 5)
+    for wanted in itertools.product((False, True), repeat=5):
+        found = backward(wanted)
+        expected = [gradient for gradient, asked in zip(whole, wanted, strict=True) if asked]
+        assert len(found) == len(expected)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
 def test_only_wanted_gradients_are_computed(device):
     x, weights, biases = problem(2, 3, [3, 4, 2], device, torch.float32)
     weights[1].requires_grad_()

@@ -13,6 +13,7 @@ import pyens
 from pyens import __main__ as main
 from pyens import ops
 from pyens.ops.ensemble_mlp import ensemble_mlp, ensemble_mlp_packed
+from pyens.ops.ensemble_mlp_loss import ensemble_mlp_loss
 
 LINE = re.compile(
     r"^  (?P<name>\S.*?) +(?P<problems>\d+) +(?P<error>\d+\.\d+|inf)  (?P<verdict>ok|FAILED)$", re.M
@@ -52,6 +53,11 @@ def test_every_public_operation_is_checked():
     assert set(ops.__all__) <= set(main.CHECKS)
 
 
+def only(monkeypatch, *names: str) -> None:
+    """Leaves out the other checks, for they take their time."""
+    monkeypatch.setattr(main, "CHECKS", {name: main.CHECKS[name] for name in names})
+
+
 def one_output(y):
     y = y.clone()
     y.view(-1)[-1] += y.double().square().mean().sqrt().to(y.dtype)
@@ -83,33 +89,83 @@ WRONG = {
 @pytest.mark.parametrize("how", WRONG)
 def test_finds_a_wrong_kernel(monkeypatch, capsys, how):
     wrong = WRONG[how]
+    only(monkeypatch, "ensemble_mlp", "ensemble_mlp, packed")
     monkeypatch.setattr(ops, "ensemble_mlp", lambda *a, **k: wrong(ensemble_mlp(*a, **k)))
-    monkeypatch.delitem(main.CHECKS, "ensemble_mlp, gradients")
     assert main.main() == 1
     expected = {**dict.fromkeys(main.CHECKS, "ok"), "ensemble_mlp": "FAILED"}
     assert verdicts(capsys.readouterr().out) == expected
 
 
 def test_finds_a_wrong_packed_kernel(monkeypatch, capsys):
+    only(monkeypatch, "ensemble_mlp", "ensemble_mlp, packed")
     monkeypatch.setattr(main, "ensemble_mlp_packed", lambda *a, **k: one_output(ensemble_mlp_packed(*a, **k)))
     assert main.main() == 1
-    expected = {**dict.fromkeys(main.CHECKS, "ok"), "ensemble_mlp, packed": "FAILED"}
-    assert verdicts(capsys.readouterr().out) == expected
+    assert verdicts(capsys.readouterr().out) == {"ensemble_mlp": "ok", "ensemble_mlp, packed": "FAILED"}
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (1 + 1e-5)
 
 
 def test_finds_a_wrong_gradient(monkeypatch, capsys):
-    class Wrong(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, y):
-            return y.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * (1 + 1e-5)
-
-    monkeypatch.setattr(ops, "ensemble_mlp", lambda *a, **k: Wrong.apply(ensemble_mlp(*a, **k)))
+    only(monkeypatch, "ensemble_mlp", "ensemble_mlp, gradients")
+    monkeypatch.setattr(ops, "ensemble_mlp", lambda *a, **k: WrongGradient.apply(ensemble_mlp(*a, **k)))
     assert main.main() == 1
-    expected = {**dict.fromkeys(main.CHECKS, "ok"), "ensemble_mlp, gradients": "FAILED"}
+    assert verdicts(capsys.readouterr().out) == {"ensemble_mlp": "ok", "ensemble_mlp, gradients": "FAILED"}
+
+
+def test_finds_another_mask_of_dropout(monkeypatch, capsys):
+    def with_one_other_seed(*args, dropout_seeds=None, **kwargs):
+        if dropout_seeds is not None:
+            dropout_seeds = dropout_seeds.clone()
+            dropout_seeds[-1] += 1
+        return ensemble_mlp(*args, dropout_seeds=dropout_seeds, **kwargs)
+
+    only(monkeypatch, "ensemble_mlp", "ensemble_mlp, dropout")
+    monkeypatch.setattr(ops, "ensemble_mlp", with_one_other_seed)
+    assert main.main() == 1
+    assert verdicts(capsys.readouterr().out) == {"ensemble_mlp": "ok", "ensemble_mlp, dropout": "FAILED"}
+
+
+def without_weights(*args, sample_weight=None, **kwargs):
+    return ensemble_mlp_loss(*args, **kwargs)
+
+
+def without_temperature(*args, temperature=1.0, **kwargs):
+    return ensemble_mlp_loss(*args, **kwargs)
+
+
+WRONG_LOSS = {
+    "a little": lambda *a, **k: ensemble_mlp_loss(*a, **k) * (1 + 3e-6),
+    "one member": lambda *a, **k: one_output(ensemble_mlp_loss(*a, **k)),
+    "members swapped": lambda *a, **k: ensemble_mlp_loss(*a, **k).flip(0),
+    "dtype": lambda *a, **k: ensemble_mlp_loss(*a, **k).double(),
+    "without weights": without_weights,
+    "without temperature": without_temperature,
+}
+
+
+@pytest.mark.parametrize("how", WRONG_LOSS)
+def test_finds_a_wrong_loss(monkeypatch, capsys, how):
+    only(monkeypatch, "ensemble_mlp", "ensemble_mlp_loss")
+    monkeypatch.setattr(ops, "ensemble_mlp_loss", WRONG_LOSS[how])
+    assert main.main() == 1
+    assert verdicts(capsys.readouterr().out) == {"ensemble_mlp": "ok", "ensemble_mlp_loss": "FAILED"}
+
+
+def test_finds_a_wrong_gradient_of_the_loss(monkeypatch, capsys):
+    only(monkeypatch, "ensemble_mlp_loss", "ensemble_mlp_loss, gradients")
+    monkeypatch.setattr(
+        ops, "ensemble_mlp_loss", lambda *a, **k: WrongGradient.apply(ensemble_mlp_loss(*a, **k))
+    )
+    assert main.main() == 1
+    expected = {"ensemble_mlp_loss": "ok", "ensemble_mlp_loss, gradients": "FAILED"}
     assert verdicts(capsys.readouterr().out) == expected
 
 

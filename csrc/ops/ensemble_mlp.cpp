@@ -102,6 +102,18 @@ Tensor ensemble_mlp_packed(const Tensor& input, const Tensor& packed, TensorList
   return run(problem, input, act);
 }
 
+void check_backward(const Tensor& grad, const Tensor& input, TensorList weights, TensorList biases,
+                    double dropout, const OptionalTensor& dropout_seeds) {
+  check_layers(kOp, weights, biases);
+  check_input(kOp, input, weights);
+  check_dropout(kOp, dropout, dropout_seeds, weights);
+  check_same_kind(kOp, {"grad"}, grad, kFirstWeight, weights[0]);
+  const c10::SymInt shape[] = {weights[0].sym_size(0), input.sym_size(-2),
+                               weights.back().sym_size(1)};
+  PYENS_CHECK_VALUE(grad.sym_sizes() == c10::SymIntArrayRef(shape), kOp, "grad",
+                    c10::str("shape ", c10::SymIntArrayRef(shape)), "shape ", grad.sym_sizes());
+}
+
 std::vector<Tensor> ensemble_mlp_backward(const Tensor& grad, const Tensor& input,
                                           TensorList weights, TensorList biases,
                                           std::string_view activation, double dropout,
@@ -142,11 +154,11 @@ Tensor ensemble_mlp_pack_meta(TensorList weights, TensorList biases) {
       weights[0].options().dtype(at::kByte));
 }
 
-std::vector<Tensor> ensemble_mlp_backward_meta(const Tensor& /*grad*/, const Tensor& input,
+std::vector<Tensor> ensemble_mlp_backward_meta(const Tensor& grad, const Tensor& input,
                                                TensorList weights, TensorList biases,
-                                               std::string_view /*activation*/, double /*dropout*/,
-                                               const OptionalTensor& /*dropout_seeds*/,
-                                               Wanted wanted) {
+                                               std::string_view /*activation*/, double dropout,
+                                               const OptionalTensor& dropout_seeds, Wanted wanted) {
+  check_backward(grad, input, weights, biases, dropout, dropout_seeds);
   std::vector<Tensor> gradients = wanted_of(kOp, input, weights, biases, wanted);
   for (Tensor& gradient : gradients) {
     gradient = at::empty_symint(gradient.sym_sizes(), input.options());

@@ -150,6 +150,9 @@ std::tuple<Tensor, std::vector<Tensor>> ensemble_mlp_loss_with_gradients(
   }
   Tensor scale;
   if (member_scale) {
+    check_device("member_scale", *member_scale, weights[0]);
+    PYENS_CHECK_VALUE(member_scale->dim() == 1 && member_scale->size(0) == members, kOp,
+                      "member_scale", c10::str("[", members, "]"), "shape ", member_scale->sizes());
     scale = member_scale->to(real).contiguous();
     training.member_scale = scale.const_data_ptr();
   }
@@ -201,7 +204,10 @@ Tensor ensemble_mlp_loss_meta(const Tensor& input, const Tensor& target, TensorL
 Tensor example_losses(const Tensor& z, const Tensor& target, Loss loss, double temperature) {
   switch (loss) {
     case Loss::mse: return (z - target).square().mean(-1);
-    case Loss::bce: return (at::softplus(z) - z * target).mean(-1);
+    case Loss::bce:
+      return at::binary_cross_entropy_with_logits(z, target.expand_symint(z.sym_sizes()), {}, {},
+                                                  at::Reduction::None)
+          .mean(-1);
     case Loss::gaussian_nll: {
       const std::vector<Tensor> halves = z.chunk(2, -1);
       const Tensor variance = at::softplus(halves[1]) + 1e-6;
@@ -246,7 +252,10 @@ Tensor composed_loss(const Tensor& input, const Tensor& target, TensorList weigh
   const Tensor y = at::where(kind == Loss::cross_entropy ? present : present.unsqueeze(-1),
                              expected, at::zeros({}, expected.options()));
   const Tensor losses = evaluate(x, y), total = weight.sum(-1);
-  return at::where(total > 0, (losses * weight).sum(-1) / total, at::zeros({}, losses.options()));
+  const Tensor zero = at::zeros({}, losses.options());
+  // Divided by 1 where there is nothing, or the gradient would be 0/0.
+  const Tensor mean = (losses * weight).sum(-1) / at::where(total > 0, total, zero + 1);
+  return at::where(total > 0, mean, zero);
 }
 
 // --- autograd --------------------------------------------------------------------------------------
@@ -278,14 +287,9 @@ class EnsembleMLPLossFunction : public torch::autograd::Function<EnsembleMLPLoss
                         TensorList biases, const Tensor& target, std::string loss,
                         std::string activation, double temperature,
                         const OptionalTensor& sample_weight, double dropout,
-                        const OptionalTensor& dropout_seeds) {
+                        const OptionalTensor& dropout_seeds, const Wanted& wanted) {
     const Options options{target,        loss,    activation,   temperature,
                           sample_weight, dropout, dropout_seeds};
-    // A shared input's gradient sums over members whose scale only backward knows.
-    Wanted wanted{input.dim() == 3 && input.requires_grad()};
-    for (const Tensor& w : weights) wanted.push_back(w.requires_grad());
-    for (const Tensor& b : biases) wanted.push_back(b.requires_grad());
-
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [mean, gradients] = call_with_gradients(input, weights, biases, options, {}, wanted);
     variable_list saved{input};
@@ -326,7 +330,7 @@ class EnsembleMLPLossFunction : public torch::autograd::Function<EnsembleMLPLoss
                           ctx->saved_data["dropout"].toDouble(),
                           seeds};
     const Tensor& grad = grad_outputs[0];
-    variable_list grads(differentiable + 7);  // the last ones: target and what follows it
+    variable_list grads(differentiable + 8);  // the last ones: target and what follows it
 
     if (at::GradMode::is_enabled()) {  // create_graph
       const Tensor mean =
@@ -379,23 +383,16 @@ Tensor ensemble_mlp_loss_autograd(const Tensor& input, const Tensor& target, Ten
     return composed_loss(input, target, weights, biases, loss, activation, temperature,
                          sample_weight, dropout, dropout_seeds);
   }
-  const auto tracked = [](const Tensor& t) { return t.requires_grad(); };
-  if (!at::GradMode::is_enabled() ||
-      !(input.requires_grad() || std::any_of(weights.begin(), weights.end(), tracked) ||
-        std::any_of(biases.begin(), biases.end(), tracked))) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    static const auto op =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("pyens::ensemble_mlp_loss", "")
-            .typed<Tensor(const Tensor&, const Tensor&, TensorList, TensorList, std::string_view,
-                          std::string_view, double, const OptionalTensor&, double,
-                          const OptionalTensor&)>();
-    return op.call(input, target, weights, biases, loss, activation, temperature, sample_weight,
-                   dropout, dropout_seeds);
-  }
+  const auto is_wanted = [](const Tensor& t) {
+    return at::GradMode::is_enabled() && t.requires_grad();
+  };
+  // A shared input's gradient sums over members whose scale only backward knows.
+  Wanted wanted{input.dim() == 3 && is_wanted(input)};
+  for (const Tensor& w : weights) wanted.push_back(is_wanted(w));
+  for (const Tensor& b : biases) wanted.push_back(is_wanted(b));
   return EnsembleMLPLossFunction::apply(input, weights, biases, target, std::string(loss),
                                         std::string(activation), temperature, sample_weight,
-                                        dropout, dropout_seeds);
+                                        dropout, dropout_seeds, wanted);
 }
 
 // --- autocast --------------------------------------------------------------------------------------

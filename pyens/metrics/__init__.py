@@ -6,7 +6,7 @@ Conventions, the same in every function here:
   ``[E, B, K]`` (member axis first), float32 or float64, each row summing to 1. Labels are int64 ``[B]``.
 - Values are ``[B]``, outputs of members and their variances ``[E, B]``, in units of the caller's.
 - A function sees all examples at once. Streaming are the classes, which hold sums of a fixed size:
-  `CalibrationError`.
+  `CalibrationError` over examples, `PredictiveUncertainty` and `PredictiveMoments` over members.
 - Everything is computed in float64 on the tensors' device. A measure of the whole batch is a 0-dim float64
   tensor; a measure per example is ``[B]`` (or ``[B, K]``) in the dtype that came in.
 - Entropies are in nats. Out-of-distribution is the positive class. The Brier score sums over the classes
@@ -55,6 +55,7 @@ from pyens.metrics.selective import (
     confidence_curve,
     risk_coverage_curve,
 )
+from pyens.metrics.streaming import PredictiveMoments, PredictiveUncertainty
 from pyens.metrics.uncertainty import (
     expected_entropy,
     mutual_information,
@@ -67,6 +68,8 @@ __all__ = [
     "CalibrationError",
     "ConfidenceCurve",
     "Interval",
+    "PredictiveMoments",
+    "PredictiveUncertainty",
     "ReliabilityCurve",
     "RiskCoverageCurve",
     "accuracy",

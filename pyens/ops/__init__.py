@@ -1,16 +1,21 @@
 """The operations: custom kernels on CPU and GPU, each specified by its twin in `pyens.reference`."""
 
+from pyens.ops.decorrelation import decorrelation_loss
 from pyens.ops.ensemble_embedding import ensemble_embedding
 from pyens.ops.ensemble_mlp import ensemble_mlp
 from pyens.ops.ensemble_mlp_loss import ensemble_mlp_loss
 from pyens.ops.mask_channels import mask_channels
 from pyens.ops.masked_mlp import masked_mlp, masked_mlp_loss
+from pyens.ops.uncertainty import predictive_moments, predictive_uncertainty
 
 __all__ = [
+    "decorrelation_loss",
     "ensemble_embedding",
     "ensemble_mlp",
     "ensemble_mlp_loss",
     "mask_channels",
     "masked_mlp",
     "masked_mlp_loss",
+    "predictive_moments",
+    "predictive_uncertainty",
 ]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyens import reference
 from pyens._library import _C
+from pyens.reference.ensemble_mlp_loss import LOSSES
 
 _peek_transform = torch._C._functorch.peek_interpreter_stack
 
@@ -52,7 +53,7 @@ def ensemble_mlp_loss(
 
     Returns:
         `[E]`, float32 (float64 for float64), also for bfloat16 and float16 inputs, whose outputs enter the
-        loss unrounded. Under autocast the matrices cast as in `F.linear`.
+        loss unrounded on the CPU. Under autocast the matrices cast as in `F.linear`.
 
     Differentiable in input, weights and biases, twice and more; target and sample_weight get no gradient.
     The loss and the gradients of weights, biases and an input per member are the same bits for any number of
@@ -82,6 +83,7 @@ def ensemble_mlp_loss(
             dropout_seeds,
         )
     if _peek_transform() is not None:
+        _check(input, target, weights, loss, sample_weight)
         return reference.ensemble_mlp_loss(
             input,
             target,
@@ -106,3 +108,29 @@ def ensemble_mlp_loss(
         dropout,
         dropout_seeds,
     )
+
+
+def _check(
+    input: Tensor, target: Tensor, weights: Sequence[Tensor], loss: str, sample_weight: Tensor | None
+) -> None:
+    """What the operation refuses and torch operations would let pass."""
+    if loss not in LOSSES:
+        expected = ", ".join(LOSSES)
+        raise ValueError(f'ensemble_mlp_loss: loss: expected one of {expected}, got "{loss}"')
+    members, batch, out = weights[0].shape[0], input.shape[-2], weights[-1].shape[1]
+    outputs = {"cross_entropy": (), "gaussian_nll": (out // 2,)}.get(loss, (out,))
+    for argument, tensor, shape in (
+        ("target", target, (batch, *outputs)),
+        ("sample_weight", sample_weight, (batch,)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.requires_grad:
+            raise ValueError(
+                f"ensemble_mlp_loss: {argument}: expected requires_grad=False (it gets no gradient), got True"
+            )
+        if tuple(tensor.shape) not in (shape, (members, *shape)):
+            raise ValueError(
+                f"ensemble_mlp_loss: {argument}: expected shape {list(shape)} or {[members, *shape]}, "
+                f"got shape {list(tensor.shape)}"
+            )

@@ -1,16 +1,21 @@
 """Every operation of `pyens.ops` in plain PyTorch: the specification that the kernels are tested against."""
 
+from pyens.reference.decorrelation import decorrelation_loss
 from pyens.reference.ensemble_embedding import ensemble_embedding
 from pyens.reference.ensemble_mlp import ensemble_mlp
 from pyens.reference.ensemble_mlp_loss import ensemble_mlp_loss
 from pyens.reference.mask_channels import mask_channels
 from pyens.reference.masked_mlp import masked_mlp, masked_mlp_loss
+from pyens.reference.uncertainty import predictive_moments, predictive_uncertainty
 
 __all__ = [
+    "decorrelation_loss",
     "ensemble_embedding",
     "ensemble_mlp",
     "ensemble_mlp_loss",
     "mask_channels",
     "masked_mlp",
     "masked_mlp_loss",
+    "predictive_moments",
+    "predictive_uncertainty",
 ]

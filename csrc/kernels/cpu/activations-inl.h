@@ -66,24 +66,22 @@ inline V expm1_nonpositive(V x) {
   return madd(exp_polynomial(r), scale, scale - broadcast<V>(1.0f));
 }
 
-// log x for normal x > 0; +inf and NaN stay.
+// log x for normal x > 0, within 1 ulp; any number for any other x.
 template <class V>
 inline V log_positive(V x) {
-  using Words = Vec<int32_t, lanes_of<V>()>;
-  // x = 2^k m with m in [sqrt(1/2), sqrt 2). With f = m - 1, s = f / (2 + f), q = s^2, h = f^2 / 2:
-  // log m = 2 atanh(s) = f - (h - s (h + q Q(q))), which leads with f itself.
-  const Words k = ((Words)x - 0x3f3504f3) >> 23;
-  const V m = (V)((Words)x - (k << 23));
-  const V f = m - broadcast<V>(1.0f);
-  const V s = f / (broadcast<V>(2.0f) + f), q = s * s, h = broadcast<V>(0.5f) * f * f;
-  V p = broadcast<V>(0.2222222222f);
-  p = madd(p, q, broadcast<V>(0.2857142857f));
-  p = madd(p, q, broadcast<V>(0.4f));
-  p = madd(p, q, broadcast<V>(0.6666666667f));
-  const V exponent = __builtin_convertvector(k, V);
-  const V low = madd(exponent, broadcast<V>(1.42860677e-6f), s * madd(p, q, h));
-  const V log = madd(exponent, broadcast<V>(0.693145751953125f), f - (h - low));
-  return x < broadcast<V>(std::numeric_limits<float>::infinity()) ? log : x;
+  using Ints = Vec<int32_t, lanes_of<V>()>;
+  using Words = Vec<uint32_t, lanes_of<V>()>;
+  // x = 2^e m with m in [sqrt(1/2), sqrt(2)); as in Softplus, log(1 + f) = f - (h - s (h + q Q(q))).
+  const Words above = (Words)x - 0x3f3504f3u;
+  const V exponent = __builtin_convertvector((Ints)above >> 23, V);
+  const V f = (V)((Words)x - (above & 0xff800000u)) - broadcast<V>(1.0f);
+  const V s = f / (broadcast<V>(2.0f) + f), q = s * s;
+  V p = broadcast<V>(0.29878795f);
+  p = madd(p, q, broadcast<V>(0.39977252f));
+  p = madd(p, q, broadcast<V>(0.6666678f));
+  const V h = broadcast<V>(0.5f) * f * f;
+  const V low = madd(s, madd(p, q, h), exponent * broadcast<V>(1.42860677e-6f));
+  return madd(exponent, broadcast<V>(0.693145751953125f), f - (h - low));
 }
 
 template <class V>

@@ -30,7 +30,9 @@ struct LogPositive {
   static double scalar(double x) { return std::log(x); }
   template <class V>
   static V vector(V x) {
-    return log_positive(x);
+    // Inf and NaN stay.
+    const V log = log_positive(x);
+    return x < broadcast<V>(std::numeric_limits<float>::infinity()) ? log : x;
   }
 };
 struct SoftplusExcess {  // log(1 + e^-|x|)

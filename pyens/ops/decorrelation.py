@@ -1,0 +1,89 @@
+"""The decorrelation loss."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyens import reference
+from pyens._library import _C
+
+_peek_transform = torch._C._functorch.peek_interpreter_stack
+
+
+def decorrelation_loss(outputs: Tensor, *, kind: str = "correlation", reduction: str = "sum") -> Tensor:
+    r"""How much the components of an ensemble move together over a batch: add λ times this to their losses.
+
+    For each model and label, with z the outputs [J, B] of its J components:
+
+        C_ij = 1/B Σ_b z_ib z_jb,   loss = Σ_{i<j} C_ij² = ½ (‖C‖_F² - ‖diag C‖_F²)
+
+    computed as the first sum: the difference of norms cancels when the loss has done its work.
+
+    Args:
+        outputs: `[J, B]`, `[J, B, K]` with K labels or outputs, or `[M, J, B, K]`: M independent models of J
+            components each, trained side by side. Logits, probabilities, any outputs.
+        kind: what z is. "correlation": the outputs themselves; "covariance": less each component's mean over
+            the batch; "residue": less each example's mean over the components.
+        reduction: "sum" over the labels; "none" keeps the label axis.
+
+    Returns:
+        A scalar, or `[M]` for outputs with an M axis; `[K]` or `[M, K]` with reduction "none" (`[J, B]` has
+        no label axis and gives a scalar). In the dtype and, to the fourth power, in the units of the outputs.
+        >= 0, and 0 for orthogonal components and for J = 1; NaN for B = 0 and J > 1, as a mean over nothing.
+
+    Sums are accumulated in float32 (float64 for float64), the same bits for any number of threads, and right
+    for data far from 0: covariances are of shifted data, residues relative to the first component.
+    The forward pass reads the outputs once; the backward reads them once and writes the gradient once.
+
+    Differentiable, twice and more. Under autocast it runs in float32. Within `torch.func`, grad, vjp and vmap
+    work (also nested); forward-mode differentiation raises.
+
+    Raises:
+        ValueError: a shape that does not fit, no component or no label, an unknown kind or reduction.
+        TypeError: an unsupported dtype.
+        NotImplementedError: tensors on another device than the CPU.
+
+    Source: "Anti-Distillation: Improving Reproducibility of Deep Networks", section 4, equations (2) to (5);
+    reference in `pyens.reference.decorrelation_loss`.
+    """
+    # In this order: while compiling, there is always a transform to peek at.
+    if torch.compiler.is_compiling():
+        return torch.ops.pyens.decorrelation_loss(outputs, kind, reduction)
+    if _peek_transform() is not None:
+        return _Transformed.apply(outputs, kind, reduction)
+    return _C.decorrelation_loss(outputs, kind, reduction)
+
+
+class _Transformed(torch.autograd.Function):
+    """The same operation for `torch.func`, which knows nothing of autograd functions written in C++."""
+
+    @staticmethod
+    def forward(outputs: Tensor, kind: str, reduction: str) -> Tensor:
+        return torch.ops.pyens.decorrelation_loss(outputs, kind, reduction)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        outputs, ctx.kind, ctx.reduction = inputs
+        ctx.save_for_backward(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        def forward(outputs: Tensor) -> Tensor:
+            return reference.decorrelation_loss(outputs, kind=ctx.kind, reduction=ctx.reduction)
+
+        _, vjp = torch.func.vjp(forward, *ctx.saved_tensors)
+        return *vjp(grad), None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], outputs: Tensor, kind: str, reduction: str
+    ) -> tuple[Tensor, int]:
+        # The mapped dimension becomes, or joins, that of the models.
+        models = outputs.movedim(in_dims[0], 0)
+        if models.dim() == 3:
+            return _Transformed.apply(models.unsqueeze(-1), kind, "sum"), 0
+        if models.dim() == 4:
+            return _Transformed.apply(models, kind, reduction), 0
+        loss = _Transformed.apply(models.flatten(0, 1), kind, reduction)
+        return loss.unflatten(0, models.shape[:2]), 0

@@ -1,0 +1,175 @@
+"""What an ensemble's outputs say together: predictive uncertainty, and moments over the members."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyens import reference
+from pyens._library import _C
+from pyens.reference.uncertainty import Moments, Uncertainty
+
+_peek_transform = torch._C._functorch.peek_interpreter_stack
+
+
+def predictive_uncertainty(logits: Tensor, *, from_probabilities: bool = False) -> Uncertainty:
+    r"""Mean prediction and every measure of its uncertainty in one pass over the members' logits.
+
+    With p_m = softmax(logits[m]), or the sigmoid of one binary logit, and p̄ = mean_m p_m, for each example:
+
+        mean_probability    p̄
+        predictive_entropy  H(p̄) = -Σ_k p̄_k log p̄_k              all that is uncertain
+        expected_entropy    mean_m H(p_m)                          what every member is unsure of by itself
+        mutual_information  H(p̄) - mean_m H(p_m)                   what the members disagree on
+        distribution_pv     Σ_m KL(p_m ‖ p̄) = E · mutual_information
+        vote_disagreement   1 - (largest number of members that agree on their most probable class) / E
+
+    Args:
+        logits: `[E, B, K]`, or `[E, B]` for one binary logit each. B may be 0.
+        from_probabilities: they are probabilities already (of class 1, for `[E, B]`).
+
+    Returns:
+        `Uncertainty`, a named tuple: mean_probability is `[B, K]` (`[B]`, of class 1, for `[E, B]`), all
+        others are `[B]`; in the dtype of the logits, entropies in nats.
+
+    Right for logits of any magnitude: -inf is probability 0, and +inf as a binary logit probability 1. Sums
+    are accumulated in float32 (float64 for float64), those of entropies in float64. Mutual information and
+    prediction variation are never negative: what rounding would leave below 0 is 0, and for members that
+    agree they are 0 to rounding. Of classes that tie for the largest probability, the first gets the vote.
+    An example with a NaN logit, or with +inf among several, becomes NaN as softmax has it, and no other.
+    An example's results are the same bits for any number of threads and any examples beside it.
+
+    Differentiable, twice and more, in all but the votes, which have no derivative: `vote_disagreement` never
+    requires a gradient. Probabilities below the smallest normal number have no part in an entropy's gradient.
+    Under autocast it runs in float32. Within `torch.func`, grad, vjp and vmap work (also nested);
+    forward-mode differentiation raises.
+
+    Raises:
+        ValueError: a shape that does not fit, no member, no class; with `from_probabilities` a row that has a
+            negative entry or does not sum to 1 within 1e-4 (16-bit: and a rounding), unless it has a NaN.
+        TypeError: an unsupported dtype.
+        NotImplementedError: tensors on another device than the CPU.
+
+    Source: the prediction variation of "prediction variation and activation strength"; entropies and mutual
+    information of "deep ensembles"; reference in `pyens.reference.predictive_uncertainty`.
+    """
+    # In this order: while compiling, there is always a transform to peek at.
+    if torch.compiler.is_compiling():
+        return Uncertainty(*torch.ops.pyens.predictive_uncertainty(logits, from_probabilities, False)[:6])
+    if _peek_transform() is not None:
+        return Uncertainty(*_TransformedUncertainty.apply(logits, from_probabilities))
+    return Uncertainty(*_C.predictive_uncertainty(logits, from_probabilities, False)[:6])
+
+
+def predictive_moments(outputs: Tensor, *, variances: Tensor | None = None) -> Moments:
+    r"""Mean and spread over the members, element by element, in one pass.
+
+        mean       mean_m y_m
+        std        sqrt(Σ_m (y_m - mean)² / (E - 1)), the value prediction variation
+        min, max   over the members
+        aleatoric  mean_m of `variances`
+        epistemic  1/E Σ_m (y_m - mean)²; with `aleatoric` it adds up to the variance of the mixture
+
+    Args:
+        outputs: `[E, B]` or `[E, B, K]`, predictions of any kind; with `variances`, the members' means.
+        variances: the members' own variances, shaped as `outputs`, in its units squared.
+
+    Returns:
+        `Moments`, a named tuple of `[B]` or `[B, K]` in the dtype of the outputs; `aleatoric` and `epistemic`
+        are None without `variances`. For one member std is NaN, as in torch, and epistemic 0.
+
+    Deviations are summed in float32 (float64 for float64) in blocks of members relative to one of them, and
+    the blocks merged (Chan): an offset costs no digits, and members that are equal have their own value as
+    mean and a std of exactly 0.
+    NaN and Inf as in torch. The same bits for any number of threads and any elements beside.
+
+    Differentiable, twice and more, as the torch functions are: where the std is 0 its gradient is 0, and
+    members that share an extreme share its gradient. Under autocast it runs in float32. Within `torch.func`,
+    grad, vjp and vmap work (also nested); forward-mode differentiation raises.
+
+    Raises:
+        ValueError: a shape that does not fit, no member, no output.
+        TypeError: mixed or unsupported dtypes, mixed devices.
+        NotImplementedError: tensors on another device than the CPU.
+
+    Source: value PV of "prediction variation and activation strength"; predictive variance of "deep
+    ensembles", which divides by E; reference in `pyens.reference.predictive_moments`.
+    """
+    if torch.compiler.is_compiling():
+        moments = torch.ops.pyens.predictive_moments(outputs, variances)
+    elif _peek_transform() is not None:
+        moments = _TransformedMoments.apply(outputs, variances)
+    else:
+        moments = _C.predictive_moments(outputs, variances)
+    return Moments(*moments) if variances is not None else Moments(*moments[:4], None, None)
+
+
+class _TransformedUncertainty(torch.autograd.Function):
+    """The same operation for `torch.func`, which knows nothing of autograd functions written in C++."""
+
+    @staticmethod
+    def forward(logits: Tensor, from_probabilities: bool) -> tuple[Tensor, ...]:
+        return torch.ops.pyens.predictive_uncertainty(logits, from_probabilities, False)[:6]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        logits, ctx.from_probabilities = inputs
+        ctx.save_for_backward(logits)
+        ctx.mark_non_differentiable(output[5])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        def forward(logits: Tensor) -> tuple[Tensor, ...]:
+            return tuple(
+                reference.predictive_uncertainty(logits, from_probabilities=ctx.from_probabilities)[:5]
+            )
+
+        _, vjp = torch.func.vjp(forward, *ctx.saved_tensors)
+        return *vjp(grads[:5]), None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], logits: Tensor, from_probabilities: bool
+    ) -> tuple[tuple[Tensor, ...], int]:
+        # The mapped dimension joins the batch.
+        stacked = logits.movedim(in_dims[0], 1)  # [E, N, B, ..]
+        measures = _TransformedUncertainty.apply(stacked.flatten(1, 2), from_probabilities)
+        return tuple(x.unflatten(0, stacked.shape[1:3]) for x in measures), 0
+
+
+class _TransformedMoments(torch.autograd.Function):
+    """The same operation for `torch.func`, which knows nothing of autograd functions written in C++."""
+
+    @staticmethod
+    def forward(outputs: Tensor, variances: Tensor | None) -> tuple[Tensor, ...]:
+        moments = torch.ops.pyens.predictive_moments(outputs, variances)
+        return moments if variances is not None else moments[:4]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        outputs, variances = inputs
+        ctx.with_variances = variances is not None
+        ctx.save_for_backward(*([outputs] if variances is None else [outputs, variances]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        def forward(outputs: Tensor, variances: Tensor | None = None) -> tuple[Tensor, ...]:
+            moments = reference.predictive_moments(outputs, variances=variances)
+            return tuple(moments if variances is not None else moments[:4])
+
+        _, vjp = torch.func.vjp(forward, *ctx.saved_tensors)
+        return vjp(grads) if ctx.with_variances else (*vjp(grads), None)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], outputs: Tensor, variances: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], int]:
+        # The mapped dimension joins the batch.
+        def stacked(x: Tensor, dim: int | None) -> Tensor:  # [E, N, B, ..]
+            x = x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            return x.movedim(0, 1)
+
+        members = stacked(outputs, in_dims[0])
+        of_members = None if variances is None else stacked(variances, in_dims[1]).flatten(1, 2)
+        moments = _TransformedMoments.apply(members.flatten(1, 2), of_members)
+        return tuple(x.unflatten(0, members.shape[1:3]) for x in moments), 0

@@ -1,0 +1,483 @@
+// The training kernel against a plain loop in double, on buffers that end where the sanitizers watch.
+//
+// Inputs and parameters lie on a coarse grid, on which the outputs of a ReLU network are exact: no
+// rounding turns a ReLU on or off.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "kernels/dropout.h"
+#include "kernels/ensemble_mlp.h"
+
+namespace {
+
+using pyens::Activation;
+using pyens::DType;
+using pyens::Loss;
+using Doubles = std::vector<double>;
+
+int failures = 0;
+
+struct Case {
+  int64_t ensemble_size, batch;
+  std::vector<int64_t> widths;
+  Loss loss;
+  Activation activation;
+  bool shared_input, shared_target, with_bias;
+  int weighted;  // 0 no, 1 one weight per example, 2 one per member and example
+  double dropout;
+};
+
+void check(bool condition, const char* what, const Case& c, double error = 0) {
+  if (condition) return;
+  ++failures;
+  std::printf("FAILED: %s (E %lld, B %lld, %zu layers, loss %d, activation %d, error %g)\n", what,
+              static_cast<long long>(c.ensemble_size), static_cast<long long>(c.batch),
+              c.widths.size() - 1, static_cast<int>(c.loss), static_cast<int>(c.activation), error);
+}
+
+size_t index(int64_t i) { return static_cast<size_t>(i); }
+
+double softplus(double z) { return z > 20 ? z : std::log1p(std::exp(z)); }
+double sigmoid(double z) { return 1 / (1 + std::exp(-z)); }
+
+struct Activated {
+  double value, slope;
+};
+Activated activate(double z, Activation activation) {
+  switch (activation) {
+    case Activation::relu: return {z > 0 ? z : 0, z > 0 ? 1.0 : 0.0};
+    case Activation::gelu: {
+      const double phi = 0.5 * std::erfc(-z / std::sqrt(2.0));
+      return {z * phi, phi + z * std::exp(-0.5 * z * z) / std::sqrt(2 * M_PI)};
+    }
+    case Activation::silu: return {z * sigmoid(z), sigmoid(z) * (1 + z * (1 - sigmoid(z)))};
+    case Activation::elu: return {z > 0 ? z : std::expm1(z), z > 0 ? 1 : std::exp(z)};
+    case Activation::softplus: return {softplus(z), sigmoid(z)};
+    case Activation::tanh: return {std::tanh(z), 1 - std::tanh(z) * std::tanh(z)};
+    case Activation::identity: return {z, 1};
+  }
+  return {z, 1};
+}
+
+// Loss of one example, and its gradient in the place of the outputs.
+double example_loss(Loss loss, Doubles& z, const Doubles& y, double temperature) {
+  const size_t n = z.size();
+  double sum = 0;
+  if (loss == Loss::mse) {
+    for (size_t k = 0; k < n; ++k) {
+      const double error = z[k] - y[k];
+      sum += error * error / static_cast<double>(n);
+      z[k] = 2 * error / static_cast<double>(n);
+    }
+  } else if (loss == Loss::bce) {
+    for (size_t k = 0; k < n; ++k) {
+      sum += (std::max(z[k], 0.0) - z[k] * y[k] + std::log1p(std::exp(-std::abs(z[k])))) /
+             static_cast<double>(n);
+      z[k] = (sigmoid(z[k]) - y[k]) / static_cast<double>(n);
+    }
+  } else if (loss == Loss::gaussian_nll) {
+    const auto half = n / 2;
+    const auto terms = static_cast<double>(half);
+    for (size_t k = 0; k < half; ++k) {
+      const double raw = z[half + k], variance = softplus(raw) + 1e-6, error = z[k] - y[k];
+      sum += (0.5 * std::log(variance) + error * error / (2 * variance)) / terms;
+      z[k] = error / variance / terms;
+      z[half + k] = 0.5 / variance * (1 - error * error / variance) * sigmoid(raw) / terms;
+    }
+  } else {  // cross_entropy
+    double largest = z[0], total = 0;
+    for (const double value : z) largest = std::max(largest, value);
+    for (const double value : z) total += std::exp((value - largest) / temperature);
+    const auto label = static_cast<size_t>(y[0]);
+    sum = std::log(total) - (z[label] - largest) / temperature;
+    for (size_t k = 0; k < n; ++k) {
+      const double p = std::exp((z[k] - largest) / temperature) / total;
+      z[k] = (p - (k == label ? 1 : 0)) / temperature;
+    }
+  }
+  return sum;
+}
+
+struct FreeDeleter {
+  void operator()(void* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<void, FreeDeleter>;
+
+// Filled with NaN, if anything is read before it is written.
+Buffer buffer(size_t bytes) {
+  const size_t size = (bytes + 63) / 64 * 64;
+  Buffer result(std::aligned_alloc(64, size));
+  std::memset(result.get(), 0xff, size);
+  return result;
+}
+
+// Loss [E], and gradients: the input's, then weights and biases of each layer.
+template <class T>
+using Results = std::vector<std::vector<T>>;
+
+template <class T>
+struct Model {
+  Case c;
+  bool shared_gradient;  // sum the members' gradients of a shared input
+  size_t layers;
+  std::vector<std::vector<T>> weights, biases;
+  std::vector<T> input, target, sample_weight, member_scale;
+  std::vector<int64_t> labels, seeds;
+  double temperature = 0.75;
+
+  explicit Model(const Case& given) : c(given), shared_gradient(given.shared_input) {
+    layers = c.widths.size() - 1;
+    std::mt19937_64 random(index(c.ensemble_size * 1000 + c.batch));
+    std::normal_distribution<double> normal;
+    const auto grid = [&](int64_t n, double scale, double step) {
+      std::vector<T> values(index(n));
+      for (T& value : values)
+        value = static_cast<T>(std::round(normal(random) * scale / step) * step);
+      return values;
+    };
+    const int64_t e = c.ensemble_size, b = c.batch, out = c.widths.back();
+    input = grid((c.shared_input ? 1 : e) * b * c.widths[0], 1, 0.25);
+    for (size_t l = 0; l < layers; ++l) {
+      const double scale = 1.4 / std::sqrt(static_cast<double>(c.widths[l]));
+      weights.push_back(grid(e * c.widths[l + 1] * c.widths[l], scale, 0.125));
+      biases.push_back(grid(c.with_bias ? e * c.widths[l + 1] : 0, 0.3, 0.125));
+    }
+    if (c.loss == Loss::cross_entropy) {
+      for (int64_t i = 0; i < (c.shared_target ? 1 : e) * b; ++i) {
+        labels.push_back(static_cast<int64_t>(random() % static_cast<uint64_t>(out)));
+      }
+    } else {
+      target = grid((c.shared_target ? 1 : e) * b * target_features(), 1, 0.125);
+    }
+    for (int64_t i = 0; i < (c.weighted == 0 ? 0 : c.weighted == 1 ? 1 : e) * b; ++i) {
+      const bool left_out = b > 1 && i % 5 == 1;
+      sample_weight.push_back(left_out ? 0 : static_cast<T>(0.25 * static_cast<double>(1 + i % 7)));
+      // What is left out may be anything.
+      if (left_out && c.weighted == 1) {
+        for (int64_t m = 0; m < (c.shared_input ? 1 : e); ++m) {
+          input[index((m * b + i) * c.widths[0])] = std::numeric_limits<T>::quiet_NaN();
+        }
+        for (int64_t m = 0; m < (c.shared_target ? 1 : e); ++m) {
+          if (c.loss == Loss::cross_entropy) {
+            labels[index(m * b + i)] = -100;
+          } else {
+            target[index((m * b + i) * target_features())] = std::numeric_limits<T>::infinity();
+          }
+        }
+      }
+    }
+    if (c.loss != Loss::none && b % 2 == 0) {
+      for (int64_t m = 0; m < e; ++m) member_scale.push_back(static_cast<T>(m) - T{0.5});
+    }
+    for (int64_t m = 0; m < e; ++m) seeds.push_back(m * 7919 - 3);
+  }
+
+  int64_t target_features() const {
+    return c.loss == Loss::gaussian_nll ? c.widths.back() / 2 : c.widths.back();
+  }
+
+  // Runs the three rounds with their items cut into pieces of `step`. `wanted`: bit 0 the input's
+  // gradient, bits 1 and 2 those of weights and biases of even layers, bits 3 and 4 of odd ones.
+  Results<T> run(int64_t step, int threads, unsigned wanted = 31) {
+    const int64_t e = c.ensemble_size, b = c.batch;
+    std::vector<pyens::MLPLayer> parameters(layers);
+    std::vector<pyens::MLPLayerGradient> gradients(layers);
+    Results<T> results{
+        std::vector<T>(c.loss == Loss::none ? 0 : index(e)),
+        std::vector<T>((wanted & 1) ? index((shared_gradient ? 1 : e) * b * c.widths[0]) : 0)};
+    for (size_t l = 0; l < layers; ++l) {
+      const unsigned bits = wanted >> (l % 2 == 0 ? 1 : 3);
+      results.emplace_back((bits & 1) ? weights[l].size() : 0);
+      results.emplace_back((bits & 2) ? biases[l].size() : 0);
+    }
+    for (size_t l = 0; l < layers; ++l) {
+      const int64_t in = c.widths[l], out = c.widths[l + 1];
+      parameters[l] = {
+          weights[l].data(), c.with_bias ? biases[l].data() : nullptr, in, out, out * in, in, out};
+      std::vector<T>&w = results[2 + 2 * l], &v = results[3 + 2 * l];
+      gradients[l] = {w.empty() ? nullptr : w.data(), v.empty() ? nullptr : v.data()};
+    }
+
+    pyens::EnsembleMLPTraining t{};
+    t.forward.dtype = sizeof(T) == 4 ? DType::float32 : DType::float64;
+    t.forward.activation = c.activation;
+    t.forward.ensemble_size = e;
+    t.forward.batch = b;
+    t.forward.num_layers = static_cast<int64_t>(layers);
+    t.forward.layers = parameters.data();
+    t.forward.input = input.data();
+    t.forward.input_member_stride = c.shared_input ? 0 : b * c.widths[0];
+    t.forward.input_row_stride = c.widths[0];
+    t.forward.dropout = c.dropout;
+    t.forward.dropout_seeds = seeds.data();
+    t.loss = c.loss;
+    t.temperature = temperature;
+    const bool classes = c.loss == Loss::cross_entropy;
+    t.target_row_stride = classes ? 1 : target_features();
+    t.target_member_stride = c.shared_target ? 0 : b * t.target_row_stride;
+    if (classes) {
+      t.target = labels.data();
+    } else {
+      t.target = target.data();
+    }
+    if (c.weighted) t.sample_weight = sample_weight.data();
+    t.sample_weight_member_stride = c.weighted == 2 ? b : 0;
+    if (!member_scale.empty()) t.member_scale = member_scale.data();
+    t.gradients = gradients.data();
+    if (wanted & 1) t.grad_input = results[1].data();
+    t.sum_grad_input = shared_gradient;
+    if (c.loss != Loss::none) t.loss_output = results[0].data();
+    t.threads = threads;
+
+    using namespace pyens::ensemble_mlp_cpu;
+    const TrainingPlan plan = plan_training(t);
+    const Buffer partial = buffer(plan.partial_bytes);
+    t.partial = partial.get();
+    const auto pieces = [&](int64_t items, const auto& call) {
+      for (int64_t begin = 0; begin < items; begin += step) {
+        call(begin, std::min(items, begin + step));
+      }
+    };
+    if (c.loss != Loss::none) {
+      pieces(e, [&](int64_t begin, int64_t end) {
+        check(prepare_training(t, begin, end) == TrainingError::none, "values accepted", c);
+      });
+    }
+    pieces(plan.items, [&](int64_t begin, int64_t end) {
+      const Buffer scratch = buffer(plan.scratch_bytes);
+      train(t, begin, end, scratch.get());
+    });
+    pieces(plan.finish_items, [&](int64_t begin, int64_t end) { finish_training(t, begin, end); });
+    return results;
+  }
+
+  // The same by plain loops in double.
+  Results<double> expected() const {
+    const int64_t e = c.ensemble_size, b = c.batch;
+    Results<double> results{Doubles(c.loss == Loss::none ? 0 : index(e)),
+                            Doubles(index((shared_gradient ? 1 : e) * b * c.widths[0]))};
+    for (size_t l = 0; l < layers; ++l) {
+      results.emplace_back(weights[l].size());
+      results.emplace_back(biases[l].size());
+    }
+    for (int64_t m = 0; m < e; ++m) {
+      const auto weight_of = [&](int64_t row) {
+        if (!c.weighted) return 1.0;
+        return static_cast<double>(sample_weight[index((c.weighted == 2 ? m * b : 0) + row)]);
+      };
+      double total = 0;
+      for (int64_t row = 0; row < b; ++row) total += weight_of(row);
+      for (int64_t row = 0; row < b; ++row) {
+        if (weight_of(row) != 0) add_example(m, row, weight_of(row) / total, results);
+      }
+    }
+    return results;
+  }
+
+  void add_example(int64_t m, int64_t row, double share, Results<double>& results) const {
+    const int64_t b = c.batch, in = c.widths[0];
+    const T* x = input.data() + ((c.shared_input ? 0 : m * b) + row) * in;
+    std::vector<Doubles> read{Doubles(x, x + in)},
+        slopes;  // of each layer: what it reads; of what it puts out
+    Doubles z;
+    for (size_t l = 0; l < layers; ++l) {
+      const int64_t from = c.widths[l], to = c.widths[l + 1];
+      z.assign(index(to), 0);
+      Doubles slope(index(to), 1);
+      for (int64_t o = 0; o < to; ++o) {
+        double& sum = z[index(o)];
+        if (c.with_bias) sum = static_cast<double>(biases[l][index(m * to + o)]);
+        for (int64_t i = 0; i < from; ++i) {
+          sum +=
+              static_cast<double>(weights[l][index((m * to + o) * from + i)]) * read[l][index(i)];
+        }
+        if (l + 1 == layers) continue;
+        Activated h = activate(sum, c.activation);
+        if (c.dropout > 0) {
+          const uint64_t key = pyens::dropout_unit_key(
+              pyens::dropout_layer_key(seeds[index(m)], static_cast<int64_t>(l)), o);
+          const bool kept = pyens::dropout_hash(static_cast<uint32_t>(row), key) >=
+                            pyens::dropout_threshold(c.dropout);
+          const double factor = kept ? 1 / (1 - c.dropout) : 0;
+          h = {h.value * factor, h.slope * factor};
+        }
+        sum = h.value;
+        slope[index(o)] = h.slope;
+      }
+      if (l + 1 < layers) read.push_back(z);
+      slopes.push_back(slope);
+    }
+
+    Doubles g = z;
+    const int64_t features = target_features();
+    if (c.loss == Loss::none) {
+      const T* y = target.data() + ((c.shared_target ? 0 : m * b) + row) * features;
+      g.assign(y, y + features);
+    } else {
+      Doubles y;
+      if (c.loss == Loss::cross_entropy) {
+        y.push_back(static_cast<double>(labels[index((c.shared_target ? 0 : m * b) + row)]));
+      } else {
+        const T* at = target.data() + ((c.shared_target ? 0 : m * b) + row) * features;
+        y.assign(at, at + features);
+      }
+      results[0][index(m)] += share * example_loss(c.loss, g, y, temperature);
+      const double scale = member_scale.empty() ? 1 : static_cast<double>(member_scale[index(m)]);
+      for (double& value : g) value *= share * scale;
+    }
+
+    for (size_t l = layers; l-- > 0;) {
+      const int64_t from = c.widths[l], to = c.widths[l + 1];
+      Doubles below(index(from), 0);
+      for (int64_t o = 0; o < to; ++o) {
+        for (int64_t i = 0; i < from; ++i) {
+          const size_t at = index((m * to + o) * from + i);
+          results[2 + 2 * l][at] += g[index(o)] * read[l][index(i)];
+          below[index(i)] += g[index(o)] * static_cast<double>(weights[l][at]);
+        }
+        if (c.with_bias) results[3 + 2 * l][index(m * to + o)] += g[index(o)];
+      }
+      for (int64_t i = 0; l > 0 && i < from; ++i) below[index(i)] *= slopes[l - 1][index(i)];
+      g = below;
+    }
+    for (int64_t i = 0; i < in; ++i) {
+      results[1][index(((shared_gradient ? 0 : m * b) + row) * in + i)] += g[index(i)];
+    }
+  }
+};
+
+template <class T>
+void test(const Case& c) {
+  Model<T> model(c);
+  const Results<T> got = model.run(1 << 20, 1);
+  const Results<double> expected = model.expected();
+  for (size_t i = 0; i < expected.size(); ++i) {
+    double error = 0, size = 0;
+    bool finite = true;
+    for (size_t j = 0; j < expected[i].size(); ++j) {
+      const auto value = static_cast<double>(got[i][j]);
+      finite &= std::isfinite(value);
+      error = std::max(error, std::abs(value - expected[i][j]));
+      size = std::max(size, std::abs(expected[i][j]));
+    }
+    const double tolerance = (sizeof(T) == 4 ? 2e-5 : 1e-13) * size;
+    check(finite && error <= tolerance,
+          i == 0   ? "loss"
+          : i == 1 ? "gradient of the input"
+                   : "gradients",
+          c, error / size);
+  }
+  check(model.run(1, 1) == got, "same bits for any split of the work", c);
+  check(model.run(2, 2) == got, "same bits for two threads", c);
+  check(model.run(3, 64) == got, "same bits for many threads", c);
+
+  // Each gradient is the same whatever else is asked for.
+  for (const unsigned wanted : {1u, 2u, 4u, 8u, 16u, 6u, 0u}) {
+    if (c.batch > 100) break;
+    const Results<T> part = model.run(1 << 20, 4, wanted);
+    for (size_t i = 0; i < part.size(); ++i) {
+      check(part[i].empty() || part[i] == got[i], "same bits whatever is wanted", c);
+    }
+  }
+  if (c.shared_input) {  // each member its own gradient: what the shared one sums
+    model.shared_gradient = false;
+    const Results<T> own = model.run(1 << 20, 1);
+    double error = 0, size = 0;
+    for (size_t i = 0; i < got[1].size(); ++i) {
+      double sum = 0;
+      for (int64_t m = 0; m < c.ensemble_size; ++m) {
+        sum += static_cast<double>(own[1][index(m) * got[1].size() + i]);
+      }
+      error = std::max(error, std::abs(sum - static_cast<double>(got[1][i])));
+      size = std::max(size, std::abs(sum));
+    }
+    check(error <= (sizeof(T) == 4 ? 2e-5 : 1e-13) * size, "sum over the members", c, error / size);
+  }
+}
+
+// What cannot be trained on is found wherever it is.
+void test_values() {
+  using pyens::ensemble_mlp_cpu::TrainingError;
+  const Case c{3, 9, {4, 3}, Loss::cross_entropy, Activation::relu, true, false, true, 2, 0};
+  for (int64_t at = 0; at < 27; ++at) {
+    for (const bool own_labels : {false, true}) {
+      const auto prepare = [&](double weight, int64_t label) {
+        Model<float> model(c);
+        const size_t i = index(at), j = own_labels ? i : i % 9;
+        model.sample_weight.assign(27, 1);
+        model.sample_weight[i] = static_cast<float>(weight);
+        model.labels[j] = label;
+        const std::vector<float> w(3 * 3 * 4);
+        const pyens::MLPLayer layer{w.data(), nullptr, 4, 3, 12, 4, 0};
+        pyens::EnsembleMLPTraining t{};
+        t.forward.dtype = DType::float32;
+        t.forward.ensemble_size = 3;
+        t.forward.batch = 9;
+        t.forward.num_layers = 1;
+        t.forward.layers = &layer;
+        t.loss = Loss::cross_entropy;
+        t.target = model.labels.data();
+        t.target_row_stride = 1;
+        t.target_member_stride = own_labels ? 9 : 0;
+        t.sample_weight = model.sample_weight.data();
+        t.sample_weight_member_stride = 9;
+        const Buffer partial = buffer(pyens::ensemble_mlp_cpu::plan_training(t).partial_bytes);
+        t.partial = partial.get();
+        return pyens::ensemble_mlp_cpu::prepare_training(t, 0, 3);
+      };
+      check(prepare(1, 2) == TrainingError::none, "a good label", c);
+      check(prepare(1, 3) == TrainingError::target_out_of_range, "a label too large", c);
+      check(prepare(1, -1) == TrainingError::target_out_of_range, "a negative label", c);
+      check(prepare(0, own_labels ? 3 : 2) == TrainingError::none, "a label left out", c);
+      check(prepare(-1, 2) == TrainingError::sample_weight_negative, "a negative weight", c);
+      check(prepare(NAN, 2) == TrainingError::sample_weight_negative, "a NaN for a weight", c);
+      check(prepare(INFINITY, 2) == TrainingError::sample_weight_negative, "an infinite weight", c);
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  const std::vector<std::vector<int64_t>> shapes = {
+      {1, 1}, {5, 3}, {8, 8, 8}, {33, 17, 9, 7}, {32, 50, 20, 10, 1}, {129, 13, 16}, {140, 200, 3}};
+  const Loss losses[] = {Loss::none, Loss::mse, Loss::bce, Loss::gaussian_nll, Loss::cross_entropy};
+  const Activation activations[] = {Activation::relu,    Activation::gelu,     Activation::silu,
+                                    Activation::elu,     Activation::softplus, Activation::tanh,
+                                    Activation::identity};
+  int i = 0;
+  const auto test_both = [&](int64_t batch, const std::vector<int64_t>& widths) {
+    Case c{};
+    c.ensemble_size = 1 + i % 4 + (i % 9 == 0 ? 8 : 0);  // 9 and more: groups of several members
+    c.batch = batch;
+    c.widths = widths;
+    c.loss = losses[i % 5];
+    c.activation = activations[i % 3 == 0 ? 0 : i % 7];
+    c.shared_input = i % 2 == 0;
+    c.shared_target = i % 4 < 2;
+    c.with_bias = i % 6 != 5;
+    c.weighted = c.loss == Loss::none ? 0 : i % 3;
+    c.dropout = i % 4 == 3 ? 0.5 : 0;  // 1 / (1 - p) is on the grid too
+    if (c.loss == Loss::gaussian_nll) c.widths.back() *= 2;
+    test<float>(c);
+    c.shared_input = !c.shared_input;
+    test<double>(c);
+    ++i;
+  };
+  for (const auto& widths : shapes) {
+    for (const int64_t batch : {1, 7, 9, 16, 17, 65, 300}) test_both(batch, widths);
+  }
+  // Several tiles to a span; so wide that tiles are smaller.
+  for (int repeat = 0; repeat < 4; ++repeat) test_both(4097 + 64 * repeat, {3, 4, 2});
+  test_both(140, {4200, 3, 2});
+  test_values();
+  if (failures == 0) std::printf("ok: %d cases\n", i);
+  return failures != 0;
+}
