@@ -16,8 +16,10 @@ is not timed: it is excluded, and says so wherever results are shown.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
+import multiprocessing
 import os
 import platform
 import random
@@ -26,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -63,13 +66,15 @@ class Contestant:
     """One way to do the work of a case.
 
     `setup` prepares everything that a user would prepare once, and returns the call that is timed. `check`
-    gets what that call returned and raises if it is wrong. Everyone who is not `ours` is a peer.
+    gets what that call returned and raises if it is wrong. Everyone who is not `ours` is a peer. `memory`
+    measures the bytes that the work takes at its peak: see `peak_memory`.
     """
 
     name: str
     setup: Callable[[], Run]
     check: Callable[[Any], None]
     ours: bool = False
+    memory: Callable[[], int | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,8 @@ class Case:
 
     `contestants` is called when the case's turn comes, so that only one case is in memory. `flops` and
     `bytes` count the useful work of one call: GF/s against the arithmetic peak or, where `flops` is 0, GB/s
-    against copy bandwidth; calls per second where both are 0.
+    against copy bandwidth; calls per second where both are 0. Ours should not take more than `memory_limit`
+    bytes, unless that is 0.
     """
 
     name: str
@@ -96,6 +102,7 @@ class Case:
     flops: float = 0.0
     bytes: float = 0.0
     targets: tuple[Target, ...] = ()
+    memory_limit: int = 0
     grad: bool = False  # False: under torch.inference_mode
 
 
@@ -107,10 +114,13 @@ def agrees_with(
     expected: torch.Tensor | Sequence[torch.Tensor],
     dtype: torch.dtype,
     adapt: Callable[[Any], Any] = lambda output: output,
+    *,
+    rms: float | None = None,
 ) -> Callable[[Any], None]:
     """A check for `Contestant`: the expected shapes, this dtype, and nearly the expected values.
 
-    `expected` is computed in float64. `adapt` brings a peer's own layout to the expected one, untimed.
+    `expected` is computed in float64. `adapt` brings a peer's own layout to the expected one, untimed. With
+    `rms` the root mean square of the errors may be up to that, and no single error counts.
     """
     wanted = [expected] if isinstance(expected, torch.Tensor) else list(expected)
 
@@ -123,9 +133,13 @@ def agrees_with(
             if out.shape != want.shape or out.dtype != dtype:
                 raise ValueError(f"expected {dtype} {tuple(want.shape)}, got {out.dtype} {tuple(out.shape)}")
             scale = want.square().mean().sqrt().clamp_min(torch.finfo(want.dtype).tiny)
-            error = ((out.to(want.dtype) - want).abs().amax() / scale).item() if want.numel() else 0.0
-            if not error <= TOLERANCE[dtype]:  # also catches NaN
-                raise ValueError(f"largest error is {error:.2g} rms of the expected output")
+            if not want.numel():
+                continue
+            errors = (out.to(want.dtype) - want).abs() / scale
+            error = (errors.amax() if rms is None else errors.square().mean().sqrt()).item()
+            if not error <= (TOLERANCE[dtype] if rms is None else rms):  # also catches NaN
+                kind = "largest" if rms is None else "rms"
+                raise ValueError(f"{kind} error is {error:.2g} rms of the expected output")
 
     return check
 
@@ -141,6 +155,7 @@ class Timing:
     ours: bool
     seconds: list[float] = field(default_factory=list)
     excluded: str | None = None
+    memory: int | None = None  # bytes
 
     @property
     def median(self) -> float:
@@ -164,6 +179,7 @@ class Result:
     bytes: float
     targets: list[Target]
     timings: list[Timing]
+    memory_limit: int = 0
 
     def timed(self, *, ours: bool | None = None) -> list[Timing]:
         return [t for t in self.timings if not t.excluded and ours in (None, t.ours)]
@@ -247,7 +263,7 @@ class Report:
                         for target in saved["targets"]
                     ],
                     "timings": [
-                        Timing(**{key: entry[key] for key in ("name", "ours", "seconds", "excluded")})
+                        Timing(**{key: entry[key] for key in Timing.__dataclass_fields__ if key in entry})
                         for entry in saved["timings"]
                     ],
                 }
@@ -281,7 +297,9 @@ def run_interleaved(case: Case, options: Options, *, block_seconds: float = 0.02
                 with torch.inference_mode(not case.grad):
                     contestant.check(run())
                     timer = Timer("run()", globals={"run": run}, num_threads=options.threads)
-                    runners.append((timing, timer, _calls_per_block(timer, block_seconds)))
+                    calls = _calls_per_block(timer, block_seconds)
+                timing.memory = contestant.memory() if contestant.memory else None
+                runners.append((timing, timer, calls))
             except Exception as error:  # a peer may fail in any way; ours too, and then it must be seen
                 reason = (str(error).strip().splitlines() or [""])[0]
                 timing.excluded = f"{type(error).__name__}: {reason}"
@@ -295,7 +313,9 @@ def run_interleaved(case: Case, options: Options, *, block_seconds: float = 0.02
                     timing.seconds.append(timer.timeit(calls).mean)
                     bar.update()
 
-    return Result(case.name, case.title, case.flops, case.bytes, list(case.targets), timings)
+    return Result(
+        case.name, case.title, case.flops, case.bytes, list(case.targets), timings, case.memory_limit
+    )
 
 
 def _calls_per_block(timer: Timer, seconds: float) -> int:
@@ -304,6 +324,42 @@ def _calls_per_block(timer: Timer, seconds: float) -> int:
     while (took := min(timer.timeit(calls).mean for _ in range(3)) * calls) < seconds:
         calls = max(2 * calls, math.ceil(1.1 * seconds / took * calls))
     return calls
+
+
+def peak_memory(warm_up: Callable[[], Run], build: Callable[[], Run], options: Options) -> int | None:
+    """Bytes that building and calling `build()` take at their peak, in a process of its own.
+
+    All of that process counts but what it held when `warm_up()` had run: the same in tiny, so that libraries
+    are loaded and threads are started. Both are pickled. None where the system does not tell (no /proc).
+    """
+    if not _STATUS.exists():
+        return None
+    # A fresh interpreter: a fork would begin with this process's memory.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_grown_by, warm_up, build, options.threads).result()
+
+
+_STATUS = Path("/proc/self/status")
+
+
+def _grown_by(warm_up: Callable[[], Run], build: Callable[[], Run], threads: int) -> int:
+    torch.set_num_threads(threads)
+    run = warm_up()
+    run()
+    run()
+    del run
+    gc.collect()
+    before = _memory("VmRSS")
+    run = build()
+    for _ in range(3):
+        run()
+    return _memory("VmHWM") - before
+
+
+def _memory(field: str) -> int:
+    # Not ru_maxrss: a child's begins with its parent's, across exec.
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024  # in kB
 
 
 def measure_peaks(options: Options) -> Peaks:
@@ -383,7 +439,8 @@ def _git(*arguments: str) -> str | None:
 def table(result: Result, peaks: Peaks) -> str:
     """One case as text: ours first, then the peers from fast to slow, then targets and losses in words."""
     peak = result.peak(peaks)
-    rows = [("", "median", "quartiles", "rate", "of peak" if peak else "", "vs best peer")]
+    memory = "memory" if any(t.memory is not None for t in result.timings) else ""
+    rows = [("", "median", "quartiles", "rate", "of peak" if peak else "", "vs best peer", memory)]
     for t in sorted(result.timed(), key=lambda t: (not t.ours, t.median)):
         rate, unit = result.rate(t.median)
         speedup = result.speedup(t.name)
@@ -395,6 +452,7 @@ def table(result: Result, peaks: Peaks) -> str:
                 f"{rate:.4g} {unit}",
                 f"{rate / peak:.0%}" if peak else "",
                 "" if speedup is None else f"{speedup:.2f}×",
+                "" if t.memory is None else _megabytes(t.memory),
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -409,7 +467,7 @@ def table(result: Result, peaks: Peaks) -> str:
             f"  UNSTEADY: {len(spread)} of {len(result.timed())} contestants, worst {worst}: "
             f"quartiles {spread[worst]:.0%} of the median apart; is the machine busy?"
         )
-    lines += [f"  target: {verdict(result, target)}" for target in result.targets]
+    lines += [f"  target: {text}" for text in verdicts(result)]
     lines += [f"  SLOWER: {loss}" for loss in losses(result)]
     return "\n".join(lines)
 
@@ -421,6 +479,20 @@ def verdict(result: Result, target: Target) -> str:
     if speedup is None:
         return f"{goal}: MISSED, not measured"
     return f"{goal}: {'met' if speedup >= target.ratio else 'MISSED'}, {speedup:.2f}×"
+
+
+def verdicts(result: Result) -> list[str]:
+    """All targets and what came of them, those of memory too."""
+    found = [verdict(result, target) for target in result.targets]
+    for t in result.timings if result.memory_limit else []:
+        if t.ours:
+            goal = f"{t.name} takes at most {_megabytes(result.memory_limit)}"
+            if t.memory is None:
+                found.append(f"{goal}: MISSED, not measured")
+            else:
+                met = "met" if t.memory <= result.memory_limit else "MISSED"
+                found.append(f"{goal}: {met}, {_megabytes(t.memory)}")
+    return found
 
 
 def unsteady(result: Result) -> dict[str, float]:
@@ -459,7 +531,7 @@ def markdown(report: Report) -> str:
             speedup = result.speedup(name)
             ratio = "" if speedup is None else f"**{speedup:.2f}×** "
             cells.append(f"{ratio}{_time(timed[name].median)} ({rate:.3g} {unit}{of_peak})")
-        cells.append("; ".join(verdict(result, target) for target in result.targets) or "none")
+        cells.append("; ".join(verdicts(result)) or "none")
         lines.append("| " + " | ".join(cells) + " |")
     machine, peaks = report.machine, report.peaks
     commit = (machine["commit"] or "no commit")[:10] + (" with changes" if machine["dirty"] else "")
@@ -474,7 +546,10 @@ def markdown(report: Report) -> str:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Grouped bars of the rate with the peak as a line; below, our speed-up over the best peer."""
+    """Grouped bars of the rate with the peak as a line; below, our speed-up over the best peer.
+
+    Where units are mixed, the bars are shares of the peak.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
     from matplotlib.ticker import LogLocator
@@ -489,15 +564,18 @@ def plot(report: Report, path: Path) -> None:
 
     figure = Figure(figsize=(5 + 1.7 * len(results), 8.5), layout="constrained")
     bars, ratios = figure.subplots(2, height_ratios=(3, 2))
-    width = 0.86 / max(len(names), 1)
-    for i, result in enumerate(results):
-        timed = {t.name: t for t in result.timed()}
-        for j, name in enumerate(names):
-            if name in timed:
-                x = i + (j - (len(names) - 1) / 2) * width
-                bars.bar(x, result.rate(timed[name].median)[0], width, color=colors[name])
-        if (peak := result.peak(report.peaks)) is not None:
-            bars.hlines(peak, i - 0.47, i + 0.47, color="black", linewidth=1.5)
+    units = list(dict.fromkeys(r.rate(1.0)[1] for r in results))
+    peaks = [r.peak(report.peaks) for r in results]
+    mixed = len(units) > 1 and all(peaks)
+    width = 0.86 / max(1, *(len(r.timed()) for r in results))
+    for i, (result, peak) in enumerate(zip(results, peaks, strict=True)):
+        scale = peak if mixed else 1.0
+        timed = sorted(result.timed(), key=lambda t: names.index(t.name))
+        for j, t in enumerate(timed):
+            x = i + (j - (len(timed) - 1) / 2) * width
+            bars.bar(x, result.rate(t.median)[0] / scale, width, color=colors[t.name])
+        if peak is not None:
+            bars.hlines(peak / scale, i - 0.47, i + 0.47, color="black", linewidth=1.5)
         for j, name in enumerate(ours):
             x = i + 0.2 * (j - (len(ours) - 1) / 2)
             if (speedup := result.speedup(name)) is not None:
@@ -508,9 +586,11 @@ def plot(report: Report, path: Path) -> None:
 
     for name in names:
         bars.bar(0, 0, 0, color=colors[name], label=name)
-    bars.plot([], [], color="black", label=f"peak ({report.peaks.kind})")
+    kinds = {"GF/s": report.peaks.kind, "GB/s": "copy"}
+    shown = " or ".join(kinds[unit] for unit in units if unit in kinds)
+    bars.plot([], [], color="black", label=f"peak ({shown})")
     bars.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    bars.set_ylabel(" or ".join(dict.fromkeys(r.rate(1.0)[1] for r in results)))
+    bars.set_ylabel("share of the peak" if mixed else " or ".join(units))
     bars.set_xticks(range(len(results)), [r.name for r in results])
     bars.set_title(f"{report.benchmark}: {report.dtype}, {report.machine['gpu'] or report.machine['cpu']}")
 
@@ -539,6 +619,10 @@ def _time(seconds: float) -> str:
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"
     return f"{seconds / 1e-9:.3g} ns"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.0f} MB"
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

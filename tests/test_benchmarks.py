@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,11 @@ def _restore_threads():
 def options(**changes) -> Options:
     defaults = dict(device=torch.device("cpu"), dtype=torch.float32, threads=2, rounds=4, seed=0)
     return Options(**defaults | dict(quick=True, compile=False) | changes)
+
+
+def build_megabytes(count):
+    """For a process of its own: a call that takes `count` MB."""
+    return lambda: torch.ones(count * 1_000_000, dtype=torch.uint8)
 
 
 def accept(output):
@@ -99,6 +105,18 @@ def test_table_says_what_was_met_missed_lost_and_excluded():
     assert "UNSTEADY" not in harness.table(slow, PEAKS)
 
 
+def test_memory_is_shown_and_held_against_its_limit():
+    timings = [Timing("ours", True, [1.0], memory=250_000_000), Timing("a", False, [2.0], memory=90_000_000)]
+    text = harness.table(result(timings=timings, memory_limit=300_000_000), PEAKS)
+    assert "ours takes at most 300 MB: met, 250 MB" in text
+    assert [line.split()[-2:] for line in text.splitlines()[2:4]] == [["250", "MB"], ["90", "MB"]]
+    assert harness.verdicts(result(timings=timings, memory_limit=200_000_000)) == [
+        "ours takes at most 200 MB: MISSED, 250 MB"
+    ]
+    assert harness.verdicts(result(memory_limit=1)) == ["ours takes at most 0 MB: MISSED, not measured"]
+    assert "memory" not in harness.table(result(), PEAKS) and not harness.verdicts(result())
+
+
 # --- measuring
 
 
@@ -158,6 +176,40 @@ def test_check_takes_several_tensors_and_an_adapter():
         harness.agrees_with(expected, torch.float32)(torch.ones(2, 3))
 
 
+def test_check_of_the_root_mean_square_forgives_a_single_error():
+    expected = torch.ones(100, dtype=torch.float64)
+    check = harness.agrees_with(expected, torch.float32, rms=0.02)
+    one, all_ = torch.ones(100), torch.full((100,), 1.03)
+    one[3] = 1.1
+    check(one)
+    for wrong in (all_, one.index_fill(0, torch.tensor(5), math.nan), torch.zeros(100)):
+        with pytest.raises(ValueError, match="rms error is"):
+            check(wrong)
+    with pytest.raises(ValueError, match=r"largest error is 0.1 rms"):
+        harness.agrees_with(expected, torch.float32)(one)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has no /proc")
+def test_peak_memory_is_that_of_the_work_alone():
+    held = torch.ones(300_000_000, dtype=torch.uint8)  # here, not in the process that is measured
+    small, large = partial(build_megabytes, 1), partial(build_megabytes, 80)
+    assert 79e6 < harness.peak_memory(small, large, options()) < 200e6
+    assert len(held) == 300_000_000
+
+
+def test_memory_of_a_contestant_is_kept_and_its_failure_excludes():
+    def fail():
+        raise MemoryError("too much")
+
+    def contestant(name, memory):
+        return Contestant(name, lambda: lambda: None, accept, ours=True, memory=memory)
+
+    case = Case("memory", "", lambda: [contestant("a", lambda: 7), contestant("b", fail)], memory_limit=8)
+    measured = harness.run_interleaved(case, options(), block_seconds=0.0)
+    a, b = measured.timings
+    assert a.memory == 7 and measured.memory_limit == 8 and b.excluded == "MemoryError: too much"
+
+
 @pytest.mark.parametrize(("threads", "grad"), [(1, False), (2, True)])
 def test_calls_run_with_the_threads_and_mode_of_the_case(threads, grad):
     seen = set()
@@ -199,6 +251,11 @@ def test_report_survives_saving(tmp_path):
     path = tmp_path / "new" / "report.json"
     report().save(path)
     assert Report.load(path) == report()
+    measured = report()
+    measured.results[0].memory_limit = 9
+    measured.results[0].timings[0].memory = 8
+    measured.save(path)
+    assert Report.load(path) == measured != report()
     entry = json.loads(path.read_text())["results"][0]["timings"][0]
     assert entry["median"] == 1e-3 and entry["rate"] == pytest.approx(20.0) and entry["unit"] == "GF/s"
     assert entry["speedup_over_best_peer"] == pytest.approx(2.0)
@@ -215,6 +272,28 @@ def test_markdown_gives_speedups_targets_and_provenance():
 def test_plot_writes_a_picture(tmp_path):
     harness.plot(report(), tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(PNG)
+
+
+def test_plot_of_mixed_units_shows_shares_of_the_peak(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    heights, labels = [], []
+    bar, set_ylabel = Axes.bar, Axes.set_ylabel
+
+    def spy(axes, x, height, *args, **kwargs):
+        heights.append(height)
+        return bar(axes, x, height, *args, **kwargs)
+
+    monkeypatch.setattr(Axes, "bar", spy)
+    monkeypatch.setattr(Axes, "set_ylabel", lambda axes, text: (labels.append(text), set_ylabel(axes, text)))
+    mixed = report()
+    mixed.results.append(result(flops=0.0, bytes=2e6))
+    harness.plot(mixed, tmp_path / "report.png")
+    # 1, 6 and 4 ms: 20 GF of 100 and 2 GB of 10 for ours, and so on; then the legend's.
+    assert heights[:6] == pytest.approx([0.2, 0.2 / 6, 0.05] * 2) and not any(heights[6:])
+    assert labels[0] == "share of the peak"
+    harness.plot(report(), tmp_path / "report.png")
+    assert labels[2] == "GF/s"
 
 
 def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path):
