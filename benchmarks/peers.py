@@ -120,7 +120,7 @@ def loop(problem: Problem, *, compile: bool) -> Run:
     def forward() -> Tensor:
         return torch.stack([member(x) for member, x in zip(members, inputs, strict=True)])
 
-    return _compiled(forward) if compile else forward
+    return compiled(forward) if compile else forward
 
 
 def vmap(problem: Problem, *, compile: bool) -> Run:
@@ -133,7 +133,7 @@ def vmap(problem: Problem, *, compile: bool) -> Run:
         return torch.func.functional_call(members[0], state, (x,))
 
     batched = torch.func.vmap(member, in_dims=(0, None if problem.input.dim() == 2 else 0))
-    batched = _compiled(batched) if compile else batched
+    batched = compiled(batched) if compile else batched
     return lambda: batched((parameters, buffers), problem.input)
 
 
@@ -150,7 +150,7 @@ def baddbmm(problem: Problem, *, compile: bool) -> Run:
             hidden = torch.baddbmm(bias, hidden, weight)
         return hidden
 
-    return _compiled(forward) if compile else forward
+    return compiled(forward) if compile else forward
 
 
 def baddbmm_transposed(problem: Problem, *, compile: bool) -> Run:
@@ -168,7 +168,7 @@ def baddbmm_transposed(problem: Problem, *, compile: bool) -> Run:
             hidden = torch.baddbmm(bias, weight, hidden)
         return hidden
 
-    return _compiled(forward) if compile else forward
+    return compiled(forward) if compile else forward
 
 
 def tabm_linear_ensemble(problem: Problem) -> Run:
@@ -188,6 +188,7 @@ def tabm_linear_ensemble(problem: Problem) -> Run:
     return lambda: model(inputs)
 
 
-def _compiled(function: Callable) -> Callable:
+def compiled(function: Callable) -> Callable:
+    """`function` compiled whole."""
     # One shape per case: static shapes are the best that torch.compile can do for a peer.
     return torch.compile(function, fullgraph=True, dynamic=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ensemble_mlp, harness, peers
+from benchmarks import ensemble_mlp, harness, peers, table_peers, training, training_peers
 from benchmarks.harness import Case, Contestant, Options, Peaks, Report, Result, Target, Timing
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -330,6 +330,113 @@ def test_problem_expected_is_the_plain_mlp():
     for m in range(2):
         hidden = (problem.input.double() @ w1[m].double().T + b1[m].double()).clamp_min(0)
         torch.testing.assert_close(problem.expected()[m], hidden @ w2[m].double().T + b2[m].double())
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per member"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_gradient_peers_compute_the_same(monkeypatch, device, shared, dtype):
+    monkeypatch.setattr(training_peers, "compiled", lambda function: function)  # their arithmetic, at once
+    problem = training_peers.TrainingProblem.random(
+        3, 5, (4, 6, 6, 2), seed=1, device=device, dtype=dtype, shared=shared
+    )
+    expected = problem.expected()
+    assert len(expected[1]) == (6 if shared else 7)
+    found = training_peers.gradient_peers(problem, expected, compile=True)
+    names = {c.name for c in found}
+    assert names >= {"loop", "vmap(grad), compiled", "baddbmm, one graph", "baddbmm transposed, compiled"}
+    assert ("baddbmm joined, compiled" in names) == shared
+    for contestant in found:
+        run = contestant.setup()
+        run()
+        contestant.check(run())  # gradients of one call, not the sum of two
+    assert not any(tensor.requires_grad for tensor in problem.tensors)
+
+
+def test_gradient_check_refuses_what_is_wrong():
+    problem = training_peers.TrainingProblem.random(3, 50, (4, 6, 1), seed=1)
+    losses, gradients = problem.expected()
+    check = training_peers.gradients_agree((losses, gradients), torch.float32)
+    losses, right = losses.float(), [g.float() for g in gradients]
+    check((losses, lambda: right))
+    with pytest.raises(ValueError, match="largest error"):
+        check((1.001 * losses, lambda: right))
+    for i, gradient in enumerate(right):
+        for wrong in (gradient * 1.02, gradient.flip(0), gradient.mT.contiguous()):
+            with pytest.raises(ValueError, match=r"rms|expected"):
+                check((losses, lambda i=i, wrong=wrong: [*right[:i], wrong, *right[i + 1 :]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_step_peers_take_the_same_step(monkeypatch, device, dtype):
+    monkeypatch.setattr(table_peers, "compiled", lambda function: function)
+    table = table_peers.Table(3, 9, ((11, 2), (5, 3)), 4, (7, 6), 2)
+    problem = table_peers.TableProblem.random(table, seed=1, device=device, dtype=dtype)
+    assert table.features == (9, 7, 6, 2) and table.parameters == sum(t.numel() for t in problem.tensors)
+    start = [tensor.clone() for tensor in problem.tensors]
+    check = problem.check()
+    setups = training.steps(options(compile=True))
+    assert set(setups) >= {"pyens TabularEnsemble", "loop", "loop, an Adam each", "stack, one graph"}
+    for name, setup in setups.items():
+        run = setup(problem)
+        check(run())
+        assert all(torch.equal(t, s) for t, s in zip(problem.tensors, start, strict=True)), name
+        with pytest.raises(ValueError, match="rms"):
+            check(run())  # the second step is not the first
+
+
+@pytest.mark.parametrize("wrong", ["gradients", "parameters"])
+def test_step_check_refuses_what_is_wrong(wrong):
+    problem = table_peers.TableProblem.random(training.TINY_TABLE, seed=1)
+    losses, state = table_peers.adam_step(table_peers.stack(problem))()
+    gradients, parameters = state()
+    problem.check()((losses, lambda: (gradients, parameters)))
+    if wrong == "gradients":
+        gradients = [1.02 * gradients[0], *gradients[1:]]
+    else:
+        parameters = [parameters[0] + 1e-4, *parameters[1:]]
+    with pytest.raises(ValueError, match="rms error is"):
+        problem.check()((losses, lambda: (gradients, parameters)))
+
+
+def test_training_cases_are_the_promised_ones():
+    full = training.cases(options(quick=False))
+    assert [case.name for case in full] == [*training.SHAPES, "movielens-step"]
+    assert all(case.targets and case.grad for case in full)
+    step = full[-1]
+    # Per member 79,510 numbers in tables and 3,441 in the MLP; four of each, and 100 MB.
+    assert step.memory_limit == 100 * (79_510 + 3_441) * 4 * 4 + 100_000_000
+    loops, compiled = (target.against for target in step.targets)
+    assert loops == ("loop", "loop, an Adam each") and len(compiled) == 4
+    assert set(loops + compiled) < set(table_peers.table_peers(compile=True))
+    for other in (dict(dtype=torch.float64), dict(threads=1), dict(device=torch.device("cuda"))):
+        others = training.cases(options(quick=False, **other))
+        assert len(others) == len(full) and not any(case.targets or case.memory_limit for case in others)
+    low = training.cases(options(quick=False, dtype=torch.bfloat16))
+    assert [case.name for case in low] == list(training.SHAPES)
+
+
+def test_training_flops_leave_out_the_gradient_that_nobody_asks_for():
+    forward = 2 * 5 * 7 * (4 * 6 + 6 * 2)
+    assert training_peers.training_flops(5, 7, (4, 6, 2), True) == 3 * forward
+    assert training_peers.training_flops(5, 7, (4, 6, 2), False) == 3 * forward - 2 * 5 * 7 * 4 * 6
+
+
+def test_quick_training_run(tmp_path, capsys):
+    command = ["--quick", "--threads", "1", "--output", str(tmp_path)]
+    assert harness.main("training", "text", training.cases, command) == 0
+    shown = capsys.readouterr().out
+    saved = Report.load(tmp_path / "training-cpu-float32-quick.json")
+    *gradients, step = saved.results
+    assert [result.name for result in saved.results] == ["tiny", "tiny-own", "movielens-step"]
+    for result in gradients:
+        assert {t.name for t in result.timed(ours=True)} == {"pyens loss", "pyens op, then mse"}
+        assert {t.name for t in result.timed(ours=False)} >= {"reference", "loop", "vmap(grad)", "baddbmm"}
+    assert {t.name for t in step.timed(ours=True)} == {"pyens TabularEnsemble"}
+    assert {t.name for t in step.timed(ours=False)} >= {"loop", "loop, an Adam each", "stack"}
+    if Path("/proc/self/status").exists():
+        assert 0 <= step.timed(ours=True)[0].memory < 50e6
+        assert " MB" in shown
+    assert "EXCLUDED" not in shown
 
 
 def test_cases_are_the_promised_ones():
