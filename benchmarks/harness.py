@@ -546,7 +546,10 @@ def markdown(report: Report) -> str:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Grouped bars of the rate with the peak as a line; below, our speed-up over the best peer."""
+    """Grouped bars of the rate with the peak as a line; below, our speed-up over the best peer.
+
+    Where units are mixed, the bars are shares of the peak.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
     from matplotlib.ticker import LogLocator
@@ -561,15 +564,18 @@ def plot(report: Report, path: Path) -> None:
 
     figure = Figure(figsize=(5 + 1.7 * len(results), 8.5), layout="constrained")
     bars, ratios = figure.subplots(2, height_ratios=(3, 2))
-    width = 0.86 / max(len(names), 1)
-    for i, result in enumerate(results):
-        timed = {t.name: t for t in result.timed()}
-        for j, name in enumerate(names):
-            if name in timed:
-                x = i + (j - (len(names) - 1) / 2) * width
-                bars.bar(x, result.rate(timed[name].median)[0], width, color=colors[name])
-        if (peak := result.peak(report.peaks)) is not None:
-            bars.hlines(peak, i - 0.47, i + 0.47, color="black", linewidth=1.5)
+    units = list(dict.fromkeys(r.rate(1.0)[1] for r in results))
+    peaks = [r.peak(report.peaks) for r in results]
+    mixed = len(units) > 1 and all(peaks)
+    width = 0.86 / max(1, *(len(r.timed()) for r in results))
+    for i, (result, peak) in enumerate(zip(results, peaks, strict=True)):
+        scale = peak if mixed else 1.0
+        timed = sorted(result.timed(), key=lambda t: names.index(t.name))
+        for j, t in enumerate(timed):
+            x = i + (j - (len(timed) - 1) / 2) * width
+            bars.bar(x, result.rate(t.median)[0] / scale, width, color=colors[t.name])
+        if peak is not None:
+            bars.hlines(peak / scale, i - 0.47, i + 0.47, color="black", linewidth=1.5)
         for j, name in enumerate(ours):
             x = i + 0.2 * (j - (len(ours) - 1) / 2)
             if (speedup := result.speedup(name)) is not None:
@@ -580,9 +586,11 @@ def plot(report: Report, path: Path) -> None:
 
     for name in names:
         bars.bar(0, 0, 0, color=colors[name], label=name)
-    bars.plot([], [], color="black", label=f"peak ({report.peaks.kind})")
+    kinds = {"GF/s": report.peaks.kind, "GB/s": "copy"}
+    shown = " or ".join(kinds[unit] for unit in units if unit in kinds)
+    bars.plot([], [], color="black", label=f"peak ({shown})")
     bars.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    bars.set_ylabel(" or ".join(dict.fromkeys(r.rate(1.0)[1] for r in results)))
+    bars.set_ylabel("share of the peak" if mixed else " or ".join(units))
     bars.set_xticks(range(len(results)), [r.name for r in results])
     bars.set_title(f"{report.benchmark}: {report.dtype}, {report.machine['gpu'] or report.machine['cpu']}")
 
