@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
-PEERS  := tabm==0.0.3 rtdl_num_embeddings==0.0.12
+PEERS  := tabm==0.0.3 rtdl_num_embeddings==0.0.12 masksembles==1.1.1
 CMAKE  ?= $(or $(shell command -v cmake),$(VENV)/bin/cmake)
 JOBS   ?= $(shell nproc)
 
@@ -51,7 +51,7 @@ kernels: $(filter $(VENV)/%,$(CMAKE)) ## kernels without torch: ctest under ASAN
 	$(CMAKE) --build build/kernels --parallel $(JOBS)
 	CTEST_OUTPUT_ON_FAILURE=1 $(CMAKE) --build build/kernels --target test
 
-BENCHMARKS := ensemble_mlp training decorrelation uncertainty
+BENCHMARKS := ensemble_mlp training decorrelation uncertainty masksembles
 
 bench: $(BUILT) $(VENV)/peers ## compare every operation with its peers
 	for name in $(BENCHMARKS); do $(PY) -m benchmarks.$$name $(ARGS); done
