@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pyens
-from pyens import metrics, plots, select
+from pyens import metrics, ops, plots, select
 from pyens.data import Digits, Split, load_digits
 
 UNKNOWN = (8, 9)
@@ -187,8 +187,12 @@ def evaluate(predictions: Predictions) -> tuple[Measure, ...]:
     """Every measure for each member by itself and for the ensemble: the mean of the probabilities."""
     known, labels, unknown = predictions.known, predictions.labels, predictions.unknown
     of_members = [_measure(k, labels, u) for k, u in zip(known, unknown, strict=True)]
-    of_ensemble = _measure(known.mean(0), labels, unknown.mean(0))
-    disagreement = metrics.ood_auroc(metrics.mutual_information(known), metrics.mutual_information(unknown))
+    # One pass over the members, on the CPU, where the operation is so far.
+    together, elsewhere = (
+        ops.predictive_uncertainty(p.cpu(), from_probabilities=True) for p in (known, unknown)
+    )
+    of_ensemble = _measure(together.mean_probability, labels.cpu(), elsewhere.mean_probability)
+    disagreement = metrics.ood_auroc(together.mutual_information, elsewhere.mutual_information)
     return (
         *(
             Measure(
