@@ -1,4 +1,4 @@
-"""`python -m pyens`: what was built, and a second of every operation against its reference.
+"""`python -m pyens`: what was built, and some seconds of every operation against its reference.
 
 A new operation gets a function that yields the error of one random problem after another, and a line in
 `CHECKS`.
