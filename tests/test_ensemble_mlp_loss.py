@@ -936,3 +936,44 @@ def test_bad_input_on_fake_tensors():
     assert ensemble_mlp_loss(**fake).shape == (E,)
     with pytest.raises(ValueError, match="ensemble_mlp_loss: target: expected shape"):
         ensemble_mlp_loss(**fake | {"target": fake["target"][:, :1]})
+
+
+# --- what the internal operations and other ways in refuse -------------------------------------------------
+
+
+def small() -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    return torch.randn(5, 4), torch.randn(5, 2), [torch.randn(3, 2, 4)], [torch.randn(3, 2)]
+
+
+def test_backward_operations_check_what_they_read():
+    x, y, weights, biases = small()
+    wanted = [True, True, True]
+    backward = torch.ops.pyens.ensemble_mlp_backward
+    for grad, error in ((torch.randn(3, 4, 2), ValueError), (torch.randn(3, 5, 2).double(), TypeError)):
+        with pytest.raises(error, match=r"^ensemble_mlp: grad: expected"):
+            backward(grad, x, weights, biases, "relu", 0.0, None, wanted)
+    with_gradients = torch.ops.pyens.ensemble_mlp_loss_with_gradients
+    with pytest.raises(ValueError, match=r"^ensemble_mlp_loss: member_scale: expected"):
+        with_gradients(
+            x, y, weights, biases, "mse", "relu", 1.0, None, 0.0, None, torch.ones(2), [False, True, True]
+        )
+
+
+def test_forward_mode_raises():
+    x, y, weights, biases = small()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            ensemble_mlp_loss(dual, y, weights, biases, loss="mse")
+
+
+def test_within_torch_func_nothing_is_guessed():
+    x, y, weights, biases = small()
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return ensemble_mlp_loss(x, y, weights, biases, loss="mse").sum()
+
+    with pytest.raises(ValueError, match=r"^ensemble_mlp_loss: target: expected shape"):
+        torch.func.grad(loss)(x, y[:, :1])
+    with pytest.raises(ValueError, match=r"^ensemble_mlp_loss: target: expected requires_grad=False"):
+        torch.func.grad(loss, argnums=1)(x, y)

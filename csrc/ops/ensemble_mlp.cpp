@@ -118,6 +118,7 @@ std::vector<Tensor> ensemble_mlp_backward(const Tensor& grad, const Tensor& inpu
                                           TensorList weights, TensorList biases,
                                           std::string_view activation, double dropout,
                                           const OptionalTensor& dropout_seeds, Wanted wanted) {
+  check_backward(grad, input, weights, biases, dropout, dropout_seeds);
   TrainingProblem problem(kOp, input, weights, biases, parse_activation(kOp, activation), dropout,
                           dropout_seeds, wanted);
   const Tensor& rows = problem.with_contiguous_rows(grad);
