@@ -1,7 +1,7 @@
 """What `torch.optim` needs to train members as if each were alone."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,9 @@ def fused(kind: type[SomeOptimizer], parameters: Iterable[Tensor], **options: An
     views = [_Views(owner) for owner in owners]
 
     class Fused(kind):  # type: ignore[misc, valid-type]
-        members = owners  # what MemberLearningRates scales
+        # For the functions below: what the caller calls parameters, and how the optimizer sees each of them.
+        members = owners
+        pieces: ClassVar = {owner: view.all for owner, view in zip(owners, views, strict=True)}
 
         def zero_grad(self, set_to_none: bool = True) -> None:
             super().zero_grad(set_to_none=True)
@@ -159,6 +161,70 @@ class MemberLearningRates:
             scaled = before + factor * (after - before)
             after.copy_(torch.where(factor == 1, after, torch.where(factor == 0, before, scaled)))
         self._before = []
+
+
+def member_state(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What an optimizer of stacked parameters remembers: for each parameter a dict, its tensors `[E, ...]`.
+
+    Unlike `state_dict` it has no trace of how `fused` cuts the parameters up, so members can be taken out of
+    it: index the tensors that are not 0-dim. Tensors may share memory with the optimizer's.
+    """
+    states = []
+    for parameter in _parameters(optimizer):
+        pieces = _pieces(optimizer, parameter)
+        remembered = [optimizer.state.get(piece, {}) for piece in pieces]
+        state = {}
+        for name, value in remembered[0].items():
+            if isinstance(value, Tensor) and value.shape == pieces[0].shape and pieces[0] is not parameter:
+                flat = torch.cat([memory[name] for memory in remembered])
+                value = flat[: parameter.numel()].view(parameter.shape)
+            state[name] = value
+        states.append(state)
+    return states
+
+
+def load_member_state(optimizer: torch.optim.Optimizer, states: Sequence[Mapping[str, Any]]) -> None:
+    """Gives an optimizer a copy of what `member_state` took from one of the same kind, members chosen or not.
+
+    Raises:
+        ValueError: not one state for each parameter, or tensors that do not fit the parameters.
+    """
+    parameters = _parameters(optimizer)
+    if len(states) != len(parameters):
+        raise ValueError(
+            f"load_member_state: states: expected one for each of {len(parameters)} parameters, "
+            f"got {len(states)}"
+        )
+    for i, (parameter, state) in enumerate(zip(parameters, states, strict=True)):
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.dim() > 0 and value.shape[:1] != parameter.shape[:1]:
+                raise ValueError(
+                    f"load_member_state: states[{i}][{name!r}]: expected {parameter.shape[0]} members first, "
+                    f"got shape {list(value.shape)}"
+                )
+        pieces, start = _pieces(optimizer, parameter), 0
+        for piece in pieces:
+            optimizer.state[piece] = {
+                name: _piece(value, parameter, piece, start) if isinstance(value, Tensor) else value
+                for name, value in state.items()
+            }
+            start += piece.numel()
+
+
+def _pieces(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:
+    """The tensors that stand for a parameter inside the optimizer; together they may be longer than it."""
+    pieces = getattr(optimizer, "pieces", None)
+    return [parameter] if pieces is None else pieces[parameter]
+
+
+def _piece(value: Tensor, parameter: Tensor, piece: Tensor, start: int) -> Tensor:
+    """A copy of the part of a parameter's state that belongs to one of its pieces."""
+    if piece is parameter or value.shape != parameter.shape:
+        return value.clone()
+    part = value.new_zeros(piece.shape)
+    there = value.reshape(-1)[start : start + piece.numel()]
+    part[: there.numel()] = there
+    return part
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

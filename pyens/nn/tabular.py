@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from pyens.nn._members import check_sizes, generators
+from pyens.nn._members import Indices, check_sizes, generators
 from pyens.nn.ensemble_embedding import EnsembleEmbedding
 from pyens.nn.ensemble_mlp import EnsembleMLP
 from pyens.ops.ensemble_embedding import ensemble_embedding_concat
@@ -27,6 +28,7 @@ class TabularEnsemble(nn.Module):
         numeric_features: F, the number of numeric columns; may be 0, but not without categorical columns.
         hidden_features, out_features, activation, bias: of the MLP, see `EnsembleMLP`.
         dropout: probability of dropping a hidden activation in training.
+        embedding_std: of the normal distribution that the tables are drawn from; 1 is `nn.Embedding`'s.
         sparse: whether the tables' gradients are sparse, see `EnsembleEmbedding`. The features are then put
             together in several passes instead of one.
         device, dtype: of the parameters.
@@ -51,6 +53,7 @@ class TabularEnsemble(nn.Module):
         activation: str = "relu",
         bias: bool = True,
         dropout: float = 0.0,
+        embedding_std: float = 1.0,
         sparse: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -72,9 +75,14 @@ class TabularEnsemble(nn.Module):
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"TabularEnsemble: dropout: expected 0 <= dropout < 1, got {dropout}")
+        if not embedding_std > 0:
+            raise ValueError(
+                f"TabularEnsemble: embedding_std: expected a positive number, got {embedding_std}"
+            )
         self.ensemble_size = ensemble_size
         self.numeric_features = numeric_features
         self.dropout = dropout
+        self.embedding_std = embedding_std
         self.sparse = sparse
         # Without memory at first, so that nothing is drawn but what reset_parameters draws.
         self.embeddings = nn.ModuleList(
@@ -101,8 +109,8 @@ class TabularEnsemble(nn.Module):
 
         `seeds[m] = s` gives member m bit for bit the parameters of a model that is built under
         `torch.manual_seed(s)` with float32 on the CPU and makes its `nn.Embedding`s in order and then its
-        `nn.Linear`s in order. Without seeds the members are drawn one after the other from torch's default
-        generator.
+        `nn.Linear`s in order; the tables are then multiplied by `embedding_std`. Without seeds the members
+        are drawn one after the other from torch's default generator.
         """
         drawn_from = generators(self.ensemble_size, seeds)
         if self.mlp.weights[0].is_meta:
@@ -110,6 +118,32 @@ class TabularEnsemble(nn.Module):
         for member, generator in enumerate(drawn_from):
             for module in (*self.embeddings, self.mlp):
                 module._draw(member, generator)
+        if self.embedding_std != 1:
+            for embedding in self.embeddings:
+                embedding.weight.mul_(self.embedding_std)
+
+    def select(self, indices: Indices) -> Self:
+        """A new ensemble of copies of the chosen members, in the order of `indices` (ints, slice or mask).
+
+        Raises:
+            ValueError: no member chosen, or indices of another kind.
+            IndexError: an index out of range, or a mask that is not `[E]`.
+        """
+        mlp = self.mlp.select(indices)
+        new = type(self)(
+            mlp.ensemble_size,
+            [(embedding.num_embeddings, embedding.embedding_dim) for embedding in self.embeddings],
+            self.numeric_features,
+            mlp.hidden_features,
+            mlp.out_features,
+            dropout=self.dropout,
+            embedding_std=self.embedding_std,
+            sparse=self.sparse,
+            device="meta",
+        )
+        new.embeddings = nn.ModuleList(embedding.select(indices) for embedding in self.embeddings)
+        new.mlp = mlp
+        return new.train(self.training)
 
     def forward(
         self,
@@ -195,7 +229,7 @@ class TabularEnsemble(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"ensemble_size={self.ensemble_size}, numeric_features={self.numeric_features}, "
-            f"dropout={self.dropout}, sparse={self.sparse}"
+            f"dropout={self.dropout}, embedding_std={self.embedding_std}, sparse={self.sparse}"
         )
 
 

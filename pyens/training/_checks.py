@@ -1,0 +1,66 @@
+"""What `fit` refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from pyens.training.randomness import Randomness
+
+
+def count(argument: str, value: int) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"fit: {argument}: expected a positive integer, got {value!r}")
+
+
+def model(model: nn.Module) -> int:
+    missing = [
+        name for name in ("ensemble_size", "loss", "select", "reset_parameters") if not hasattr(model, name)
+    ]
+    if missing:
+        raise TypeError(f"fit: model: expected an ensemble, got a {type(model).__name__} without {missing}")
+    members = model.ensemble_size
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 0 or parameter.shape[0] != members:
+            raise ValueError(
+                f"fit: model: expected parameters [{members}, ...], got {name} of shape "
+                f"{list(parameter.shape)}"
+            )
+    return members
+
+
+def data(argument: str, data: Sequence[Tensor], like: Sequence[Tensor] | None = None) -> int:
+    if len(data) < 2 or not all(isinstance(t, Tensor) and t.dim() > 0 for t in data):
+        got = [list(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in data]
+        raise TypeError(f"fit: {argument}: expected tensors [N, ...], inputs and target, got {got}")
+    if len({t.shape[0] for t in data}) > 1 or len(data[0]) == 0:
+        raise ValueError(
+            f"fit: {argument}: expected the same number of rows in all, at least one, "
+            f"got {[t.shape[0] for t in data]}"
+        )
+    shapes = [tuple(t.shape[1:]) for t in data]
+    if like is not None and shapes != [tuple(t.shape[1:]) for t in like]:
+        raise ValueError(f"fit: {argument}: expected rows like those of data, got shapes {shapes}")
+    return len(data[0])
+
+
+def jackknife(
+    sources: Randomness, members: int, groups: int | None, left_out: Sequence[int] | None
+) -> tuple[int, tuple[int, ...]]:
+    if not sources.jackknife:
+        for argument, value in (("jackknife_groups", groups), ("left_out", left_out)):
+            if value is not None:
+                raise ValueError(f"fit: {argument}: expected None without randomness.jackknife, got {value}")
+        return 0, ()
+    groups = members if groups is None else groups
+    count("jackknife_groups", groups)
+    if groups < 2:
+        raise ValueError("fit: jackknife_groups: expected at least 2, or nothing is left, got 1")
+    chosen = tuple(range(members)) if left_out is None else tuple(int(group) for group in left_out)
+    if len(chosen) != members or not all(0 <= group < groups for group in chosen):
+        raise ValueError(
+            f"fit: left_out: expected a group from 0 to {groups - 1} for each of {members} members, "
+            f"got {list(chosen)}"
+        )
+    return groups, chosen

@@ -1,0 +1,297 @@
+"""The state of a training run, and what an epoch does to it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyens.optim import load_member_state, member_state
+from pyens.reference.ensemble_mlp_loss import LOSSES
+from pyens.training import _checks
+from pyens.training import checkpoint as checkpoints
+from pyens.training.history import DIVERGED, FINISHED, RUNNING, STATUS, STOPPED, History
+from pyens.training.randomness import Order, Randomness, generator, member_seeds, partition, split_rows
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+class Run:
+    """A run between two epochs. `active` are the members that still train, in the order of `model`'s."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: tuple[Tensor, ...],
+        *,
+        loss: str,
+        temperature: float,
+        batch_size: int,
+        optimizer: MakeOptimizer,
+        randomness: Randomness | None,
+        seed: int,
+        seeds: Sequence[int] | None,
+        groups: int | None,
+        left_out: Sequence[int] | None,
+        validation: float | Sequence[Tensor],
+        early_stopping: int | None,
+    ) -> None:
+        members = _checks.model(model)
+        rows = _checks.data("data", data)
+        _checks.count("batch_size", batch_size)
+        if loss not in LOSSES:
+            raise ValueError(f"fit: loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
+        sources = randomness or Randomness(shuffle=True)
+        own_seeds = member_seeds(seed, members) if seeds is None else [int(s) for s in seeds]
+        if len(own_seeds) != members:
+            raise ValueError(f"fit: seeds: expected one for each of {members} members, got {len(own_seeds)}")
+        self.groups, self.left_out = _checks.jackknife(sources, members, groups, left_out)
+
+        self.model = self.working = model
+        self.data = data
+        self.loss, self.temperature, self.batch_size = loss, temperature, batch_size
+        self.make_optimizer = optimizer
+        self.randomness, self.seed = randomness, seed
+        self.patience = early_stopping
+        share = validation if isinstance(validation, (int, float)) else 0.0
+        if not 0 <= share < 1:
+            raise ValueError(f"fit: validation: expected a share in [0, 1) or tensors, got {validation}")
+        training, held_out = split_rows(rows, share, seed)
+        if len(training) == 0:
+            raise ValueError(f"fit: data: expected rows beside the validation rows, got {rows} in all")
+        if isinstance(validation, (int, float)):
+            self.validation = tuple(t.index_select(0, held_out.to(t.device)) for t in data)
+        else:
+            self.validation = tuple(validation)
+            _checks.data("validation", self.validation, like=data)
+        if early_stopping is not None:
+            _checks.count("early_stopping", early_stopping)
+            if len(self.validation[0]) == 0:
+                raise ValueError("fit: early_stopping: expected validation rows to judge by, got none")
+        in_group = None
+        if sources.jackknife:
+            if self.groups > len(training):
+                raise ValueError(
+                    f"fit: jackknife_groups: expected at most the {len(training)} training rows, "
+                    f"got {self.groups}"
+                )
+            in_group = partition(training, rows, self.groups, seed)
+        self.order = Order(training, tuple(own_seeds), sources.shuffle, in_group, self.left_out)
+        self.steps = math.ceil(len(training) / batch_size)
+        self.described = checkpoints.describe(
+            {
+                "model": str(model),
+                "loss": loss,
+                "temperature": temperature,
+                "batch_size": batch_size,
+                "randomness": None if randomness is None else randomness.code,
+                "seed": seed,
+                "seeds": own_seeds,
+                "jackknife_groups": self.groups,
+                "left_out": list(self.left_out),
+                "early_stopping": early_stopping,
+            },
+            data,
+            self.validation,
+        )
+
+    # --------------------------------------------------------------------------------------------------------
+    # Beginning and end
+
+    def start(self, saved: dict[str, Any] | None) -> None:
+        """Begins the run, or takes it up where it was saved."""
+        members = self.model.ensemble_size
+        if saved is None and self.randomness is not None:
+            own = self.randomness.init
+            self.model.reset_parameters(list(self.order.seeds) if own else [self.seed] * members)
+        self.epoch = 0
+        self.active = list(range(members))
+        self.losses: list[np.ndarray] = []  # of each epoch [2, E]: train, validation
+        self.best = np.full(members, np.inf)
+        self.best_epoch = np.full(members, -1)
+        self.status = np.full(members, RUNNING)
+        if saved is None:
+            self.kept = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+            self.optimizer = self.make_optimizer(self.working.parameters())
+            return
+        self.epoch = saved["epoch"]
+        self.active = saved["active"]
+        self.losses = list(saved["losses"].numpy())
+        self.best, self.best_epoch = saved["best"].numpy(), saved["best_epoch"].numpy()
+        self.status = saved["status"].numpy()
+        self.kept = {name: t.to(self.data[0].device) for name, t in saved["kept"].items()}
+        if self.active:
+            if len(self.active) < members:
+                self.working = self.model.select(self.active)
+            _copy(self.working, saved["parameters"])
+            self.optimizer = self.make_optimizer(self.working.parameters())
+            load_member_state(self.optimizer, saved["optimizer"])
+
+    def state(self) -> dict[str, Any]:
+        """What `start` takes."""
+        return {
+            "epoch": self.epoch,
+            "active": self.active,
+            "losses": torch.from_numpy(np.stack(self.losses)),
+            "best": torch.from_numpy(self.best),
+            "best_epoch": torch.from_numpy(self.best_epoch),
+            "status": torch.from_numpy(self.status),
+            "kept": self.kept,
+            "parameters": {name: p.detach() for name, p in self.working.named_parameters()},
+            "optimizer": member_state(self.optimizer),
+        }
+
+    def finish(self) -> History:
+        """Gives the model the weights that were kept."""
+        _copy(self.model, self.kept)
+        self.status[self.status == RUNNING] = FINISHED
+        train, validation = np.stack(self.losses, 1) if self.losses else np.empty((2, 0, len(self.status)))
+        return History(train, validation, self.best_epoch, tuple(STATUS[status] for status in self.status))
+
+    # --------------------------------------------------------------------------------------------------------
+    # An epoch
+
+    def train(self, advance: Callable[[], Any]) -> None:
+        """One pass over the training rows."""
+        device, members = self.data[0].device, self.active
+        order = self.order.epoch(self.epoch, members)
+        seeds = self._dropout_seeds()
+        total = torch.zeros(len(members), dtype=torch.float64, device=device)
+        with _mode(self.working, training=True):
+            for step, rows in enumerate(order.split(self.batch_size, dim=-1)):
+                weights = self.order.weights(rows, members)
+                losses = self._losses(
+                    _rows(self.data, rows.to(device)),
+                    sample_weight=None if weights is None else weights.to(self.data[-1].device),
+                    **({} if seeds is None else {"dropout_seeds": seeds[step]}),
+                )
+                self.optimizer.zero_grad()
+                losses.sum().backward()
+                self.optimizer.step()
+                total += losses.detach() * rows.shape[-1]
+                advance()
+        self.train_loss = (total / order.shape[-1]).cpu().numpy()
+
+    @torch.no_grad()
+    def judge(self) -> None:
+        """Validation after an epoch: who is best now, who stops, who has diverged."""
+        members, active = self.model.ensemble_size, np.array(self.active)
+        losses = np.full((2, members), np.nan)
+        losses[0, active] = self.train_loss
+        healthy = np.isfinite(self.train_loss) & _finite(self.working)
+        improved = healthy.copy()
+        if len(self.validation[0]) > 0:
+            losses[1, active] = validation = self._validate()
+            healthy &= np.isfinite(validation)
+            improved = healthy if self.patience is None else healthy & (validation < self.best[active])
+            self.best[active[improved]] = validation[improved]
+        self.losses.append(losses)
+        self.best_epoch[active[improved]] = self.epoch
+        self._keep(improved)
+        self.status[active[~healthy]] = DIVERGED
+        if not healthy.all():
+            warnings.warn(
+                f"fit: members {active[~healthy].tolist()} diverged in epoch {self.epoch}: they keep their "
+                f"last good weights, the others go on",
+                stacklevel=3,
+            )
+        if self.patience is not None:
+            patient = self.epoch - self.best_epoch[active] < self.patience
+            self.status[active[healthy & ~patient]] = STOPPED
+        self.epoch += 1
+        stay = self.status[active] == RUNNING
+        if not stay.all():
+            self._go_on_with(np.flatnonzero(stay))
+
+    def summary(self) -> str:
+        """Losses of the last epoch, over the members that trained in it, for the progress bar."""
+        texts = []
+        for name, losses in zip(("train", "validation"), self.losses[-1], strict=True):
+            losses = losses[np.isfinite(losses)]
+            if len(losses) > 0:
+                texts.append(f"{name} {losses.mean():.4f} ± {losses.std():.4f}")
+        return ", ".join([*texts, f"{len(self.active)} members"])
+
+    def _validate(self) -> np.ndarray:
+        """Each member's mean loss over the validation rows, float64."""
+        count = len(self.validation[0])
+        total = torch.zeros(len(self.active), dtype=torch.float64)
+        with _mode(self.working, training=False):
+            for rows in torch.arange(count, device=self.data[0].device).split(self.batch_size):
+                total += self._losses(_rows(self.validation, rows)).double().cpu() * len(rows)
+        return (total / count).numpy()
+
+    def _losses(self, batch: Sequence[Tensor], **options: Any) -> Tensor:
+        if self.loss == "cross_entropy":
+            options["temperature"] = self.temperature
+        return self.working.loss(*batch, loss=self.loss, **options)
+
+    def _dropout_seeds(self) -> Tensor | None:
+        """int64 `[steps, members]` for this epoch; None for a model without dropout."""
+        if not getattr(self.working, "dropout", 0):
+            return None
+        drawn = [
+            torch.randint(
+                2**62, (self.steps,), generator=generator(self.order.seeds[m], "dropout", self.epoch)
+            )
+            for m in self.active
+        ]
+        return torch.stack(drawn, 1).to(self.data[0].device)
+
+    def _keep(self, chosen: np.ndarray) -> None:
+        """Remembers the present weights of some of the active members (bool) as the ones to end with."""
+        places = torch.from_numpy(np.flatnonzero(chosen)).to(self.data[0].device)
+        members = torch.tensor(self.active, device=places.device)[places]
+        for name, parameter in self.working.named_parameters():
+            self.kept[name][members] = parameter.detach()[places]
+
+    def _go_on_with(self, places: np.ndarray) -> None:
+        """Leaves all but some of the active members behind, with what the optimizer remembers of them."""
+        self.active = [self.active[place] for place in places]
+        if not self.active:
+            return
+        chosen = torch.from_numpy(places).to(self.data[0].device)
+        remembered = [
+            {
+                name: value[chosen] if isinstance(value, Tensor) and value.dim() > 0 else value
+                for name, value in state.items()
+            }
+            for state in member_state(self.optimizer)
+        ]
+        self.working = self.working.select(places.tolist())
+        self.optimizer = self.make_optimizer(self.working.parameters())
+        load_member_state(self.optimizer, remembered)
+
+
+def _rows(tensors: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
+    """`[..., *]` of each tensor `[N, *]`."""
+    flat = rows.reshape(-1)
+    return [t.index_select(0, flat).view(*rows.shape, *t.shape[1:]) for t in tensors]
+
+
+def _finite(model: nn.Module) -> np.ndarray:
+    """bool `[E]`: which members have no NaN or infinite parameter."""
+    flags = [parameter.isfinite().flatten(1).all(1) for parameter in model.parameters()]
+    return torch.stack(flags).all(0).cpu().numpy()
+
+
+@torch.no_grad()
+def _copy(model: nn.Module, parameters: dict[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.copy_(parameters[name])
+
+
+@contextmanager
+def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    was = model.training
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(was)

@@ -1,0 +1,63 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyens import _files
+
+FORMAT = "pyens.training 1"
+
+
+def describe(
+    arguments: Mapping[str, Any], data: Sequence[Tensor], validation: Sequence[Tensor]
+) -> dict[str, Any]:
+    """What must be the same for a run to be continued: arguments, and data down to the bits."""
+    return {
+        **arguments,
+        "data": [_describe_tensor(tensor) for tensor in data],
+        "validation data": [_describe_tensor(tensor) for tensor in validation],
+    }
+
+
+def save(path: Path, described: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Writes a checkpoint atomically."""
+    _files.save({"format": FORMAT, "run": dict(described), "state": dict(state)}, path)
+
+
+def load(path: Path, described: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The state that was saved last, None if there is no file.
+
+    Raises:
+        ValueError: a damaged file, or one of another run; it says in what they differ.
+    """
+    if not path.exists():
+        return None
+    saved = _files.load(path)
+    if saved.get("format") != FORMAT:
+        raise ValueError(f"fit: checkpoint: {path}: expected a checkpoint of fit, got another file")
+    for name in {**saved["run"], **described}:
+        then, now = saved["run"].get(name), described.get(name)
+        if then != now:
+            raise ValueError(
+                f"fit: checkpoint: {path} is of another run: expected {name} {_short(now)}, "
+                f"got {_short(then)}; name another file, or delete this one to start anew"
+            )
+    return saved["state"]
+
+
+def _describe_tensor(tensor: Tensor) -> str:
+    stored = tensor.detach().cpu().contiguous()
+    bits = zlib.crc32(stored.reshape(-1).view(torch.uint8).numpy())
+    return f"{stored.dtype} {list(stored.shape)} crc32 {bits:08x}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,51 @@
+"""What a training run leaves on record."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pyens._files import write_atomically
+
+RUNNING, FINISHED, STOPPED, DIVERGED = range(4)
+STATUS = ("running", "finished", "stopped", "diverged")
+
+
+@dataclass(frozen=True, eq=False)
+class History:
+    """Losses of every member after every epoch; NaN from the epoch on in which a member no longer trained.
+
+    Epochs count from 0. A member is "finished" after its last epoch, "stopped" if it stopped early,
+    "diverged" if its loss or a parameter became NaN or infinite.
+    """
+
+    train_loss: np.ndarray  # float64 [epochs, E], mean over the epoch's batches while the weights move
+    validation_loss: np.ndarray  # float64 [epochs, E], after the epoch; NaN without validation
+    best_epoch: np.ndarray  # int64 [E], whose weights the member has; -1: those before the first epoch
+    status: tuple[str, ...]  # of each member
+
+    @property
+    def epochs(self) -> np.ndarray:
+        """int64 `[E]`: how many epochs each member trained for."""
+        return np.isfinite(self.train_loss).sum(0)
+
+    @property
+    def diverged(self) -> np.ndarray:
+        """bool `[E]`."""
+        return np.array([status == STATUS[DIVERGED] for status in self.status], dtype=bool)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Writes a line per epoch and member that trained in it, atomically."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["epoch", "member", "train_loss", "validation_loss"])
+        for epoch, member in zip(*np.nonzero(~np.isnan(self.train_loss)), strict=True):
+            losses = self.train_loss[epoch, member], self.validation_loss[epoch, member]
+            writer.writerow(
+                [epoch, member, *("" if np.isnan(loss) else repr(float(loss)) for loss in losses)]
+            )
+        write_atomically(path, text.getvalue().encode())

@@ -1,0 +1,118 @@
+"""Where the members of an ensemble get their differences from, and how every draw follows from a seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """Which sources of randomness make the members differ.
+
+    Args:
+        init: R, every member draws weights of its own; without it all start from the same ones.
+        shuffle: S, every member draws a new order of the examples in every epoch; without it one fixed order
+            serves all members in all epochs.
+        jackknife: J, every member leaves out one group of the training examples (delete-1 jackknife).
+
+    Source: "prediction variation", the randomness settings R0 to R7.
+    """
+
+    init: bool = False
+    shuffle: bool = False
+    jackknife: bool = False
+
+    @classmethod
+    def from_code(cls, code: str) -> Randomness:
+        """The document's names: R0 none, R1 R, R2 S, R3 R+S, R4 J, R5 R+J, R6 S+J, R7 R+S+J.
+
+        Raises:
+            ValueError: another code.
+        """
+        if code not in CODES:
+            raise ValueError(f"Randomness.from_code: code: expected one of {', '.join(CODES)}, got {code!r}")
+        bits = CODES.index(code)
+        return cls(init=bool(bits & 1), shuffle=bool(bits & 2), jackknife=bool(bits & 4))
+
+    @property
+    def code(self) -> str:
+        """The document's name of this setting, "R0" to "R7"."""
+        return CODES[self.init + 2 * self.shuffle + 4 * self.jackknife]
+
+
+CODES = tuple(f"R{i}" for i in range(8))
+
+
+def derive_seed(seed: int, *purpose: str | int) -> int:
+    """Another seed, for one purpose: a number in [0, 2^63) that looks independent of all others.
+
+    The same on every machine, and without a state that a resumed run would have to find again.
+    """
+    words = ":".join(str(word) for word in (int(seed), *purpose))
+    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "little") >> 1
+
+
+def generator(seed: int, *purpose: str | int) -> torch.Generator:
+    """A generator on the CPU, seeded by `derive_seed`."""
+    return torch.Generator().manual_seed(derive_seed(seed, *purpose))
+
+
+def member_seeds(seed: int, ensemble_size: int) -> list[int]:
+    """A seed for each member where the caller gives none: member m's is the same however many there are."""
+    return [derive_seed(seed, "member", m) for m in range(ensemble_size)]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What every member meets and when: a pure function of the seeds, the epoch and the member.
+
+    Rows are places in the training data, validation rows excluded.
+    """
+
+    rows: Tensor  # int32 [n], since shuffling takes E of them: the training rows, in the common order
+    seeds: tuple[int, ...]  # of all members
+    shuffle: bool
+    groups: Tensor | None  # int32 [N], the jackknife group of each row of the data; None without jackknife
+    left_out: tuple[int, ...]  # of all members
+
+    def epoch(self, epoch: int, members: Sequence[int]) -> Tensor:
+        """Rows in the order of this epoch: `[n]` if all members meet the same, else `[len(members), n]`."""
+        if not self.shuffle:
+            return self.rows
+        n = len(self.rows)
+        order = torch.empty(len(members), n, dtype=self.rows.dtype)
+        for i, m in enumerate(members):
+            drawn = torch.randperm(n, generator=generator(self.seeds[m], "order", epoch))
+            torch.index_select(self.rows, 0, drawn, out=order[i])
+        return order
+
+    def weights(self, rows: Tensor, members: Sequence[int]) -> Tensor | None:
+        """float32 `[len(members), B]`, 0 where a member leaves the row out, else 1; None for all ones."""
+        if self.groups is None:
+            return None
+        left_out = torch.tensor([self.left_out[m] for m in members], dtype=self.groups.dtype)
+        groups = self.groups.index_select(0, rows.reshape(-1)).view(rows.shape)
+        return (groups != left_out.unsqueeze(1)).float()
+
+
+def split_rows(rows: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Training rows in an order drawn from the seed, and validation rows: `share` of all, at least one."""
+    drawn = torch.randperm(rows, generator=generator(seed, "validation"))
+    held_out = max(1, round(share * rows)) if share > 0 else 0
+    training = drawn[held_out:]
+    order = torch.randperm(len(training), generator=generator(seed, "order"))
+    return training[order].int(), drawn[:held_out].sort().values
+
+
+def partition(rows: Tensor, total: int, groups: int, seed: int) -> Tensor:
+    """int32 `[total]`: the group of each of `rows`, drawn at random and of equal sizes but for 1; -1 for the
+    others."""
+    group = torch.full((total,), -1, dtype=torch.int32)
+    drawn = torch.randperm(len(rows), generator=generator(seed, "groups"))
+    group[rows[drawn]] = torch.arange(len(rows), dtype=torch.int32) % groups
+    return group
