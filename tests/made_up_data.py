@@ -37,3 +37,21 @@ def write_movielens(folder: Path, *, users: int = 30, movies: int = 20, ratings:
         lines.append(f"{user_ids[u]}::{movie_ids[m]}::{stars}::{956703932 + pair}\n")
     (folder / "ratings.dat").write_text("".join(lines), encoding="latin-1")
     return folder
+
+
+def write_criteo(folder: Path, *, rows: int = 300, seed: int = 0) -> Path:
+    """`train.txt` of the Criteo data: skewed counts, some negative, and a fifth of all values missing."""
+    g = torch.Generator().manual_seed(seed)
+    counts = (torch.randn(rows, 13, generator=g) * 2).exp().long() - 1
+    categories = (torch.randn(rows, 26, generator=g) * 3).long() * 1_234_567_891 % 2**32
+    missing = (torch.rand(rows, 39, generator=g) < 0.2).tolist()
+    clicks = torch.rand(rows, generator=g) < counts.clamp(0, 9).double().mean(1) / 9
+    lines = []
+    for click, count, category, absent in zip(
+        clicks.tolist(), counts.tolist(), categories.tolist(), missing, strict=True
+    ):
+        values = [*map(str, count), *(f"{c:08x}" for c in category)]
+        fields = ["" if gone else value for gone, value in zip(absent, values, strict=True)]
+        lines.append("\t".join([str(int(click)), *fields]) + "\n")
+    (folder / "train.txt").write_text("".join(lines))
+    return folder

@@ -11,6 +11,8 @@ import numpy as np
 
 BLOCK = 1 << 24  # bytes read at a time: the positions of fields take several times as much
 MOST_DIGITS = 18  # of an integer, so that it fits into int64
+# Of each byte: its value as a hex digit, or -1.
+HEX_DIGITS = np.array([int(chr(b), 16) if chr(b) in "0123456789abcdefABCDEF" else -1 for b in range(256)])
 
 
 class Fields:
@@ -81,6 +83,19 @@ class Fields:
             value = np.where(inside, value * 10 + digit, value)
         self.require(good, columns, "an integer" + " or nothing" * optional)
         return np.where(negative, -value, value), given
+
+    def hexadecimal(self, columns: int | slice, *, digits: int) -> tuple[np.ndarray, np.ndarray]:
+        """int64 values of that many digits, 0 for an empty field, and which are given."""
+        starts, ends = self.starts[:, columns], self.ends[:, columns]
+        given = ends > starts
+        good = ~given | (ends - starts == digits)
+        value = np.zeros(starts.shape, np.int64)
+        for place in range(digits):
+            digit = HEX_DIGITS[self._bytes.take(starts + place, mode="clip")]
+            good &= ~given | (digit >= 0)
+            value = value * 16 + digit
+        self.require(good, columns, f"{digits} hex digits or nothing")
+        return np.where(given, value, 0), given
 
     def require(self, good: np.ndarray, columns: int | slice, expected: str) -> None:
         """Refuses the first field of these columns, line by line, that is not `good`."""
