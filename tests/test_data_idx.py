@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 
-from pyens.data import load_idx, read_idx, two_sinusoids
+from pyens.data import load_idx, load_mnist, read_idx, two_sinusoids
 
 
 def idx(array: torch.Tensor, kind: int = 8) -> bytes:
@@ -35,6 +35,18 @@ def test_images_and_labels(tmp_path, part, zipped):
     assert torch.equal(split.images, IMAGES.view(2, 12).float() / 255)
     assert split.labels.tolist() == [9, 0]
     split.images.zero_()  # memory of its own
+
+
+def test_mnist_is_both_parts(tmp_path):
+    write(tmp_path, zipped=True)
+    with pytest.raises(FileNotFoundError, match=r"t10k-images-idx3-ubyte or t10k-images-idx3-ubyte\.gz"):
+        load_mnist(tmp_path)
+    write(tmp_path, part="t10k", images=IMAGES + 1, labels=LABELS.flip(0))
+    mnist = load_mnist(tmp_path)
+    for split, part in ((mnist.train, "train"), (mnist.test, "t10k")):
+        assert torch.equal(split.images, load_idx(tmp_path, part).images)
+        assert torch.equal(split.labels, load_idx(tmp_path, part).labels)
+    assert mnist.train.labels.tolist() == [9, 0] and mnist.test.labels.tolist() == [0, 9]
 
 
 def test_any_shape(tmp_path):

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from benchmarks import harness
 from pyens import metrics, plots
-from pyens.data import Split, load_idx, two_sinusoids
+from pyens.data import Split, load_idx, load_mnist, two_sinusoids
 from pyens.masks import expected_iou, generate_masks, mask_iou, masks_for_channels, model_size
 from pyens.nn import EnsembleMLP, MaskedMLP, mc_dropout
 
@@ -391,8 +391,7 @@ def iou_and_size(settings: Settings, path: Path) -> list[str]:
 def run(settings: Settings) -> Path:
     """Trains, evaluates, draws, and writes masksembles.md and its pictures; the path of the page."""
     part = slice(settings.largest)
-    digits = load_idx(settings.data / "mnist", "train")
-    test = load_idx(settings.data / "mnist", "t10k")
+    digits, test = load_mnist(settings.data / "mnist")
     outside = {
         "Fashion-MNIST": load_idx(settings.data / "fashion-mnist", "t10k").images,
         "notMNIST": load_idx(settings.data / "notmnist-small", "notMNIST_small").images,

@@ -1,7 +1,26 @@
 """Data sets as plain tensors: bundled ones, the user's own files, and made-up ones."""
 
+from pyens.data.criteo import Criteo, load_criteo
 from pyens.data.digits import Digits, Split, load_digits
-from pyens.data.idx import load_idx, read_idx
+from pyens.data.idx import Mnist, load_idx, load_mnist, read_idx
+from pyens.data.movielens import MovieLens, load_movielens
 from pyens.data.sinusoids import Points, two_sinusoids
+from pyens.data.table import Rows, Table
 
-__all__ = ["Digits", "Points", "Split", "load_digits", "load_idx", "read_idx", "two_sinusoids"]
+__all__ = [
+    "Criteo",
+    "Digits",
+    "Mnist",
+    "MovieLens",
+    "Points",
+    "Rows",
+    "Split",
+    "Table",
+    "load_criteo",
+    "load_digits",
+    "load_idx",
+    "load_mnist",
+    "load_movielens",
+    "read_idx",
+    "two_sinusoids",
+]

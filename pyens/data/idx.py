@@ -5,12 +5,35 @@ import math
 import os
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyens.data.digits import Split
+
+
+class Mnist(NamedTuple):
+    """The two parts that MNIST and its kin come in."""
+
+    train: Split
+    test: Split
+
+
+def load_mnist(folder: str | os.PathLike[str]) -> Mnist:
+    """MNIST, or what is laid out like it, such as Fashion-MNIST: its "train" and "t10k" parts.
+
+    Args:
+        folder: where the four files lie, as they are downloaded.
+
+    Returns:
+        Images `[N, 784]` float32 in [0, 1] and labels `[N]` int64 of both parts, in their order.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_idx`.
+    """
+    return Mnist(load_idx(folder, "train"), load_idx(folder, "t10k"))
 
 
 def load_idx(folder: str | os.PathLike[str], part: str = "train") -> Split:

@@ -8,7 +8,8 @@ Conventions, the same in every function here:
 - A function sees all examples at once. Streaming are the classes, which hold sums of a fixed size:
   `CalibrationError` over examples, `PredictiveUncertainty` and `PredictiveMoments` over members.
 - Everything is computed in float64 on the tensors' device. A measure of the whole batch is a 0-dim float64
-  tensor; a measure per example is ``[B]`` (or ``[B, K]``) in the dtype that came in.
+  tensor; a measure per example is ``[B]`` (or ``[B, K]``) in the dtype that came in. What `pyens.ops` reduces
+  over the members (the streaming classes, the PVs) is computed as the operation says.
 - Entropies are in nats. Out-of-distribution is the positive class. The Brier score sums over the classes
   (0 to 2). Calibration bins are ``(lo, hi]``.
 - Input that makes no sense (wrong rank or dtype, label out of range, rows that don't sum to 1, NaN) raises
@@ -62,11 +63,19 @@ from pyens.metrics.uncertainty import (
     predictive_entropy,
     predictive_variance,
 )
+from pyens.metrics.variation import (
+    DeltaRatio,
+    delta_ratio,
+    distribution_variation,
+    value_variation,
+    variation_coefficient,
+)
 
 __all__ = [
     "BrierDecomposition",
     "CalibrationError",
     "ConfidenceCurve",
+    "DeltaRatio",
     "Interval",
     "PredictiveMoments",
     "PredictiveUncertainty",
@@ -80,6 +89,8 @@ __all__ = [
     "classwise_calibration_error",
     "confidence_curve",
     "confusion_matrix",
+    "delta_ratio",
+    "distribution_variation",
     "ensemble_crps",
     "expected_calibration_error",
     "expected_entropy",
@@ -107,4 +118,6 @@ __all__ = [
     "rmse",
     "spearman",
     "value_at_risk",
+    "value_variation",
+    "variation_coefficient",
 ]
