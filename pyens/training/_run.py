@@ -160,6 +160,8 @@ class Run:
     def train(self, advance: Callable[[], Any]) -> None:
         """One pass over the training rows."""
         device, members = self.data[0].device, self.active
+        double = any(p.dtype == torch.float64 for p in self.working.parameters())
+        dtype = torch.float64 if double else torch.float32
         order = self.order.epoch(self.epoch, members)
         seeds = self._dropout_seeds()
         total = torch.zeros(len(members), dtype=torch.float64, device=device)
@@ -168,7 +170,7 @@ class Run:
                 weights = self.order.weights(rows, members)
                 losses = self._losses(
                     _rows(self.data, rows.to(device)),
-                    sample_weight=None if weights is None else weights.to(self.data[-1].device),
+                    sample_weight=None if weights is None else weights.to(device, dtype),
                     **({} if seeds is None else {"dropout_seeds": seeds[step]}),
                 )
                 self.optimizer.zero_grad()
