@@ -184,20 +184,48 @@ def confusion(matrix: Tensor, names: Sequence[str] | None = None, ax: Axes | Non
     names = [str(k) for k in range(len(counts))] if names is None else list(names)
     if len(names) != len(counts):
         raise ValueError(f"confusion: names: expected {len(counts)}, one for each class, got {len(names)}")
-    if ax is None:
-        ax = new_figure().add_subplot()
     total = counts.sum(1, keepdims=True)
     shares = np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
-    image = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), share in np.ndenumerate(shares):
-        if np.isfinite(share):
-            ink = "white" if share > 0.5 else INK
-            ax.text(column, row, f"{share:.2f}", ha="center", va="center", color=ink, fontsize="x-small")
-    ticks = range(len(names))
-    ax.set(xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names)
+    ax = _table(shares, names, names, ax, 0.0, "share of the true class")
     ax.set(xlabel="predicted class", ylabel="true class")
-    ax.figure.colorbar(image, ax=ax, label="share of the true class", fraction=0.05)
     return ax
+
+
+def correlation_matrix(
+    matrix: Tensor,
+    names: Sequence[str],
+    columns: Sequence[str] | None = None,
+    ax: Axes | None = None,
+    *,
+    label: str = "Pearson correlation",
+) -> Axes:
+    """Correlations between two sets of things, or within one, as a picture with the numbers in it.
+
+    The colours begin at the smallest correlation, rounded down to a tenth: they also tell apart what is all
+    close to 1.
+
+    Args:
+        matrix: ``[R, C]`` in [-1, 1], such as `torch.corrcoef` of the prediction variations of R settings.
+            Where it is NaN, for a setting without variation, the field stays empty.
+        names: of the R rows.
+        columns: names of the C columns; those of the rows if not given.
+        ax: axes to draw on; None for a new figure.
+        label: which correlation it is.
+    """
+    if not isinstance(matrix, torch.Tensor):
+        raise TypeError(f"correlation_matrix: matrix: expected a tensor, got {type(matrix).__name__}")
+    values = _array(matrix)
+    if values.ndim != 2 or values.size == 0:
+        raise ValueError(f"correlation_matrix: matrix: expected shape [R, C], got {list(values.shape)}")
+    outside = values[np.abs(values) > 1 + 1e-6]  # a rounding beyond 1 is no mistake
+    if outside.size:
+        raise ValueError(f"correlation_matrix: matrix: expected values in [-1, 1], got {outside[0]:.6g}")
+    columns = names if columns is None else columns
+    for argument, given, size in (("names", names, len(values)), ("columns", columns, values.shape[1])):
+        if len(given) != size:
+            raise ValueError(f"correlation_matrix: {argument}: expected {size} names, got {len(given)}")
+    smallest = values[np.isfinite(values)].min(initial=0.9)
+    return _table(values, names, columns, ax, np.floor(10 * smallest) / 10, label)
 
 
 def prediction_differences(
@@ -236,6 +264,27 @@ def prediction_differences(
     ax.set_yscale("log")
     ax.set(xlabel=xlabel, ylabel="prediction difference")
     ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def _table(
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    ax: Axes | None,
+    low: float,
+    label: str,
+) -> Axes:
+    """Numbers from `low` to 1, each in a field of its colour; NaN leaves it empty."""
+    if ax is None:
+        ax = new_figure().add_subplot()
+    image = ax.imshow(values, cmap="Blues", vmin=low, vmax=1)
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            ink = "white" if value > (low + 1) / 2 else INK
+            ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize="x-small")
+    ax.set(xticks=range(len(columns)), yticks=range(len(rows)), xticklabels=columns, yticklabels=rows)
+    ax.figure.colorbar(image, ax=ax, label=label, fraction=0.05)
     return ax
 
 

@@ -95,6 +95,36 @@ def test_confusion_shows_the_shares_of_each_true_class(ax):
     assert [t.get_text() for t in plots.confusion(matrix).get_yticklabels()] == ["0", "1", "2"]
 
 
+def test_correlation_matrix_shows_the_numbers(ax):
+    generator = torch.Generator().manual_seed(0)
+    variations = torch.rand(1, 50, generator=generator) + 0.2 * torch.rand(3, 50, generator=generator)
+    variations[1] = 0.0  # a setting that does not vary has no correlation
+    matrix = torch.corrcoef(variations)
+    assert plots.correlation_matrix(matrix, ["R0", "R1", "R2"], ax=ax) is ax
+    (image,) = ax.get_images()
+    np.testing.assert_allclose(image.get_array().filled(np.nan), matrix.double())
+    smallest = matrix[0, 2].item()
+    low, high = image.get_clim()
+    assert high == 1 and low <= smallest < low + 0.1 and low > 0.5
+    written = {text.get_position(): text.get_text() for text in ax.texts}  # (column, row)
+    assert written == {(c, r): "1.00" if c == r else f"{smallest:.2f}" for c in (0, 2) for r in (0, 2)}
+    for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
+        assert [tick.get_text() for tick in labels] == ["R0", "R1", "R2"]
+
+
+def test_correlation_matrix_of_two_sets():
+    matrix = torch.tensor([[-0.95, 0.25], [0.5, 0.75], [1.0, 0.125]])
+    ax = plots.correlation_matrix(matrix, ["a", "b", "c"], ["d", "e"], label="rank correlation")
+    (image,) = ax.get_images()
+    np.testing.assert_array_equal(image.get_array(), matrix)
+    assert image.get_clim() == (-1, 1)
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["a", "b", "c"]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["d", "e"]
+    assert "rank correlation" in [axes.get_ylabel() for axes in ax.figure.axes]
+    alike = plots.correlation_matrix(torch.ones(2, 2), ["a", "b"]).get_images()[0].get_clim()
+    assert alike == (0.9, 1)
+
+
 def test_prediction_differences_are_drawn_over_ascending_strengths(ax):
     differences = {"Δ1": torch.tensor([0.004, 0.08, 0.005]), "Δ2": torch.tensor([0.002, 0.03, 0.003])}
     assert plots.prediction_differences([0.1, 0, 0.05], differences, ax) is ax
@@ -133,6 +163,21 @@ def test_histograms_are_shares_of_each_group_over_common_bins(ax):
         (plots.confusion, (torch.ones(2, 3),), ValueError, r"matrix: expected shape \[K, K\].*got \[2, 3\]"),
         (plots.confusion, (-torch.ones(2, 2),), ValueError, "matrix: expected counts >= 0"),
         (plots.confusion, (torch.ones(2, 2), ["a"]), ValueError, "names: expected 2, .*, got 1"),
+        (plots.correlation_matrix, ([[1]], ["a"]), TypeError, "matrix: expected a tensor, got list"),
+        (plots.correlation_matrix, (torch.ones(2), ["a"]), ValueError, r"expected shape \[R, C\], got \[2\]"),
+        (
+            plots.correlation_matrix,
+            (torch.tensor([[1.1]]), ["a"]),
+            ValueError,
+            r"correlation_matrix: matrix: expected values in \[-1, 1\], got 1\.1",
+        ),
+        (plots.correlation_matrix, (torch.ones(2, 2), ["a"]), ValueError, "names: expected 2 names, got 1"),
+        (
+            plots.correlation_matrix,
+            (torch.ones(2, 1), ["a", "b"]),
+            ValueError,
+            "columns: expected 1 names, got 2",
+        ),
         (plots.prediction_differences, ([0.1], {}), ValueError, "differences: expected at least one Tensor"),
         (
             plots.prediction_differences,
