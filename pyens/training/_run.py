@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -113,6 +114,7 @@ class Run:
         self.epoch = 0
         self.active = list(range(members))
         self.losses: list[np.ndarray] = []  # of each epoch [2, E]: train, validation
+        self.seconds: list[float] = []  # of each epoch
         self.best = np.full(members, np.inf)
         self.best_epoch = np.full(members, -1)
         self.status = np.full(members, RUNNING)
@@ -123,6 +125,7 @@ class Run:
         self.epoch = saved["epoch"]
         self.active = saved["active"]
         self.losses = list(saved["losses"].numpy())
+        self.seconds = list(saved["seconds"])
         self.best, self.best_epoch = saved["best"].numpy(), saved["best_epoch"].numpy()
         self.status = saved["status"].numpy()
         self.kept = {name: t.to(self.data[0].device) for name, t in saved["kept"].items()}
@@ -139,6 +142,7 @@ class Run:
             "epoch": self.epoch,
             "active": self.active,
             "losses": torch.from_numpy(np.stack(self.losses)),
+            "seconds": self.seconds,
             "best": torch.from_numpy(self.best),
             "best_epoch": torch.from_numpy(self.best_epoch),
             "status": torch.from_numpy(self.status),
@@ -152,13 +156,15 @@ class Run:
         _copy(self.model, self.kept)
         self.status[self.status == RUNNING] = FINISHED
         train, validation = np.stack(self.losses, 1) if self.losses else np.empty((2, 0, len(self.status)))
-        return History(train, validation, self.best_epoch, tuple(STATUS[status] for status in self.status))
+        status = tuple(STATUS[status] for status in self.status)
+        return History(train, validation, self.best_epoch, status, np.array(self.seconds))
 
     # --------------------------------------------------------------------------------------------------------
     # An epoch
 
     def train(self, advance: Callable[[], Any]) -> None:
         """One pass over the training rows."""
+        self.begun = time.perf_counter()
         device, members = self.data[0].device, self.active
         double = any(p.dtype == torch.float64 for p in self.working.parameters())
         dtype = torch.float64 if double else torch.float32
@@ -210,6 +216,7 @@ class Run:
         stay = self.status[active] == RUNNING
         if not stay.all():
             self._go_on_with(np.flatnonzero(stay))
+        self.seconds.append(time.perf_counter() - self.begun)
 
     def summary(self) -> str:
         """Losses of the last epoch, over the members that trained in it, for the progress bar."""

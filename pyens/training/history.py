@@ -27,6 +27,7 @@ class History:
     validation_loss: np.ndarray  # float64 [epochs, E], after the epoch; NaN without validation
     best_epoch: np.ndarray  # int64 [E], whose weights the member has; -1: those before the first epoch
     status: tuple[str, ...]  # of each member
+    seconds: np.ndarray  # float64 [epochs], of training and validation; checkpoints not included
 
     @property
     def epochs(self) -> np.ndarray:

@@ -1,0 +1,339 @@
+"""Ensembles of models for tables, trained under a randomness setting, and what varies between their members.
+
+What the reproductions of "Beyond Point Estimate: Inferring Ensemble Prediction Variation from Neuron
+Activation Strength in Recommender Systems" have in common. One task under one setting is a unit: it is
+trained once, taken up again where it was killed, and its prediction variation and first member are kept in a
+working folder for the commands that need them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from benchmarks import harness
+from pyens import _files, metrics, ops
+from pyens.data.table import Table
+from pyens.nn import TabularEnsemble
+from pyens.optim import fused
+from pyens.training import History, Randomness, derive_seed, fit, member_seeds
+
+CHUNK = 1024  # test rows that all members look at together
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model predicts, and how it is trained."""
+
+    name: str
+    title: str
+    embedding_dims: tuple[int, ...]  # of the categorical columns
+    outputs: int  # 1, or the number of classes
+    loss: str  # mse, bce or cross_entropy
+    temperature: float = 1.0
+    hidden: tuple[int, ...] = (50, 20, 10)
+    epochs: int = 20
+    patience: int | None = 3  # epochs without a lower validation loss
+    batch_size: int = 1024
+    learning_rate: float = 1e-2
+    embedding_std: float = 0.05
+
+    def model(self, members: int, table: Table, *, dropout: float = 0.0) -> TabularEnsemble:
+        return TabularEnsemble(
+            members,
+            list(zip(table.categories, self.embedding_dims, strict=True)),
+            table.numeric.shape[1],
+            self.hidden,
+            self.outputs,
+            dropout=dropout,
+            embedding_std=self.embedding_std,
+        )
+
+    def data(self, table: Table, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `pyens.training.fit` takes."""
+        chosen = table.rows(rows)
+        return chosen.categorical, chosen.numeric, self.target(chosen.target)
+
+    def target(self, target: Tensor) -> Tensor:
+        """Classes of a rating, 0 to 4, or a column of numbers."""
+        return target.long() - 1 if self.loss == "cross_entropy" else target.unsqueeze(1)
+
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return fused(torch.optim.Adam, parameters, lr=self.learning_rate)
+
+    def variation(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean prediction (of a class, a probability) and PV of each example, from outputs [E, B, K]."""
+        if self.loss == "cross_entropy":
+            result = ops.predictive_uncertainty(outputs / self.temperature)
+            return result.mean_probability, result.distribution_pv
+        values = outputs.squeeze(-1)
+        moments = ops.predictive_moments(values.sigmoid() if self.loss == "bce" else values)
+        return moments.mean, moments.std
+
+    def measures(self, mean: Tensor, pv: Tensor, target: Tensor) -> dict[str, float]:
+        """A row of the document's Table 1: how good the ensemble is, and how much its members vary."""
+        result = {}
+        if self.loss == "mse":
+            result["MSE"] = (mean.double() - target).square().mean().item()
+            result["ACC"] = (mean.round().clamp(1, 5) == target).double().mean().item()
+        elif self.loss == "cross_entropy":
+            labels = self.target(target)
+            result["ACC"] = metrics.accuracy(mean, labels).item()
+            result["NLL"] = metrics.nll(mean, labels).item()
+        else:
+            result["AUC"] = metrics.auroc(mean, target.long()).item()
+            result["NLL"] = F.binary_cross_entropy(mean.double(), target.double()).item()
+        result["PV mean"] = pv.double().mean().item()
+        result["PV std"] = pv.double().std(correction=0).item()
+        if self.loss != "cross_entropy":
+            result["coeff"] = metrics.variation_coefficient(pv, mean).item()
+        return result
+
+
+@dataclass(frozen=True)
+class Unit:
+    """An ensemble after training."""
+
+    task: str
+    setting: str
+    measures: dict[str, float]
+    training_seconds: float
+    prediction_seconds: float
+    epochs: list[int]  # that each member trained for
+    diverged: int  # members
+    pv: Tensor  # float32 [test rows]
+    mean: Tensor  # float32 [test rows] or [test rows, K]
+    member: dict[str, Tensor]  # the weights of member 0
+
+    def aggregates(self) -> dict[str, Any]:
+        """What may be published: nothing of a single rating."""
+        return {
+            "measures": self.measures,
+            "training_seconds": self.training_seconds,
+            "prediction_seconds": self.prediction_seconds,
+            "mean_epochs": sum(self.epochs) / len(self.epochs),
+            "member_epochs": sum(self.epochs),
+            "diverged": self.diverged,
+        }
+
+
+@dataclass(frozen=True)
+class Study:
+    """A data set, the folder in which its units are kept, and how they are made."""
+
+    table: Table
+    work: Path
+    members: int
+    seed: int
+
+    def unit(self, task: Task, setting: str) -> Unit:
+        """One ensemble: read if it is there, else trained, from its last checkpoint on if there is one."""
+        stem = f"{task.name}-{setting}-{self.members}"
+        path = self.work / f"{stem}.pt"
+        described = self._describe(task, setting)
+        if path.exists():
+            saved = _files.load(path)
+            if saved["made by"] != described:
+                raise ValueError(f"{path} was made by {saved['made by']}, not {described}: move it away")
+            return Unit(**saved["unit"])
+        self.work.mkdir(parents=True, exist_ok=True)
+        unit = self._train(task, setting, stem)
+        _files.save({"made by": described, "unit": asdict(unit)}, path)
+        (self.work / f"{stem}.checkpoint").unlink()
+        return unit
+
+    def trained(self, tasks: Sequence[Task], settings: Sequence[str]) -> dict[tuple[str, str], Unit]:
+        """The units that are there already."""
+        return {
+            (task.name, setting): self.unit(task, setting)
+            for task in tasks
+            for setting in settings
+            if (self.work / f"{task.name}-{setting}-{self.members}.pt").exists()
+        }
+
+    def _train(self, task: Task, setting: str, stem: str) -> Unit:
+        print(f"{task.title}, {setting}, {self.members} members", flush=True)
+        model = task.model(self.members, self.table)
+        checkpoint = self.work / f"{stem}.checkpoint"
+        history = self._fit(task, model, setting, checkpoint=checkpoint, checkpoint_every=4)
+        history.to_csv(self.work / f"{stem}.csv")
+        start = time.perf_counter()
+        mean, pv = self.predict(task, model)
+        return Unit(
+            task.name,
+            setting,
+            task.measures(mean, pv, self.table.target[self.table.test]),
+            float(history.seconds.sum()),
+            time.perf_counter() - start,
+            history.epochs.tolist(),
+            int(history.diverged.sum()),
+            pv,
+            mean,
+            model.select([0]).state_dict(),
+        )
+
+    def _fit(self, task: Task, model: TabularEnsemble, setting: str, **options: Any) -> History:
+        return fit(
+            model,
+            task.data(self.table, self.table.train),
+            loss=task.loss,
+            temperature=task.temperature,
+            epochs=task.epochs,
+            batch_size=task.batch_size,
+            optimizer=task.optimizer,
+            randomness=Randomness.from_code(setting),
+            seed=self.seed,
+            validation=0.05 if task.patience else 0.0,
+            early_stopping=task.patience,
+            **options,
+        )
+
+    @torch.no_grad()
+    def predict(
+        self, task: Task, model: TabularEnsemble, *, dropout_seed: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and PV of all test rows, all members on a chunk of rows at a time."""
+        model.eval()
+        parts = []
+        chunks = self.table.test.split(CHUNK)
+        for i, rows in enumerate(tqdm(chunks, desc="predicting", leave=False, disable=None)):
+            seeds = {}
+            if dropout_seed is not None:
+                drawn = [derive_seed(dropout_seed, i, m) for m in range(model.ensemble_size)]
+                seeds["dropout_seeds"] = torch.tensor(drawn)
+            chosen = self.table.rows(rows)
+            parts.append(task.variation(model(chosen.categorical, chosen.numeric, **seeds)))
+        mean, pv = (torch.cat(part) for part in zip(*parts, strict=True))
+        return mean, pv
+
+    def mc_dropout(self, task: Task, variation: Tensor, *, rate: float = 0.2, passes: int = 100) -> dict:
+        """One model trained with dropout; how the PV of its passes compares with an ensemble's."""
+        model = task.model(1, self.table, dropout=rate)
+        history = self._fit(task, model, "R3", seeds=member_seeds(self.seed, 1))
+        mean, pv = self.predict(task, model.select([0] * passes), dropout_seed=self.seed)
+        return {
+            "measures": task.measures(mean, pv, self.table.target[self.table.test]),
+            "training_seconds": float(history.seconds.sum()),
+            "epochs": int(history.epochs[0]),
+            "pearson": metrics.pearson(pv, variation).item(),
+            "rmse": metrics.rmse(pv, variation).item(),
+            "r_squared": metrics.r_squared(pv, variation).item(),
+        }
+
+    def loop(self, task: Task, *, models: int = 2, steps: int = 200) -> float:
+        """Seconds of a training step of one plain model in a loop over models, measured on a few.
+
+        A model of `torch.nn`, fused Adam, batches by index_select: what a user would write who trains one
+        model after the other. With one thread or all, whichever is faster.
+        """
+        data = task.data(self.table, self.table.train)
+        threads = torch.get_num_threads()
+        best = float("inf")
+        try:
+            for count in {1, threads}:
+                torch.set_num_threads(count)
+                seconds = [_plain_steps(task, self.table, data, seed, steps) for seed in range(models)]
+                best = min(best, sum(seconds) / models)
+        finally:
+            torch.set_num_threads(threads)
+        return best
+
+    def _describe(self, task: Task, setting: str) -> str:
+        shape = f"{len(self.table.train)} training rows, {len(self.table.test)} test rows"
+        return f"{task}, {setting}, {self.members} members, seed {self.seed}, {shape}"
+
+
+class PlainModel(nn.Module):
+    """One member as `torch.nn` has it."""
+
+    def __init__(self, task: Task, table: Table) -> None:
+        super().__init__()
+        sizes = zip(table.categories, task.embedding_dims, strict=True)
+        self.embeddings = nn.ModuleList(nn.Embedding(*size) for size in sizes)
+        widths = [sum(task.embedding_dims) + table.numeric.shape[1], *task.hidden]
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise(widths):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], task.outputs))
+
+    def forward(self, categorical: Tensor, numeric: Tensor) -> Tensor:
+        columns = zip(self.embeddings, categorical.unbind(1), strict=True)
+        return self.mlp(torch.cat([*(embedding(column) for embedding, column in columns), numeric], 1))
+
+
+def _plain_steps(task: Task, table: Table, data: Sequence[Tensor], seed: int, steps: int) -> float:
+    """Seconds per step."""
+    torch.manual_seed(seed)
+    model = PlainModel(task, table)
+    optimizer = torch.optim.Adam(model.parameters(), lr=task.learning_rate, fused=True)
+    order = torch.randperm(len(data[0]))
+    batches = order.split(task.batch_size)
+    for step in range(-5, steps):  # the first ones to warm up
+        if step == 0:
+            start = time.perf_counter()
+        categorical, numeric, target = (t.index_select(0, batches[step % len(batches)]) for t in data)
+        output = model(categorical, numeric)
+        if task.loss == "cross_entropy":
+            loss = F.cross_entropy(output / task.temperature, target)
+        elif task.loss == "mse":
+            loss = F.mse_loss(output, target)
+        else:
+            loss = F.binary_cross_entropy_with_logits(output, target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return (time.perf_counter() - start) / steps
+
+
+class Results:
+    """Aggregates of several runs in one JSON file: what a run did not make anew stays as it was."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def merge(self, section: str, entries: dict[str, Any]) -> None:
+        """Puts entries into a section, with the machine and the commit that made them, and saves the file."""
+        stamp = provenance()
+        for name, entry in entries.items():
+            self.content.setdefault(section, {})[name] = {**entry, "made": stamp}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.content, indent=1, sort_keys=True) + "\n"
+        _files.write_atomically(self.path, text.encode())
+
+    def section(self, name: str) -> dict[str, Any]:
+        return self.content.get(name, {})
+
+
+def provenance() -> str:
+    """Machine, torch, commit and date, for a page of results."""
+    machine = harness.machine_info(
+        harness.Options(
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            threads=torch.get_num_threads(),
+            rounds=1,
+            seed=0,
+            quick=False,
+            compile=False,
+        )
+    )
+    commit = (machine["commit"] or "no commit")[:10] + (" with changes" if machine["dirty"] else "")
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, commit {commit}, "
+        f"{machine['date'][:10]}"
+    )
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
