@@ -115,8 +115,8 @@ def page(results: Results, members: int, pictures: Sequence[str]) -> str:
         "# Prediction variation on MovieLens-1M",
         "",
         "Made by `python -m benchmarks.papers.movielens`, which says what the document leaves open and what "
-        f"was chosen. Ensembles of {members}; the smaller figures are the document's. PV of MovieLens-R is in "
-        "stars, of MovieLens-C in nats summed over the members.",
+        f"was chosen. Ensembles of {members}; the smaller figures are the document's. PV of MovieLens-R is "
+        "in stars, of MovieLens-C in nats summed over the members.",
     ]
     seconds, steps = 0.0, {}
     for key, task in TASKS.items():
@@ -170,9 +170,9 @@ def _time(results: Results, seconds: float, member_epochs: dict[str, int]) -> li
         each = ", ".join(f"{loop[key]['seconds_per_step'] * 1e3:.2f} ms ({key})" for key in member_epochs)
         lines[-1] += (
             f" A loop over plain models, for the same epochs of the same members, would train for "
-            f"{expected / 60:.0f} minutes ({expected / seconds:.1f} times as long), predictions not counted, and "
-            f"half of that at best with a process on each of two cores: a step took {each}, measured on two "
-            "models, with one thread or two, whichever was faster."
+            f"{expected / 60:.0f} minutes ({expected / seconds:.1f} times as long), predictions not counted, "
+            f"and half of that at best with a process on each of two cores: a step took {each}, measured on "
+            "two models, with one thread or two, whichever was faster."
         )
     return lines
 
