@@ -12,22 +12,26 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from benchmarks import harness
-from pyens import _files, metrics, ops
+from pyens import _files, metrics, ops, plots
 from pyens.data.table import Table
 from pyens.nn import TabularEnsemble
 from pyens.optim import fused
 from pyens.training import History, Randomness, derive_seed, fit, member_seeds
+from pyens.training.randomness import CODES
 
+SETTINGS = CODES  # R0 to R7
+SOURCES = ("none", "R", "S", "R+S", "J", "R+J", "S+J", "R+S+J")
 CHUNK = 1024  # test rows that all members look at together
 
 
@@ -91,7 +95,7 @@ class Task:
             result["ACC"] = metrics.accuracy(mean, labels).item()
             result["NLL"] = metrics.nll(mean, labels).item()
         else:
-            result["AUC"] = metrics.auroc(mean, target.long()).item()
+            result["AUC"] = metrics.auroc(mean, target == 1).item()
             result["NLL"] = F.binary_cross_entropy(mean.double(), target.double()).item()
         result["PV mean"] = pv.double().mean().item()
         result["PV std"] = pv.double().std(correction=0).item()
@@ -152,14 +156,10 @@ class Study:
         (self.work / f"{stem}.checkpoint").unlink()
         return unit
 
-    def trained(self, tasks: Sequence[Task], settings: Sequence[str]) -> dict[tuple[str, str], Unit]:
-        """The units that are there already."""
-        return {
-            (task.name, setting): self.unit(task, setting)
-            for task in tasks
-            for setting in settings
-            if (self.work / f"{task.name}-{setting}-{self.members}.pt").exists()
-        }
+    def trained(self, task: Task) -> dict[str, Unit]:
+        """The units that are there already, by setting."""
+        stems = {setting: f"{task.name}-{setting}-{self.members}.pt" for setting in SETTINGS}
+        return {s: self.unit(task, s) for s, stem in stems.items() if (self.work / stem).exists()}
 
     def _train(self, task: Task, setting: str, stem: str) -> Unit:
         print(f"{task.title}, {setting}, {self.members} members", flush=True)
@@ -333,6 +333,43 @@ def provenance() -> str:
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, commit {commit}, "
         f"{machine['date'][:10]}"
     )
+
+
+def table_1(entries: dict[str, Any], columns: Sequence[str], paper: Sequence[Sequence[float]]) -> list[str]:
+    """The document's Table 1 of one task: our measures, and small beside them the document's."""
+    rows = []
+    for setting, sources, printed in zip(SETTINGS, SOURCES, paper, strict=True):
+        if setting not in entries:
+            continue
+        entry = entries[setting]
+        cells = [
+            f"{number(name, entry['measures'][name])} <sub>{number(name, value)}</sub>"
+            for name, value in zip(columns, printed, strict=True)
+        ]
+        minutes = (entry["training_seconds"] + entry["prediction_seconds"]) / 60
+        rows.append([f"{setting} {sources}", *cells, f"{entry['mean_epochs']:.1f}", f"{minutes:.1f}"])
+    return markdown_table(["setting", *columns, "epochs", "minutes"], rows)
+
+
+def number(name: str, value: float) -> str:
+    return f"{value:.2%}" if name == "coeff" else f"{value:.4f}"
+
+
+def correlations(units: dict[str, Unit]) -> dict[str, float]:
+    """Pearson correlation of PV for each pair of settings, R0 without, as {"R1-R2": ...}."""
+    pairs = combinations([setting for setting in SETTINGS[1:] if setting in units], 2)
+    return {f"{one}-{other}": metrics.pearson(units[one].pv, units[other].pv).item() for one, other in pairs}
+
+
+def settings_matrix(pairs: dict[str, float], ax: Axes) -> None:
+    """A heat map of what `correlations` found."""
+    names = [setting for setting in SETTINGS[1:] if any(setting in pair.split("-") for pair in pairs)]
+    if not names:
+        return
+    matrix = torch.eye(len(names))
+    for i, j in combinations(range(len(names)), 2):
+        matrix[i, j] = matrix[j, i] = pairs[f"{names[i]}-{names[j]}"]
+    plots.correlation_matrix(matrix, names, ax=ax)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

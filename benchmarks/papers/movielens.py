@@ -29,10 +29,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from benchmarks import harness
-from benchmarks.papers.ensembles import Results, Study, Task, Unit, markdown_table
+from benchmarks.papers.ensembles import (
+    SETTINGS,
+    Results,
+    Study,
+    Task,
+    correlations,
+    markdown_table,
+    number,
+    settings_matrix,
+    table_1,
+)
 from pyens import metrics, plots
 from pyens.data import load_movielens
 
@@ -40,8 +48,6 @@ TASKS = {
     "R": Task("movielens-r", "MovieLens-R", (8, 8, 3, 5), outputs=1, loss="mse"),
     "C": Task("movielens-c", "MovieLens-C", (8, 8, 3, 5), outputs=5, loss="cross_entropy", temperature=0.2),
 }
-SETTINGS = tuple(f"R{i}" for i in range(8))
-SOURCES = ("none", "R", "S", "R+S", "J", "R+J", "S+J", "R+S+J")
 COLUMNS = {"R": ("MSE", "ACC", "PV mean", "PV std", "coeff"), "C": ("ACC", "PV mean", "PV std")}
 PAPER = {
     "R": (
@@ -67,40 +73,13 @@ PAPER = {
 }
 PAPER_DROPOUT = {"R": {"pearson": 0.25, "rmse": 0.0798, "r_squared": -0.5010}}
 
-Trained = dict[tuple[str, str], Unit]
-
-
-def correlations(tasks: dict[str, Task], trained: Trained) -> dict[str, dict[str, float]]:
-    """Pearson correlations of PV: between settings of a task, and between the tasks under a setting."""
-    result: dict[str, dict[str, float]] = {}
-    for key, task in tasks.items():
-        settings = [s for s in SETTINGS[1:] if (task.name, s) in trained]
-        result[key] = {
-            f"{one}-{other}": metrics.pearson(trained[task.name, one].pv, trained[task.name, other].pv).item()
-            for i, one in enumerate(settings)
-            for other in settings[i + 1 :]
-        }
-    both = [s for s in SETTINGS[1:] if all((task.name, s) in trained for task in tasks.values())]
-    if len(tasks) == 2:
-        one, other = tasks.values()
-        result["R-C"] = {
-            s: metrics.pearson(trained[one.name, s].pv, trained[other.name, s].pv).item() for s in both
-        }
-    return result
-
 
 def picture(saved: dict[str, dict[str, float]], path: Path) -> None:
     """Figures 2 and 3: a heat map for each task, and bars of the tasks against each other."""
     figure = plots.new_figure(15, 4.4)
     axes = figure.subplots(1, 3, width_ratios=(1, 1, 0.8))
     for ax, (key, task) in zip(axes, TASKS.items(), strict=False):
-        names = [s for s in SETTINGS[1:] if any(s in pair.split("-") for pair in saved.get(key, {}))]
-        matrix = torch.eye(len(names))
-        for i, one in enumerate(names):
-            for j in range(i + 1, len(names)):
-                matrix[i, j] = matrix[j, i] = saved[key].get(f"{one}-{names[j]}", torch.nan)
-        if len(names) > 0:
-            plots.correlation_matrix(matrix, names, ax=ax)
+        settings_matrix(saved.get(key, {}), ax)
         ax.set_title(f"Figure 2: PV between settings, {task.title}")
     between = saved.get("R-C", {})
     axes[2].bar(list(between), list(between.values()), color=plots.COLOURS[0])
@@ -118,40 +97,21 @@ def page(results: Results, members: int, pictures: Sequence[str]) -> str:
         f"was chosen. Ensembles of {members}; the smaller figures are the document's. PV of MovieLens-R is "
         "in stars, of MovieLens-C in nats summed over the members.",
     ]
-    seconds, steps = 0.0, {}
+    seconds, member_epochs = 0.0, {}
     for key, task in TASKS.items():
         entries = results.section(task.name)
         if not entries:
             continue
-        columns = COLUMNS[key]
-        header = ["setting", *columns, "epochs", "minutes"]
-        rows = []
-        for i, setting in enumerate(SETTINGS):
-            if setting not in entries:
-                continue
-            entry = entries[setting]
-            cells = [
-                f"{_number(name, entry['measures'][name])} <sub>{_number(name, PAPER[key][i][c])}</sub>"
-                for c, name in enumerate(columns)
-            ]
-            spent = entry["training_seconds"] + entry["prediction_seconds"]
-            seconds += spent
-            steps[key] = steps.get(key, 0) + entry["member_epochs"]
-            rows.append(
-                [f"{setting} {SOURCES[i]}", *cells, f"{entry['mean_epochs']:.1f}", f"{spent / 60:.1f}"]
-            )
-        lines += ["", f"## Table 1: {task.title}", "", *markdown_table(header, rows)]
-    lines += _time(results, seconds, steps)
+        seconds += sum(e["training_seconds"] + e["prediction_seconds"] for e in entries.values())
+        member_epochs[key] = sum(e["member_epochs"] for e in entries.values())
+        lines += ["", f"## Table 1: {task.title}", "", *table_1(entries, COLUMNS[key], PAPER[key])]
+    lines += _time(results, seconds, member_epochs)
     lines += ["", "## Figures 2 and 3: correlations of PV", ""]
     lines += [f"![correlations of PV]({name})" for name in pictures]
     lines += _correlations(results) + _dropout(results)
     stamps = {e["made"] for section in results.content.values() for e in section.values()}
     lines += ["", "## Where it ran", "", *(f"- {stamp}" for stamp in sorted(stamps)), ""]
     return "\n".join(lines)
-
-
-def _number(name: str, value: float) -> str:
-    return f"{value:.2%}" if name == "coeff" else f"{value:.4f}"
 
 
 def _time(results: Results, seconds: float, member_epochs: dict[str, int]) -> list[str]:
@@ -202,7 +162,7 @@ def _dropout(results: Results) -> list[str]:
             f"{entry[name]:.4f}" + (f" <sub>{paper[name]:.4f}</sub>" if name in paper else "")
             for name in ("pearson", "rmse", "r_squared")
         ]
-        rows.append([TASKS[key].title, *cells, _number("PV mean", entry["measures"]["PV mean"])])
+        rows.append([TASKS[key].title, *cells, number("PV mean", entry["measures"]["PV mean"])])
     header = ["task", "Pearson", "RMSE", "R²", "PV mean of the passes"]
     return [
         "",
@@ -256,8 +216,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "R3" in settings:
             against = study.unit(tasks[key], "R3").pv
             results.merge("dropout", {key: study.mc_dropout(tasks[key], against)})
-    trained = study.trained(list(tasks.values()), SETTINGS)
-    between = correlations(tasks, trained)
+    trained = {key: study.trained(task) for key, task in tasks.items()}
+    between = {key: correlations(units) for key, units in trained.items()}
+    both = [setting for setting in SETTINGS[1:] if all(setting in units for units in trained.values())]
+    between["R-C"] = {s: metrics.pearson(trained["R"][s].pv, trained["C"][s].pv).item() for s in both}
     results.merge("correlations", {key: {"values": values} for key, values in between.items() if values})
     path = flags.output / f"{stem}-correlations.png"
     picture({key: entry["values"] for key, entry in results.section("correlations").items()}, path)
