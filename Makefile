@@ -51,7 +51,7 @@ kernels: $(filter $(VENV)/%,$(CMAKE)) ## kernels without torch: ctest under ASAN
 	$(CMAKE) --build build/kernels --parallel $(JOBS)
 	CTEST_OUTPUT_ON_FAILURE=1 $(CMAKE) --build build/kernels --target test
 
-BENCHMARKS := ensemble_mlp training decorrelation uncertainty masksembles
+BENCHMARKS := ensemble_mlp training decorrelation uncertainty masksembles activation_strength
 
 bench: $(BUILT) $(VENV)/peers ## compare every operation with its peers
 	for name in $(BENCHMARKS); do $(PY) -m benchmarks.$$name $(ARGS); done

@@ -41,6 +41,10 @@ TORCH_LIBRARY(pyens, m) {
       " Tensor[] biases, str loss, str activation, float temperature, Tensor? sample_weight,"
       " float dropout, Tensor? dropout_seeds, Tensor? member_scale, bool[] wanted)"
       " -> (Tensor, Tensor[])");
+  m.def(
+      "activation_strength(Tensor input, Tensor[] weights, Tensor[] biases, Tensor mean, Tensor "
+      "std,"
+      " str activation, bool pack) -> (Tensor output, Tensor value, Tensor active)");
   m.def("mask_channels(Tensor input, Tensor masks, Tensor? index) -> Tensor");
   m.def("masked_weights(Tensor weight, Tensor? rows, Tensor? columns, int num_masks) -> Tensor");
   m.def(
@@ -111,6 +115,17 @@ Tensor ensemble_mlp_packed(const Tensor& input, const Tensor& packed,
       dispatcher_op<Tensor(const Tensor&, const Tensor&, TensorList, TensorList, std::string_view)>(
           "pyens::ensemble_mlp_packed");
   return op.call(input, packed, weights, biases, activation);
+}
+
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
+
+ThreeTensors activation_strength(const Tensor& input, const std::vector<Tensor>& weights,
+                                 const std::vector<Tensor>& biases, const Tensor& mean,
+                                 const Tensor& std, const std::string& activation, bool pack) {
+  static const auto op = dispatcher_op<ThreeTensors(
+      const Tensor&, TensorList, TensorList, const Tensor&, const Tensor&, std::string_view, bool)>(
+      "pyens::activation_strength");
+  return op.call(input, weights, biases, mean, std, activation, pack);
 }
 
 Tensor mask_channels(const Tensor& input, const Tensor& masks, const std::optional<Tensor>& index) {
@@ -200,6 +215,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("ensemble_mlp", ensemble_mlp, no_gil());
   m.def("ensemble_mlp_packed", ensemble_mlp_packed, no_gil());
   m.def("ensemble_mlp_loss", ensemble_mlp_loss, no_gil());
+  m.def("activation_strength", activation_strength, no_gil());
   m.def("mask_channels", mask_channels, no_gil());
   m.def("masked_weights", masked_weights, no_gil());
   m.def("ensemble_embedding", ensemble_embedding, no_gil());

@@ -18,6 +18,7 @@ from torch import Tensor
 from pyens import build_info, ops, reference
 from pyens.ops.ensemble_embedding import ensemble_embedding_concat
 from pyens.ops.ensemble_mlp import ensemble_mlp_packed, pack
+from pyens.reference.activation_strength import pack_bits
 from pyens.reference.ensemble_embedding import ensemble_embedding_concat as reference_concat
 from pyens.reference.ensemble_mlp import ACTIVATIONS
 from pyens.reference.ensemble_mlp_loss import LOSSES
@@ -165,6 +166,36 @@ def check_ensemble_mlp_loss_gradients() -> Iterator[float]:
         plain = _gradients(reference.ensemble_mlp_loss, problem)
         exact = _gradients(reference.ensemble_mlp_loss, _in_float64(problem))
         yield max(map(relative_error, got, plain, exact))
+
+
+# --- activation_strength -------------------------------------------------------------------------
+
+
+def check_activation_strength() -> Iterator[float]:
+    values = torch.Generator().manual_seed(2)
+    for i, problem in enumerate(_mlp_problems()):
+        dtype = torch.float64 if problem["input"].dtype == torch.float64 else torch.float32
+        units = sum(weight.shape[1] for weight in problem["weights"][:-1])
+        leading = (len(problem["weights"][0]),) if i % 2 else ()
+        problem["mean"] = torch.rand(*leading, units, generator=values).to(dtype)
+        problem["std"] = (torch.rand(*leading, units, generator=values) + 0.5).to(dtype)
+        got = ops.activation_strength(**problem)
+        plain = reference.activation_strength(**problem)
+        exact = reference.activation_strength(**_in_float64(problem))
+        error = relative_error(got.output, plain.output, exact.output)
+        if units:
+            error = max(error, relative_error(got.value, plain.value, exact.value))
+        # A value without mean and std is the activation itself: its sign is known without a rounding, but
+        # that float16 rounds what is smallest to 0.
+        problem |= {"mean": torch.zeros(units, dtype=dtype), "std": torch.ones(units, dtype=dtype)}
+        packed = ops.activation_strength(**problem, pack=True)
+        positive = packed.value > 0
+        for active, expected in ((got.active, positive), (packed.active, pack_bits(positive))):
+            if active.shape != expected.shape or active.dtype != expected.dtype:
+                error = math.inf
+            elif units:
+                error = max(error, (active != expected).double().mean().item() / 1e-4)
+        yield error
 
 
 # --- ensemble_embedding --------------------------------------------------------------------------
@@ -340,6 +371,7 @@ CHECKS: dict[str, Callable[[], Iterator[float]]] = {
     "ensemble_mlp": check_ensemble_mlp,
     "ensemble_mlp, packed": check_ensemble_mlp_packed,
     "ensemble_mlp, gradients": check_ensemble_mlp_gradients,
+    "activation_strength": check_activation_strength,
     "ensemble_embedding": check_ensemble_embedding,
     "ensemble_mlp, dropout": check_dropout,
     "ensemble_mlp_loss": check_ensemble_mlp_loss,

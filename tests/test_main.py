@@ -189,6 +189,29 @@ def test_finds_a_wrong_masked_operation(monkeypatch, capsys, name):
     assert verdicts(capsys.readouterr().out) == {"ensemble_embedding": "ok", name: "FAILED"}
 
 
+WRONG_STRENGTH = {
+    "a little": lambda strength: strength._replace(value=strength.value * (1 + 1e-5)),
+    "output": lambda strength: strength._replace(output=strength.output * (1 + 1e-5)),
+    "one bit of a thousand": lambda strength: strength._replace(active=other_bits(strength.active)),
+    "dtype of active": lambda strength: strength._replace(active=strength.active.char()),
+}
+
+
+def other_bits(active):
+    active = active.clone()
+    active.view(-1)[::1000] ^= True
+    return active
+
+
+@pytest.mark.parametrize("how", WRONG_STRENGTH)
+def test_finds_a_wrong_activation_strength(monkeypatch, capsys, how):
+    wrong, right = WRONG_STRENGTH[how], ops.activation_strength
+    only(monkeypatch, "ensemble_mlp", "activation_strength")
+    monkeypatch.setattr(ops, "activation_strength", lambda *a, **k: wrong(right(*a, **k)))
+    assert main.main() == 1
+    assert verdicts(capsys.readouterr().out) == {"ensemble_mlp": "ok", "activation_strength": "FAILED"}
+
+
 def test_relative_error():
     exact = torch.tensor([3.0, 4.0], dtype=torch.float64)
     plain = exact.float()

@@ -1,5 +1,6 @@
 """Every operation of `pyens.ops` in plain PyTorch: the specification that the kernels are tested against."""
 
+from pyens.reference.activation_strength import activation_strength
 from pyens.reference.decorrelation import decorrelation_loss
 from pyens.reference.ensemble_embedding import ensemble_embedding
 from pyens.reference.ensemble_mlp import ensemble_mlp
@@ -9,6 +10,7 @@ from pyens.reference.masked_mlp import masked_mlp, masked_mlp_loss
 from pyens.reference.uncertainty import predictive_moments, predictive_uncertainty
 
 __all__ = [
+    "activation_strength",
     "decorrelation_loss",
     "ensemble_embedding",
     "ensemble_mlp",

@@ -2,13 +2,14 @@
 //
 // Two mappings, chosen by the batch size alone: examples in the lanes (ensemble_mlp_panels-inl.h),
 // and below kSmallBatch examples neurons in the lanes (ensemble_mlp_stripes-inl.h). Nothing but the
-// input, the weights and the last output leaves the cache in either.
+// input, the weights and the last output leaves the cache in either, but for the activation strength
+// where it is asked for (activation_strength-inl.h).
 //
 // Accumulation contract, the same in both: per output one chain of multiply-adds over each block of
 // kBlock inputs in ascending order; the block sums are added in order to the bias. So an output
 // does not depend on batch size, tile, thread, or the members beside it.
 
-#include "kernels/cpu/activations-inl.h"
+#include "kernels/cpu/wide-inl.h"
 #include "kernels/cpu/ensemble_mlp_common-inl.h"
 #include "kernels/cpu/ensemble_mlp_dropout-inl.h"
 #include "kernels/cpu/ensemble_mlp_panels-inl.h"

@@ -100,22 +100,38 @@ inline bool small_batch(const EnsembleMLPParams& p) {
 // Members that a small batch takes through the layers together.
 inline int64_t small_members(const EnsembleMLPParams& p) { return p.batch == 1 ? 8 : 1; }
 
+}  // namespace pyens::PYENS_ISA::ensemble_mlp
+
+#include "kernels/cpu/activation_strength-inl.h"
+
+namespace pyens::PYENS_ISA::ensemble_mlp {
+
 // --- scratch -------------------------------------------------------------------------------------
+
+// The widths of the hidden layers before layer l, each rounded up to whole narrow vectors.
+template <class Real>
+int64_t padded_units_before(const EnsembleMLPParams& p, int64_t l) {
+  int64_t units = 0;
+  for (int64_t i = 0; i < l; ++i) units += round_up(p.layers[i].out, kNarrowLanes<Real>);
+  return units;
+}
 
 template <class A>
 struct Scratch {
   using Real = typename A::Real;
   Real* input;      // the tile's input, in units
-  Real* hidden[2];  // what a layer reads and what it writes, in turn
+  int64_t rows;     // of what follows: examples of a tile, or of all members of a small batch
+  Real* hidden[2];  // what a layer reads and what it writes; see output_of
   Real* pairs;      // hidden activations in units, where a unit is not a Real
   Real* weights;    // a block of weights, converted or transposed
   Real* bias;       // of one layer, zeros where it has none
+  StrengthScratch<A> strength;
   size_t bytes;
 
   Scratch(const EnsembleMLPParams& p, void* base) {
     const int64_t width = round_up(max_width(p), kNarrowLanes<Real>);
     const int64_t members = small_batch(p) ? small_members(p) : 1;
-    const int64_t rows = small_batch(p) ? members * p.batch : tile_size<A>(p);
+    rows = small_batch(p) ? members * p.batch : tile_size<A>(p);
     const int64_t block = small_batch(p) ? 2 * kGroup * kNarrowLanes<Real> : kNeuronBlock;
     bytes = 0;
     auto take = [&](int64_t n) {
@@ -125,11 +141,20 @@ struct Scratch {
     };
     // load_units writes whole vectors, so rows of units end on one.
     input = take(rows * round_up(units<A>(p.layers[0].in), kNarrowLanes<Real>));
-    hidden[0] = take(rows * width);
+    hidden[0] = take(rows * (p.strength ? padded_units_before<Real>(p, p.num_layers - 1) : width));
     hidden[1] = take(rows * width);
     pairs = take(A::kPerUnit == 1 ? 0 : rows * round_up(units<A>(width), kNarrowLanes<Real>));
     weights = take(block * kBlockUnits<A>);
     bias = take(members * width);
+    strength.allocate(p, take);
+  }
+
+  // Where layer l writes: two buffers in turn or, where the activation strength wants all hidden
+  // layers, these one after the other in the first.
+  Real* output_of(const EnsembleMLPParams& p, int64_t l) const {
+    if (!p.strength) return hidden[l % 2];
+    if (l + 1 == p.num_layers) return hidden[1];
+    return hidden[0] + rows * padded_units_before<Real>(p, l);
   }
 };
 

@@ -220,6 +220,35 @@ void forward_layer(const EnsembleMLPParams& p, int64_t l, int64_t member, int64_
   }
 }
 
+// The hidden layers of a tile, panels [out][kPanel] of each, to rows: see write_strengths.
+template <class A>
+struct GatherPanels {
+  const EnsembleMLPParams& p;
+  const Scratch<A>& scratch;
+
+  void operator()(int64_t b, int64_t /*count*/) const {
+    using V = NarrowOf<A>;
+    constexpr int N = lanes_of<V>();
+    const StrengthScratch<A>& s = scratch.strength;
+    auto* rows = s.rows;
+    for (int64_t l = 0; l + 1 < p.num_layers; ++l) {
+      const int64_t out = p.layers[l].out;
+      const auto* panel = scratch.output_of(p, l) + b / kPanel<A> * kPanel<A> * out + b % kPanel<A>;
+      for (int64_t o = 0; o < out; o += N) {
+        V r[N];  // what is behind the last unit is overwritten by the next layer
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < N; ++i) {
+          r[i] = load<V>(panel + std::min(o + i, out - 1) * kPanel<A>);
+        }
+        transpose(r);
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) store(rows + i * s.row_stride + o, r[i]);
+      }
+      rows += out;
+    }
+  }
+};
+
 // All layers of one member over one tile, [first, first + examples), that lies in scratch.input.
 template <class A>
 void forward_tile(const EnsembleMLPParams& p, int64_t member, int64_t first, int64_t examples,
@@ -230,10 +259,14 @@ void forward_tile(const EnsembleMLPParams& p, int64_t member, int64_t first, int
   const Real* x = scratch.input;
   for (int64_t l = 0; l < p.num_layers; ++l) {
     const int64_t out = p.layers[l].out;
-    Real* z = scratch.hidden[l % 2];
+    Real* z = scratch.output_of(p, l);
     forward_layer<A>(p, l, member, examples, x, z, scratch.weights, scratch.bias);
     if (l + 1 == p.num_layers) {
       unpack_output<A>(z, examples, out, output);
+      if (p.strength) {
+        write_strengths<A>(p, member, first, examples, scratch.strength,
+                           GatherPanels<A>{p, scratch});
+      }
       return;
     }
     activate<WideOf<A>>(p.activation, z, panel_count * out * P);

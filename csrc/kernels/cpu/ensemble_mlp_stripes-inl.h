@@ -321,6 +321,28 @@ void stripe_batch(const StripeBlock<A>& p, int64_t stripes, int64_t batch) {
   if (b < batch) stripe_blocks<A, 1, 1>(p, stripes, b);
 }
 
+// The hidden layers of a member, whose examples are rows from `row` on: see write_strengths.
+template <class A>
+struct GatherRows {
+  const EnsembleMLPParams& p;
+  const Scratch<A>& scratch;
+  int64_t row;
+
+  void operator()(int64_t b, int64_t count) const {
+    using Real = typename A::Real;
+    const StrengthScratch<A>& s = scratch.strength;
+    for (int64_t i = 0; i < count; ++i) {
+      Real* to = s.rows + i * s.row_stride;
+      for (int64_t l = 0; l + 1 < p.num_layers; ++l) {
+        const int64_t out = p.layers[l].out, padded = round_up(out, kNarrowLanes<Real>);
+        const Real* from = scratch.output_of(p, l) + (row + b + i) * padded;
+        std::memcpy(to, from, static_cast<size_t>(out) * sizeof(Real));
+        to += out;
+      }
+    }
+  }
+};
+
 // All layers of some members over the whole batch, layer by layer: the members' work is
 // independent, so that one's latencies are hidden by the next one's work.
 template <class A>
@@ -340,7 +362,7 @@ void forward_small(const EnsembleMLPParams& p, int64_t member, int64_t members,
     const bool last = l + 1 == p.num_layers;
     const int64_t unit_count = units<A>(layer.in), padded = round_up(layer.out, N);
     const Real* const x = block.x;
-    Real* const z = scratch.hidden[l % 2];
+    Real* const z = scratch.output_of(p, l);
     block.z_example = padded;
     block.z_member = p.batch * padded;
     const Real* bias = packed ? packed + padded * unit_count : scratch.bias;
@@ -398,6 +420,10 @@ void forward_small(const EnsembleMLPParams& p, int64_t member, int64_t members,
         for (int64_t o = 0; o < layer.out; o += N) {
           store_first<Real>(output + r * layer.out + o, load<V>(z + r * padded + o), layer.out - o);
         }
+      }
+      for (int64_t m = 0; p.strength && m < members; ++m) {
+        write_strengths<A>(p, member + m, 0, p.batch, scratch.strength,
+                           GatherRows<A>{p, scratch, m * p.batch});
       }
       return;
     }

@@ -1,0 +1,57 @@
+"""Specification of `pyens.ops.activation_strength`."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyens.reference.ensemble_mlp import ACTIVATIONS
+
+
+class ActivationStrength(NamedTuple):
+    """An MLP's output, and what its hidden units did on the way."""
+
+    output: Tensor  # [E, B, O]
+    value: Tensor  # [E, B, ΣH]: (h - mean) / std of each hidden unit, layer after layer
+    active: Tensor  # [E, B, ΣH] bool, or packed uint8 [E, B, ⌈ΣH/8⌉]: h > 0
+
+
+def activation_strength(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    activation: str = "relu",
+    pack: bool = False,
+) -> ActivationStrength:
+    """See `pyens.ops.activation_strength`."""
+    x = input if input.dim() == 3 else input.expand(len(weights[0]), -1, -1)  # [E, B, I]
+    hidden = []
+    for layer, weight in enumerate(weights):  # [E, out, in]
+        if layer > 0:
+            x = ACTIVATIONS[activation](x)
+            hidden.append(x)
+        x = torch.matmul(x, weight.transpose(1, 2))  # [E, B, out]
+        if biases:
+            x = x + biases[layer].unsqueeze(1)
+    h = torch.cat(hidden, -1) if hidden else x[..., :0]
+    value, active = strength(h, mean.expand(len(h), -1).unsqueeze(1), std.expand(len(h), -1).unsqueeze(1))
+    return ActivationStrength(x, value, pack_bits(active) if pack else active)
+
+
+def strength(h: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and active of hidden activations `[.., H]`, given statistics that broadcast against them."""
+    real = torch.float64 if h.dtype == torch.float64 else torch.float32
+    mean, std = mean.to(real), std.to(real)
+    value = torch.where(std.abs() < torch.finfo(real).tiny, 0, (h - mean) / std)
+    return value.to(h.dtype), h > 0
+
+
+def pack_bits(active: Tensor) -> Tensor:
+    """bool `[.., H]` to uint8 `[.., ⌈H/8⌉]`: unit u is bit u % 8 of byte u // 8, the lowest bit first."""
+    eights = F.pad(active, (0, -active.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (eights << torch.arange(8, device=active.device)).sum(-1).to(torch.uint8)

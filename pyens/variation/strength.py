@@ -1,0 +1,130 @@
+"""Activation strength of any module: the op for ensembles of this library, forward hooks for all others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyens.nn import EnsembleMLP, TabularEnsemble
+from pyens.nn.ensemble_mlp import PackedEnsembleMLP
+from pyens.ops.activation_strength import activation_strength
+from pyens.reference.activation_strength import ActivationStrength, pack_bits, strength
+
+ACTIVATION_MODULES: tuple[type[nn.Module], ...] = (
+    nn.ReLU,
+    nn.GELU,
+    nn.SiLU,
+    nn.ELU,
+    nn.Softplus,
+    nn.Tanh,
+)
+
+
+@torch.no_grad()
+def strength_of(
+    module: nn.Module,
+    *args: Any,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    pack: bool = False,
+    activations: tuple[type[nn.Module], ...] = ACTIVATION_MODULES,
+    **kwargs: Any,
+) -> ActivationStrength:
+    """Runs `module(*args, **kwargs)` and tells how strongly each of its units was active.
+
+    An `EnsembleMLP`, a `TabularEnsemble` or what `packed()` makes of one goes through
+    `pyens.ops.activation_strength` and gives its `[E, B, ΣH]`, without dropout. For any other module forward
+    hooks collect what its activation modules return, in the order of their calls and each flattened to
+    `[B, units]`: slower, and for an `nn.Sequential` of linear layers and activations the same numbers without
+    the member axis. A module in training mode runs as it is, dropout included.
+
+    Args:
+        module: the model. An activation after its last layer counts as well.
+        args, kwargs: what it is called with; its own arguments can not be called as those here are.
+        mean, std: `[ΣH]`, or `[E, ΣH]` for an ensemble: see `pyens.ops.activation_strength`. Without them
+            (both or neither) the value is the activation h itself, as it is for mean 0 and std 1.
+        pack: eight units to a byte, as in `pyens.ops.activation_strength`.
+        activations: the kinds of modules that hooks are put on.
+
+    Returns:
+        `ActivationStrength`: output is what the module returns; value `[B, ΣH]` and active bool `[B, ΣH]`, or
+        uint8 `[B, ⌈ΣH/8⌉]`; with a leading E for an ensemble. Nothing of it has a gradient.
+
+    Raises:
+        ValueError: a module without any of the activations, activations of different batch sizes, mean or std
+            alone or of another length than there are units.
+        TypeError: what such a module returns is not a tensor of floating point numbers.
+    """
+    if (mean is None) != (std is None):
+        missing = "mean" if mean is None else "std"
+        raise ValueError(f"strength_of: {missing}: expected both of mean and std, or neither, got None")
+    if isinstance(module, TabularEnsemble):
+        features = module._features(*args, **kwargs)
+        return _of_ensemble(module.mlp, features, mean, std, pack)
+    if isinstance(module, (EnsembleMLP, PackedEnsembleMLP)):
+        return _of_ensemble(module, *args, mean=mean, std=std, pack=pack, **kwargs)
+    output, h = _hooked(module, activations, args, kwargs)
+    if mean is None or std is None:
+        value, active = h, h > 0
+    else:
+        for name, statistic in (("mean", mean), ("std", std)):
+            if statistic.shape != h.shape[1:]:
+                raise ValueError(
+                    f"strength_of: {name}: expected [{h.shape[1]}], a number for each unit, "
+                    f"got shape {list(statistic.shape)}"
+                )
+        value, active = strength(h, mean, std)
+    return ActivationStrength(output, value, pack_bits(active) if pack else active)
+
+
+def _of_ensemble(
+    ensemble: EnsembleMLP | PackedEnsembleMLP,
+    input: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    pack: bool,
+) -> ActivationStrength:
+    if isinstance(ensemble, EnsembleMLP):
+        weights, biases = ensemble._stack()
+    else:
+        _, weights, biases = ensemble._frozen
+    if mean is None or std is None:
+        dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
+        units = sum(weight.shape[1] for weight in weights[:-1])
+        mean = torch.zeros(units, dtype=dtype, device=weights[0].device)
+        std = torch.ones_like(mean)
+    return activation_strength(input, weights, biases, mean, std, activation=ensemble.activation, pack=pack)
+
+
+def _hooked(
+    module: nn.Module, kinds: tuple[type[nn.Module], ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Tensor]:
+    """The module's output, and its activations `[B, ΣH]`."""
+    found: list[Tensor] = []
+
+    def collect(activation: nn.Module, inputs: Any, output: Any) -> None:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            got = output.dtype if isinstance(output, Tensor) else type(output).__name__
+            raise TypeError(
+                f"strength_of: module: expected floating point tensors from {activation}, got {got}"
+            )
+        if output.dim() == 0 or (found and len(output) != len(found[0])):
+            expected = f"[{len(found[0])}, ...]" if found else "[B, ...]"
+            raise ValueError(
+                f"strength_of: module: expected {expected} from {activation}, got shape {list(output.shape)}"
+            )
+        # A copy, for the next module may work in place.
+        found.append(output.detach().reshape(len(output), -1).clone())
+
+    handles = [m.register_forward_hook(collect) for m in module.modules() if isinstance(m, kinds)]
+    try:
+        output = module(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found:
+        names = ", ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"strength_of: module: expected one that calls {names}, got {type(module).__name__}")
+    return output, torch.cat(found, 1)
