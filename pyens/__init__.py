@@ -5,8 +5,9 @@
 
 `pyens.ops` are the operations, `pyens.reference` the same in plain PyTorch, `pyens.nn` the modules,
 `pyens.metrics` what ensembles are judged by, `pyens.select` what is done about their uncertainty,
-`pyens.losses` what keeps their members apart, `pyens.masks` draws the masks of Masksembles, `pyens.variation`
-reads their disagreement off the hidden units of one model.
+`pyens.losses` what keeps their members apart, `pyens.masks` draws the masks of Masksembles, `pyens.training`
+runs whole trainings, `pyens.data` reads data sets, `pyens.variation` reads the members' disagreement off the
+hidden units of one model.
 """
 
 from pyens._library import build_info

@@ -240,7 +240,36 @@ def test_state_dict_and_repr():
     inputs = data(dtype=torch.float32)
     assert torch.equal(other(*inputs), model.eval()(*inputs))
     assert isinstance(model.mlp, EnsembleMLP) and model.mlp.in_features == 24 + NUMERIC
-    assert model.extra_repr() == "ensemble_size=3, numeric_features=4, dropout=0.5, sparse=False"
+    assert model.extra_repr() == (
+        "ensemble_size=3, numeric_features=4, dropout=0.5, embedding_std=1.0, sparse=False"
+    )
+
+
+@pytest.mark.parametrize("indices", [[2, 0], slice(1, None), torch.tensor([False, True, False])])
+def test_select(indices):
+    model = make(dropout=0.25, seeds=SEEDS, embedding_std=0.1).eval()
+    chosen = model.select(indices)
+    inputs = data(dtype=torch.float32)
+    shared = [t if t is None or t.dim() == 2 else t[0] for t in inputs]
+    assert torch.equal(chosen(*shared), model(*shared)[indices])
+    assert not chosen.training and chosen.dropout == 0.25 and chosen.embedding_std == 0.1
+    with torch.no_grad():
+        for parameter in chosen.parameters():
+            parameter.add_(1)  # copies
+    assert torch.equal(model.mlp.weights[0], make(seeds=SEEDS).mlp.weights[0])
+    with pytest.raises(ValueError, match="select: indices: expected at least one member"):
+        model.select([])
+
+
+def test_embedding_std_scales_the_tables_alone():
+    model, plain = make(seeds=SEEDS, embedding_std=0.25), make(seeds=SEEDS)
+    for one, other in zip(model.embeddings, plain.embeddings, strict=True):
+        assert torch.equal(one.weight, other.weight * 0.25)
+    for one, other in zip(model.mlp.parameters(), plain.mlp.parameters(), strict=True):
+        assert torch.equal(one, other)
+    for bad in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="TabularEnsemble: embedding_std: expected above 0"):
+            make(embedding_std=bad)
 
 
 # --- dropout -------------------------------------------------------------------------------------

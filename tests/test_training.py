@@ -414,6 +414,9 @@ def test_the_mode_of_the_model_is_left_as_it_was() -> None:
             ValueError,
             "fit: data: expected rows beside the validation",
         ),
+        ({"data": (table()[0], table()[1][:, 1:], table()[2])}, ValueError, "TabularEnsemble: numeric"),
+        ({"data": (*table()[:2], table()[2].long())}, TypeError, "target"),
+        ({"randomness": Randomness(init=True), "loss": "cross_entropy"}, TypeError, "target"),
         ({"model": nn.Linear(3, 3)}, TypeError, "fit: model: expected an ensemble, got a Linear without"),
     ],
 )

@@ -39,6 +39,8 @@ def data(argument: str, data: Sequence[Tensor], like: Sequence[Tensor] | None = 
             f"fit: {argument}: expected the same number of rows in all, at least one, "
             f"got {[t.shape[0] for t in data]}"
         )
+    if len({t.device for t in data}) > 1:
+        raise TypeError(f"fit: {argument}: expected one device, got {sorted({str(t.device) for t in data})}")
     shapes = [tuple(t.shape[1:]) for t in data]
     if like is not None and shapes != [tuple(t.shape[1:]) for t in like]:
         raise ValueError(f"fit: {argument}: expected rows like those of data, got shapes {shapes}")

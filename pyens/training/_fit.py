@@ -104,8 +104,8 @@ def fit(
     _checks.count("epochs", epochs)
     _checks.count("checkpoint_every", checkpoint_every)
     path = None if checkpoint is None else Path(checkpoint)
-    saved = None if path is None else checkpoints.load(path, run.described)
-    run.start(saved)
+    described = {} if path is None else run.describe()
+    run.start(None if path is None else checkpoints.load(path, described))
     first = run.epoch
     with _bar(progress, epochs - first, run.steps) as bar:
         for epoch in range(first, epochs):
@@ -115,9 +115,9 @@ def fit(
             run.judge()
             bar.set_postfix_str(run.summary())
             if path is not None and (epoch + 1) % checkpoint_every == 0:
-                checkpoints.save(path, run.described, run.state())
+                checkpoints.save(path, described, run.state())
     if path is not None and run.epoch > first and run.epoch % checkpoint_every != 0:
-        checkpoints.save(path, run.described, run.state())
+        checkpoints.save(path, described, run.state())
     return run.finish()
 
 
@@ -130,7 +130,7 @@ def _bar(progress: bool, epochs: int, steps: int) -> Iterator[Any]:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError("fit: progress=True needs tqdm: pip install tqdm, or progress=False") from error
-    with tqdm(total=epochs * steps, unit="step") as bar:
+    with tqdm(total=max(0, epochs) * steps, unit="step") as bar:
         yield bar
 
 

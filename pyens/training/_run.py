@@ -85,22 +85,25 @@ class Run:
             in_group = partition(training, rows, self.groups, seed)
         self.order = Order(training, tuple(own_seeds), sources.shuffle, in_group, self.left_out)
         self.steps = math.ceil(len(training) / batch_size)
-        self.described = checkpoints.describe(
-            {
-                "model": str(model),
-                "loss": loss,
-                "temperature": temperature,
-                "batch_size": batch_size,
-                "randomness": None if randomness is None else randomness.code,
-                "seed": seed,
-                "seeds": own_seeds,
-                "jackknife_groups": self.groups,
-                "left_out": list(self.left_out),
-                "early_stopping": early_stopping,
-            },
-            data,
-            self.validation,
-        )
+        # Whatever the model refuses, before anything is changed.
+        with torch.no_grad(), _mode(model, training=False):
+            self._losses(_rows(data, torch.zeros(1, dtype=torch.int64, device=data[0].device)))
+
+    def describe(self) -> dict[str, Any]:
+        """What another run must have in common with this one to go on from its checkpoint."""
+        arguments = {
+            "model": str(self.model),
+            "loss": self.loss,
+            "temperature": self.temperature,
+            "batch_size": self.batch_size,
+            "randomness": None if self.randomness is None else self.randomness.code,
+            "seed": self.seed,
+            "seeds": list(self.order.seeds),
+            "jackknife_groups": self.groups,
+            "left_out": list(self.left_out),
+            "early_stopping": self.patience,
+        }
+        return checkpoints.describe(arguments, self.data, self.validation)
 
     # --------------------------------------------------------------------------------------------------------
     # Beginning and end
