@@ -4,8 +4,8 @@ Four masks on every example of an MLP 256-512-512-10: forward pass and training 
 a batch of feature maps; then, in a whole or a quick run, all masks of 300 settings, and the cost against the
 scale S as a curve. The targets are for float32 on two CPU threads.
 
-The peer "layer" is that of the package masksembles, 1.1 or later: its masks take the input's dtype. Before they
-were float64, and so was all that they touched.
+The peer "layer" is that of the package masksembles, 1.1 or later, whose masks take the input's dtype. Before,
+they were float64, and so was all that they touched.
 """
 
 from __future__ import annotations
@@ -427,7 +427,7 @@ def plot_curve(rows: dict[str, list[float]], options: Options, path: Path) -> No
     for (name, seconds), marker in zip(
         ((k, v) for k, v in rows.items() if k != "scale"), ("o", "s", "^"), strict=True
     ):
-        label = f"{name}, every mask on every example" if name != "layer" else "forward of the layers of masksembles"
+        label = "forward of the package" if name == "layer" else f"{name}, every mask on every example"
         ax.plot(rows["scale"], [1e3 * s for s in seconds], marker=marker, label=label)
     ax.set(xlabel="scale S", ylabel="ms", yscale="log")
     ax.set_title(f"Cost against S, {options.threads} threads")

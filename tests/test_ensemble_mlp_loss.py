@@ -975,5 +975,30 @@ def test_within_torch_func_nothing_is_guessed():
 
     with pytest.raises(ValueError, match=r"^ensemble_mlp_loss: target: expected shape"):
         torch.func.grad(loss)(x, y[:, :1])
+    with pytest.raises(TypeError, match=r"^ensemble_mlp_loss: target: expected torch.float32, got"):
+        torch.func.grad(loss)(x, y.double())
     with pytest.raises(ValueError, match=r"^ensemble_mlp_loss: target: expected requires_grad=False"):
         torch.func.grad(loss, argnums=1)(x, y)
+    classes = torch.zeros(5, dtype=torch.int64)
+    for target, options, error, message in (
+        (y, {"loss": "l1"}, ValueError, 'loss: expected one of mse, .*, got "l1"'),
+        (y, {"loss": "mse", "activation": "mish"}, ValueError, "activation: expected one of relu, "),
+        (y, {"loss": "mse", "temperature": 2.0}, ValueError, r"temperature: expected 1 \(only cross_entropy"),
+        (classes, {"loss": "cross_entropy", "temperature": 0.0}, ValueError, "temperature: expected a pos"),
+        (y[:, 0], {"loss": "cross_entropy"}, TypeError, "target: expected torch.int64, got torch.float32"),
+        (classes, {"loss": "mse"}, TypeError, "target: expected torch.float32, got torch.int64"),
+        (
+            y,
+            {"loss": "mse", "sample_weight": torch.ones(4)},
+            ValueError,
+            r"sample_weight: expected shape \[5\]",
+        ),
+        (y, {"loss": "mse", "sample_weight": classes}, TypeError, "sample_weight: expected torch.float32"),
+    ):
+        with pytest.raises(error, match=f"^ensemble_mlp_loss: {message}"):
+            torch.func.grad(
+                lambda x, y=target, o=options: ensemble_mlp_loss(x, y, weights, biases, **o).sum()
+            )(x)
+    odd = [[torch.randn(3, 3, 4)], [torch.randn(3, 3)]]
+    with pytest.raises(ValueError, match=r"^ensemble_mlp_loss: weights: expected an even number of outputs"):
+        torch.func.grad(lambda x: ensemble_mlp_loss(x, y, *odd, loss="gaussian_nll").sum())(x)
