@@ -3,7 +3,9 @@
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
-PEERS  := tabm==0.0.3 rtdl_num_embeddings==0.0.12 masksembles==1.1.1
+PEERS  := tabm==0.0.3 rtdl_num_embeddings==0.0.12
+# Tests read one file of it, which needs no more than numpy and torch; the rest of it needs much.
+PARITY := torch-uncertainty==0.13.0
 CMAKE  ?= $(or $(shell command -v cmake),$(VENV)/bin/cmake)
 JOBS   ?= $(shell nproc)
 
@@ -81,6 +83,7 @@ $(INSTALLED): $(VENV)/torch requirements-dev.txt
 	@echo "setting up $(VENV): $(TORCH) and requirements-dev.txt (minutes, the first time)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL) '$(TORCH)' -r requirements-dev.txt
+	@$(PIP_INSTALL) --no-deps --ignore-requires-python $(PARITY)
 	@touch $@
 
 # Holds the TORCH of the set-up, and is touched only when that changes.

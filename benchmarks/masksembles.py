@@ -4,14 +4,13 @@ Four masks on every example of an MLP 256-512-512-10: forward pass and training 
 a batch of feature maps; then, in a whole or a quick run, all masks of 300 settings, and the cost against the
 scale S as a curve. The targets are for float32 on two CPU threads.
 
-The peer "layer" is the package masksembles where it can be imported, else a restatement of what its layers
-compute; titles say which. Its masks are float64, as the package makes them, so what they multiply is too.
+The peer "layer" is that of the package masksembles, 1.1 or later, whose masks take the input's dtype. Before,
+they were float64, and so was all that they touched.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
 import statistics
@@ -39,8 +38,6 @@ from pyens.ops.masked_mlp import plan_masks
 
 OP, MODULE, COMPACT = "pyens op", "pyens MaskedMLP", "pyens compact()"
 LAYER, GATHERED = "layer", "hand-gathered"
-HAS_PACKAGE = importlib.util.find_spec("masksembles") is not None
-WHOSE = "layers of the masksembles package" if HAS_PACKAGE else "its layers restated"
 
 # C, N and S of the masks that are drawn: 10 * 6 * 5 = 300.
 DRAWN = (
@@ -52,41 +49,15 @@ SCALES = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0)
 DRAW_LIMIT = 0.050  # seconds
 
 
-class RestatedMasksembles(nn.Module):
-    """What a layer of the package computes: N equal groups of rows, each times its mask in float64."""
-
-    def __init__(self, masks: Tensor) -> None:
-        super().__init__()
-        self.masks = masks.double()
-
-    def forward(self, input: Tensor) -> Tensor:
-        n = len(self.masks)
-        mask = self.masks.view(n, 1, -1, *[1] * (input.dim() - 2))
-        return (input.unflatten(0, (n, -1)) * mask).flatten(0, 1).to(input.dtype)
-
-
 def layer_of(masks: Tensor, maps: bool = False) -> nn.Module:
-    """A layer of the package with these masks, or the restatement of one."""
-    if not HAS_PACKAGE:
-        return RestatedMasksembles(masks)
+    """A layer of the package with these masks."""
     from masksembles.torch import Masksembles1D, Masksembles2D
 
-    class InItsDtype(nn.Module):
-        """Versions of the package differ in whether they cast back."""
-
-        def __init__(self, layer: nn.Module) -> None:
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, input: Tensor) -> Tensor:
-            return self.layer(input).to(input.dtype)
-
-    # Made for sizes that its generator can do, then given these masks.
-    layer = (Masksembles2D if maps else Masksembles1D)(64, 4, 2.0)
-    layer.channels, layer.n = masks.shape[1], masks.shape[0]
-    del layer.masks
-    layer.masks = masks.double()
-    return InItsDtype(layer)
+    # Made for sizes that its generator can do, then given these masks, in the dtype that it gives its own.
+    layer = (Masksembles2D if maps else Masksembles1D)(64, 4, 2.0).to(masks.device)
+    layer.n, layer.channels = masks.shape
+    layer.masks = masks.to(layer.masks.dtype)
+    return layer
 
 
 @dataclass(frozen=True)
@@ -186,7 +157,7 @@ def cases(options: Options) -> list[Case]:
     def problem() -> Problem:
         return Problem.random(n, b, features, scale, options)
 
-    title = f"{'-'.join(map(str, features))}, N {n}, S {scale:g}, B {b} ({WHOSE})"
+    title = f"{'-'.join(map(str, features))}, N {n}, S {scale:g}, B {b}"
     useful = problem().flops(b)
     map_bytes = 2.0 * options.dtype.itemsize * torch.Size(maps).numel()
     return [
@@ -210,7 +181,7 @@ def cases(options: Options) -> list[Case]:
         ),
         Case(
             "channels",
-            f"{'×'.join(map(str, maps))}, N {n} ({WHOSE})",
+            f"{'×'.join(map(str, maps))}, N {n}",
             lambda: channels_contestants(maps, n, scale, options),
             bytes=map_bytes,
             targets=targets((OP, 1 / 1.15, ("clone",)), (OP, 1 / 1.15, ("copy_",))),
@@ -456,7 +427,7 @@ def plot_curve(rows: dict[str, list[float]], options: Options, path: Path) -> No
     for (name, seconds), marker in zip(
         ((k, v) for k, v in rows.items() if k != "scale"), ("o", "s", "^"), strict=True
     ):
-        label = f"{name}, every mask on every example" if name != "layer" else f"forward of {WHOSE}"
+        label = "forward of the package" if name == "layer" else f"{name}, every mask on every example"
         ax.plot(rows["scale"], [1e3 * s for s in seconds], marker=marker, label=label)
     ax.set(xlabel="scale S", ylabel="ms", yscale="log")
     ax.set_title(f"Cost against S, {options.threads} threads")

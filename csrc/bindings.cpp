@@ -17,9 +17,11 @@
 
 #include "kernels/cpu/isa.h"
 #include "kernels/fma_peak.h"
+#include "ops/dispatch.h"
 
 using at::Tensor;
 using at::TensorList;
+using pyens::dispatcher_op;
 
 TORCH_LIBRARY(pyens, m) {
   m.def(
@@ -80,11 +82,6 @@ TORCH_LIBRARY(pyens, m) {
 }
 
 namespace {
-
-template <class Signature>
-auto dispatcher_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 Tensor ensemble_mlp(const Tensor& input, const std::vector<Tensor>& weights,
                     const std::vector<Tensor>& biases, const std::string& activation,

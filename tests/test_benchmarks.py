@@ -466,16 +466,18 @@ def test_masksembles_cases_have_targets():
     assert len(list(itertools.product(*masksembles.DRAWN))) == 300
 
 
-def test_restated_layer_is_groups_times_masks():
+def test_the_published_layer_takes_given_masks():
+    pytest.importorskip("masksembles")
     masks = torch.tensor([[1, 0, 1], [0, 1, 1]]).bool()
     for inner in ((), (2, 2)):
         x = torch.randn(6, 3, *inner)
         expected = pyens.reference.mask_channels(x, masks)
-        assert torch.equal(masksembles.RestatedMasksembles(masks)(x), expected)
+        assert torch.equal(masksembles.layer_of(masks, maps=bool(inner))(x), expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_quick_run_of_masksembles(tmp_path, capsys, dtype):
+    pytest.importorskip("masksembles")
     command = ["--quick", "--threads", "1", "--dtype", dtype, "--output", str(tmp_path)]
     assert masksembles.main(command) == 0
     shown = capsys.readouterr().out
@@ -515,11 +517,18 @@ def test_quick_run_of_the_masksembles_paper(tmp_path, capsys):
         assert (output / name).read_bytes().startswith(PNG)
     page = (output / "masksembles-quick.md").read_text()
     assert page in capsys.readouterr().out
-    rows = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in page.splitlines()}
+    table_1, _, figure_4 = page.partition("## Figure 4")
+    rows, entropies = (
+        {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in part.splitlines()}
+        for part in (table_1, figure_4)
+    )
     for name, size in (("single", "1.0×"), ("MC dropout", "1.0×"), ("ensemble", "4.0×")):
         assert rows[name][3] == size
         numbers = [float(cell) for cell in (*rows[name][1:3], *rows[name][5:9])]
         assert all(0 <= number <= 1 for number in numbers)
+    for name in ("single", "Masksembles, S = 1.1", "Masksembles, S = 10", "ensemble"):
+        assert all(0 <= float(cell) <= math.log(2) for cell in entropies[name][1:3])
+    assert entropies["single"][3] == "0% |"  # one member
     assert len(rows["accuracy, Masksembles"]) == len(rows["ECE, Masksembles"]) == 7
     assert "commit" in page and "## Speed" not in page
 

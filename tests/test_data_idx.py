@@ -109,6 +109,12 @@ def test_two_sinusoids():
     assert torch.equal(again.positions, noisy.positions)
 
 
+def test_two_sinusoids_that_cross():
+    points = two_sinusoids(500, noise=0.0, gap=0.0, phase=math.pi, generator=torch.Generator().manual_seed(1))
+    x, y = points.positions.T
+    torch.testing.assert_close(y, torch.where(points.labels == 1, -x.sin(), x.sin()), atol=1e-5, rtol=0)
+
+
 def test_two_sinusoids_refuse():
     with pytest.raises(ValueError, match="two_sinusoids: num_points: expected at least 1, got 0"):
         two_sinusoids(0)

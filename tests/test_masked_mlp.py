@@ -539,6 +539,81 @@ def test_bad_input(case):
         masked_mlp_loss(x, torch.zeros(6, 2), *rest, loss="mse")
 
 
+Y, CLASSES = torch.randn(6, 2), torch.zeros(6, dtype=torch.int64)
+BAD_LOSSES = {
+    "unknown loss": (Y, {"loss": "l1"}, ValueError, 'loss: expected one of mse, .*, got "l1"'),
+    "temperature of mse": (Y, {"loss": "mse", "temperature": 2.0}, ValueError, "temperature: expected 1 "),
+    "temperature": (
+        CLASSES,
+        {"loss": "cross_entropy", "temperature": -1.0},
+        ValueError,
+        "temperature: expected a positive number, got -1",
+    ),
+    "outputs of target": (Y[:, :1], {"loss": "mse"}, ValueError, r"target: expected shape \[6, 2\]"),
+    "batch of target": (
+        Y[:1],
+        {"loss": "bce"},
+        ValueError,
+        r"target: expected shape \[6, 2\] or \[3, 6, 2\]",
+    ),
+    "masks of target": (Y.expand(2, 6, 2), {"loss": "mse"}, ValueError, r"target: .*got shape \[2, 6, 2\]"),
+    "shape of classes": (CLASSES[:1], {"loss": "cross_entropy"}, ValueError, r"target: expected shape \[6\]"),
+    "shape of gaussian": (Y, {"loss": "gaussian_nll"}, ValueError, r"target: expected shape \[6, 1\]"),
+    "dtype of target": (
+        Y.double(),
+        {"loss": "mse"},
+        TypeError,
+        r"target: expected .*, got (Double|torch.float64)",
+    ),
+    "dtype of classes": (Y[:, 0], {"loss": "cross_entropy"}, TypeError, "target: expected .*int64"),
+    "weights": (
+        Y,
+        {"loss": "mse", "sample_weight": torch.ones(1)},
+        ValueError,
+        r"sample_weight: expected shape \[6\]",
+    ),
+    "dtype of weights": (
+        Y,
+        {"loss": "mse", "sample_weight": torch.ones(6).long()},
+        TypeError,
+        "sample_weight: expected",
+    ),
+    "gradient of target": (
+        Y.clone().requires_grad_(),
+        {"loss": "mse"},
+        ValueError,
+        r"target: expected requires_grad=False",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LOSSES)
+def test_bad_losses_are_refused_within_torch_func_too(case):
+    target, options, error, message = BAD_LOSSES[case]
+
+    def loss(x: Tensor) -> Tensor:
+        return masked_mlp_loss(x, target, [W, W2], [V, V2], [M], **options).sum()
+
+    with pytest.raises(error, match=rf"^ensemble_mlp_loss: ({message})"):
+        loss(X.clone().requires_grad_())
+    with pytest.raises(error, match=rf"^masked_mlp_loss: ({message})"):
+        torch.func.grad(loss)(X)
+    good = {"loss": "cross_entropy", "sample_weight": torch.ones(3, 6), "temperature": 0.5}
+    torch.func.grad(lambda x: masked_mlp_loss(x, CLASSES, [W, W2], [V, V2], [M], **good).sum())(X)
+
+
+def test_unknown_activations_are_refused_everywhere():
+    options = {"activation": "mish"}
+    for function in (
+        lambda x: masked_mlp(x, [W, W2], [V, V2], [M], **options).sum(),
+        lambda x: masked_mlp_loss(x, Y, [W, W2], [V, V2], [M], loss="mse", **options).sum(),
+    ):
+        for call in (function, torch.func.grad(function)):
+            message = r'^masked_mlp(_loss)?: activation: expected one of relu, .*, got "mish"'
+            with pytest.raises(ValueError, match=message):
+                call(X)
+
+
 def test_bad_plans():
     with pytest.raises(ValueError, match=r"^masked_mlp: plan: expected one for each of the 1 masks, got 2"):
         masked_mlp(X, [W, W2], [V, V2], [M], plan=plan_masks([M, M]))

@@ -1,8 +1,11 @@
 """The Masksembles layers, and networks that they are put into, against the published semantics."""
 
 import copy
+import importlib.util
 import pickle
 import re
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from pyens import reference
 from pyens.nn import (
     MaskedConv2d,
+    MaskedMLP,
     Masksembles1D,
     Masksembles2D,
     Masksembles3D,
@@ -109,6 +113,39 @@ def test_parity_with_the_masksembles_package(kind):
     output.backward(grad)
     expected.backward(grad)
     assert torch.equal(x.grad, x_official.grad)
+
+
+def test_parity_of_a_network_with_the_masksembles_package():
+    """Weights and masks copied: every mask on every example, and a training batch of one mask each."""
+    package = pytest.importorskip("masksembles.torch")
+    official = nn.Sequential(
+        nn.Linear(6, 16),
+        nn.ReLU(),
+        package.Masksembles1D(16, 4, 2.0),
+        nn.Linear(16, 12),
+        nn.ReLU(),
+        package.Masksembles1D(12, 4, 2.0),
+        nn.Linear(12, 3),
+    ).double()
+    layers = [
+        Masksembles1D.from_masksembles(layer) if isinstance(layer, package.Masksembles1D) else layer
+        for layer in official
+    ]
+    network, model = nn.Sequential(*layers), MaskedMLP.from_module(nn.Sequential(*layers))
+    x = torch.randn(8, 6).double()
+    tiled = official(x.repeat(4, 1)).unflatten(0, (4, 8))
+    torch.testing.assert_close(forward_tiled(network, x), tiled)
+    torch.testing.assert_close(model(x), tiled)
+    assert tiled.std(0).min() > 0
+
+    y = torch.randn(8, 3).double()
+    expected = nn.functional.mse_loss(official(x), y)
+    loss = model.loss(x, y, loss="mse", mode="grouped")
+    torch.testing.assert_close(loss, expected)
+    linears = [layer for layer in official if isinstance(layer, nn.Linear)]
+    theirs = torch.autograd.grad(expected, [p.weight for p in linears] + [p.bias for p in linears])
+    ours = torch.autograd.grad(loss, [*model.weights, *model.biases])
+    torch.testing.assert_close(ours, theirs)
 
 
 @layers
@@ -526,8 +563,19 @@ def test_state_of_torch_uncertainty_loads():
     torch.testing.assert_close(conv(x), nn.functional.conv2d(published(x, masks), **weights))
 
 
+def torch_uncertainty_layers() -> ModuleType:
+    """The file of its masked layers alone: the package imports lightning, and they need numpy and torch."""
+    if (package := importlib.util.find_spec("torch_uncertainty")) is None:
+        pytest.skip("torch-uncertainty is not installed")
+    file = Path(package.origin).parent / "layers" / "masksembles.py"
+    spec = importlib.util.spec_from_file_location("torch_uncertainty_masksembles", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_parity_with_torch_uncertainty():
-    package = pytest.importorskip("torch_uncertainty.layers.masksembles")
+    package = torch_uncertainty_layers()
     for theirs, ours, x in (
         (package.MaskedConv2d(12, 5, 3, 4, 2.0), MaskedConv2d(12, 5, 3, 4, 2.0), data("2d", 8)),
         (
@@ -538,8 +586,35 @@ def test_parity_with_torch_uncertainty():
     ):
         if x.dim() == 4:
             x = nn.functional.interpolate(x, 6)
+        assert not torch.equal(ours.mask.masks, theirs.mask.masks.bool())
         ours.load_state_dict(theirs.state_dict())
+        assert torch.equal(ours.mask.masks, theirs.mask.masks.bool())
         torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_a_network_of_torch_uncertainty_loads():
+    """The keys of a network with its layers are those of the same network after `insert_masksembles_`."""
+    package = torch_uncertainty_layers()
+    theirs = nn.Sequential(
+        nn.Conv2d(3, 12, 3),
+        nn.ReLU(),
+        package.MaskedConv2d(12, 16, 3, 4, 2.0, groups=2, bias=False),
+        nn.ReLU(),
+        nn.Flatten(),
+        package.MaskedLinear(16, 5, 4, 2.0),
+    )
+    ours = nn.Sequential(
+        nn.Conv2d(3, 12, 3),
+        nn.ReLU(),
+        nn.Conv2d(12, 16, 3, groups=2, bias=False),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16, 5),
+    )
+    insert_masksembles_(ours, 4, 2.0)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(8, 3, 5, 5)
+    torch.testing.assert_close(forward_tiled(ours, x).flatten(0, 1), theirs(x.repeat(4, 1, 1, 1)))
 
 
 def test_compiles():

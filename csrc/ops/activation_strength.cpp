@@ -29,7 +29,7 @@ c10::SymInt hidden_units(TensorList weights) {
 // Mean or std: in the type of the weights or, for 16-bit ones, float32.
 void check_statistic(const char* argument, const Tensor& statistic, TensorList weights,
                      const c10::SymInt& units) {
-  const at::ScalarType type = weights[0].scalar_type(), real = real_type(type);
+  const at::ScalarType type = weights[0].scalar_type(), real = accumulation_type(type);
   PYENS_CHECK_TYPE(statistic.scalar_type() == type || statistic.scalar_type() == real, kOp,
                    argument,
                    type == real ? c10::str("the dtype of weights[0] (", type, ")")
@@ -75,7 +75,7 @@ Strength activation_strength(const Tensor& input, TensorList weights, TensorList
   params.activation = act;
   params.output = output.mutable_data_ptr();
 
-  const at::ScalarType real = real_type(input.scalar_type());
+  const at::ScalarType real = accumulation_type(input.scalar_type());
   const Tensor means = mean.to(real).contiguous(), stds = std.to(real).contiguous();
   ActivationStrengthParams strength{};
   strength.units = value.size(2);
@@ -107,10 +107,9 @@ template <c10::DeviceType device, c10::DispatchKey key>
 Strength activation_strength_autocast(const Tensor& input, TensorList weights, TensorList biases,
                                       const Tensor& mean, const Tensor& std,
                                       std::string_view activation, bool pack) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("pyens::activation_strength", "")
-                             .typed<Strength(const Tensor&, TensorList, TensorList, const Tensor&,
-                                             const Tensor&, std::string_view, bool)>();
+  static const auto op =
+      dispatcher_op<Strength(const Tensor&, TensorList, TensorList, const Tensor&, const Tensor&,
+                             std::string_view, bool)>("pyens::activation_strength");
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
   const at::ScalarType type = at::autocast::get_autocast_dtype(device);
   return op.call(at::autocast::cached_cast(type, input, device),

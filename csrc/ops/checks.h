@@ -33,6 +33,11 @@ inline DType kernel_dtype(at::ScalarType type) {
   }
 }
 
+// What sums over elements of this type are formed in.
+inline at::ScalarType accumulation_type(at::ScalarType type) {
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 // An argument or one of a list of them, spelled out only when a check fails.
 struct ArgumentName {
   const char* name;

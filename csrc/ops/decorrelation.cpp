@@ -15,6 +15,7 @@
 
 #include "kernels/decorrelation.h"
 #include "ops/checks.h"
+#include "ops/dispatch.h"
 #include "ops/launch.h"
 
 namespace pyens {
@@ -51,10 +52,6 @@ void check_outputs(const Tensor& outputs) {
       "outputs", "at least one component and one label", "shape ", outputs.sym_sizes());
 }
 
-at::ScalarType accumulation_type(const Tensor& outputs) {
-  return outputs.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 // [M, J, B, K] of outputs with or without M and K.
 struct Sizes {
   c10::SymInt models, components, batch, labels;
@@ -81,7 +78,7 @@ struct Forward {
 // Uninitialised results; the loss in the type of accumulation.
 Forward allocate(const Tensor& outputs, DecorrelationKind kind, bool sum_labels) {
   const Sizes s(outputs);
-  const auto options = outputs.options().dtype(accumulation_type(outputs));
+  const auto options = outputs.options().dtype(accumulation_type(outputs.scalar_type()));
   const bool centred = kind == DecorrelationKind::covariance;
   return {at::empty_symint(loss_shape(outputs, sum_labels), options),
           at::empty_symint({s.models, s.labels, s.components, s.components}, options),
@@ -152,7 +149,7 @@ void check_backward(const Tensor& grad, const Tensor& outputs, const Tensor& cor
                     c10::str("the shape of the loss ", c10::SymIntArrayRef(expected)), "shape ",
                     grad.sym_sizes());
   const Sizes s(outputs);
-  const at::ScalarType type = accumulation_type(outputs);
+  const at::ScalarType type = accumulation_type(outputs.scalar_type());
   const c10::SymInt saved = s.models * s.labels * s.components;
   PYENS_CHECK_VALUE(correlations.scalar_type() == type && correlations.is_contiguous() &&
                         correlations.sym_numel() == saved * s.components,
@@ -175,7 +172,7 @@ Tensor decorrelation_loss_backward(const Tensor& grad, const Tensor& outputs,
   DecorrelationParams p = make_params(z, parsed, sum_labels);
   // One component has a loss of 0 whatever it is: 0 times a NaN would not be.
   if (p.components == 1) return at::zeros(outputs.sizes(), outputs.options());
-  const Tensor grad_loss = grad.to(accumulation_type(outputs)).contiguous();
+  const Tensor grad_loss = grad.to(accumulation_type(outputs.scalar_type())).contiguous();
   const Tensor grad_outputs = at::empty(outputs.sizes(), outputs.options());
   p.grad_loss = grad_loss.const_data_ptr();
   p.correlations = const_cast<void*>(correlations.const_data_ptr());
@@ -215,13 +212,8 @@ Tensor decorrelation_loss_backward_meta(const Tensor& grad, const Tensor& output
 
 // --- autograd ------------------------------------------------------------------------------------
 
-template <class Signature>
-auto typed_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 auto typed_decorrelation_loss() {
-  static const auto op = typed_op<Tensor(const Tensor&, std::string_view, std::string_view)>(
+  static const auto op = dispatcher_op<Tensor(const Tensor&, std::string_view, std::string_view)>(
       "pyens::decorrelation_loss");
   return op;
 }
@@ -233,7 +225,7 @@ Tensor composed_backward(const Tensor& grad, const Tensor& outputs, Decorrelatio
   const bool one_label = outputs.dim() == 2;
   const bool covariance = kind == DecorrelationKind::covariance;
   const bool residue = kind == DecorrelationKind::residue;
-  Tensor z = outputs.to(accumulation_type(outputs));
+  Tensor z = outputs.to(accumulation_type(outputs.scalar_type()));
   z = (one_label ? z.unsqueeze(-1) : z).movedim(-1, -3);  // [.., K, J, B]
   if (covariance) z = z - z.mean(-1, /*keepdim=*/true);
   if (residue) z = z - z.mean(-2, /*keepdim=*/true);
@@ -255,7 +247,7 @@ class DecorrelationLossFunction : public torch::autograd::Function<Decorrelation
   static Tensor forward(AutogradContext* ctx, const Tensor& outputs, std::string kind,
                         std::string reduction) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    static const auto op = typed_op<std::tuple<Tensor, Tensor, Tensor>(
+    static const auto op = dispatcher_op<std::tuple<Tensor, Tensor, Tensor>(
         const Tensor&, std::string_view, std::string_view)>("pyens::decorrelation_loss_forward");
     auto [loss, correlations, centre] = op.call(outputs, kind, reduction);
     ctx->save_for_backward({outputs, correlations, centre});
@@ -272,9 +264,9 @@ class DecorrelationLossFunction : public torch::autograd::Function<Decorrelation
       return {composed_backward(grads[0], saved[0], parse_kind(kind), parse_sums_labels(reduction)),
               Tensor(), Tensor()};
     }
-    static const auto op =
-        typed_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                        std::string_view, std::string_view)>("pyens::decorrelation_loss_backward");
+    static const auto op = dispatcher_op<Tensor(const Tensor&, const Tensor&, const Tensor&,
+                                                const Tensor&, std::string_view, std::string_view)>(
+        "pyens::decorrelation_loss_backward");
     return {op.call(grads[0], saved[0], saved[1], saved[2], kind, reduction), Tensor(), Tensor()};
   }
 };

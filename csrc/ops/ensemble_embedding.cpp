@@ -20,6 +20,7 @@
 
 #include "kernels/ensemble_embedding.h"
 #include "ops/checks.h"
+#include "ops/dispatch.h"
 #include "ops/launch.h"
 
 namespace pyens {
@@ -162,11 +163,6 @@ std::string column_name(const char* op, size_t t) {
 
 // --- launch --------------------------------------------------------------------------------------
 
-// All that the kernels need is a contiguous last dimension.
-Tensor with_contiguous_rows(const Tensor& tensor) {
-  return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
-}
-
 // Whether all indices were in range.
 template <class Params>
 bool launch(const Params& params) {
@@ -185,12 +181,12 @@ int64_t member_stride(const Tensor& tensor) { return tensor.dim() == 3 ? tensor.
 Tensor gather(const char* op, const Tensor& categorical, TensorList tables,
               const std::optional<Tensor>& numeric) {
   check_cpu(op, tables[0]);
-  std::forward_list<Tensor> read;  // holds the copies until the kernel is done
+  std::forward_list<Tensor> copies;
   c10::SmallVector<EmbeddingTable, 8> entries;
   c10::SmallVector<int64_t, 8> num_embeddings;
   EmbeddingGather params{};
   for (const Tensor& table : tables) {
-    const Tensor& weight = read.emplace_front(with_contiguous_rows(table));
+    const Tensor& weight = with_contiguous_rows(table, copies);
     EmbeddingTable entry{};
     entry.weight = weight.const_data_ptr();
     entry.index = categorical.const_data_ptr<int64_t>() +
@@ -212,7 +208,7 @@ Tensor gather(const char* op, const Tensor& categorical, TensorList tables,
   params.index_member_stride = member_stride(categorical);
   params.index_row_stride = categorical.stride(-2);
   if (numeric) {
-    const Tensor& x = read.emplace_front(with_contiguous_rows(*numeric));
+    const Tensor& x = with_contiguous_rows(*numeric, copies);
     params.numeric = x.const_data_ptr();
     params.numeric_features = x.size(-1);
     params.numeric_member_stride = member_stride(x);
@@ -232,7 +228,8 @@ std::vector<Tensor> scatter(const char* op, const Tensor& grad, const Tensor& ca
                             at::IntArrayRef num_embeddings, at::IntArrayRef dims,
                             at::IntArrayRef wanted, bool numeric_shared) {
   check_cpu(op, grad);
-  const Tensor read = with_contiguous_rows(grad);
+  std::forward_list<Tensor> copies;
+  const Tensor& read = with_contiguous_rows(grad, copies);
   const int64_t members = read.size(0), batch = read.size(1);
   c10::SmallVector<EmbeddingTable, 8> entries;
   std::vector<Tensor> grads;
@@ -288,7 +285,8 @@ Tensor ensemble_embedding_sparse_backward(const Tensor& grad, const Tensor& inde
                                           int64_t num_embeddings) {
   check_backward(grad, index, num_embeddings);
   check_cpu(kOp, grad);
-  const Tensor read = with_contiguous_rows(grad);
+  std::forward_list<Tensor> copies;
+  const Tensor& read = with_contiguous_rows(grad, copies);
   const int64_t members = read.size(0), batch = read.size(1), dim = read.size(2);
   // A member's examples row by row; stable, so in ascending order for each row.
   const auto [sorted, order] = at::sort(index, /*stable=*/true, /*dim=*/-1, /*descending=*/false);
@@ -395,34 +393,30 @@ std::vector<Tensor> ensemble_embedding_concat_backward_meta(
 
 // --- autograd ------------------------------------------------------------------------------------
 
-template <class Signature>
-auto typed(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 auto typed_embedding() {
   static const auto op =
-      typed<Tensor(const Tensor&, const Tensor&, bool)>("pyens::ensemble_embedding");
+      dispatcher_op<Tensor(const Tensor&, const Tensor&, bool)>("pyens::ensemble_embedding");
   return op;
 }
 auto typed_embedding_backward() {
-  static const auto op =
-      typed<Tensor(const Tensor&, const Tensor&, SymInt)>("pyens::ensemble_embedding_backward");
+  static const auto op = dispatcher_op<Tensor(const Tensor&, const Tensor&, SymInt)>(
+      "pyens::ensemble_embedding_backward");
   return op;
 }
 auto typed_embedding_sparse_backward() {
-  static const auto op = typed<Tensor(const Tensor&, const Tensor&, SymInt)>(
+  static const auto op = dispatcher_op<Tensor(const Tensor&, const Tensor&, SymInt)>(
       "pyens::ensemble_embedding_sparse_backward");
   return op;
 }
 auto typed_concat() {
-  static const auto op = typed<Tensor(const Tensor&, TensorList, const std::optional<Tensor>&)>(
-      "pyens::ensemble_embedding_concat");
+  static const auto op =
+      dispatcher_op<Tensor(const Tensor&, TensorList, const std::optional<Tensor>&)>(
+          "pyens::ensemble_embedding_concat");
   return op;
 }
 auto typed_concat_backward() {
-  static const auto op = typed<std::vector<Tensor>(const Tensor&, const Tensor&, SymIntArrayRef,
-                                                   SymIntArrayRef, at::IntArrayRef, bool)>(
+  static const auto op = dispatcher_op<std::vector<Tensor>(
+      const Tensor&, const Tensor&, SymIntArrayRef, SymIntArrayRef, at::IntArrayRef, bool)>(
       "pyens::ensemble_embedding_concat_backward");
   return op;
 }

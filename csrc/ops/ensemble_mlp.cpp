@@ -20,8 +20,6 @@
 #include <string_view>
 #include <vector>
 
-#include "ops/launch.h"
-
 namespace pyens {
 namespace {
 
@@ -121,7 +119,7 @@ std::vector<Tensor> ensemble_mlp_backward(const Tensor& grad, const Tensor& inpu
   check_backward(grad, input, weights, biases, dropout, dropout_seeds);
   TrainingProblem problem(kOp, input, weights, biases, parse_activation(kOp, activation), dropout,
                           dropout_seeds, wanted);
-  const Tensor& rows = problem.with_contiguous_rows(grad);
+  const Tensor& rows = with_contiguous_rows(grad, problem.copies);
   problem.training.target = rows.const_data_ptr();
   problem.training.target_member_stride = rows.stride(0);
   problem.training.target_row_stride = rows.stride(1);
@@ -175,10 +173,9 @@ std::vector<Tensor> call_ensemble_mlp_backward(const Tensor& grad, const Tensor&
                                                const OptionalTensor& dropout_seeds,
                                                const Wanted& wanted) {
   static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("pyens::ensemble_mlp_backward", "")
-          .typed<std::vector<Tensor>(const Tensor&, const Tensor&, TensorList, TensorList,
-                                     std::string_view, double, const OptionalTensor&, Wanted)>();
+      dispatcher_op<std::vector<Tensor>(const Tensor&, const Tensor&, TensorList, TensorList,
+                                        std::string_view, double, const OptionalTensor&, Wanted)>(
+          "pyens::ensemble_mlp_backward");
   return op.call(grad, input, weights, biases, activation, dropout, dropout_seeds, wanted);
 }
 
@@ -360,10 +357,9 @@ Tensor ensemble_mlp_autocast(const Tensor& input, TensorList weights, TensorList
 Tensor call_ensemble_mlp(const Tensor& input, TensorList weights, TensorList biases,
                          std::string_view activation, double dropout,
                          const OptionalTensor& dropout_seeds) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("pyens::ensemble_mlp", "")
-                             .typed<Tensor(const Tensor&, TensorList, TensorList, std::string_view,
-                                           double, const OptionalTensor&)>();
+  static const auto op =
+      dispatcher_op<Tensor(const Tensor&, TensorList, TensorList, std::string_view, double,
+                           const OptionalTensor&)>("pyens::ensemble_mlp");
   return op.call(input, weights, biases, activation, dropout, dropout_seeds);
 }
 

@@ -12,6 +12,8 @@
 
 #include "kernels/ensemble_mlp.h"
 #include "ops/checks.h"
+#include "ops/dispatch.h"
+#include "ops/launch.h"
 
 namespace pyens {
 
@@ -100,14 +102,14 @@ inline void check_dropout(const char* op, double dropout,
 
 // A call in the kernel's terms. The tensors outlive it; owns what had to be copied.
 struct Problem {
-  std::forward_list<at::Tensor> copies;  // references into it stay valid
+  std::forward_list<at::Tensor> copies;
   c10::SmallVector<MLPLayer, 8> layers;
   EnsembleMLPParams params{};
 
   Problem(at::TensorList weights, at::TensorList biases) {
     layers.reserve(weights.size());
     for (size_t l = 0; l < weights.size(); ++l) {
-      const at::Tensor& w = with_contiguous_rows(weights[l]);
+      const at::Tensor& w = with_contiguous_rows(weights[l], copies);
       MLPLayer layer{};
       layer.weight = w.const_data_ptr();
       layer.out = w.size(1);
@@ -115,7 +117,7 @@ struct Problem {
       layer.weight_member_stride = w.stride(0);
       layer.weight_row_stride = w.stride(1);
       if (!biases.empty()) {
-        const at::Tensor& b = with_contiguous_rows(biases[l]);
+        const at::Tensor& b = with_contiguous_rows(biases[l], copies);
         layer.bias = b.const_data_ptr();
         layer.bias_member_stride = b.stride(0);
       }
@@ -130,7 +132,7 @@ struct Problem {
   Problem& operator=(const Problem&) = delete;
 
   void set_input(const at::Tensor& input) {
-    const at::Tensor& x = with_contiguous_rows(input);
+    const at::Tensor& x = with_contiguous_rows(input, copies);
     params.input = x.const_data_ptr();
     params.batch = x.size(-2);
     params.input_row_stride = x.stride(-2);
@@ -140,20 +142,9 @@ struct Problem {
   void set_dropout(double dropout, const std::optional<at::Tensor>& dropout_seeds) {
     params.dropout = dropout;
     if (dropout > 0)
-      params.dropout_seeds = with_contiguous_rows(*dropout_seeds).const_data_ptr<int64_t>();
-  }
-
-  // All that the kernels need is a contiguous last dimension.
-  const at::Tensor& with_contiguous_rows(const at::Tensor& tensor) {
-    if (tensor.size(-1) <= 1 || tensor.stride(-1) == 1) return tensor;
-    return copies.emplace_front(tensor.contiguous());
+      params.dropout_seeds = with_contiguous_rows(*dropout_seeds, copies).const_data_ptr<int64_t>();
   }
 };
-
-// What float32 arithmetic and up is done in for elements of this type.
-inline at::ScalarType real_type(at::ScalarType type) {
-  return type == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 // One flag for each of [input, weights.., biases..].
 using Wanted = c10::List<bool>;
@@ -178,7 +169,7 @@ inline std::vector<at::Tensor> wanted_of(const char* op, const at::Tensor& input
 // A training pass in the kernel's terms: the problem, and the gradients that are wanted of it.
 struct TrainingProblem : Problem {
   EnsembleMLPTraining training{};
-  std::vector<at::Tensor> gradients;  // of real_type, in the order of `wanted`
+  std::vector<at::Tensor> gradients;  // of accumulation_type, in the order of `wanted`
   c10::SmallVector<MLPLayerGradient, 8> layer_gradients;
 
   TrainingProblem(const char* op, const at::Tensor& input, at::TensorList weights,
@@ -188,7 +179,7 @@ struct TrainingProblem : Problem {
     set_input(input);
     set_dropout(dropout, dropout_seeds);
     params.activation = activation;
-    const auto options = input.options().dtype(real_type(input.scalar_type()));
+    const auto options = input.options().dtype(accumulation_type(input.scalar_type()));
     gradients = wanted_of(op, input, weights, biases, wanted);
     for (at::Tensor& gradient : gradients) {
       gradient = params.batch == 0 ? at::zeros(gradient.sizes(), options)

@@ -51,11 +51,12 @@ struct Options {
 
 void check_kind_of_real(const char* argument, const Tensor& tensor, const Tensor& weight) {
   const at::ScalarType type = weight.scalar_type();
-  PYENS_CHECK_TYPE(
-      tensor.scalar_type() == type || tensor.scalar_type() == real_type(type), kOp, argument,
-      real_type(type) == type ? c10::str("the dtype of ", kFirstWeight, " (", type, ")")
-                              : c10::str("the dtype of ", kFirstWeight, " (", type, ") or Float"),
-      tensor.scalar_type());
+  PYENS_CHECK_TYPE(tensor.scalar_type() == type || tensor.scalar_type() == accumulation_type(type),
+                   kOp, argument,
+                   accumulation_type(type) == type
+                       ? c10::str("the dtype of ", kFirstWeight, " (", type, ")")
+                       : c10::str("the dtype of ", kFirstWeight, " (", type, ") or Float"),
+                   tensor.scalar_type());
 }
 
 void check_device(const char* argument, const Tensor& tensor, const Tensor& weight) {
@@ -130,11 +131,11 @@ std::tuple<Tensor, std::vector<Tensor>> ensemble_mlp_loss_with_gradients(
   TrainingProblem problem(kOp, input, weights, biases, parse_activation(kOp, activation), dropout,
                           dropout_seeds, wanted);
   EnsembleMLPTraining& training = problem.training;
-  const at::ScalarType real = real_type(input.scalar_type());
+  const at::ScalarType real = accumulation_type(input.scalar_type());
   const int64_t members = problem.params.ensemble_size;
 
   const bool classes = kind == Loss::cross_entropy;
-  const Tensor expected = classes ? target : problem.with_contiguous_rows(target.to(real));
+  const Tensor expected = classes ? target : with_contiguous_rows(target.to(real), problem.copies);
   const int64_t batch_dim = expected.dim() - (classes ? 1 : 2);
   training.loss = kind;
   training.temperature = temperature;
@@ -143,7 +144,7 @@ std::tuple<Tensor, std::vector<Tensor>> ensemble_mlp_loss_with_gradients(
   training.target_member_stride = batch_dim == 1 && members > 1 ? expected.stride(0) : 0;
   Tensor example_weight;
   if (sample_weight) {
-    example_weight = problem.with_contiguous_rows(sample_weight->to(real));
+    example_weight = with_contiguous_rows(sample_weight->to(real), problem.copies);
     training.sample_weight = example_weight.const_data_ptr();
     const bool own = example_weight.dim() == 2 && members > 1;
     training.sample_weight_member_stride = own ? example_weight.stride(0) : 0;
@@ -182,7 +183,7 @@ std::tuple<Tensor, std::vector<Tensor>> ensemble_mlp_loss_with_gradients_meta(
     const OptionalTensor& /*member_scale*/, Wanted wanted) {
   check(input, weights, biases,
         {target, loss, activation, temperature, sample_weight, dropout, dropout_seeds});
-  const auto options = input.options().dtype(real_type(input.scalar_type()));
+  const auto options = input.options().dtype(accumulation_type(input.scalar_type()));
   std::vector<Tensor> gradients = wanted_of(kOp, input, weights, biases, wanted);
   for (Tensor& gradient : gradients) gradient = at::empty_symint(gradient.sym_sizes(), options);
   return {at::empty_symint({weights[0].sym_size(0)}, options), gradients};
@@ -195,7 +196,7 @@ Tensor ensemble_mlp_loss_meta(const Tensor& input, const Tensor& target, TensorL
   check(input, weights, biases,
         {target, loss, activation, temperature, sample_weight, dropout, dropout_seeds});
   return at::empty_symint({weights[0].sym_size(0)},
-                          input.options().dtype(real_type(input.scalar_type())));
+                          input.options().dtype(accumulation_type(input.scalar_type())));
 }
 
 // --- composed of aten ------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ Tensor composed_loss(const Tensor& input, const Tensor& target, TensorList weigh
   const Loss kind =
       check(input, weights, biases,
             {target, loss, activation, temperature, sample_weight, dropout, dropout_seeds});
-  const at::ScalarType real = real_type(input.scalar_type());
+  const at::ScalarType real = accumulation_type(input.scalar_type());
   const Tensor expected = kind == Loss::cross_entropy ? target : target.to(real);
   const auto evaluate = [&](const Tensor& x, const Tensor& y) {
     const Tensor z =
@@ -263,12 +264,10 @@ Tensor composed_loss(const Tensor& input, const Tensor& target, TensorList weigh
 auto call_with_gradients(const Tensor& input, TensorList weights, TensorList biases,
                          const Options& o, const OptionalTensor& member_scale,
                          const Wanted& wanted) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("pyens::ensemble_mlp_loss_with_gradients", "")
-                             .typed<std::tuple<Tensor, std::vector<Tensor>>(
-                                 const Tensor&, const Tensor&, TensorList, TensorList,
-                                 std::string_view, std::string_view, double, const OptionalTensor&,
-                                 double, const OptionalTensor&, const OptionalTensor&, Wanted)>();
+  static const auto op = dispatcher_op<std::tuple<Tensor, std::vector<Tensor>>(
+      const Tensor&, const Tensor&, TensorList, TensorList, std::string_view, std::string_view,
+      double, const OptionalTensor&, double, const OptionalTensor&, const OptionalTensor&, Wanted)>(
+      "pyens::ensemble_mlp_loss_with_gradients");
   return op.call(input, o.target, weights, biases, o.loss, o.activation, o.temperature,
                  o.sample_weight, o.dropout, o.dropout_seeds, member_scale, wanted);
 }

@@ -7,6 +7,7 @@
 #include <c10/core/CPUAllocator.h>
 
 #include <cstdint>
+#include <forward_list>
 
 #if defined(PYENS_WITH_CUDA)
 #include <c10/cuda/CUDAGuard.h>
@@ -14,6 +15,14 @@
 #endif
 
 namespace pyens {
+
+// The tensor, or a copy of it kept in `copies`: all that kernels need is a contiguous last dimension.
+// A list, so that references into it stay valid.
+inline const at::Tensor& with_contiguous_rows(const at::Tensor& tensor,
+                                              std::forward_list<at::Tensor>& copies) {
+  if (tensor.size(-1) <= 1 || tensor.stride(-1) == 1) return tensor;
+  return copies.emplace_front(tensor.contiguous());
+}
 
 // run(begin, end, scratch) for disjoint ranges that cover [0, items).
 template <class Run>

@@ -12,6 +12,7 @@
 
 #include "kernels/masksembles.h"
 #include "ops/checks.h"
+#include "ops/dispatch.h"
 #include "ops/launch.h"
 
 namespace pyens {
@@ -21,11 +22,6 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-template <class Signature>
-auto typed(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 void check_cpu(const char* op, const Tensor& tensor) {
   TORCH_CHECK_NOT_IMPLEMENTED(tensor.is_cpu(), op, ": tensors on ", tensor.device(),
@@ -94,8 +90,8 @@ Tensor mask_channels_meta(const Tensor& input, const Tensor& masks, const Option
 }
 
 Tensor call_mask_channels(const Tensor& input, const Tensor& masks, const OptionalTensor& index) {
-  static const auto op =
-      typed<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>("pyens::mask_channels");
+  static const auto op = dispatcher_op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>(
+      "pyens::mask_channels");
   return op.call(input, masks, index);
 }
 
@@ -265,7 +261,7 @@ Tensor masked_weights_backward_meta(const Tensor& grad, const OptionalTensor& ro
 Tensor call_masked_weights(const Tensor& weight, const OptionalTensor& rows,
                            const OptionalTensor& columns, c10::SymInt num_masks) {
   static const auto op =
-      typed<Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t)>(
+      dispatcher_op<Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t)>(
           "pyens::masked_weights");
   return op.call(weight, rows, columns, num_masks.guard_int(__FILE__, __LINE__));
 }
@@ -273,8 +269,9 @@ Tensor call_masked_weights(const Tensor& weight, const OptionalTensor& rows,
 Tensor call_masked_weights_backward(const Tensor& grad, const OptionalTensor& rows,
                                     const OptionalTensor& columns, c10::SymInt num_rows,
                                     c10::SymInt num_columns) {
-  static const auto op = typed<Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                      c10::SymInt, c10::SymInt)>("pyens::masked_weights_backward");
+  static const auto op =
+      dispatcher_op<Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, c10::SymInt,
+                           c10::SymInt)>("pyens::masked_weights_backward");
   return op.call(grad, rows, columns, std::move(num_rows), std::move(num_columns));
 }
 

@@ -16,6 +16,7 @@
 
 #include "kernels/uncertainty.h"
 #include "ops/checks.h"
+#include "ops/dispatch.h"
 #include "ops/launch.h"
 
 namespace pyens {
@@ -39,10 +40,6 @@ void check_members(const char* op, const char* argument, const Tensor& members) 
   PYENS_CHECK_VALUE(members.sym_size(0) >= 1 && (members.dim() == 2 || members.sym_size(2) >= 1),
                     op, argument, "at least one member and one class or output", "shape ",
                     members.sym_sizes());
-}
-
-at::ScalarType accumulation_type(const Tensor& tensor) {
-  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 // --- predictive_uncertainty ----------------------------------------------------------------------
@@ -187,16 +184,14 @@ Moments predictive_moments_meta(const Tensor& outputs, const std::optional<Tenso
 // The gradients are composed of differentiable aten operations, so double backward is right too.
 
 auto typed_predictive_uncertainty() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("pyens::predictive_uncertainty", "")
-                             .typed<Uncertainty(const Tensor&, bool, bool)>();
+  static const auto op =
+      dispatcher_op<Uncertainty(const Tensor&, bool, bool)>("pyens::predictive_uncertainty");
   return op;
 }
 
 auto typed_predictive_moments() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("pyens::predictive_moments", "")
-                             .typed<Moments(const Tensor&, const std::optional<Tensor>&)>();
+  static const auto op = dispatcher_op<Moments(const Tensor&, const std::optional<Tensor>&)>(
+      "pyens::predictive_moments");
   return op;
 }
 
@@ -211,7 +206,7 @@ Tensor uncertainty_backward(const variable_list& grads, const Tensor& members,
   const Tensor &g_information = grads[3], &g_pv = grads[4];
   const at::Scalar count(members.sym_size(0));
   const bool binary = members.dim() == 2;
-  const at::ScalarType type = accumulation_type(members);
+  const at::ScalarType type = accumulation_type(members.scalar_type());
 
   // Information is total less expected entropy, prediction variation E times that.
   const Tensor difference = added(g_information, g_pv.defined() ? g_pv * count : g_pv);
@@ -298,7 +293,7 @@ class PredictiveMomentsFunction : public torch::autograd::Function<PredictiveMom
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const Tensor outputs = ctx->get_saved_variables()[0];
-    const at::ScalarType type = accumulation_type(outputs);
+    const at::ScalarType type = accumulation_type(outputs.scalar_type());
     const at::Scalar count(outputs.sym_size(0)), degrees(outputs.sym_size(0) - 1);
     const Tensor x = outputs.to(type);
     variable_list g;  // in the type of accumulation

@@ -14,14 +14,22 @@ class Points(NamedTuple):
 
 
 def two_sinusoids(
-    num_points: int, *, noise: float = 0.3, gap: float = 2.0, generator: torch.Generator | None = None
+    num_points: int,
+    *,
+    noise: float = 0.3,
+    gap: float = 2.0,
+    phase: float = 0.0,
+    generator: torch.Generator | None = None,
 ) -> Points:
-    """Points around two sinusoids, one above the other: y = sin(x) + (label - 1/2) gap + noise N(0, 1).
+    """Points around two sinusoids: y = sin(x + label phase) + (label - 1/2) gap + noise N(0, 1).
+
+    With the defaults one lies above the other, and one line parts them. With gap 0 and phase pi they cross.
 
     Args:
         num_points: N >= 1; half of them, or one less, are of class 1.
         noise: standard deviation, at least 0.
         gap: vertical distance of the two.
+        phase: by which class 1 is ahead.
         generator: to draw x, uniform in [-5, 5], and the noise from.
 
     Raises:
@@ -35,6 +43,6 @@ def two_sinusoids(
         raise ValueError(f"two_sinusoids: noise: expected at least 0, got {noise}")
     labels = torch.arange(num_points, device="cpu") % 2
     x = torch.rand(num_points, generator=generator, device="cpu") * 10 - 5
-    y = x.sin() + (labels - 0.5) * gap
+    y = (x + labels * phase).sin() + (labels - 0.5) * gap
     y = y + noise * torch.randn(num_points, generator=generator, device="cpu")
     return Points(torch.stack([x, y], 1), labels)

@@ -1,5 +1,6 @@
 """The loss inside the fused ensemble MLP."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from pyens import reference
 from pyens._library import _C
+from pyens.reference.ensemble_mlp import ACTIVATIONS
 from pyens.reference.ensemble_mlp_loss import LOSSES
 
 _peek_transform = torch._C._functorch.peek_interpreter_stack
@@ -83,7 +85,19 @@ def ensemble_mlp_loss(
             dropout_seeds,
         )
     if _peek_transform() is not None:
-        _check(input, target, weights, loss, sample_weight)
+        members, outputs = weights[0].shape[0], weights[-1].shape[1]
+        check_loss(
+            "ensemble_mlp_loss",
+            weights[0],
+            members,
+            input.shape[-2],
+            outputs,
+            target,
+            loss,
+            activation,
+            temperature,
+            sample_weight,
+        )
         return reference.ensemble_mlp_loss(
             input,
             target,
@@ -110,27 +124,56 @@ def ensemble_mlp_loss(
     )
 
 
-def _check(
-    input: Tensor, target: Tensor, weights: Sequence[Tensor], loss: str, sample_weight: Tensor | None
+def check_loss(
+    op: str,
+    like: Tensor,
+    members: int,
+    batch: int,
+    outputs: int,
+    target: Tensor,
+    loss: str,
+    activation: str,
+    temperature: float,
+    sample_weight: Tensor | None,
 ) -> None:
-    """What the operation refuses and torch operations would let pass."""
-    if loss not in LOSSES:
-        expected = ", ".join(LOSSES)
-        raise ValueError(f'ensemble_mlp_loss: loss: expected one of {expected}, got "{loss}"')
-    members, batch, out = weights[0].shape[0], input.shape[-2], weights[-1].shape[1]
-    outputs = {"cross_entropy": (), "gaussian_nll": (out // 2,)}.get(loss, (out,))
-    for argument, tensor, shape in (
-        ("target", target, (batch, *outputs)),
-        ("sample_weight", sample_weight, (batch,)),
+    """What the operation refuses and torch operations would let pass, or refuse less clearly.
+
+    `like` is the first weight, of `members` MLPs with `outputs` outputs.
+    """
+    for argument, name, known in (("loss", loss, LOSSES), ("activation", activation, ACTIVATIONS)):
+        if name not in known:
+            raise ValueError(f'{op}: {argument}: expected one of {", ".join(known)}, got "{name}"')
+    if loss == "cross_entropy":
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"{op}: temperature: expected a positive number, got {temperature}")
+    elif temperature != 1:
+        raise ValueError(
+            f"{op}: temperature: expected 1 (only cross_entropy has one) with loss {loss}, got {temperature}"
+        )
+    if loss == "gaussian_nll" and outputs % 2:
+        raise ValueError(
+            f"{op}: weights: expected an even number of outputs for gaussian_nll (means and raw variances), "
+            f"got {outputs}"
+        )
+    each = {"cross_entropy": (), "gaussian_nll": (outputs // 2,)}.get(loss, (outputs,))
+    real = (like.dtype, torch.float64 if like.dtype == torch.float64 else torch.float32)
+    for argument, tensor, shape, dtypes in (
+        ("target", target, (batch, *each), (torch.int64,) if loss == "cross_entropy" else real),
+        ("sample_weight", sample_weight, (batch,), real),
     ):
         if tensor is None:
             continue
         if tensor.requires_grad:
             raise ValueError(
-                f"ensemble_mlp_loss: {argument}: expected requires_grad=False (it gets no gradient), got True"
+                f"{op}: {argument}: expected requires_grad=False (it gets no gradient), got True"
             )
+        # Under autocast real numbers are cast.
+        cast = dtypes is real and torch.is_autocast_enabled(like.device.type)
+        if tensor.dtype not in dtypes and not cast:
+            expected = " or ".join(dict.fromkeys(map(str, dtypes)))
+            raise TypeError(f"{op}: {argument}: expected {expected}, got {tensor.dtype}")
         if tuple(tensor.shape) not in (shape, (members, *shape)):
             raise ValueError(
-                f"ensemble_mlp_loss: {argument}: expected shape {list(shape)} or {[members, *shape]}, "
+                f"{op}: {argument}: expected shape {list(shape)} or {[members, *shape]}, "
                 f"got shape {list(tensor.shape)}"
             )

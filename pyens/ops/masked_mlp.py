@@ -8,7 +8,8 @@ from torch import Tensor
 from pyens import reference
 from pyens._library import _C
 from pyens.ops.ensemble_mlp import ensemble_mlp
-from pyens.ops.ensemble_mlp_loss import ensemble_mlp_loss
+from pyens.ops.ensemble_mlp_loss import check_loss, ensemble_mlp_loss
+from pyens.reference.ensemble_mlp import ACTIVATIONS
 
 _peek_transform = torch._C._functorch.peek_interpreter_stack
 
@@ -92,7 +93,7 @@ def masked_mlp(
     Source: "Masksembles", section 3, and the structure that its section 5 leaves as future work; reference in
     `pyens.reference.masked_mlp`.
     """
-    num_masks = _check("masked_mlp", input, weights, biases, masks, plan)
+    num_masks = _check("masked_mlp", input, weights, biases, masks, activation, plan)
     if not torch.compiler.is_compiling() and _peek_transform() is not None:
         return reference.masked_mlp(input, weights, biases, masks, activation=activation)
     parameters = masked_weights(weights, biases, num_masks, plan_masks(masks) if plan is None else plan)
@@ -129,8 +130,20 @@ def masked_mlp_loss(
 
     Source: as `masked_mlp`; reference in `pyens.reference.masked_mlp_loss`.
     """
-    num_masks = _check("masked_mlp_loss", input, weights, biases, masks, plan)
+    num_masks = _check("masked_mlp_loss", input, weights, biases, masks, activation, plan)
     if not torch.compiler.is_compiling() and _peek_transform() is not None:
+        check_loss(
+            "masked_mlp_loss",
+            weights[0],
+            num_masks,
+            input.shape[-2],
+            weights[-1].shape[0],
+            target,
+            loss,
+            activation,
+            temperature,
+            sample_weight,
+        )
         return reference.masked_mlp_loss(
             input,
             target,
@@ -160,9 +173,12 @@ def _check(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor] | None,
     masks: Sequence[Tensor],
+    activation: str,
     plan: Sequence[Tensor] | None,
 ) -> int:
     """The number of masks."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f'{op}: activation: expected one of {", ".join(ACTIVATIONS)}, got "{activation}"')
     if len(masks) == 0 or len(masks) != len(weights) - 1:
         raise ValueError(
             f"{op}: masks: expected one for each hidden layer, of at least one, with {len(weights)} weights, "

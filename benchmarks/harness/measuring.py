@@ -1,0 +1,183 @@
+"""Contestants timed in interleaved rounds; memory, the machine's peaks, and what machine it was."""
+
+from __future__ import annotations
+
+import gc
+import math
+import multiprocessing
+import os
+import platform
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.benchmark import Timer
+from tqdm import tqdm
+
+from benchmarks.harness.cases import Case, Options, Run, dtype_name
+from benchmarks.harness.results import Peaks, Result, Timing
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_interleaved(case: Case, options: Options, *, block_seconds: float = 0.02) -> Result:
+    """Check every contestant of `case`, then time them in rounds of blocks of at least `block_seconds`."""
+    torch.compiler.reset()  # compiled code of the case before
+    torch.set_num_threads(options.threads)
+    shuffle = random.Random(options.seed)
+    contestants = case.contestants()
+    if len({c.name for c in contestants}) != len(contestants):
+        raise ValueError(f"case {case.name}: two contestants have the same name")
+    timings = [Timing(c.name, c.ours) for c in contestants]
+    runners: list[tuple[Timing, Timer, int]] = []
+
+    with tqdm(
+        total=(1 + options.rounds) * len(contestants), desc=case.name, leave=False, disable=None
+    ) as bar:
+        for contestant, timing in zip(contestants, timings, strict=True):
+            bar.set_postfix_str(f"preparing {contestant.name}")
+            try:
+                run = contestant.setup()
+                with torch.inference_mode(not case.grad):
+                    contestant.check(run())
+                    timer = Timer("run()", globals={"run": run}, num_threads=options.threads)
+                    calls = _calls_per_block(timer, block_seconds)
+                timing.memory = contestant.memory() if contestant.memory else None
+                runners.append((timing, timer, calls))
+            except Exception as error:  # a peer may fail in any way; ours too, and then it must be seen
+                reason = (str(error).strip().splitlines() or [""])[0]
+                timing.excluded = f"{type(error).__name__}: {reason}"
+                tqdm.write(f"EXCLUDED from {case.name}: {timing.name}: {timing.excluded}", file=sys.stderr)
+                bar.total -= options.rounds
+            bar.update()
+        with torch.inference_mode(not case.grad):
+            for _ in range(options.rounds):
+                for timing, timer, calls in shuffle.sample(runners, len(runners)):
+                    bar.set_postfix_str(timing.name)
+                    timing.seconds.append(timer.timeit(calls).mean)
+                    bar.update()
+
+    return Result(
+        case.name, case.title, case.flops, case.bytes, list(case.targets), timings, case.memory_limit
+    )
+
+
+def _calls_per_block(timer: Timer, seconds: float) -> int:
+    # The fastest of three: one call that waited for a busy core would otherwise pass for a full block.
+    calls = 1
+    while (took := min(timer.timeit(calls).mean for _ in range(3)) * calls) < seconds:
+        calls = max(2 * calls, math.ceil(1.1 * seconds / took * calls))
+    return calls
+
+
+def peak_memory(warm_up: Callable[[], Run], build: Callable[[], Run], options: Options) -> int | None:
+    """Bytes that building and calling `build()` take at their peak, in a process of its own.
+
+    All of that process counts but what it held when `warm_up()` had run: the same in tiny, so that libraries
+    are loaded and threads are started. Both are pickled. None where the system does not tell (no /proc).
+    """
+    if not _STATUS.exists():
+        return None
+    # A fresh interpreter: a fork would begin with this process's memory.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_grown_by, warm_up, build, options.threads).result()
+
+
+_STATUS = Path("/proc/self/status")
+
+
+def _grown_by(warm_up: Callable[[], Run], build: Callable[[], Run], threads: int) -> int:
+    torch.set_num_threads(threads)
+    run = warm_up()
+    run()
+    run()
+    del run
+    gc.collect()
+    before = _memory("VmRSS")
+    run = build()
+    for _ in range(3):
+        run()
+    return _memory("VmHWM") - before
+
+
+def _memory(field: str) -> int:
+    # Not ru_maxrss: a child's begins with its parent's, across exec.
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024  # in kB
+
+
+def measure_peaks(options: Options) -> Peaks:
+    """Arithmetic peak and copy bandwidth of the device, the best of several short measurements.
+
+    CPU: fused multiply-adds between registers, in float32 and on every thread; float64 has half the lanes.
+    For bfloat16 and float16 the float32 peak stands: that is what their kernels accumulate in.
+    CUDA: a large matrix product in this dtype, since no shape reaches the data sheet's number.
+    """
+    if options.device.type == "cuda":
+        gflops, kind = _matmul_peak(options), f"{dtype_name(options.dtype)} matrix product"
+    else:
+        gflops, kind = _fma_peak(options), "float32 FMA"
+        if options.dtype == torch.float64:
+            gflops, kind = gflops / 2, "float64 FMA"
+    return Peaks(gflops, kind, _copy_gbs(options))
+
+
+def _fma_peak(options: Options) -> float:
+    from pyens import _C
+
+    if not hasattr(_C, "fma_peak"):
+        raise RuntimeError("pyens._C has no fma_peak, so the FMA peak cannot be measured: rebuild pyens")
+    torch.set_num_threads(options.threads)
+    return max(_C.fma_peak(10.0 if options.quick else 50.0) for _ in range(3 if options.quick else 10))
+
+
+def _matmul_peak(options: Options) -> float:
+    n = 1024 if options.quick else 8192
+    a, b = torch.randn(2, n, n, device=options.device).to(options.dtype).unbind()
+    timer = Timer("torch.mm(a, b, out=c)", globals={"torch": torch, "a": a, "b": b, "c": torch.empty_like(a)})
+    return 2 * n**3 / min(timer.timeit(5).mean for _ in range(5)) / 1e9
+
+
+def _copy_gbs(options: Options) -> float:
+    megabytes = 32 if options.quick else 256 if options.device.type == "cpu" else 2048  # far beyond any cache
+    source = torch.ones(megabytes << 20, dtype=torch.uint8, device=options.device)
+    copy = torch.empty_like(source)
+    timer = Timer("copy.copy_(source)", globals={"copy": copy, "source": source}, num_threads=options.threads)
+    return 2 * source.numel() / min(timer.timeit(3).mean for _ in range(3)) / 1e9
+
+
+def machine_info(options: Options) -> dict[str, Any]:
+    """What one must know to read the numbers: processor, threads, versions, commit."""
+    import pyens
+
+    cpu = platform.processor() or platform.machine()
+    if (cpuinfo := Path("/proc/cpuinfo")).exists():
+        models = (line for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
+        cpu = next(models, f"model name: {cpu}").partition(":")[2].strip()
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": options.threads,
+        "gpu": torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "pyens": pyens.build_info(),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git answers; None without git, a repository or a commit."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

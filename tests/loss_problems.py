@@ -1,0 +1,142 @@
+"""Problems for pyens.ops.ensemble_mlp_loss, and its reference in float64 to hold results against."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyens import reference
+from pyens.ops import ensemble_mlp_loss
+from pyens.reference.ensemble_mlp import ACTIVATIONS as ACTIVATION_FUNCTIONS
+
+ACTIVATIONS = list(ACTIVATION_FUNCTIONS)
+LOSSES = ["mse", "bce", "gaussian_nll", "cross_entropy"]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+WEIGHTED = [None, "shared", "own"]
+CPU = torch.device("cpu")
+# E, B, widths: panels, tiles (of at most 256 examples) and spans (at most 16 in a batch) of the kernel, its
+# vectors and blocks, all +- 1.
+SHAPES = [
+    (1, 1, [1, 1]),
+    (3, 1, [5, 3, 2]),
+    (2, 7, [33, 17, 9, 7]),
+    (3, 8, [8, 8, 8]),
+    (2, 9, [15, 16, 17]),
+    (9, 15, [4, 3]),
+    (1, 63, [16, 50, 20, 10, 1]),
+    (2, 64, [7, 31, 1, 6]),
+    (4, 65, [3, 1, 1, 4]),
+    (2, 255, [6, 9, 12]),
+    (17, 256, [6, 11, 2]),
+    (3, 257, [32, 50, 20, 10, 1]),
+    (2, 33, [129, 130, 131]),
+    (1, 40, [257, 193, 385]),
+    (1, 130, [4000, 130, 2]),  # wide enough for smaller tiles
+    (8, 520, [6, 11, 2]),
+    (3, 5000, [5, 9, 3]),
+]
+
+Problem = dict[str, Any]
+
+
+def problem(
+    e: int,
+    b: int,
+    widths: Sequence[int],
+    loss: str,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device = CPU,
+    *,
+    activation: str = "tanh",
+    per_member: bool = False,
+    own_target: bool = False,
+    weighted: str | None = None,
+    bias: bool = True,
+) -> Problem:
+    """Arguments of `ensemble_mlp_loss` on a coarse grid.
+
+    There the outputs of a ReLU network are exact in every dtype but half precision's roundings: no rounding
+    turns a ReLU on or off, which would change a gradient by far more than a rounding.
+    """
+
+    def grid(*shape: int, scale: float = 1.0, step: float = 0.125) -> Tensor:
+        return (torch.randn(shape, dtype=torch.float64) * scale / step).round() * step
+
+    *hidden, out = widths
+    layers = list(itertools.pairwise([*hidden, 2 * out if loss == "gaussian_nll" else out]))
+    arguments = {
+        "input": grid(*([e] if per_member else []), b, widths[0], step=0.25),
+        "weights": [grid(e, o, i, scale=1.4 / i**0.5) for i, o in layers],
+        "biases": [grid(e, o, scale=0.3) for _, o in layers] if bias else None,
+        "loss": loss,
+        "activation": activation,
+    }
+    target_shape = [e, b] if own_target else [b]
+    if loss == "cross_entropy":
+        arguments["target"] = torch.randint(out, target_shape)
+        arguments["temperature"] = 0.75
+    elif loss == "bce":
+        arguments["target"] = torch.randint(9, (*target_shape, out)) / 8
+    else:
+        arguments["target"] = grid(*target_shape, out)
+    if weighted:
+        weight = torch.randint(9, [e, b] if weighted == "own" else [b]) / 4
+        weight[..., ::5] = 0
+        weight[..., 0] = 0.5 if b == 1 else 0  # never all of them
+        arguments["sample_weight"] = weight
+    return cast(arguments, dtype, device)
+
+
+def cast(arguments: Problem, dtype: torch.dtype, device: torch.device = CPU) -> Problem:
+    def convert(value: Any) -> Any:
+        if isinstance(value, list):
+            return [convert(v) for v in value]
+        if not isinstance(value, Tensor):
+            return value
+        return value.detach().to(device, dtype if value.is_floating_point() else value.dtype)
+
+    return {name: convert(value) for name, value in arguments.items()}
+
+
+def with_gradients(
+    function: Callable[..., Tensor], arguments: Problem, upstream: Tensor | None = None, **kwargs: Any
+) -> list[Tensor]:
+    """Loss, and gradients of input, weights and biases."""
+    arguments = cast(arguments, arguments["input"].dtype, arguments["input"].device) | kwargs
+    tensors = differentiable(arguments)
+    for tensor in tensors:
+        tensor.requires_grad_()
+    loss = function(**arguments)
+    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss)
+    return [loss.detach(), *torch.autograd.grad(loss, tensors, upstream)]
+
+
+def differentiable(arguments: Problem) -> list[Tensor]:
+    return [arguments["input"], *arguments["weights"], *(arguments["biases"] or ())]
+
+
+def rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+def assert_matches_the_reference(arguments: Problem, upstream: Tensor | None = None, **kwargs: Any) -> None:
+    """Loss and gradients: at most twice the rms error of plain PyTorch in the same dtype, plus roundings.
+
+    The float64 oracle is plain PyTorch itself: there, some roundings along the way are all that may differ.
+    """
+    dtype = arguments["input"].dtype
+    got = with_gradients(ensemble_mlp_loss, arguments, upstream, **kwargs)
+    plain = with_gradients(reference.ensemble_mlp_loss, arguments, upstream, **kwargs)
+    in_float64 = cast(arguments, torch.float64, arguments["input"].device)
+    exact = with_gradients(reference.ensemble_mlp_loss, in_float64, upstream, **kwargs)
+    loss_dtype = dtype if dtype == torch.float64 else torch.float32
+    for i, (ours, theirs, oracle) in enumerate(zip(got, plain, exact, strict=True)):
+        assert ours.shape == oracle.shape and ours.dtype == (dtype if i else loss_dtype)
+        rounding = torch.finfo(ours.dtype).eps * rms(oracle)
+        # Squares of numbers on a grid mostly end in bits that are rounded down, hence the 24.
+        roundings = 32 if dtype == torch.float64 else 24 if i == 0 else 2
+        allowed = (0 if dtype == torch.float64 else 2 * rms(theirs - oracle)) + roundings * rounding
+        error = rms(ours - oracle)
+        assert error <= allowed, f"{'loss' if i == 0 else f'gradient {i - 1}'}: {error / allowed} of allowed"
