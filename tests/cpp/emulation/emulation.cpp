@@ -57,9 +57,13 @@ struct Memory {
 
 enum class Wait { nothing, block, warp, returned };
 
+// A place to come back to. The compiler's own jumps between stacks: swapcontext would ask the kernel
+// for the signal mask each time, and the address sanitizer would clear its notes of the whole stack.
+using Place = void* [5];
+
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  std::unique_ptr<char[]> stack;  // none yet: it has to be started
+  Place place;
   Wait wait = Wait::nothing;
   int line = 0;
   uint64_t given = 0, received[kWarp] = {};  // by an exchange
@@ -73,7 +77,7 @@ struct State {
   std::vector<uint32_t> warp_epochs;
   uint32_t block_epoch = 0, block_number = 0;
   uint32_t current = 0;  // thread within its block
-  ucontext_t scheduler;
+  Place scheduler;
   void (*call)(const void*) = nullptr;
   const void* arguments = nullptr;
   size_t argument_bytes = 0;
@@ -107,7 +111,9 @@ struct Paused {
   ~Paused() { state.watching = true; }
 };
 
-void switch_to_scheduler() { swapcontext(&current().context, &state.scheduler); }
+__attribute__((noinline)) void switch_to_scheduler() {
+  if (__builtin_setjmp(current().place) == 0) __builtin_longjmp(state.scheduler, 1);
+}
 
 void wait_for_warp(int line) {
   current().wait = Wait::warp;
@@ -200,12 +206,28 @@ void* add_shared(const void* key, const char* name, size_t bytes) {
 
 // --- scheduling ----------------------------------------------------------------------------------
 
-void run_thread() {
-  state.watching = true;
-  state.call(state.arguments);
-  state.watching = false;
-  current().wait = Wait::returned;
-  swapcontext(&current().context, &state.scheduler);
+// A fiber lives from launch to launch, a thread of one block after another.
+void run_threads() {
+  for (;;) {
+    state.watching = true;
+    state.call(state.arguments);
+    state.watching = false;
+    current().wait = Wait::returned;
+    switch_to_scheduler();
+  }
+}
+
+__attribute__((noinline)) void switch_to(Fiber& fiber) {
+  if (__builtin_setjmp(state.scheduler) != 0) return;
+  if (fiber.stack) __builtin_longjmp(fiber.place, 1);
+  fiber.stack.reset(new char[kStackBytes]);
+  ucontext_t start;
+  getcontext(&start);
+  start.uc_stack.ss_sp = fiber.stack.get();
+  start.uc_stack.ss_size = kStackBytes;
+  start.uc_link = nullptr;
+  makecontext(&start, run_threads, 0);
+  setcontext(&start);
 }
 
 void set_fault(const std::string& what) {
@@ -241,20 +263,13 @@ void run_block(Dim3 block) {
   state.warp_epochs.assign(threads / kWarp, 0);
   std::vector<unsigned> ready(threads);
   std::iota(ready.begin(), ready.end(), 0u);
-  for (Fiber& fiber : state.fibers) {
-    fiber.wait = Wait::nothing;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, run_thread, 0);
-  }
+  for (Fiber& fiber : state.fibers) fiber.wait = Wait::nothing;
   while (!ready.empty()) {
     std::swap(ready[state.random() % ready.size()], ready.back());
     const unsigned t = ready.back();
     state.current = t;
     thread_index = Dim3(t % block.x, t / block.x % block.y, t / block.x / block.y);
-    swapcontext(&state.scheduler, &state.fibers[t].context);
+    switch_to(state.fibers[t]);
     if (!state.fault.empty()) return;
     const Wait wait = state.fibers[t].wait;
     if (wait == Wait::nothing) continue;
@@ -306,9 +321,6 @@ const char* run(Dim3 grid, Dim3 block, size_t shared_bytes, void (*call)(const v
   state.argument_bytes = argument_bytes;
   for (auto& [address, memory] : state.memories) memory.cells.clear();
   state.fibers.resize(threads);
-  for (Fiber& fiber : state.fibers) {
-    if (!fiber.stack) fiber.stack.reset(new char[kStackBytes]);
-  }
   std::vector<uint32_t> order(blocks);
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), state.random);
@@ -320,7 +332,10 @@ const char* run(Dim3 grid, Dim3 block, size_t shared_bytes, void (*call)(const v
     add_shared(nullptr, "dynamic shared memory", shared_bytes);
     run_block(block);
     remove_shared();
-    if (!state.fault.empty()) return state.fault.c_str();
+    if (!state.fault.empty()) {
+      state.fibers.clear();  // they stopped in the middle
+      return state.fault.c_str();
+    }
   }
   return nullptr;
 }

@@ -65,7 +65,7 @@ class Global {
   Global(const Global&) = delete;
   Global& operator=(const Global&) = delete;
 
-  T* data() { return data_; }
+  T* data() const { return data_; }
   std::vector<T> host() const { return std::vector<T>(data_, data_ + size_); }
 
  private:
