@@ -49,6 +49,28 @@ const char* by_dtype(DType dtype, const F& f) {
   return "unknown dtype";
 }
 
+// Where only the size of an element matters.
+template <class F>
+const char* by_bytes(size_t element_bytes, const F& f) {
+  switch (element_bytes) {
+    case 2: return f(static_cast<uint16_t*>(nullptr));
+    case 4: return f(static_cast<uint32_t*>(nullptr));
+    default: return f(static_cast<uint64_t*>(nullptr));
+  }
+}
+
+// All bits set are a NaN of every type.
+template <class Word>
+__device__ inline Word nan_word() {
+  return static_cast<Word>(~Word{0});
+}
+
+// For threads that stride over items along x: the first of this thread, and how far it is to the next.
+__device__ inline int64_t first_item() {
+  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+__device__ inline int64_t all_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+
 // --- shared memory -------------------------------------------------------------------------------
 
 // The block's dynamic shared memory, as T; one per kernel.

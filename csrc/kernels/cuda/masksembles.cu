@@ -22,26 +22,6 @@ namespace {
 
 constexpr unsigned kThreads = 256;
 
-// All bits set are a NaN of every type.
-template <class Word>
-__device__ inline Word nan_word() {
-  return static_cast<Word>(~Word{0});
-}
-
-template <class F>
-const char* by_bytes(size_t element_bytes, const F& f) {
-  switch (element_bytes) {
-    case 2: return f(static_cast<uint16_t*>(nullptr));
-    case 4: return f(static_cast<uint32_t*>(nullptr));
-    default: return f(static_cast<unsigned long long*>(nullptr));
-  }
-}
-
-__device__ inline int64_t first_item() {
-  return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-}
-__device__ inline int64_t item_stride() { return static_cast<int64_t>(gridDim.x) * kThreads; }
-
 // The first groups are one longer, as torch.tensor_split makes them.
 __device__ inline int64_t group_of(int64_t row, int64_t rows, int64_t groups) {
   const int64_t size = rows / groups, longer = rows % groups;
@@ -52,7 +32,7 @@ __device__ inline int64_t group_of(int64_t row, int64_t rows, int64_t groups) {
 template <class Word>
 __global__ void __launch_bounds__(kThreads) mask_channels_kernel(const MaskChannelsParams p) {
   const int64_t size = p.rows * p.channels * p.inner;
-  for (int64_t i = first_item(); i < size; i += item_stride()) {
+  for (int64_t i = first_item(); i < size; i += all_threads()) {
     const int64_t channel = i / p.inner % p.channels, row = i / p.inner / p.channels;
     const int64_t mask = p.index ? p.index[row] : group_of(row, p.rows, p.num_masks);
     Word* out = static_cast<Word*>(p.output) + i;
@@ -68,7 +48,7 @@ template <class Word>
 __global__ void __launch_bounds__(kThreads)
     masked_weights_kernel(const MaskedWeightsParams p, const Word* weight, Word* output) {
   const int64_t size = p.num_masks * p.kept_rows * p.kept_columns;
-  for (int64_t i = first_item(); i < size; i += item_stride()) {
+  for (int64_t i = first_item(); i < size; i += all_threads()) {
     const int64_t kept_column = i % p.kept_columns, kept_row = i / p.kept_columns;
     const int64_t mask = kept_row / p.kept_rows;
     const int64_t row = p.row_index ? p.row_index[kept_row] : kept_row % p.kept_rows;
