@@ -46,7 +46,7 @@ def predictive_uncertainty(logits: Tensor, *, from_probabilities: bool = False) 
 
     Raises:
         ValueError: a shape that does not fit, no member, no class; with `from_probabilities` a row that has a
-            negative entry or does not sum to 1 within 1e-4 (16-bit: and a rounding), unless it has a NaN On
+            negative entry or does not sum to 1 within 1e-4 (16-bit: and a rounding), unless it has a NaN. On
             CUDA such a row raises nothing, and makes its example NaN.
         TypeError: an unsupported dtype.
         NotImplementedError: CUDA tensors where pyens was built without CUDA.

@@ -123,6 +123,27 @@ __device__ inline R activate(Activation activation, R x) {
   return x;
 }
 
+// Its derivative at x, given h = activate(activation, x) too.
+template <class R>
+__device__ inline R activation_slope(Activation activation, R x, R h) {
+  switch (activation) {
+    case Activation::relu: return x <= R(0) ? R(0) : R(1);
+    case Activation::gelu: {
+      const R share = R(0.5) * erfc(x * R(-0.70710678118654752440));
+      return share + x * exp(R(-0.5) * x * x) * R(0.39894228040143267794);
+    }
+    case Activation::silu: {
+      const R s = R(1) / (R(1) + exp(-x));
+      return s * (R(1) + x * (R(1) - s));
+    }
+    case Activation::elu: return x > R(0) ? R(1) : exp(x);
+    case Activation::softplus: return x > R(20) ? R(1) : R(1) / (R(1) + exp(-x));
+    case Activation::tanh: return R(1) - h * h;
+    case Activation::identity: return R(1);
+  }
+  return R(1);
+}
+
 // --- launches ------------------------------------------------------------------------------------
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -97,9 +97,8 @@ void test(int64_t models, int64_t components, int64_t batch, int64_t labels, Dec
 }  // namespace
 
 int main() {
-  const int64_t shapes[][4] = {{1, 2, 1, 1},    {1, 5, 700, 1}, {2, 9, 31, 10},
-                               {1, 3, 40, 65},  {3, 3, 7, 5},   {1, 2, 3, 300},
-                               {1, 4, 35, 257}, {1, 1, 5, 2}};
+  const int64_t shapes[][4] = {{1, 2, 1, 1}, {1, 5, 700, 1}, {2, 9, 31, 10},  {1, 3, 40, 65},
+                               {3, 3, 7, 5}, {1, 2, 3, 300}, {1, 4, 35, 257}, {1, 1, 5, 2}};
   int i = 0;
   for (const auto& s : shapes) {
     for (const auto kind : {DecorrelationKind::correlation, DecorrelationKind::covariance,
