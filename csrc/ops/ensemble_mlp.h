@@ -178,7 +178,7 @@ inline std::vector<at::Tensor> wanted_of(const char* op, const at::Tensor& input
 // Whether a training pass on CUDA is one launch, or has to be composed of matrix products.
 inline bool trains_in_one_launch([[maybe_unused]] at::TensorList weights) {
 #if defined(PYENS_WITH_CUDA)
-  c10::SmallVector<MLPLayer, 8> layers(weights.size());
+  std::vector<MLPLayer> layers(weights.size());
   EnsembleMLPParams params{};
   for (size_t l = 0; l < weights.size(); ++l) {
     layers[l].out = weights[l].sym_size(1).guard_int(__FILE__, __LINE__);

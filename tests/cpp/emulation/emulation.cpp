@@ -55,7 +55,7 @@ struct Memory {
 
 // --- threads -------------------------------------------------------------------------------------
 
-enum class Wait { nothing, block, warp, returned };
+enum class Wait { nothing, block, warp, exchange, returned };
 
 // A place to come back to. The compiler's own jumps between stacks: swapcontext would ask the kernel
 // for the signal mask each time, and the address sanitizer would clear its notes of the whole stack.
@@ -115,8 +115,8 @@ __attribute__((noinline)) void switch_to_scheduler() {
   if (__builtin_setjmp(current().place) == 0) __builtin_longjmp(state.scheduler, 1);
 }
 
-void wait_for_warp(int line) {
-  current().wait = Wait::warp;
+void wait_for(Wait what, int line) {
+  current().wait = what;
   current().line = line;
   switch_to_scheduler();
 }
@@ -245,15 +245,13 @@ bool release(unsigned begin, unsigned end, Wait wait) {
   }
   for (auto to = first; to != last; ++to) {
     to->wait = Wait::nothing;
-    if (wait == Wait::warp) {
+    if (wait == Wait::exchange) {
       for (auto from = first; from != last; ++from) to->received[from - first] = from->given;
     }
   }
-  if (wait == Wait::warp) {
-    ++state.warp_epochs[begin / kWarp];
-  } else {
-    ++state.block_epoch;
-  }
+  // Shuffles and votes wait for the warp, but say nothing about what memory it sees.
+  if (wait == Wait::warp) ++state.warp_epochs[begin / kWarp];
+  if (wait == Wait::block) ++state.block_epoch;
   return true;
 }
 
@@ -275,8 +273,8 @@ void run_block(Dim3 block) {
     if (wait == Wait::nothing) continue;
     ready.pop_back();
     if (wait == Wait::returned) continue;
-    const unsigned begin = wait == Wait::warp ? t / kWarp * kWarp : 0;
-    const unsigned end = wait == Wait::warp ? begin + kWarp : threads;
+    const unsigned begin = wait == Wait::block ? 0 : t / kWarp * kWarp;
+    const unsigned end = wait == Wait::block ? threads : begin + kWarp;
     if (release(begin, end, wait)) {
       for (unsigned i = begin; i < end; ++i) ready.push_back(i);
     }
@@ -349,27 +347,25 @@ void* shared_of(const void* key, size_t bytes) {
 
 void block_barrier(int line) {
   const Paused paused;
-  current().wait = Wait::block;
-  current().line = line;
-  switch_to_scheduler();
+  wait_for(Wait::block, line);
 }
 
 void warp_barrier(int line) {
   const Paused paused;
-  wait_for_warp(line);
+  wait_for(Wait::warp, line);
 }
 
 uint64_t exchange(uint64_t bits, unsigned from, int line) {
   const Paused paused;
   current().given = bits;
-  wait_for_warp(line);
+  wait_for(Wait::exchange, line);
   return current().received[from];
 }
 
 unsigned ballot(bool vote, int line) {
   const Paused paused;
   current().given = vote;
-  wait_for_warp(line);
+  wait_for(Wait::exchange, line);
   unsigned votes = 0;
   for (unsigned i = 0; i < kWarp; ++i) votes |= static_cast<unsigned>(current().received[i]) << i;
   return votes;

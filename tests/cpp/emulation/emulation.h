@@ -9,8 +9,8 @@
 //
 //   out of bounds   any byte that is not of a Global, of the block's shared memory or the thread's own
 //   uninitialised   reading a byte of these that nobody wrote
-//   race            two threads, one of them writing, no barrier between (of the block, or of the
-//                   warp for threads of one warp); threads of two blocks have none
+//   race            two threads, one of them writing, no barrier between: __syncthreads, or __syncwarp
+//                   in one warp; shuffles and votes are none, and threads of two blocks have none
 //   barrier         one that not all threads of the block, or lanes of the warp, arrive at
 //
 // Races are found from who accessed what since when, not from results that came out wrong, so no

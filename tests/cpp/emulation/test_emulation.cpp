@@ -151,14 +151,15 @@ void test_memory() {
 
 // --- warps -----------------------------------------------------------------------------------------
 
-enum class Warp { right, no_syncwarp, half_of_it };
+enum class Warp { right, no_syncwarp, shuffle_instead, half_of_it };
 
 template <Warp warp>
 __global__ void exchange(int* out) {
   PYENS_SHARED(int[kThreads], given);
   const int i = static_cast<int>(threadIdx.x), lane = i % 32;
   given[i] = i;
-  if (warp != Warp::no_syncwarp) __syncwarp();
+  if (warp == Warp::right || warp == Warp::half_of_it) __syncwarp();
+  if (warp == Warp::shuffle_instead) __shfl_sync(kWholeWarp, i, 0);
   int sum = given[i ^ 1];  // within the warp: no barrier of the block is needed
   if (warp == Warp::half_of_it && lane < 16) return;
   sum += pyens::sum_lanes(lane, 8);
@@ -185,6 +186,8 @@ void test_warps() {
   }
   expect("a shuffle that half of the warp makes",
          "barrier: ", [&] { return run_exchange<Warp::half_of_it>(out); });
+  expect("a shuffle is no barrier for memory",
+         "race: ", [&] { return run_exchange<Warp::shuffle_instead>(out); });
   for (const uint64_t seed : {1, 2, 3, 4, 5}) {
     emulation::set_seed(seed);
     run_exchange<Warp::no_syncwarp>(out);
