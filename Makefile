@@ -48,7 +48,7 @@ format: $(INSTALLED) ## rewrite the sources in that style
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
-kernels: $(filter $(VENV)/%,$(CMAKE)) ## kernels without torch: ctest under ASAN and UBSAN, every .cu where nvcc exists
+kernels: $(filter $(VENV)/%,$(CMAKE)) ## kernels without torch: ctest under sanitizers, CUDA kernels run on the host and compiled where nvcc exists
 	$(CMAKE) -S . -B build/kernels -DPYENS_SANITIZE=ON
 	$(CMAKE) --build build/kernels --parallel $(JOBS)
 	CTEST_OUTPUT_ON_FAILURE=1 $(CMAKE) --build build/kernels --target test

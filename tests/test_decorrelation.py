@@ -448,6 +448,29 @@ def test_backward_refuses_what_does_not_belong_to_the_outputs():
         backward(loss.double(), Z, correlations, centre, "covariance", "none")
 
 
+# --- CUDA --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_cuda(dtype, shape, kind):
+    for reduction in REDUCTIONS:
+        outputs = draw(shape, dtype, offset=0.5)
+
+        def on_cuda(z: Tensor, **options: str) -> Tensor:
+            return decorrelation_loss(z.cuda(), **options).cpu()
+
+        got = loss_and_gradient(on_cuda, outputs, kind, reduction)
+        again = loss_and_gradient(on_cuda, outputs, kind, reduction)
+        plain = loss_and_gradient(reference.decorrelation_loss, outputs, kind, reduction)
+        oracle = loss_and_gradient(reference.decorrelation_loss, outputs.double(), kind, reduction)
+        for g, a, p, o in zip(got, again, plain, oracle, strict=True):
+            assert torch.equal(g, a)
+            assert_close(g, p, o)
+
+
 # --- the benchmark -----------------------------------------------------------------------------------------
 
 

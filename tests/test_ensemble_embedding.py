@@ -573,10 +573,51 @@ def test_bad_input_on_fake_tensors():
         torch.ops.pyens.ensemble_embedding(INDEX.expand(3, 3).to("meta"), WEIGHT.to("meta"), False)
 
 
+# --- CUDA --------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.cuda
-def test_there_is_no_cuda_kernel_yet():
-    index, weight = INDEX.cuda(), WEIGHT.cuda()
-    with pytest.raises(NotImplementedError, match="ensemble_embedding: tensors on cuda:0, but there is no"):
-        ensemble_embedding(index, weight)
-    with pytest.raises(NotImplementedError, match="ensemble_embedding_concat: tensors on cuda:0"):
-        ensemble_embedding_concat(index.unsqueeze(-1), [weight])
+@dtypes
+@shapes
+@indexed
+def test_the_same_bits_on_cuda(shape, dtype, per_member):
+    e, b, _, d = shape
+    index, weight = problem(*shape, dtype, per_member)
+    grad = torch.randn(e, b, d, dtype=torch.float64).to(dtype)
+    there = [t.cuda() for t in (index, weight, grad)]
+    assert torch.equal(ensemble_embedding(*there[:2]).cpu(), ensemble_embedding(index, weight))
+    assert torch.equal(gradient(*there).cpu(), gradient(index, weight, grad))
+    got, expected = gradient(*there, sparse=True).cpu(), gradient(index, weight, grad, sparse=True)
+    assert got.is_coalesced() and torch.equal(got.indices(), expected.indices())
+    assert torch.equal(got.values(), expected.values())
+
+
+@pytest.mark.cuda
+@dtypes
+@indexed
+def test_features_of_a_table_have_the_same_bits_on_cuda(dtype, per_member):
+    categorical, tables, numeric = features(3, 70, 6, dtype, per_member)
+    grad = torch.randn(3, 70, 30).to(dtype)
+    results = []
+    for device in ("cpu", "cuda"):
+        leaves = [t.to(device).requires_grad_() for t in (*tables, numeric)]
+        output = ensemble_embedding_concat(categorical.to(device), leaves[:-1], leaves[-1])
+        results.append([output, *torch.autograd.grad(output, leaves, grad.to(device))])
+    for here, there in zip(*results, strict=True):
+        assert torch.equal(here, there.cpu())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("wrong", [-1, 4])
+def test_on_cuda_an_index_out_of_range_makes_its_example_nan(wrong, sparse):
+    index = INDEX.clone()
+    index[1] = wrong
+    weight = WEIGHT.cuda().requires_grad_()
+    got = ensemble_embedding(index.cuda(), weight, sparse=sparse)
+    assert got[:, 1].isnan().all()
+    assert torch.equal(got[:, [0, 2]].cpu(), WEIGHT[:, [0, 1]])
+    got.backward(torch.ones_like(got))
+    expected = torch.zeros_like(WEIGHT)
+    expected[:, [0, 1]] = 1
+    assert torch.equal(weight.grad.to_dense().cpu(), expected)

@@ -254,6 +254,27 @@ def test_bad_input_on_fake_tensors():
 
 
 @pytest.mark.cuda
-def test_there_is_no_cuda_kernel_yet():
-    with pytest.raises(NotImplementedError, match="mask_channels: tensors on cuda:0, but there is no kernel"):
-        mask_channels(X.cuda(), MASKS.cuda())
+@pytest.mark.parametrize("inner", INNER, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_bits_on_cuda(dtype, inner):
+    for b, c, n in ((0, 3, 2), (1, 1, 1), (7, 33, 4), (30, 130, 3)):
+        x, masks = problem(b, c, n, inner, dtype)
+        x[..., :1] = math.inf  # selected, not multiplied
+        for index in (None, torch.randint(n, (b,))):
+            there = x.cuda().requires_grad_()
+            on_cuda = None if index is None else index.cuda()
+            got = mask_channels(there, masks.cuda(), on_cuda)
+            assert torch.equal(got.cpu(), mask_channels(x, masks, index))
+            got.sum().backward()
+            assert torch.equal(there.grad.cpu(), mask_channels(torch.ones_like(x), masks, index))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_on_cuda_an_index_out_of_range_makes_its_row_nan(wrong):
+    x, masks = problem(5, 4, 3)
+    index = torch.tensor([0, 1, wrong, 2, 0])
+    got = mask_channels(x.cuda(), masks.cuda(), index.cuda()).cpu()
+    assert got[2].isnan().all()
+    right = torch.tensor([0, 1, 3, 4])
+    assert torch.equal(got[right], mask_channels(x[right], masks, index[right]))

@@ -658,7 +658,36 @@ def test_bad_input_of_the_gather():
 
 
 @pytest.mark.cuda
-def test_there_is_no_cuda_kernel_yet():
-    moved = [[t.cuda() for t in tensors] for tensors in ([W, W2], [V, V2], [M])]
-    with pytest.raises(NotImplementedError, match="masked_weights: tensors on cuda:0, but there"):
-        masked_mlp(X.cuda(), *moved)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_on_cuda_are_the_same_bits(dtype):
+    for n, _, widths in SHAPES:
+        _, weights, biases, masks = problem(n, 1, widths, dtype)
+        masks = unequal(masks)
+        here = masked_weights(weights, biases, n, plan_masks(masks))
+        on_cuda = [[t.cuda() for t in tensors] for tensors in (weights, biases, masks)]
+        there = masked_weights(*on_cuda[:2], n, plan_masks(on_cuda[2]))
+        for a, b in zip([*here[0], *here[1]], [*there[0], *there[1]], strict=True):
+            assert torch.equal(a, b.cpu())
+
+
+@pytest.mark.cuda
+def test_gradients_on_cuda():
+    for n, b, widths in SHAPES[3:6]:
+        x, weights, biases, masks = problem(n, b, widths, torch.float64)
+        grads = []
+        for device in ("cpu", "cuda"):
+            leaves = [t.to(device).requires_grad_() for t in (x, *weights, *biases)]
+            split = 1 + len(weights)
+            kept = [mask.to(device) for mask in masks]
+            output = masked_mlp(leaves[0], leaves[1:split], leaves[split:], kept, activation="gelu")
+            grads.append(torch.autograd.grad(output.square().sum(), leaves))
+        for here, there in zip(*grads, strict=True):
+            torch.testing.assert_close(there.cpu(), here)
+
+
+@pytest.mark.cuda
+def test_on_cuda_a_row_that_there_is_not_becomes_nan():
+    weight, rows = torch.randn(4, 5), torch.tensor([[0, 4], [-2, 1]])
+    got = torch.ops.pyens.masked_weights(weight.cuda(), rows.cuda(), None, 2).cpu()
+    assert torch.equal(got[0, 0], weight[0]) and torch.equal(got[1, 1], weight[1])
+    assert got[0, 1].isnan().all() and got[1, 0].isnan().all()

@@ -202,9 +202,14 @@ def test_rows_meet_the_same_masks_on_every_device(device, mode):
 
 @pytest.mark.cuda
 @layers
-def test_there_is_no_cuda_kernel_yet(kind):
-    with pytest.raises(NotImplementedError, match="mask_channels: tensors on cuda:0, but there is no kernel"):
-        make(kind).cuda()(data(kind, 7).cuda())
+def test_the_same_bits_on_cuda(kind):
+    layer, x = make(kind), data(kind, 7)
+    there = make(kind).cuda()
+    there.load_state_dict(layer.state_dict())
+    for mode in MODES:
+        set_mask_mode_(layer, mode, seed=3)
+        set_mask_mode_(there, mode, seed=3)
+        assert torch.equal(there(x.cuda()).cpu(), layer(x))
 
 
 @layers

@@ -181,3 +181,22 @@ def test_bad_input_of_moments(case):
     for wanted in (False, outputs.is_floating_point()):
         with pytest.raises(error, match=r"^predictive_moments: " + message):
             predictive_moments(outputs.clone().requires_grad_(wanted), variances=variances)
+
+
+# --- CUDA --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", MOMENT_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_cuda(dtype, shape):
+    outputs, variances = draw(shape, dtype), torch.rand(shape).to(dtype)
+    there = predictive_moments(outputs.cuda(), variances=variances.cuda())
+    plain = reference.predictive_moments(outputs, variances=variances)
+    oracle = reference.predictive_moments(outputs.double(), variances=variances.double())
+    for name in there._fields:
+        got = getattr(there, name).cpu()
+        if name == "std" and shape[0] == 1:
+            assert got.isnan().all()
+        else:
+            assert_close(got, getattr(plain, name), getattr(oracle, name))

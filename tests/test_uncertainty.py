@@ -512,6 +512,56 @@ def test_the_docstrings_say_what_the_reference_says():
         assert all(re.search(rf"\b{field}\b", function.__doc__) for field in fields)
 
 
+# --- CUDA --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("from_probabilities", [False, True])
+def test_on_cuda(dtype, shape, from_probabilities):
+    members = draw(shape, dtype)
+    if from_probabilities:
+        members = as_probabilities(members)
+    there = predictive_uncertainty(members.cuda(), from_probabilities=from_probabilities)
+    again = predictive_uncertainty(members.cuda(), from_probabilities=from_probabilities)
+    plain = reference.predictive_uncertainty(members, from_probabilities=from_probabilities)
+    oracle = reference.predictive_uncertainty(members.double(), from_probabilities=from_probabilities)
+    for name in there._fields:
+        scale = {
+            "mutual_information": oracle.predictive_entropy,
+            "distribution_pv": oracle.predictive_entropy * shape[0],
+            "vote_disagreement": torch.ones(()),
+        }.get(name)
+        got = getattr(there, name)
+        assert torch.equal(got, getattr(again, name))
+        assert_close(got.cpu(), getattr(plain, name), getattr(oracle, name), scale)
+
+
+@pytest.mark.cuda
+def test_on_cuda_a_row_that_is_no_distribution_makes_its_example_nan():
+    members = as_probabilities(draw((3, 5, 4), torch.float32))
+    wrong = members.clone()
+    wrong[1, 2, 0] += 0.5
+    wrong[0, 4] = torch.tensor([-0.5, 0.5, 0.5, 0.5])
+    got = predictive_uncertainty(wrong.cuda(), from_probabilities=True)
+    expected = predictive_uncertainty(members.cuda(), from_probabilities=True)
+    for a, b in zip(got, expected, strict=True):
+        assert a[[2, 4]].isnan().all() and torch.equal(a[[0, 1, 3]], b[[0, 1, 3]])
+
+
+@pytest.mark.cuda
+def test_gradients_on_cuda():
+    logits = draw((4, 6, 3), torch.float64)
+    for function in (predictive_uncertainty, predictive_moments):
+        grads = []
+        for device in ("cpu", "cuda"):
+            leaf = logits.to(device).requires_grad_()
+            results = [x for x in function(leaf) if x is not None and x.requires_grad]
+            grads.append(torch.autograd.grad(sum(x.square().sum() for x in results), leaf)[0].cpu())
+        torch.testing.assert_close(*grads)
+
+
 # --- the benchmark -----------------------------------------------------------------------------------------
 
 

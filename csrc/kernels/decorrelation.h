@@ -50,4 +50,13 @@ void finish(const DecorrelationParams& params);
 void run_backward(const DecorrelationParams& params, int64_t begin, int64_t end, void* scratch);
 }  // namespace decorrelation_cpu
 
+// CUDA: launches on `stream` (a cudaStream_t) of the current device and returns nullptr, or says in a
+// phrase why it did not. `partials` is scratch for either, of that many Real.
+namespace decorrelation_cuda {
+int64_t forward_scratch(const DecorrelationParams& params);
+int64_t backward_scratch(const DecorrelationParams& params);
+const char* run(const DecorrelationParams& params, void* stream);
+const char* run_backward(const DecorrelationParams& params, void* stream);
+}  // namespace decorrelation_cuda
+
 }  // namespace pyens

@@ -63,6 +63,22 @@ struct EmbeddingRowSums {
   void* sums;  // [num_rows, D], contiguous
 };
 
+// The same sums where the index comes sorted, as the GPU wants it: a row's examples are neighbours.
+struct EmbeddingSortedSums {
+  DType dtype;
+  int64_t ensemble_size, batch, num_embeddings, dim;
+  const int64_t* sorted;  // [B] or [E, B], ascending, contiguous
+  const int64_t* order;   // likewise: the example that each one is of, ascending for each row
+  int64_t sorted_member_stride;
+  const void* grad;  // [E, B, D]
+  int64_t grad_member_stride, grad_row_stride;
+  // Where rows begin in `sorted`, as m * B + position: their sums go to [num_rows, D]. Or nullptr: all
+  // rows that are used, to their places in [E, N, D]; the others, and what there is not, are left alone.
+  const int64_t* rows;
+  int64_t num_rows;
+  void* sums;
+};
+
 // CPU. The caller splits [0, work_items) among its threads as it likes and gives each call scratch
 // of its own, 64-byte aligned: no split changes a bit of what is written.
 namespace ensemble_embedding_cpu {
@@ -81,5 +97,14 @@ bool run(const EmbeddingGather& params, int64_t begin, int64_t end, void* scratc
 bool run(const EmbeddingScatter& params, int64_t begin, int64_t end, void* scratch);
 bool run(const EmbeddingRowSums& params, int64_t begin, int64_t end, void* scratch);
 }  // namespace ensemble_embedding_cpu
+
+// CUDA: launches on `stream` (a cudaStream_t) of the current device and returns nullptr, or says in a
+// phrase why it did not. Features of an index that is out of range are NaN.
+namespace ensemble_embedding_cuda {
+const char* run(const EmbeddingGather& params, void* stream);
+const char* run(const EmbeddingSortedSums& params, void* stream);
+// The gradient of the numeric columns; the tables are left to the sorted sums.
+const char* run_numeric(const EmbeddingScatter& params, void* stream);
+}  // namespace ensemble_embedding_cuda
 
 }  // namespace pyens

@@ -107,6 +107,13 @@ void finish_training(const EnsembleMLPTraining& training, int64_t begin, int64_t
 // a phrase why it did not.
 namespace ensemble_mlp_cuda {
 const char* run(const EnsembleMLPParams& params, void* stream);
+
+// Whether the layers are narrow enough for the training pass, which does not depend on the GPU. Classes
+// out of range and sample weights that are none give NaN.
+bool can_train(const EnsembleMLPParams& params);
+size_t partial_bytes(
+    const EnsembleMLPTraining& training);  // of its `partial`, which may be nullptr here
+const char* train(const EnsembleMLPTraining& training, void* stream);
 }  // namespace ensemble_mlp_cuda
 
 }  // namespace pyens

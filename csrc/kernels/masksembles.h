@@ -46,4 +46,14 @@ void masked_weights_backward(const MaskedWeightsParams& params, bool wide, const
                              void* weight, int64_t begin, int64_t end);
 }  // namespace masksembles_cpu
 
+// CUDA: as above, all items at once. Launches on `stream` (a cudaStream_t) of the current device and
+// returns nullptr, or says in a phrase why it did not. What an index out of range would choose is NaN.
+namespace masksembles_cuda {
+const char* mask_channels(const MaskChannelsParams& params, void* stream);
+const char* masked_weights(const MaskedWeightsParams& params, size_t element_bytes,
+                           const void* weight, void* output, void* stream);
+const char* masked_weights_backward(const MaskedWeightsParams& params, bool wide,
+                                    const void* gathered, void* weight, void* stream);
+}  // namespace masksembles_cuda
+
 }  // namespace pyens

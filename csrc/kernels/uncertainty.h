@@ -25,7 +25,7 @@ struct UncertaintyParams {
   void *predictive_entropy, *expected_entropy, *mutual_information;  // [B]
   void *distribution_pv, *vote_disagreement;                         // [B]
   int32_t* votes;     // [B, K] ([B, 2] for binary), or nullptr
-  int64_t* bad_rows;  // [work_items]: m * B + b of a row that is no distribution, or -1
+  int64_t* bad_rows;  // [work_items]: m * B + b of a row that is no distribution, or -1; CPU only
 };
 
 struct MomentsParams {
@@ -50,5 +50,14 @@ int64_t grain_size(const MomentsParams& params);
 size_t scratch_bytes(const MomentsParams& params);
 void run(const MomentsParams& params, int64_t begin, int64_t end, void* scratch);
 }  // namespace uncertainty_cpu
+
+// CUDA: launches on `stream` (a cudaStream_t) of the current device and returns nullptr, or says in a
+// phrase why it did not. An example of which some row is no distribution becomes NaN; `bad_rows` is
+// not written.
+namespace uncertainty_cuda {
+size_t scratch_bytes(const UncertaintyParams& params);  // global memory, on the current device
+const char* run(const UncertaintyParams& params, void* scratch, void* stream);
+const char* run(const MomentsParams& params, void* stream);
+}  // namespace uncertainty_cuda
 
 }  // namespace pyens

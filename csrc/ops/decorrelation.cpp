@@ -123,6 +123,15 @@ std::tuple<Tensor, Tensor, Tensor> decorrelation_loss_forward(const Tensor& outp
   p.loss = result.loss.mutable_data_ptr();
   p.correlations = result.correlations.mutable_data_ptr();
   p.centre = result.centre.mutable_data_ptr();
+  if (z.is_cuda()) {
+    launch_cuda(kOp, z, [&](void* stream) {
+      const Tensor scratch =
+          at::empty({decorrelation_cuda::forward_scratch(p)}, result.correlations.options());
+      p.partials = scratch.mutable_data_ptr();
+      return decorrelation_cuda::run(p, stream);
+    });
+    return {result.loss.to(outputs.scalar_type()), result.correlations, result.centre};
+  }
   const Tensor partials =
       at::empty({decorrelation_cpu::partials_size(p)}, result.correlations.options());
   p.partials = partials.mutable_data_ptr();
@@ -178,6 +187,15 @@ Tensor decorrelation_loss_backward(const Tensor& grad, const Tensor& outputs,
   p.correlations = const_cast<void*>(correlations.const_data_ptr());
   p.centre = const_cast<void*>(centre.const_data_ptr());
   p.grad_outputs = grad_outputs.mutable_data_ptr();
+  if (z.is_cuda()) {
+    launch_cuda(kOp, z, [&](void* stream) {
+      const Tensor scratch =
+          at::empty({decorrelation_cuda::backward_scratch(p)}, correlations.options());
+      p.partials = scratch.mutable_data_ptr();
+      return decorrelation_cuda::run_backward(p, stream);
+    });
+    return grad_outputs;
+  }
   launch_cpu(decorrelation_cpu::work_items(p), decorrelation_cpu::grain_size(p),
              decorrelation_cpu::scratch_bytes(p), [&](int64_t begin, int64_t end, void* scratch) {
                decorrelation_cpu::run_backward(p, begin, end, scratch);
@@ -289,6 +307,12 @@ Tensor decorrelation_loss_autocast(const Tensor& outputs, std::string_view kind,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(pyens, CPU, m) {
+  m.impl("decorrelation_loss", decorrelation_loss);
+  m.impl("decorrelation_loss_forward", decorrelation_loss_forward);
+  m.impl("decorrelation_loss_backward", decorrelation_loss_backward);
+}
+
+TORCH_LIBRARY_IMPL(pyens, CUDA, m) {
   m.impl("decorrelation_loss", decorrelation_loss);
   m.impl("decorrelation_loss_forward", decorrelation_loss_forward);
   m.impl("decorrelation_loss_backward", decorrelation_loss_backward);

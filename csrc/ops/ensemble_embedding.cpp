@@ -138,11 +138,6 @@ void check_concat_backward(const Tensor& grad, const Tensor& categorical,
   }
 }
 
-void check_cpu(const char* op, const Tensor& tensor) {
-  TORCH_CHECK_NOT_IMPLEMENTED(tensor.is_cpu(), op, ": tensors on ", tensor.device(),
-                              ", but there is no kernel for that device yet");
-}
-
 // What errors call column t of the index of either operation.
 std::string column_name(const char* op, size_t t) {
   return op == kOp ? "index" : c10::str("categorical[..., ", t, "]");
@@ -180,7 +175,6 @@ int64_t member_stride(const Tensor& tensor) { return tensor.dim() == 3 ? tensor.
 // `categorical` [B, C] or [E, B, C], one column for each table.
 Tensor gather(const char* op, const Tensor& categorical, TensorList tables,
               const std::optional<Tensor>& numeric) {
-  check_cpu(op, tables[0]);
   std::forward_list<Tensor> copies;
   c10::SmallVector<EmbeddingTable, 8> entries;
   c10::SmallVector<int64_t, 8> num_embeddings;
@@ -218,16 +212,52 @@ Tensor gather(const char* op, const Tensor& categorical, TensorList tables,
   Tensor features =
       at::empty({params.ensemble_size, params.batch, params.num_features}, tables[0].options());
   params.features = features.mutable_data_ptr();
+  if (features.is_cuda()) {
+    launch_cuda(op, features,
+                [&](void* stream) { return ensemble_embedding_cuda::run(params, stream); });
+    return features;
+  }
   if (!launch(params)) raise_out_of_range(op, categorical, num_embeddings);
   return features;
 }
+
+// `column` [B] or [E, B] of the index, sorted, and the sums that a kernel is to take by it.
+struct SortedColumn {
+  Tensor sorted, order;
+  EmbeddingSortedSums params{};
+
+  SortedColumn(const Tensor& column, const Tensor& grad, int64_t num_embeddings, int64_t dim,
+               int64_t offset) {
+    // Stable, so in ascending order of the examples for each row.
+    const auto found = at::sort(column, /*stable=*/true, /*dim=*/-1, /*descending=*/false);
+    sorted = std::get<0>(found).contiguous();
+    order = std::get<1>(found).contiguous();
+    params.dtype = kernel_dtype(grad.scalar_type());
+    params.ensemble_size = grad.size(0);
+    params.batch = grad.size(1);
+    params.num_embeddings = num_embeddings;
+    params.dim = dim;
+    params.sorted = sorted.const_data_ptr<int64_t>();
+    params.order = order.const_data_ptr<int64_t>();
+    params.sorted_member_stride = column.dim() == 2 ? params.batch : 0;
+    params.grad = static_cast<const char*>(grad.const_data_ptr()) +
+                  offset * static_cast<int64_t>(grad.element_size());
+    params.grad_member_stride = grad.stride(0);
+    params.grad_row_stride = grad.stride(1);
+  }
+
+  void run(const char* op, const Tensor& sums) {
+    params.sums = sums.mutable_data_ptr();
+    launch_cuda(op, sums,
+                [&](void* stream) { return ensemble_embedding_cuda::run(params, stream); });
+  }
+};
 
 // The gradients of the tables that `wanted` lists, and of the numeric columns where it lists the
 // number of tables.
 std::vector<Tensor> scatter(const char* op, const Tensor& grad, const Tensor& categorical,
                             at::IntArrayRef num_embeddings, at::IntArrayRef dims,
                             at::IntArrayRef wanted, bool numeric_shared) {
-  check_cpu(op, grad);
   std::forward_list<Tensor> copies;
   const Tensor& read = with_contiguous_rows(grad, copies);
   const int64_t members = read.size(0), batch = read.size(1);
@@ -245,6 +275,12 @@ std::vector<Tensor> scatter(const char* op, const Tensor& grad, const Tensor& ca
       params.numeric_features = features;
       params.numeric_offset = offset;
       params.numeric_shared = numeric_shared;
+      continue;
+    }
+    if (read.is_cuda()) {
+      grads.push_back(at::zeros({members, num_embeddings[t], dims[t]}, read.options()));
+      SortedColumn(categorical.select(-1, position), read, num_embeddings[t], dims[t], offset)
+          .run(op, grads.back());
       continue;
     }
     grads.push_back(at::empty({members, num_embeddings[t], dims[t]}, read.options()));
@@ -266,6 +302,11 @@ std::vector<Tensor> scatter(const char* op, const Tensor& grad, const Tensor& ca
   params.grad = read.const_data_ptr();
   params.grad_member_stride = read.stride(0);
   params.grad_row_stride = read.stride(1);
+  if (read.is_cuda()) {
+    launch_cuda(op, read,
+                [&](void* stream) { return ensemble_embedding_cuda::run_numeric(params, stream); });
+    return grads;
+  }
   if (!launch(params)) raise_out_of_range(op, categorical, num_embeddings);
   return grads;
 }
@@ -281,10 +322,35 @@ Tensor ensemble_embedding_backward(const Tensor& grad, const Tensor& index,
   return scatter(kOp, grad, index.unsqueeze(-1), num_embeddings, grad.size(2), 0, false)[0];
 }
 
+// On CUDA. It waits for the device, to know how many rows there are.
+Tensor sparse_backward_cuda(const Tensor& grad, const Tensor& index, int64_t num_embeddings) {
+  std::forward_list<Tensor> copies;
+  const Tensor& read = with_contiguous_rows(grad, copies);
+  const int64_t members = read.size(0), batch = read.size(1), dim = read.size(2);
+  SortedColumn column(index, read, num_embeddings, dim, /*offset=*/0);
+  const Tensor& sorted = column.sorted;
+  Tensor begins = sorted.ge(0).logical_and(sorted.lt(num_embeddings));
+  if (batch > 0) {
+    const Tensor follows = sorted.narrow(-1, 1, batch - 1).eq(sorted.narrow(-1, 0, batch - 1));
+    begins.narrow(-1, 1, batch - 1).logical_and_(follows.logical_not());
+  }
+  // [E, B], flat: m * B + position.
+  const Tensor rows = begins.expand({members, batch}).reshape(-1).nonzero().squeeze(-1);
+  const Tensor flat_index = sorted.expand({members, batch}).reshape(-1);
+  const Tensor of_member = rows.div(std::max<int64_t>(batch, 1), "floor");
+  const Tensor indices = at::stack({of_member, flat_index.index_select(0, rows)});
+  const Tensor values = at::empty({rows.size(0), dim}, read.options());
+  column.params.rows = rows.const_data_ptr<int64_t>();
+  column.params.num_rows = rows.size(0);
+  column.run(kOp, values);
+  return at::_sparse_coo_tensor_unsafe(indices, values, {members, num_embeddings, dim},
+                                       read.options().layout(at::kSparse), /*is_coalesced=*/true);
+}
+
 Tensor ensemble_embedding_sparse_backward(const Tensor& grad, const Tensor& index,
                                           int64_t num_embeddings) {
   check_backward(grad, index, num_embeddings);
-  check_cpu(kOp, grad);
+  if (grad.is_cuda()) return sparse_backward_cuda(grad, index, num_embeddings);
   std::forward_list<Tensor> copies;
   const Tensor& read = with_contiguous_rows(grad, copies);
   const int64_t members = read.size(0), batch = read.size(1), dim = read.size(2);
@@ -571,7 +637,6 @@ TORCH_LIBRARY_IMPL(pyens, CPU, m) {
   m.impl("ensemble_embedding_concat_backward", ensemble_embedding_concat_backward);
 }
 
-// For their error: there is no CUDA kernel yet.
 TORCH_LIBRARY_IMPL(pyens, CUDA, m) {
   m.impl("ensemble_embedding", ensemble_embedding);
   m.impl("ensemble_embedding_backward", ensemble_embedding_backward);

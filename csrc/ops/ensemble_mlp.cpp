@@ -240,7 +240,7 @@ Tensor kept_by_dropout(const Tensor& seeds, int64_t layer, const c10::SymInt& ba
 }
 
 // The backward pass composed of differentiable aten operations over recomputed activations: for
-// double backward, and on CUDA.
+// double backward, and on CUDA for layers that are too wide for one launch.
 std::vector<Tensor> composed_backward(Tensor grad, const Tensor& input, TensorList weights,
                                       TensorList biases, Activation activation, double dropout,
                                       const OptionalTensor& dropout_seeds, const Wanted& wanted) {
@@ -278,11 +278,15 @@ std::vector<Tensor> composed_backward(Tensor grad, const Tensor& input, TensorLi
                    wanted);
 }
 
-std::vector<Tensor> ensemble_mlp_backward_composed(const Tensor& grad, const Tensor& input,
-                                                   TensorList weights, TensorList biases,
-                                                   std::string_view activation, double dropout,
-                                                   const OptionalTensor& dropout_seeds,
-                                                   Wanted wanted) {
+std::vector<Tensor> ensemble_mlp_backward_cuda(const Tensor& grad, const Tensor& input,
+                                               TensorList weights, TensorList biases,
+                                               std::string_view activation, double dropout,
+                                               const OptionalTensor& dropout_seeds, Wanted wanted) {
+  check_backward(grad, input, weights, biases, dropout, dropout_seeds);
+  if (trains_in_one_launch(weights)) {
+    return ensemble_mlp_backward(grad, input, weights, biases, activation, dropout, dropout_seeds,
+                                 wanted);
+  }
   return composed_backward(grad, input, weights, biases, parse_activation(kOp, activation), dropout,
                            dropout_seeds, wanted);
 }
@@ -365,8 +369,18 @@ Tensor call_ensemble_mlp(const Tensor& input, TensorList weights, TensorList bia
 
 void TrainingProblem::run(const char* op) {
   if (params.batch == 0) return;
-  using namespace ensemble_mlp_cpu;
   training.forward = params;
+  if (input_.is_cpu()) return run_on_cpu(op);
+  launch_cuda(op, input_, [&](void* stream) {
+    const auto bytes = static_cast<int64_t>(ensemble_mlp_cuda::partial_bytes(training));
+    const Tensor partial = at::empty({bytes}, input_.options().dtype(at::kByte));
+    training.partial = partial.mutable_data_ptr();
+    return ensemble_mlp_cuda::train(training, stream);
+  });
+}
+
+void TrainingProblem::run_on_cpu(const char* op) {
+  using namespace ensemble_mlp_cpu;
   training.threads = at::get_num_threads();
   const TrainingPlan plan = plan_training(training);
   const c10::DataPtr partial = c10::GetCPUAllocator()->allocate(plan.partial_bytes);
@@ -403,7 +417,7 @@ TORCH_LIBRARY_IMPL(pyens, CPU, m) {
 // The packed layout is the CPU's.
 TORCH_LIBRARY_IMPL(pyens, CUDA, m) {
   m.impl("ensemble_mlp", ensemble_mlp);
-  m.impl("ensemble_mlp_backward", ensemble_mlp_backward_composed);
+  m.impl("ensemble_mlp_backward", ensemble_mlp_backward_cuda);
 }
 
 TORCH_LIBRARY_IMPL(pyens, Meta, m) {

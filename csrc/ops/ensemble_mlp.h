@@ -166,6 +166,25 @@ inline std::vector<at::Tensor> wanted_of(const char* op, const at::Tensor& input
   return chosen;
 }
 
+// Whether a training pass on CUDA is one launch, or has to be composed of matrix products.
+inline bool trains_in_one_launch([[maybe_unused]] at::TensorList weights) {
+#if defined(PYENS_WITH_CUDA)
+  std::vector<MLPLayer> layers(weights.size());
+  EnsembleMLPParams params{};
+  for (size_t l = 0; l < weights.size(); ++l) {
+    layers[l].out = weights[l].sym_size(1).guard_int(__FILE__, __LINE__);
+    layers[l].in = weights[l].sym_size(2).guard_int(__FILE__, __LINE__);
+  }
+  params.dtype = kernel_dtype(weights[0].scalar_type());
+  params.ensemble_size = weights[0].sym_size(0).guard_int(__FILE__, __LINE__);
+  params.num_layers = static_cast<int64_t>(layers.size());
+  params.layers = layers.data();
+  return ensemble_mlp_cuda::can_train(params);
+#else
+  return false;
+#endif
+}
+
 // A training pass in the kernel's terms: the problem, and the gradients that are wanted of it.
 struct TrainingProblem : Problem {
   EnsembleMLPTraining training{};
@@ -175,7 +194,7 @@ struct TrainingProblem : Problem {
   TrainingProblem(const char* op, const at::Tensor& input, at::TensorList weights,
                   at::TensorList biases, Activation activation, double dropout,
                   const std::optional<at::Tensor>& dropout_seeds, const Wanted& wanted)
-      : Problem(weights, biases), layer_gradients(weights.size()) {
+      : Problem(weights, biases), layer_gradients(weights.size()), input_(input) {
     set_input(input);
     set_dropout(dropout, dropout_seeds);
     params.activation = activation;
@@ -197,8 +216,12 @@ struct TrainingProblem : Problem {
     training.gradients = layer_gradients.data();
   }
 
-  // On the CPU. Raises for values that cannot be trained on.
+  // On the CPU it raises for values that cannot be trained on; on CUDA they give NaN.
   void run(const char* op);
+
+ private:
+  at::Tensor input_;
+  void run_on_cpu(const char* op);
 };
 
 // The public operation, through the dispatcher.

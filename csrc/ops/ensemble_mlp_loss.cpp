@@ -5,8 +5,8 @@
 //                                     `wanted` asks for: [input, weights.., biases..], in float32
 //                                     (float64 for float64), times `member_scale` [E] if given
 //
-// On the CPU the gradients come out of the forward pass, and backward only scales them by what comes
-// from above. On CUDA the loss is composed of aten operations over ensemble_mlp.
+// The gradients come out of the forward pass, and backward only scales them by what comes from above.
+// On CUDA the loss of wide layers is composed of aten operations over ensemble_mlp.
 
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -14,6 +14,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "ops/ensemble_mlp.h"
@@ -199,6 +200,13 @@ Tensor ensemble_mlp_loss_meta(const Tensor& input, const Tensor& target, TensorL
                           input.options().dtype(accumulation_type(input.scalar_type())));
 }
 
+// Asked before the layers are checked.
+bool may_train_in_one_launch(TensorList weights) {
+  const auto is_matrices = [](const Tensor& w) { return w.dim() == 3; };
+  if (weights.empty() || !std::all_of(weights.begin(), weights.end(), is_matrices)) return false;
+  return trains_in_one_launch(weights);
+}
+
 // --- composed of aten ------------------------------------------------------------------------------
 
 // Of outputs [E, B, O] in float32 or float64; the mean over the outputs of each example, [E, B].
@@ -257,6 +265,15 @@ Tensor composed_loss(const Tensor& input, const Tensor& target, TensorList weigh
   // Divided by 1 where there is nothing, or the gradient would be 0/0.
   const Tensor mean = (losses * weight).sum(-1) / at::where(total > 0, total, zero + 1);
   return at::where(total > 0, mean, zero);
+}
+
+Tensor ensemble_mlp_loss_cuda(const Tensor& input, const Tensor& target, TensorList weights,
+                              TensorList biases, std::string_view loss, std::string_view activation,
+                              double temperature, const OptionalTensor& sample_weight,
+                              double dropout, const OptionalTensor& dropout_seeds) {
+  const auto compute = may_train_in_one_launch(weights) ? ensemble_mlp_loss : composed_loss;
+  return compute(input, target, weights, biases, loss, activation, temperature, sample_weight,
+                 dropout, dropout_seeds);
 }
 
 // --- autograd --------------------------------------------------------------------------------------
@@ -378,7 +395,7 @@ Tensor ensemble_mlp_loss_autograd(const Tensor& input, const Tensor& target, Ten
   TORCH_CHECK_VALUE(
       !sample_weight || !sample_weight->requires_grad(), kOp,
       ": sample_weight: expected requires_grad=False (it gets no gradient), got True");
-  if (input.is_cuda()) {
+  if (input.is_cuda() && !may_train_in_one_launch(weights)) {
     return composed_loss(input, target, weights, biases, loss, activation, temperature,
                          sample_weight, dropout, dropout_seeds);
   }
@@ -418,7 +435,10 @@ TORCH_LIBRARY_IMPL(pyens, CPU, m) {
   m.impl("ensemble_mlp_loss_with_gradients", ensemble_mlp_loss_with_gradients);
 }
 
-TORCH_LIBRARY_IMPL(pyens, CUDA, m) { m.impl("ensemble_mlp_loss", composed_loss); }
+TORCH_LIBRARY_IMPL(pyens, CUDA, m) {
+  m.impl("ensemble_mlp_loss", ensemble_mlp_loss_cuda);
+  m.impl("ensemble_mlp_loss_with_gradients", ensemble_mlp_loss_with_gradients);
+}
 
 TORCH_LIBRARY_IMPL(pyens, Meta, m) {
   m.impl("ensemble_mlp_loss", ensemble_mlp_loss_meta);

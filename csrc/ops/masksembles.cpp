@@ -23,11 +23,6 @@ using OptionalTensor = std::optional<Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-void check_cpu(const char* op, const Tensor& tensor) {
-  TORCH_CHECK_NOT_IMPLEMENTED(tensor.is_cpu(), op, ": tensors on ", tensor.device(),
-                              ", but there is no kernel for that device yet");
-}
-
 // --- mask_channels -------------------------------------------------------------------------------
 
 constexpr const char* kMaskChannels = "mask_channels";
@@ -53,7 +48,6 @@ void check_mask_channels(const Tensor& input, const Tensor& masks, const Optiona
 
 Tensor mask_channels(const Tensor& input, const Tensor& masks, const OptionalTensor& index) {
   check_mask_channels(input, masks, index);
-  check_cpu(kMaskChannels, input);
   const Tensor x = input.contiguous(), kept = masks.contiguous();
   Tensor output = at::empty(x.sizes(), x.options());
   MaskChannelsParams params{};
@@ -70,6 +64,13 @@ Tensor mask_channels(const Tensor& input, const Tensor& masks, const OptionalTen
   if (index) {
     chosen = index->contiguous();
     params.index = chosen.const_data_ptr<int64_t>();
+  }
+  if (x.is_cuda()) {
+    launch_cuda(kMaskChannels, x,
+                [&](void* stream) { return masksembles_cuda::mask_channels(params, stream); });
+    return output;
+  }
+  if (index) {
     for (int64_t row = 0; row < params.rows; ++row) {
       const int64_t mask = params.index[row];
       PYENS_CHECK_VALUE(mask >= 0 && mask < params.num_masks, kMaskChannels, "index",
@@ -147,8 +148,9 @@ void check_dtype(const char* argument, const Tensor& tensor) {
                    "float32, float64, bfloat16 or float16", tensor.scalar_type());
 }
 
-// The kernel trusts what it is given; on the CPU that is checked here.
+// The CPU's kernel trusts what it is given: that is checked here. The GPU's does not.
 void check_range(const char* argument, const Tensor& index, int64_t limit) {
+  if (!index.is_cpu()) return;
   const int64_t* values = index.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < index.numel(); ++i) {
     PYENS_CHECK_VALUE(values[i] >= -1 && values[i] < limit, kMaskedWeights, argument,
@@ -195,12 +197,17 @@ constexpr int64_t kWorthAThread = 32768;  // elements
 Tensor masked_weights(const Tensor& weight, const OptionalTensor& rows,
                       const OptionalTensor& columns, int64_t num_masks) {
   check_masked_weights(weight, rows, columns, num_masks);
-  check_cpu(kMaskedWeights, weight);
   const Tensor w = weight.contiguous();
   const MaskedWeightsProblem problem(num_masks, w.size(0), w.size(1), rows, columns);
   const MaskedWeightsParams& p = problem.params;
   Tensor output = at::empty({num_masks, p.kept_rows, p.kept_columns}, w.options());
   void* to = output.mutable_data_ptr();
+  if (w.is_cuda()) {
+    launch_cuda(kMaskedWeights, w, [&](void* stream) {
+      return masksembles_cuda::masked_weights(p, w.element_size(), w.const_data_ptr(), to, stream);
+    });
+    return output;
+  }
   launch_cpu(num_masks * p.kept_rows, kWorthAThread / std::max<int64_t>(1, p.kept_columns) + 1, 0,
              [&](int64_t begin, int64_t end, void* /*scratch*/) {
                masksembles_cpu::masked_weights(p, w.element_size(), w.const_data_ptr(), to, begin,
@@ -236,13 +243,18 @@ Tensor masked_weights_backward(const Tensor& grad, const OptionalTensor& rows,
                                const OptionalTensor& columns, int64_t num_rows,
                                int64_t num_columns) {
   check_masked_weights_backward(grad, rows, columns, num_rows, num_columns);
-  check_cpu(kMaskedWeights, grad);
   const bool wide = grad.scalar_type() == at::kDouble;
   const Tensor g = grad.to(wide ? at::kDouble : at::kFloat).contiguous();
   const MaskedWeightsProblem problem(g.size(0), num_rows, num_columns, rows, columns);
   const MaskedWeightsParams& p = problem.params;
   Tensor weight = at::empty({num_rows, num_columns}, g.options());
   void* to = weight.mutable_data_ptr();
+  if (g.is_cuda()) {
+    launch_cuda(kMaskedWeights, g, [&](void* stream) {
+      return masksembles_cuda::masked_weights_backward(p, wide, g.const_data_ptr(), to, stream);
+    });
+    return weight.to(grad.scalar_type());
+  }
   launch_cpu(num_rows, kWorthAThread / std::max<int64_t>(1, p.num_masks * p.kept_columns) + 1, 0,
              [&](int64_t begin, int64_t end, void* /*scratch*/) {
                masksembles_cpu::masked_weights_backward(p, wide, g.const_data_ptr(), to, begin,
@@ -345,7 +357,6 @@ TORCH_LIBRARY_IMPL(pyens, CPU, m) {
   m.impl("masked_weights_backward", masked_weights_backward);
 }
 
-// For their error: there is no CUDA kernel yet.
 TORCH_LIBRARY_IMPL(pyens, CUDA, m) {
   m.impl("mask_channels", mask_channels);
   m.impl("masked_weights", masked_weights);

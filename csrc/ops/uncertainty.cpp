@@ -101,6 +101,14 @@ Uncertainty predictive_uncertainty(const Tensor& logits, bool from_probabilities
   p.distribution_pv = pv.mutable_data_ptr();
   p.vote_disagreement = disagreement.mutable_data_ptr();
   p.votes = with_votes ? votes.mutable_data_ptr<int32_t>() : nullptr;
+  if (members.is_cuda()) {
+    launch_cuda(kUncertaintyOp, members, [&](void* stream) {
+      const auto bytes = static_cast<int64_t>(uncertainty_cuda::scratch_bytes(p));
+      const Tensor scratch = at::empty({bytes}, members.options().dtype(at::kByte));
+      return uncertainty_cuda::run(p, scratch.mutable_data_ptr(), stream);
+    });
+    return result;
+  }
   const int64_t items = uncertainty_cpu::work_items(p);
   std::vector<int64_t> bad_rows(static_cast<size_t>(items));
   p.bad_rows = bad_rows.data();
@@ -168,6 +176,10 @@ Moments predictive_moments(const Tensor& outputs, const std::optional<Tensor>& v
   p.min = min.mutable_data_ptr();
   p.max = max.mutable_data_ptr();
   p.epistemic = epistemic.mutable_data_ptr();
+  if (x.is_cuda()) {
+    launch_cuda(kMomentsOp, x, [&](void* stream) { return uncertainty_cuda::run(p, stream); });
+    return result;
+  }
   launch_cpu(uncertainty_cpu::work_items(p), uncertainty_cpu::grain_size(p),
              uncertainty_cpu::scratch_bytes(p), [&](int64_t begin, int64_t end, void* scratch) {
                uncertainty_cpu::run(p, begin, end, scratch);
@@ -344,6 +356,11 @@ Moments predictive_moments_autocast(const Tensor& outputs, const std::optional<T
 }  // namespace
 
 TORCH_LIBRARY_IMPL(pyens, CPU, m) {
+  m.impl("predictive_uncertainty", predictive_uncertainty);
+  m.impl("predictive_moments", predictive_moments);
+}
+
+TORCH_LIBRARY_IMPL(pyens, CUDA, m) {
   m.impl("predictive_uncertainty", predictive_uncertainty);
   m.impl("predictive_moments", predictive_moments);
 }

@@ -42,7 +42,7 @@ def decorrelation_loss(outputs: Tensor, *, kind: str = "correlation", reduction:
     Raises:
         ValueError: a shape that does not fit, no component or no label, an unknown kind or reduction.
         TypeError: an unsupported dtype.
-        NotImplementedError: tensors on another device than the CPU.
+        NotImplementedError: CUDA tensors where pyens was built without CUDA.
 
     Source: "Anti-Distillation: Improving Reproducibility of Deep Networks", section 4, equations (2) to (5);
     reference in `pyens.reference.decorrelation_loss`.

@@ -37,10 +37,13 @@ def ensemble_embedding(index: Tensor, weight: Tensor, *, sparse: bool = False) -
     leaves it alone, as it does `F.embedding`. Within `torch.func` the reference computes, which is plain
     PyTorch, and the gradient is dense: grad, vjp, jvp and vmap work.
 
+    On CUDA the sums go by a sorted index, to the same bits; only the sparse gradient waits for the device. An
+    index out of range raises nothing there: its example becomes NaN, and no row gets its gradient.
+
     Raises:
-        ValueError: a shape that does not fit, an index out of range.
+        ValueError: a shape that does not fit; on the CPU an index out of range.
         TypeError: an index that is not int64, an unsupported dtype, mixed devices.
-        NotImplementedError: tensors that are not on the CPU.
+        NotImplementedError: CUDA tensors where pyens was built without CUDA.
 
     Source: the categorical features of the click and rating models in "prediction variation"; reference in
     `pyens.reference.ensemble_embedding`.

@@ -59,8 +59,9 @@ def ensemble_mlp_loss(
 
     Differentiable in input, weights and biases, twice and more; target and sample_weight get no gradient.
     The loss and the gradients of weights, biases and an input per member are the same bits for any number of
-    threads and any members beside. Within `torch.func`, and on CUDA, it is composed of torch operations and
-    `ensemble_mlp`.
+    threads and any members beside. Within `torch.func`, and on CUDA for members of more than 2^19 parameters
+    or layers too wide for shared memory, it is composed of torch operations and `ensemble_mlp`. On CUDA a
+    class out of range, or a weight that is negative or infinite, makes its member's loss and gradients NaN.
 
     Raises:
         ValueError: a shape that does not fit, an unknown loss, a temperature without cross_entropy; a target

@@ -27,7 +27,7 @@ def mask_channels(input: Tensor, masks: Tensor, index: Tensor | None = None) -> 
     likes. Within `torch.func` it is composed of torch operations.
 
     Raises:
-        ValueError: a shape that does not fit; on the CPU an index out of range.
+        ValueError: a shape that does not fit; on the CPU an index out of range (on CUDA: NaN).
         TypeError: masks that are not bool, an index that is not int64, an unsupported dtype, mixed devices.
 
     Source: "Masksembles", section 3; reference in `pyens.reference.mask_channels`.

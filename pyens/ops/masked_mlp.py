@@ -88,7 +88,7 @@ def masked_mlp(
     Raises:
         ValueError: a shape that does not fit, an unknown activation.
         TypeError: masks that are not bool, mixed or unsupported dtypes, mixed devices.
-        NotImplementedError: on CUDA, for now.
+        NotImplementedError: as `pyens.ops.ensemble_mlp`.
 
     Source: "Masksembles", section 3, and the structure that its section 5 leaves as future work; reference in
     `pyens.reference.masked_mlp`.

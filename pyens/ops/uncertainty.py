@@ -46,9 +46,10 @@ def predictive_uncertainty(logits: Tensor, *, from_probabilities: bool = False) 
 
     Raises:
         ValueError: a shape that does not fit, no member, no class; with `from_probabilities` a row that has a
-            negative entry or does not sum to 1 within 1e-4 (16-bit: and a rounding), unless it has a NaN.
+            negative entry or does not sum to 1 within 1e-4 (16-bit: and a rounding), unless it has a NaN. On
+            CUDA such a row raises nothing, and makes its example NaN.
         TypeError: an unsupported dtype.
-        NotImplementedError: tensors on another device than the CPU.
+        NotImplementedError: CUDA tensors where pyens was built without CUDA.
 
     Source: the prediction variation of "prediction variation and activation strength"; entropies and mutual
     information of "deep ensembles"; reference in `pyens.reference.predictive_uncertainty`.
@@ -90,7 +91,7 @@ def predictive_moments(outputs: Tensor, *, variances: Tensor | None = None) -> M
     Raises:
         ValueError: a shape that does not fit, no member, no output.
         TypeError: mixed or unsupported dtypes, mixed devices.
-        NotImplementedError: tensors on another device than the CPU.
+        NotImplementedError: CUDA tensors where pyens was built without CUDA.
 
     Source: value PV of "prediction variation and activation strength"; predictive variance of "deep
     ensembles", which divides by E; reference in `pyens.reference.predictive_moments`.

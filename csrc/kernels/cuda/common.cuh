@@ -1,5 +1,8 @@
-// What the CUDA kernels share: element types, activations, error reporting. No torch below this
-// line.
+// What the CUDA kernels share: element types, shared memory, sums over a warp, activations, launches.
+// No torch below this line.
+//
+// Kernels launch through `launch` and take shared memory through `dynamic_shared` and
+// PYENS_SHARED alone: by these tests/cpp/emulation runs their source on the host.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -34,6 +37,77 @@ __device__ inline void from_real(double x, double* out) { *out = x; }
 __device__ inline void from_real(float x, __nv_bfloat16* out) { *out = __float2bfloat16(x); }
 __device__ inline void from_real(float x, __half* out) { *out = __float2half(x); }
 
+// f(static_cast<T*>(nullptr)), T being what elements of that type are here.
+template <class F>
+const char* by_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::float32: return f(static_cast<float*>(nullptr));
+    case DType::float64: return f(static_cast<double*>(nullptr));
+    case DType::bfloat16: return f(static_cast<__nv_bfloat16*>(nullptr));
+    case DType::float16: return f(static_cast<__half*>(nullptr));
+  }
+  return "unknown dtype";
+}
+
+// Where only the size of an element matters.
+template <class F>
+const char* by_bytes(size_t element_bytes, const F& f) {
+  switch (element_bytes) {
+    case 2: return f(static_cast<uint16_t*>(nullptr));
+    case 4: return f(static_cast<uint32_t*>(nullptr));
+    default: return f(static_cast<uint64_t*>(nullptr));
+  }
+}
+
+// All bits set are a NaN of every type.
+template <class Word>
+__device__ inline Word nan_word() {
+  return static_cast<Word>(~Word{0});
+}
+
+// For threads that stride over items along x: the first of this thread, and how far it is to the next.
+__device__ inline int64_t first_item() {
+  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+__device__ inline int64_t all_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+
+// --- shared memory -------------------------------------------------------------------------------
+
+// The block's dynamic shared memory, as T; one per kernel.
+template <class T>
+__device__ inline T* dynamic_shared() {
+#if defined(__CUDACC__)
+  extern __shared__ __align__(16) unsigned char pyens_shared_bytes[];
+  return reinterpret_cast<T*>(pyens_shared_bytes);
+#else
+  return static_cast<T*>(emulation::dynamic_shared());
+#endif
+}
+
+// A variable in static shared memory: PYENS_SHARED(int[33], sums);
+#if defined(__CUDACC__)
+template <class T>
+using SharedVariable = T;
+#define PYENS_SHARED(type, name) __shared__ SharedVariable<type> name
+#else
+#define PYENS_SHARED(type, name)    \
+  static const char name##_key = 0; \
+  auto& name = emulation::static_shared<type>(&name##_key)
+#endif
+
+// --- warps ---------------------------------------------------------------------------------------
+
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+// Over each `width` neighbouring lanes of a warp (a power of two up to 32): the same bits in all.
+template <class R>
+__device__ inline R sum_lanes(R x, int width = 32) {
+  for (int bit = width / 2; bit > 0; bit /= 2) x += __shfl_xor_sync(kWholeWarp, x, bit);
+  return x;
+}
+
+// --- activations ---------------------------------------------------------------------------------
+
 // The hidden activations, as in torch.nn with default arguments. NaN in, NaN out.
 template <class R>
 __device__ inline R activate(Activation activation, R x) {
@@ -49,10 +123,65 @@ __device__ inline R activate(Activation activation, R x) {
   return x;
 }
 
-// What a launcher returns: nullptr, or what went wrong.
-inline const char* last_launch_error() {
+// Its derivative at x, given h = activate(activation, x) too.
+template <class R>
+__device__ inline R activation_slope(Activation activation, R x, R h) {
+  switch (activation) {
+    case Activation::relu: return x <= R(0) ? R(0) : R(1);
+    case Activation::gelu: {
+      const R share = R(0.5) * erfc(x * R(-0.70710678118654752440));
+      return share + x * exp(R(-0.5) * x * x) * R(0.39894228040143267794);
+    }
+    case Activation::silu: {
+      const R s = R(1) / (R(1) + exp(-x));
+      return s * (R(1) + x * (R(1) - s));
+    }
+    case Activation::elu: return x > R(0) ? R(1) : exp(x);
+    case Activation::softplus: return x > R(20) ? R(1) : R(1) / (R(1) + exp(-x));
+    case Activation::tanh: return R(1) - h * h;
+    case Activation::identity: return R(1);
+  }
+  return R(1);
+}
+
+// --- launches ------------------------------------------------------------------------------------
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
+// What a block may have of shared memory.
+inline int64_t shared_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
+// Blocks for a kernel whose threads stride over `items`: at most `waves` times as many as fit at once
+// if a multiprocessor holds 2048 threads.
+inline unsigned striding_blocks(int64_t items, int64_t threads, int64_t waves = 4) {
+  const int64_t resident = device_attribute(cudaDevAttrMultiProcessorCount) * (2048 / threads);
+  const int64_t needed = ceil_div(items, threads);
+  return static_cast<unsigned>(needed < resident * waves ? needed : resident * waves);
+}
+
+// kernel<<<grid, threads, shared_bytes, stream>>>(args...); nullptr, or what went wrong.
+template <class... Params, class... Args>
+const char* launch(void (*kernel)(Params...), dim3 grid, unsigned threads, size_t shared_bytes,
+                   void* stream, const Args&... args) {
+#if defined(__CUDACC__)
+  if (shared_bytes > 48 * 1024) {  // more has to be asked for
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         static_cast<int>(shared_bytes));
+  }
+  kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+#else
+  (void)stream;
+  return emulation::launch(kernel, grid, threads, shared_bytes, args...);
+#endif
 }
 
 }  // namespace pyens

@@ -11,6 +11,7 @@
 // beside.
 
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels/cuda/common.cuh"
 #include "kernels/dropout.h"
@@ -32,12 +33,11 @@ struct Arguments {
 template <class T>
 __global__ void __launch_bounds__(kThreads) ensemble_mlp_kernel(const Arguments a) {
   using R = Real<T>;
-  extern __shared__ __align__(16) unsigned char shared[];
   const EnsembleMLPParams& p = a.params;
   const int64_t member = blockIdx.x / a.tiles, first = blockIdx.x % a.tiles * a.tile;
   const int64_t examples = min(a.tile, p.batch - first);
   // [tile][row_reals], twice. row_reals is odd, so that a column falls into different banks.
-  R* x = reinterpret_cast<R*>(shared);
+  R* x = dynamic_shared<R>();
   R* z = x + a.tile * a.row_reals;
 
   const int64_t in = a.layers[0].in;
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) ensemble_mlp_kernel(const Arguments 
 }
 
 template <class T>
-const char* launch(const EnsembleMLPParams& params, cudaStream_t stream) {
+const char* run_as(const EnsembleMLPParams& params, void* stream) {
   Arguments a{};
   a.params = params;
   std::copy(params.layers, params.layers + params.num_layers, a.layers);
@@ -94,22 +94,17 @@ const char* launch(const EnsembleMLPParams& params, cudaStream_t stream) {
   for (int64_t l = 0; l + 1 < params.num_layers; ++l) width = std::max(width, a.layers[l].out);
   a.row_reals = width | 1;
 
-  int device = 0, shared_limit = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const int64_t limit = shared_limit();
   const int64_t bytes_per_example = 2 * a.row_reals * static_cast<int64_t>(sizeof(Real<T>));
-  if (bytes_per_example > shared_limit) return "a layer is too wide for this GPU's shared memory";
+  if (bytes_per_example > limit) return "a layer is too wide for this GPU's shared memory";
   // Two blocks to a multiprocessor where that leaves a tile of some size.
-  const int64_t room = bytes_per_example * 8 > shared_limit / 2 ? shared_limit : shared_limit / 2;
+  const int64_t room = bytes_per_example * 8 > limit / 2 ? limit : limit / 2;
   a.tile = std::min<int64_t>({room / bytes_per_example, 64, params.batch});
-  a.tiles = (params.batch + a.tile - 1) / a.tile;
+  a.tiles = ceil_div(params.batch, a.tile);
   if (params.ensemble_size * a.tiles > INT32_MAX) return "too many tiles for one launch";
 
-  const auto bytes = static_cast<int>(a.tile * bytes_per_example);
-  cudaFuncSetAttribute(ensemble_mlp_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  const auto blocks = static_cast<unsigned>(params.ensemble_size * a.tiles);
-  ensemble_mlp_kernel<T><<<blocks, kThreads, bytes, stream>>>(a);
-  return last_launch_error();
+  return launch(ensemble_mlp_kernel<T>, static_cast<unsigned>(params.ensemble_size * a.tiles),
+                kThreads, static_cast<size_t>(a.tile * bytes_per_example), stream, a);
 }
 
 }  // namespace
@@ -119,14 +114,9 @@ namespace ensemble_mlp_cuda {
 const char* run(const EnsembleMLPParams& params, void* stream) {
   if (params.batch == 0) return nullptr;
   if (params.num_layers > kMaxLayers) return "more than 32 layers";
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  switch (params.dtype) {
-    case DType::float32: return launch<float>(params, cuda_stream);
-    case DType::float64: return launch<double>(params, cuda_stream);
-    case DType::bfloat16: return launch<__nv_bfloat16>(params, cuda_stream);
-    case DType::float16: return launch<__half>(params, cuda_stream);
-  }
-  return "unknown dtype";
+  return by_dtype(params.dtype, [&](auto* of) {
+    return run_as<std::remove_pointer_t<decltype(of)>>(params, stream);
+  });
 }
 
 }  // namespace ensemble_mlp_cuda

@@ -1,0 +1,467 @@
+// One training pass of the ensemble MLP on the GPU: forward, loss and backward in one launch, plain
+// multiply-adds.
+//
+// Mapping: a block takes tiles of up to kTile examples of one member, one tile after another, through
+// all layers and back. What each layer reads, and the slope of its activation, lie in shared memory
+// [tile][width]; gradients take the slopes' place. A thread computes whole sums:
+//
+//   outputs           neighbours are examples: a row of weights (a broadcast) against as many rows
+//   input gradients   neighbours are inputs: a row of weights against one gradient (a broadcast)
+//   weight gradients  neighbours are inputs: the tile's examples, added to the span's sums
+//
+// Bound by shared-memory reads, one or two for each multiply-add. Memory sees the inputs once, the
+// weights once per tile from L2, and the sums of a span of tiles once per tile.
+//
+// Order of summation: outputs and input gradients as in the forward kernel. A weight gradient: the
+// examples of a tile, the tiles of a span, the spans. The gradient of a shared input: the members. Tiles
+// and spans depend on the batch and the layers alone, not on the GPU nor on the members beside. No
+// atomics.
+//
+// Networks too wide for this are left to matrix products above (see can_train).
+
+#include <algorithm>
+#include <type_traits>
+
+#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/ensemble_mlp_losses.cuh"
+#include "kernels/dropout.h"
+
+namespace pyens {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMaxLayers = 32;
+constexpr int64_t kBlock = 128;
+constexpr int64_t kTile = 64, kSmallestTile = 8;
+constexpr int64_t kSharedBytes = 96 * 1024;  // every GPU from sm_80 on has them
+constexpr int64_t kMaxSpans = 32;
+constexpr int64_t kSpanElements = int64_t{1} << 21;    // of the spans' sums of one member
+constexpr int64_t kMostParameters = int64_t{1} << 19;  // of one member
+
+// Where a layer's numbers lie, in Reals: of a tile's shared memory, of a member's gradients.
+struct Place {
+  int64_t reads, gradient;  // [tile][in | 1], [tile][out | 1]; of a hidden layer first the slopes
+  int64_t weight, bias;     // -1: not asked for
+};
+
+struct Arguments {
+  EnsembleMLPTraining training;  // its pointers to layers and gradients are the host's
+  MLPLayer layers[kMaxLayers];
+  MLPLayerGradient gradients[kMaxLayers];
+  Place places[kMaxLayers];
+  int64_t example_weights, losses;  // [tile] each
+  int64_t example_reals, member_gradients;
+  int64_t tile, tiles, tiles_per_span, spans;
+  int64_t lowest;  // the lowest layer that is differentiated
+  // In `partial`: double [E], double [E, spans], Real [spans, E, member_gradients], and for a shared
+  // input Real [E, B, I].
+  double *weight_sums, *loss_sums;
+  void *span_gradients, *member_inputs;
+  size_t partial_bytes;
+};
+
+// An odd row, so that a column falls into different banks.
+int64_t odd(int64_t n) { return n | 1; }
+
+int64_t count_parameters(const EnsembleMLPParams& p) {
+  int64_t n = 0;
+  for (int64_t l = 0; l < p.num_layers; ++l) n += p.layers[l].out * (p.layers[l].in + 1);
+  return n;
+}
+
+Arguments make_arguments(const EnsembleMLPTraining& t) {
+  Arguments a{};
+  const EnsembleMLPParams& p = t.forward;
+  a.training = t;
+  const int64_t n = p.num_layers;
+  std::copy(p.layers, p.layers + n, a.layers);
+  if (t.gradients) std::copy(t.gradients, t.gradients + n, a.gradients);
+  a.lowest = n;
+  for (int64_t l = n; l-- > 0;) {
+    const MLPLayer& layer = a.layers[l];
+    Place& place = a.places[l];
+    place.weight = place.bias = -1;
+    if (a.gradients[l].weight) {
+      place.weight = a.member_gradients;
+      a.member_gradients += layer.out * layer.in;
+    }
+    if (a.gradients[l].bias) {
+      place.bias = a.member_gradients;
+      a.member_gradients += layer.out;
+    }
+    if (place.weight >= 0 || place.bias >= 0) a.lowest = l;
+    place.reads = a.example_reals;
+    place.gradient = place.reads + odd(layer.in);
+    a.example_reals = place.gradient + odd(layer.out);
+  }
+  if (t.grad_input) a.lowest = 0;
+  a.example_weights = a.example_reals++;
+  a.losses = a.example_reals++;
+
+  const auto real = static_cast<int64_t>(p.dtype == DType::float64 ? 8 : 4);
+  a.tile = std::min(kTile, kSharedBytes / (a.example_reals * real));
+  if (a.tile == 0) return a;  // can_train says no
+  a.tiles = ceil_div(p.batch, a.tile);
+  // By all parameters, asked for or not: what else is asked for changes no bit.
+  const int64_t most =
+      std::max<int64_t>(1, std::min(kMaxSpans, kSpanElements / count_parameters(p)));
+  a.tiles_per_span = std::max<int64_t>(1, ceil_div(a.tiles, most));
+  a.spans = ceil_div(a.tiles, a.tiles_per_span);
+
+  auto* at = static_cast<char*>(t.partial);
+  const auto take = [&](int64_t bytes) {
+    char* taken = at ? at + a.partial_bytes : nullptr;
+    a.partial_bytes += static_cast<size_t>(ceil_div(bytes, 256) * 256);
+    return taken;
+  };
+  const int64_t members = p.ensemble_size, shared_input = t.grad_input && t.sum_grad_input;
+  a.weight_sums = reinterpret_cast<double*>(take(members * 8));
+  a.loss_sums = reinterpret_cast<double*>(take(members * a.spans * 8));
+  a.span_gradients = take(a.spans * members * a.member_gradients * real);
+  a.member_inputs = take(shared_input * members * p.batch * a.layers[0].in * real);
+  return a;
+}
+
+// Terms that the loss of an example is the mean of.
+__device__ inline int64_t loss_terms(const EnsembleMLPTraining& t, int64_t outputs) {
+  if (t.loss == Loss::none || t.loss == Loss::cross_entropy) return 1;
+  return t.loss == Loss::gaussian_nll ? outputs / 2 : outputs;
+}
+
+// --- the sums of the sample weights ----------------------------------------------------------------
+
+// A block per member. NaN where a weight is negative or not finite.
+template <class R>
+__global__ void __launch_bounds__(kThreads) weight_sums_kernel(const Arguments a) {
+  PYENS_SHARED(double[kThreads], sums);
+  const EnsembleMLPTraining& t = a.training;
+  const int64_t batch = t.forward.batch, m = blockIdx.x;
+  const R* weight = static_cast<const R*>(t.sample_weight);
+  if (weight) weight += m * t.sample_weight_member_stride;
+  double sum = 0;
+  for (int64_t b = threadIdx.x; b < batch; b += kThreads) {
+    const double w = weight ? static_cast<double>(weight[b]) : 1;
+    sum += w >= 0 && w <= 1.7976931348623157e308 ? w : static_cast<double>(NAN);
+  }
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  sum = 0;
+  for (int i = 0; i < kThreads; ++i) sum += sums[i];
+  a.weight_sums[m] = sum;
+}
+
+// --- one tile ------------------------------------------------------------------------------------------
+
+// The tile of a block: `examples` of member `member` from `first` on.
+template <class T>
+struct Tile {
+  using R = Real<T>;
+  const Arguments& a;
+  R* shared;
+  int64_t member, first, examples;
+
+  __device__ const EnsembleMLPTraining& training() const { return a.training; }
+  __device__ const EnsembleMLPParams& forward() const { return a.training.forward; }
+  __device__ R* reads(int64_t l) const { return shared + a.tile * a.places[l].reads; }
+  __device__ R* gradient(int64_t l) const { return shared + a.tile * a.places[l].gradient; }
+  __device__ R* example_weights() const { return shared + a.tile * a.example_weights; }
+  __device__ R* losses() const { return shared + a.tile * a.losses; }
+  __device__ const T* weight(int64_t l) const {
+    return static_cast<const T*>(a.layers[l].weight) + member * a.layers[l].weight_member_stride;
+  }
+
+  // Examples that are left out become zeros, or a NaN in them would meet a gradient of 0.
+  __device__ void load() const {
+    const EnsembleMLPParams& p = forward();
+    const R* weights = static_cast<const R*>(training().sample_weight);
+    if (weights) weights += member * training().sample_weight_member_stride + first;
+    const int64_t in = a.layers[0].in, row = in | 1;
+    const T* input = static_cast<const T*>(p.input) + member * p.input_member_stride +
+                     first * p.input_row_stride;
+    for (int64_t i = threadIdx.x; i < examples * in; i += kThreads) {
+      const int64_t b = i / in, j = i % in;
+      const bool kept = !weights || weights[b] != R(0);
+      reads(0)[b * row + j] = kept ? to_real(input[b * p.input_row_stride + j]) : R(0);
+    }
+    for (int64_t b = threadIdx.x; b < examples; b += kThreads) {
+      example_weights()[b] = weights ? weights[b] : R(1);
+    }
+  }
+
+  __device__ void run_layer(int64_t l) const {
+    const EnsembleMLPParams& p = forward();
+    const MLPLayer& layer = a.layers[l];
+    const bool last = l + 1 == p.num_layers;
+    const int64_t in_row = layer.in | 1, out_row = layer.out | 1;
+    const T* bias = static_cast<const T*>(layer.bias);
+    if (bias) bias += member * layer.bias_member_stride;
+    const R* x = reads(l);
+    for (int64_t i = threadIdx.x; i < examples * layer.out; i += kThreads) {
+      const int64_t b = i % examples, o = i / examples;
+      const T* w = weight(l) + o * layer.weight_row_stride;
+      R z = bias ? to_real(bias[o]) : R(0);
+      for (int64_t k = 0; k < layer.in; k += kBlock) {
+        R sum = 0;
+        for (int64_t j = k; j < min(k + kBlock, layer.in); ++j) {
+          sum = fma(to_real(w[j]), x[b * in_row + j], sum);
+        }
+        z += sum;
+      }
+      if (last) {
+        gradient(l)[b * out_row + o] = z;
+        continue;
+      }
+      R h = activate(p.activation, z), slope = activation_slope(p.activation, z, h);
+      if (p.dropout > 0) {
+        const uint64_t key = dropout_unit_key(dropout_layer_key(p.dropout_seeds[member], l), o);
+        const uint32_t hash = dropout_hash(static_cast<uint32_t>(first + b), key);
+        const bool kept = hash >= dropout_threshold(p.dropout);
+        const R scale = R(1 / (1 - p.dropout));
+        h = kept ? h * scale : R(0);
+        slope = kept ? slope * scale : R(0);
+      }
+      reads(l + 1)[b * out_row + o] = h;
+      gradient(l)[b * out_row + o] = slope;
+    }
+  }
+
+  // Loss::none: the gradient of the output is given.
+  __device__ void load_output_gradient() const {
+    const EnsembleMLPTraining& t = training();
+    const int64_t l = forward().num_layers - 1, out = a.layers[l].out;
+    const T* given = static_cast<const T*>(t.target) + member * t.target_member_stride +
+                     first * t.target_row_stride;
+    for (int64_t i = threadIdx.x; i < examples * out; i += kThreads) {
+      const int64_t b = i / out, o = i % out;
+      gradient(l)[b * (out | 1) + o] = to_real(given[b * t.target_row_stride + o]);
+    }
+  }
+
+  __device__ void run_loss(R scale) const {
+    const EnsembleMLPTraining& t = training();
+    const int64_t l = forward().num_layers - 1, out = a.layers[l].out;
+    for (int64_t b = threadIdx.x; b < examples; b += kThreads) {
+      const R w = example_weights()[b], factor = w * scale;
+      R* z = gradient(l) + b * (out | 1);
+      if (w == R(0)) {
+        for (int64_t f = 0; f < out; ++f) z[f] = 0;
+        losses()[b] = 0;
+        continue;
+      }
+      const int64_t at = member * t.target_member_stride + (first + b) * t.target_row_stride;
+      const R* target = static_cast<const R*>(t.target) + at;
+      R loss = 0;
+      switch (t.loss) {
+        case Loss::mse: loss = mse(z, out, target, factor); break;
+        case Loss::bce: loss = bce(z, out, target, factor); break;
+        case Loss::gaussian_nll: loss = gaussian_nll(z, out, target, factor); break;
+        case Loss::cross_entropy:
+          loss = cross_entropy(z, out, static_cast<const int64_t*>(t.target)[at],
+                               static_cast<R>(1 / t.temperature), factor);
+          break;
+        case Loss::none: break;
+      }
+      losses()[b] = w * loss;
+    }
+  }
+
+  // Adds to the span's sums, each element always by the same thread.
+  __device__ void add_parameter_gradients(int64_t l, R* sums, bool first_of_span) const {
+    const MLPLayer& layer = a.layers[l];
+    const int64_t in_row = layer.in | 1, out_row = layer.out | 1;
+    const R *x = reads(l), *g = gradient(l);
+    const auto add = [&](R* to, R sum) { *to = first_of_span ? sum : *to + sum; };
+    if (a.places[l].weight >= 0) {
+      R* to = sums + a.places[l].weight;
+      for (int64_t i = threadIdx.x; i < layer.out * layer.in; i += kThreads) {
+        const int64_t o = i / layer.in, j = i % layer.in;
+        R sum = 0;
+        for (int64_t b = 0; b < examples; ++b) {
+          sum = fma(g[b * out_row + o], x[b * in_row + j], sum);
+        }
+        add(to + i, sum);
+      }
+    }
+    if (a.places[l].bias >= 0) {
+      R* to = sums + a.places[l].bias;
+      for (int64_t o = threadIdx.x; o < layer.out; o += kThreads) {
+        R sum = 0;
+        for (int64_t b = 0; b < examples; ++b) sum += g[b * out_row + o];
+        add(to + o, sum);
+      }
+    }
+  }
+
+  // The gradient by what layer l reads: in the place of the slopes below, or out to the input's.
+  __device__ void run_input_gradient(int64_t l) const {
+    const EnsembleMLPTraining& t = training();
+    const MLPLayer& layer = a.layers[l];
+    const int64_t in_row = layer.in | 1, out_row = layer.out | 1;
+    const T* w = weight(l);
+    const R* g = gradient(l);
+    const bool cuts = forward().activation == Activation::relu || forward().dropout > 0;
+    R* input = static_cast<R*>(t.sum_grad_input ? a.member_inputs : t.grad_input);
+    for (int64_t i = threadIdx.x; i < examples * layer.in; i += kThreads) {
+      const int64_t b = i / layer.in, j = i % layer.in;
+      R total = 0;
+      for (int64_t k = 0; k < layer.out; k += kBlock) {
+        R sum = 0;
+        for (int64_t o = k; o < min(k + kBlock, layer.out); ++o) {
+          sum = fma(to_real(w[o * layer.weight_row_stride + j]), g[b * out_row + o], sum);
+        }
+        total += sum;
+      }
+      if (l > 0) {
+        // What a ReLU or dropout cut off is selected, not multiplied by 0.
+        R* below = gradient(l - 1) + b * in_row + j;
+        *below = cuts && *below == R(0) ? R(0) : *below * total;
+      } else {
+        input[(member * forward().batch + first + b) * layer.in + j] = total;
+      }
+    }
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) training_kernel(const Arguments a) {
+  using R = Real<T>;
+  const EnsembleMLPTraining& t = a.training;
+  const EnsembleMLPParams& p = t.forward;
+  const int64_t span = blockIdx.x, member = blockIdx.y, last = p.num_layers - 1;
+  const double terms = static_cast<double>(loss_terms(t, a.layers[last].out)) *
+                       (t.loss == Loss::none ? 1 : a.weight_sums[member]);
+  // Without any weight there is no loss. NaN stays.
+  R scale = terms == 0 ? R(0) : static_cast<R>(1 / terms);
+  if (t.member_scale) scale *= static_cast<const R*>(t.member_scale)[member];
+  R* sums =
+      static_cast<R*>(a.span_gradients) + (span * p.ensemble_size + member) * a.member_gradients;
+  const int64_t first_tile = span * a.tiles_per_span;
+  const int64_t end = min(first_tile + a.tiles_per_span, a.tiles);
+  double loss = 0;  // thread 0's
+  for (int64_t i = first_tile; i < end; ++i) {
+    const int64_t first = i * a.tile;
+    const Tile<T> tile{a, dynamic_shared<R>(), member, first, min(a.tile, p.batch - first)};
+    tile.load();
+    __syncthreads();
+    for (int64_t l = 0; l < p.num_layers; ++l) {
+      if (l < last || t.loss != Loss::none) tile.run_layer(l);
+      __syncthreads();
+    }
+    if (t.loss == Loss::none) {
+      tile.load_output_gradient();
+    } else {
+      tile.run_loss(scale);
+    }
+    __syncthreads();
+    if (t.loss != Loss::none && threadIdx.x == 0) {
+      for (int64_t b = 0; b < tile.examples; ++b) loss += static_cast<double>(tile.losses()[b]);
+    }
+    for (int64_t l = last; l >= a.lowest; --l) {
+      tile.add_parameter_gradients(l, sums, i == first_tile);
+      if (l > a.lowest || (l == 0 && t.grad_input)) tile.run_input_gradient(l);
+      __syncthreads();
+    }
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) a.loss_sums[member * a.spans + span] = loss;
+}
+
+// --- the spans' sums, in order ---------------------------------------------------------------------
+
+template <class R>
+__global__ void __launch_bounds__(kThreads) add_spans_kernel(const Arguments a) {
+  const EnsembleMLPTraining& t = a.training;
+  const EnsembleMLPParams& p = t.forward;
+  const int64_t items = p.ensemble_size * a.member_gradients;
+  const R* gradients = static_cast<const R*>(a.span_gradients);
+  for (int64_t i = first_item(); i < items; i += all_threads()) {
+    const int64_t m = i / a.member_gradients, at = i % a.member_gradients;
+    R sum = 0;
+    for (int64_t s = 0; s < a.spans; ++s) {
+      const R of_span = gradients[s * items + i];
+      sum = s == 0 ? of_span : sum + of_span;
+    }
+    for (int64_t l = 0; l < p.num_layers; ++l) {
+      const Place& place = a.places[l];
+      const int64_t weights = a.layers[l].out * a.layers[l].in, biases = a.layers[l].out;
+      if (place.weight >= 0 && at >= place.weight && at < place.weight + weights) {
+        static_cast<R*>(a.gradients[l].weight)[m * weights + at - place.weight] = sum;
+      } else if (place.bias >= 0 && at >= place.bias && at < place.bias + biases) {
+        static_cast<R*>(a.gradients[l].bias)[m * biases + at - place.bias] = sum;
+      }
+    }
+  }
+  if (!t.loss_output) return;
+  for (int64_t m = first_item(); m < p.ensemble_size; m += all_threads()) {
+    double loss = 0;
+    for (int64_t s = 0; s < a.spans; ++s) loss += a.loss_sums[m * a.spans + s];
+    const int64_t outputs = a.layers[p.num_layers - 1].out;
+    const double terms = a.weight_sums[m] * static_cast<double>(loss_terms(t, outputs));
+    static_cast<R*>(t.loss_output)[m] = terms == 0 ? R(0) : static_cast<R>(loss / terms);
+  }
+}
+
+template <class R>
+__global__ void __launch_bounds__(kThreads) add_members_kernel(const Arguments a) {
+  const EnsembleMLPParams& p = a.training.forward;
+  const int64_t size = p.batch * a.layers[0].in;
+  const R* inputs = static_cast<const R*>(a.member_inputs);
+  for (int64_t i = first_item(); i < size; i += all_threads()) {
+    R sum = inputs[i];
+    for (int64_t m = 1; m < p.ensemble_size; ++m) sum += inputs[m * size + i];
+    static_cast<R*>(a.training.grad_input)[i] = sum;
+  }
+}
+
+template <class T>
+const char* train_as(const Arguments& a, void* stream) {
+  using R = Real<T>;
+  const EnsembleMLPTraining& t = a.training;
+  const EnsembleMLPParams& p = t.forward;
+  const auto members = static_cast<unsigned>(p.ensemble_size);
+  const char* error = nullptr;
+  if (t.loss != Loss::none) {
+    error = launch(weight_sums_kernel<R>, members, kThreads, 0, stream, a);
+    if (error) return error;
+  }
+  const auto bytes = static_cast<size_t>(a.tile * a.example_reals) * sizeof(R);
+  error = launch(training_kernel<T>, dim3(static_cast<unsigned>(a.spans), members), kThreads, bytes,
+                 stream, a);
+  if (error) return error;
+  const int64_t items = std::max(p.ensemble_size * a.member_gradients, p.ensemble_size);
+  error = launch(add_spans_kernel<R>, striding_blocks(items, kThreads), kThreads, 0, stream, a);
+  if (error || !t.grad_input || !t.sum_grad_input) return error;
+  return launch(add_members_kernel<R>, striding_blocks(p.batch * a.layers[0].in, kThreads),
+                kThreads, 0, stream, a);
+}
+
+}  // namespace
+
+namespace ensemble_mlp_cuda {
+
+bool can_train(const EnsembleMLPParams& p) {
+  if (p.num_layers > kMaxLayers || p.ensemble_size > 65535) return false;
+  int64_t reals = 2;  // of one example
+  for (int64_t l = 0; l < p.num_layers; ++l) {
+    reals += odd(p.layers[l].in) + odd(p.layers[l].out);
+  }
+  const int64_t real = p.dtype == DType::float64 ? 8 : 4;
+  return count_parameters(p) <= kMostParameters && reals * real * kSmallestTile <= kSharedBytes;
+}
+
+size_t partial_bytes(const EnsembleMLPTraining& training) {
+  return make_arguments(training).partial_bytes;
+}
+
+const char* train(const EnsembleMLPTraining& training, void* stream) {
+  if (training.forward.batch == 0) return nullptr;
+  if (!can_train(training.forward)) return "layers too wide to train in one launch";
+  const Arguments a = make_arguments(training);
+  return by_dtype(training.forward.dtype, [&](auto* of) {
+    return train_as<std::remove_pointer_t<decltype(of)>>(a, stream);
+  });
+}
+
+}  // namespace ensemble_mlp_cuda
+}  // namespace pyens

@@ -1,0 +1,95 @@
+// The CUDA kernel of the ensemble MLP, run on the host, against the CPU's.
+
+#include "kernels/cuda/ensemble_mlp.cu"
+
+#include "emulated_test.h"
+
+namespace {
+
+using namespace emulated_test;
+using pyens::Activation;
+
+// Layer widths, with all that the parameters say about strides.
+template <class T>
+void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths, Activation activation,
+          bool shared_input, bool with_bias, double dropout) {
+  Random random(members * 1000 + batch);
+  const size_t layers = widths.size() - 1;
+  constexpr int64_t kPad = 3;  // rows lie further apart than they are long
+  Values<T> input(random, (shared_input ? 1 : members) * batch * (widths[0] + kPad));
+  std::vector<std::unique_ptr<Values<T>>> weights, biases;
+  std::vector<int64_t> seed_values;
+  for (int64_t m = 0; m < members; ++m) seed_values.push_back(m * 77 - 5);
+  Global<int64_t> seeds(seed_values, "dropout_seeds");
+  std::vector<pyens::MLPLayer> on_cpu, on_gpu;
+  for (size_t l = 0; l < layers; ++l) {
+    const int64_t in = widths[l], out = widths[l + 1], row = in + kPad;
+    const double scale = 1.4 / std::sqrt(static_cast<double>(in));
+    weights.push_back(std::make_unique<Values<T>>(random, members * out * row, scale));
+    biases.push_back(std::make_unique<Values<T>>(random, members * out, 0.3));
+    pyens::MLPLayer layer{};
+    layer.in = in;
+    layer.out = out;
+    layer.weight_member_stride = out * row;
+    layer.weight_row_stride = row;
+    layer.bias_member_stride = out;
+    layer.weight = weights[l]->cpu.data();
+    layer.bias = with_bias ? biases[l]->cpu.data() : nullptr;
+    on_cpu.push_back(layer);
+    layer.weight = weights[l]->gpu.data();
+    layer.bias = with_bias ? biases[l]->gpu.data() : nullptr;
+    on_gpu.push_back(layer);
+  }
+  const size_t outputs = static_cast<size_t>(members * batch * widths.back());
+  pyens::EnsembleMLPParams p{};
+  p.dtype = dtype_of<T>();
+  p.activation = activation;
+  p.ensemble_size = members;
+  p.batch = batch;
+  p.num_layers = static_cast<int64_t>(layers);
+  p.layers = on_cpu.data();
+  p.input = input.cpu.data();
+  p.input_row_stride = widths[0] + kPad;
+  p.input_member_stride = shared_input ? 0 : batch * p.input_row_stride;
+  p.dropout = dropout;
+  p.dropout_seeds = seed_values.data();
+  std::vector<T> expected(outputs);
+  p.output = expected.data();
+  {
+    namespace cpu = pyens::ensemble_mlp_cpu;
+    const Scratch scratch(cpu::scratch_bytes(p));
+    cpu::run(p, 0, cpu::work_items(p), scratch.get());
+  }
+  p.layers = on_gpu.data();
+  p.input = input.gpu.data();
+  p.dropout_seeds = seeds.data();
+  // Half precision: the CPU may round hidden activations, the GPU does not.
+  const double tolerance = sizeof(T) == 2 ? (std::is_same_v<T, pyens::BFloat16> ? 0.03 : 0.004) : 0;
+  run_all_orders<T>("ensemble_mlp", expected, tolerance, [&](void* output) {
+    p.output = output;
+    return pyens::ensemble_mlp_cuda::run(p, nullptr);
+  });
+}
+
+}  // namespace
+
+int main() {
+  const Activation activations[] = {Activation::relu,    Activation::gelu,     Activation::silu,
+                                    Activation::elu,     Activation::softplus, Activation::tanh,
+                                    Activation::identity};
+  const std::vector<std::vector<int64_t>> shapes = {{1, 1}, {5, 3}, {33, 17, 9, 7}, {129, 13, 5}};
+  int i = 0;
+  for (const auto& widths : shapes) {
+    for (const int64_t batch : {1, 7, 65}) {
+      const Activation activation = activations[i % 7];
+      const bool shared = i % 2 == 0, with_bias = i % 3 != 0;
+      const double dropout = i % 4 == 1 ? 0.3 : 0;
+      test<float>(1 + i % 3, batch, widths, activation, shared, with_bias, dropout);
+      test<double>(1 + i % 2, batch, widths, activation, !shared, with_bias, dropout);
+      test<pyens::BFloat16>(2, batch, widths, activation, shared, with_bias, 0);
+      test<pyens::Float16>(1, batch, widths, activation, shared, with_bias, 0);
+      ++i;
+    }
+  }
+  return finish();
+}

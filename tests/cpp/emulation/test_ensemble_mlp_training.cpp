@@ -1,0 +1,289 @@
+// The CUDA kernels of a training pass of the ensemble MLP, run on the host, against the CPU's.
+//
+// Inputs and parameters lie on a coarse grid, on which the outputs of a ReLU network are exact: no
+// rounding turns a ReLU on or off.
+
+#include "kernels/cuda/ensemble_mlp_training.cu"
+
+#include "emulated_test.h"
+
+namespace {
+
+using namespace emulated_test;
+using pyens::Activation;
+using pyens::Loss;
+namespace cpu = pyens::ensemble_mlp_cpu;
+namespace gpu = pyens::ensemble_mlp_cuda;
+
+struct Case {
+  int64_t members, batch;
+  std::vector<int64_t> widths;
+  Loss loss;
+  Activation activation;
+  bool shared_input, shared_target, with_bias;
+  int weighted;  // 0 no, 1 one weight per example, 2 one per member and example
+  double dropout;
+  unsigned wanted = 7;  // bit 0 the input's gradient, 1 the weights', 2 the biases'
+};
+
+template <class T>
+std::vector<T> grid(Random& random, int64_t n, double scale, double step) {
+  std::vector<T> values = normal<T>(random, n, scale / step);
+  for (T& value : values) value = from_double<T>(std::round(to_double(value)) * step);
+  return values;
+}
+
+template <class T>
+struct Problem {
+  using R = RealFor<T>;
+  Case c;
+  int64_t targets;  // of an example
+  std::unique_ptr<Values<T>> input, output_gradient;
+  std::vector<std::unique_ptr<Values<T>>> weights, biases;
+  std::unique_ptr<Values<R>> target, sample_weight, member_scale;
+  std::unique_ptr<Values<int64_t>> labels, seeds;
+
+  explicit Problem(const Case& given) : c(given) {
+    Random random(static_cast<uint64_t>(c.members * 1000 + c.batch));
+    const int64_t e = c.members, b = c.batch, out = c.widths.back();
+    targets = c.loss == Loss::gaussian_nll ? out / 2 : out;
+    std::vector<T> x = grid<T>(random, (c.shared_input ? 1 : e) * b * c.widths[0], 1, 0.25);
+    std::vector<R> y = grid<R>(random, (c.shared_target ? 1 : e) * b * targets, 1, 0.125);
+    std::vector<int64_t> classes, dropout_seeds;
+    for (int64_t i = 0; i < (c.shared_target ? 1 : e) * b; ++i) {
+      classes.push_back(static_cast<int64_t>(random() % static_cast<uint64_t>(out)));
+    }
+    for (int64_t m = 0; m < e; ++m) dropout_seeds.push_back(m * 7919 - 3);
+    for (size_t l = 0; l + 1 < c.widths.size(); ++l) {
+      const int64_t size = e * c.widths[l + 1];
+      const double scale = 1.4 / std::sqrt(static_cast<double>(c.widths[l]));
+      weights.push_back(
+          std::make_unique<Values<T>>(grid<T>(random, size * c.widths[l], scale, 0.125)));
+      biases.push_back(std::make_unique<Values<T>>(grid<T>(random, size, 0.3, 0.125)));
+    }
+    std::vector<R> example_weights;
+    for (int64_t i = 0; i < (c.weighted == 2 ? e : 1) * b; ++i) {
+      const bool left_out = b > 1 && i % 5 == 1;
+      example_weights.push_back(left_out ? R(0)
+                                         : static_cast<R>(0.25 * static_cast<double>(1 + i % 7)));
+      if (!left_out || c.weighted != 1) continue;
+      // What all members leave out may be anything.
+      for (int64_t m = 0; m < (c.shared_input ? 1 : e); ++m) {
+        x[static_cast<size_t>((m * b + i) * c.widths[0])] = from_double<T>(NAN);
+      }
+      for (int64_t m = 0; m < (c.shared_target ? 1 : e); ++m) {
+        classes[static_cast<size_t>(m * b + i)] = -100;
+        y[static_cast<size_t>((m * b + i) * targets)] = std::numeric_limits<R>::infinity();
+      }
+    }
+    std::vector<R> scales;
+    for (int64_t m = 0; m < e; ++m) scales.push_back(static_cast<R>(m) - R(0.5));
+    input = std::make_unique<Values<T>>(x, "input");
+    target = std::make_unique<Values<R>>(y, "target");
+    labels = std::make_unique<Values<int64_t>>(classes, "labels");
+    seeds = std::make_unique<Values<int64_t>>(dropout_seeds, "dropout_seeds");
+    sample_weight = std::make_unique<Values<R>>(example_weights, "sample_weight");
+    member_scale = std::make_unique<Values<R>>(scales, "member_scale");
+    output_gradient = std::make_unique<Values<T>>(grid<T>(random, e * b * out, 1, 0.25), "grad");
+  }
+
+  // What both sides are given, but for the memory they write to.
+  struct Parameters {
+    std::vector<pyens::MLPLayer> layers;
+    std::vector<pyens::MLPLayerGradient> gradients;
+    pyens::EnsembleMLPTraining training{};
+  };
+
+  // at(values): where that side reads them.
+  template <class At>
+  void set(Parameters& p, const At& at) const {
+    const size_t n = weights.size();
+    p.layers.resize(n);
+    p.gradients.resize(n);
+    for (size_t l = 0; l < n; ++l) {
+      pyens::MLPLayer& layer = p.layers[l];
+      layer.in = c.widths[l];
+      layer.out = c.widths[l + 1];
+      layer.weight = at(*weights[l]);
+      layer.bias = c.with_bias ? at(*biases[l]) : nullptr;
+      layer.weight_member_stride = layer.out * layer.in;
+      layer.weight_row_stride = layer.in;
+      layer.bias_member_stride = layer.out;
+    }
+    pyens::EnsembleMLPTraining& t = p.training;
+    pyens::EnsembleMLPParams& f = t.forward;
+    f.dtype = dtype_of<T>();
+    f.activation = c.activation;
+    f.ensemble_size = c.members;
+    f.batch = c.batch;
+    f.num_layers = static_cast<int64_t>(n);
+    f.layers = p.layers.data();
+    f.input = at(*input);
+    f.input_row_stride = c.widths[0];
+    f.input_member_stride = c.shared_input ? 0 : c.batch * c.widths[0];
+    f.dropout = c.dropout;
+    f.dropout_seeds = at(*seeds);
+    t.loss = c.loss;
+    t.temperature = c.loss == Loss::cross_entropy ? 0.75 : 1;
+    if (c.loss == Loss::none) {
+      t.target = at(*output_gradient);
+      t.target_row_stride = c.widths.back();
+      t.target_member_stride = c.batch * c.widths.back();
+    } else {
+      const bool classes = c.loss == Loss::cross_entropy;
+      t.target = classes ? static_cast<const void*>(at(*labels)) : at(*target);
+      t.target_row_stride = classes ? 1 : targets;
+      t.target_member_stride = c.shared_target ? 0 : c.batch * t.target_row_stride;
+      if (c.weighted) t.sample_weight = at(*sample_weight);
+      t.sample_weight_member_stride = c.weighted == 2 ? c.batch : 0;
+      if (c.batch % 2 == 0) t.member_scale = at(*member_scale);
+    }
+    t.sum_grad_input = c.shared_input;
+    t.gradients = p.gradients.data();
+    t.threads = 2;
+  }
+
+  size_t input_size() const {
+    return static_cast<size_t>((c.shared_input ? 1 : c.members) * c.batch * c.widths[0]);
+  }
+
+  // The loss, then the gradients of input, weights and biases: those that are wanted.
+  using Results = std::vector<std::vector<R>>;
+
+  Results run_cpu() const {
+    Results r{std::vector<R>(static_cast<size_t>(c.members)), std::vector<R>(input_size())};
+    for (const auto& weight : weights) r.emplace_back(weight->cpu.size());
+    for (const auto& bias : biases) r.emplace_back(bias->cpu.size());
+    Parameters p;
+    set(p, [](const auto& values) { return values.cpu.data(); });
+    pyens::EnsembleMLPTraining& t = p.training;
+    if (c.loss != Loss::none) t.loss_output = r[0].data();
+    t.grad_input = r[1].data();
+    for (size_t l = 0; l < weights.size(); ++l) {
+      p.gradients[l].weight = r[2 + l].data();
+      if (c.with_bias) p.gradients[l].bias = r[2 + weights.size() + l].data();
+    }
+    const cpu::TrainingPlan plan = cpu::plan_training(t);
+    const Scratch partial(plan.partial_bytes), scratch(plan.scratch_bytes);
+    t.partial = partial.get();
+    if (c.loss != Loss::none) {
+      check(cpu::prepare_training(t, 0, c.members) == cpu::TrainingError::none, "the CPU's checks");
+    }
+    cpu::train(t, 0, plan.items, scratch.get());
+    cpu::finish_training(t, 0, plan.finish_items);
+    return r;
+  }
+
+  Results run_gpu(const std::string& what) const {
+    Parameters p;
+    set(p, [](const auto& values) { return values.gpu.data(); });
+    pyens::EnsembleMLPTraining& t = p.training;
+    Global<R> loss(static_cast<size_t>(c.members), "loss"), grad_input(input_size(), "grad_input");
+    std::vector<std::unique_ptr<Global<R>>> of_weights, of_biases;
+    for (size_t l = 0; l < weights.size(); ++l) {
+      of_weights.push_back(std::make_unique<Global<R>>(weights[l]->cpu.size(), "grad of weight"));
+      of_biases.push_back(std::make_unique<Global<R>>(biases[l]->cpu.size(), "grad of bias"));
+      if (c.wanted & 2) p.gradients[l].weight = of_weights[l]->data();
+      if (c.with_bias && (c.wanted & 4)) p.gradients[l].bias = of_biases[l]->data();
+    }
+    if (c.loss != Loss::none) t.loss_output = loss.data();
+    if (c.wanted & 1) t.grad_input = grad_input.data();
+    check(gpu::can_train(t.forward), what + ": can be trained");
+    Global<char> partial(gpu::partial_bytes(t), "partial");
+    t.partial = partial.data();
+    const char* error = gpu::train(t, nullptr);
+    check(error == nullptr, what + ": " + (error ? error : ""));
+    Results r{loss.host(), grad_input.host()};
+    for (const auto& g : of_weights) r.push_back(g->host());
+    for (const auto& g : of_biases) r.push_back(g->host());
+    return r;
+  }
+
+  bool is_wanted(size_t i) const {
+    if (i == 0) return c.loss != Loss::none;
+    if (i == 1) return c.wanted & 1;
+    return i < 2 + weights.size() ? (c.wanted & 2) != 0 : c.with_bias && (c.wanted & 4);
+  }
+};
+
+template <class T>
+void test(const Case& c) {
+  ++problems;
+  const std::string what = "training, E " + std::to_string(c.members) + ", B " +
+                           std::to_string(c.batch) + ", " + std::to_string(c.widths.size() - 1) +
+                           " layers, loss " + std::to_string(static_cast<int>(c.loss)) +
+                           ", activation " + std::to_string(static_cast<int>(c.activation));
+  const Problem<T> problem(c);
+  const auto expected = problem.run_cpu();
+  typename Problem<T>::Results first;
+  for (const uint64_t seed : {1, 2}) {
+    emulation::set_seed(seed);
+    const auto got = problem.run_gpu(what);
+    if (seed == 1) first = got;
+    for (size_t i = 0; i < got.size(); ++i) {
+      if (problem.is_wanted(i))
+        check(same_bits(first[i], got[i]), what + ": other bits in another order");
+    }
+  }
+  const double tolerance = std::is_same_v<T, double> ? 1e-12 : 3e-5;
+  for (size_t i = 0; i < first.size(); ++i) {
+    if (!problem.is_wanted(i)) continue;
+    const double error = worst(first[i], expected[i]);
+    check(error <= tolerance,
+          what + ": result " + std::to_string(i) + " differs by " + std::to_string(error));
+  }
+}
+
+// A class that there is not and a negative weight: NaN for those members, and for no others.
+void test_wrong_values() {
+  Case c{3, 9, {4, 5, 3}, Loss::cross_entropy, Activation::tanh, true, false, true, 2, 0};
+  for (const int which : {0, 1, 2}) {
+    Problem<float> problem(c);
+    const auto right = problem.run_gpu("wrong values");
+    if (which < 2) {
+      problem.labels->cpu[9 + 3] = which == 0 ? -1 : 3;  // of member 1
+      problem.labels = std::make_unique<Values<int64_t>>(problem.labels->cpu, "labels");
+    } else {
+      problem.sample_weight->cpu[9 + 3] = -1;
+      problem.sample_weight =
+          std::make_unique<Values<float>>(problem.sample_weight->cpu, "weights");
+    }
+    const auto got = problem.run_gpu("wrong values");
+    for (size_t m = 0; m < 3; ++m) {
+      const float loss = got[0][m], gradient = got[2][m * 20];
+      check(m == 1 ? std::isnan(loss) : loss == right[0][m], "the loss of a wrong value is NaN");
+      check(m == 1 ? std::isnan(gradient) : gradient == right[2][m * 20], "so is its gradient");
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  const Loss losses[] = {Loss::none, Loss::mse, Loss::bce, Loss::gaussian_nll, Loss::cross_entropy};
+  const Activation activations[] = {Activation::relu,    Activation::gelu,     Activation::silu,
+                                    Activation::elu,     Activation::softplus, Activation::tanh,
+                                    Activation::identity};
+  const std::vector<std::vector<int64_t>> shapes = {{3, 2}, {5, 7, 4}, {9, 13, 6, 2}};
+  int i = 0;
+  for (const auto& widths : shapes) {
+    for (const int64_t batch : {1, 6, 67}) {
+      for (const Loss loss : losses) {
+        Case c{1 + i % 3,  batch,      widths,     loss,      activations[i % 7],
+               i % 2 == 0, i % 3 == 0, i % 4 != 1, i / 2 % 3, i % 3 == 1 ? 0.25 : 0.0};
+        if (i % 5 == 4) c.wanted = static_cast<unsigned>(i / 5 % 8);
+        test<double>(c);
+        if (i % 2 == 0) test<float>(c);
+        ++i;
+      }
+    }
+  }
+  // Inputs longer than a block of 128; a tile of fewer than 64 examples.
+  test<float>({2, 70, {131, 140, 5}, Loss::mse, Activation::relu, true, true, true, 0, 0});
+  // More tiles than spans.
+  test<float>({1, 64 * 33 + 5, {1, 1}, Loss::mse, Activation::relu, true, true, true, 1, 0});
+  test<pyens::BFloat16>({2, 6, {5, 4, 2}, Loss::mse, Activation::relu, true, true, true, 0, 0});
+  test<pyens::Float16>({2, 5, {5, 4, 2}, Loss::bce, Activation::relu, false, false, true, 0, 0});
+  test_wrong_values();
+  return finish();
+}
