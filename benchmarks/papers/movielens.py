@@ -144,7 +144,7 @@ def _shape(results: Results) -> list[str]:
         "",
         *lines,
         "- Shuffling counts for more here than in the document: with one order in all epochs (R0, R1, R4, "
-        "R5) members stop earlier and end worse. The optimizer, which the document does not name, may be why.",
+        "R5) members stop earlier and end worse. The optimizer, not named there, may be why.",
     ]
 
 
