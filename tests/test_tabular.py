@@ -268,7 +268,7 @@ def test_embedding_std_scales_the_tables_alone():
     for one, other in zip(model.mlp.parameters(), plain.mlp.parameters(), strict=True):
         assert torch.equal(one, other)
     for bad in (0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match="TabularEnsemble: embedding_std: expected above 0"):
+        with pytest.raises(ValueError, match="TabularEnsemble: embedding_std: expected a positive number"):
             make(embedding_std=bad)
 
 
