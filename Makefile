@@ -51,7 +51,7 @@ format: $(INSTALLED) ## rewrite the sources in that style
 kernels: $(filter $(VENV)/%,$(CMAKE)) ## kernels without torch: ctest under sanitizers, CUDA kernels run on the host and compiled where nvcc exists
 	$(CMAKE) -S . -B build/kernels -DPYENS_SANITIZE=ON
 	$(CMAKE) --build build/kernels --parallel $(JOBS)
-	CTEST_OUTPUT_ON_FAILURE=1 $(CMAKE) --build build/kernels --target test
+	CTEST_OUTPUT_ON_FAILURE=1 CTEST_PARALLEL_LEVEL=$(JOBS) $(CMAKE) --build build/kernels --target test
 
 BENCHMARKS := ensemble_mlp training decorrelation uncertainty masksembles activation_strength
 
