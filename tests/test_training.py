@@ -435,3 +435,85 @@ def test_bad_arguments_change_nothing(change: dict[str, Any], error: type[Except
     with pytest.raises(error, match=message):
         fit(**(arguments | change))
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+# --- data of one's own --------------------------------------------------------------------------------------
+
+
+def own_tables(members: Sequence[int]) -> tuple[Tensor, ...]:
+    """Tables of different data, member first."""
+    return tuple(torch.stack(columns) for columns in zip(*(table(seed=m) for m in members), strict=True))
+
+
+@pytest.mark.parametrize("code", [None, "R0", "R7"])
+def test_with_data_of_its_own_a_member_is_what_it_is_alone(code: str | None) -> None:
+    members, options = list(range(7)), {"epochs": 25, "early_stopping": 1, "dropout": 0.2, "own_data": True}
+    torch.manual_seed(1)
+    model = ensemble(7, 0.2)
+    arguments: dict[str, Any] = {
+        "loss": "mse",
+        "batch_size": 32,
+        "optimizer": OPTIMIZERS["fused adam"],
+        "randomness": None if code is None else Randomness.from_code(code),
+        "seed": 3,
+        "progress": False,
+    }
+    if code == "R7":
+        arguments["jackknife_groups"] = 10
+    arguments |= {name: value for name, value in options.items() if name != "dropout"}
+    begun = [p.detach().clone() for p in model.parameters()]
+    seeds = member_seeds(3, 7)
+    lefts = {"left_out": members} if code == "R7" else {}
+    history = fit(model, own_tables(members), seeds=seeds, **lefts, **arguments)
+    assert len(set(history.epochs)) > 1  # some stopped while others went on
+    for m in members:
+        alone = ensemble(1, 0.2)
+        for parameter, start in zip(alone.parameters(), begun, strict=True):
+            parameter.data.copy_(start[[m]])
+        lefts = {"left_out": [m]} if code == "R7" else {}
+        # Once with an axis of members, once as everybody's data.
+        for data, own in ((own_tables([m]), True), (table(seed=m), False)):
+            same = fit(alone, data, seeds=[seeds[m]], **lefts, **arguments | {"own_data": own})
+            for one, other in zip(alone.parameters(), model.parameters(), strict=True):
+                assert torch.equal(one[0], other[m])
+            part = history.member(m)
+            np.testing.assert_array_equal(same.train_loss, part.train_loss)
+            np.testing.assert_array_equal(same.validation_loss, part.validation_loss)
+            assert same.status == part.status and same.best_epoch == part.best_epoch
+            assert len(part.seconds) == history.epochs[m]
+            for parameter, start in zip(alone.parameters(), begun, strict=True):
+                parameter.data.copy_(start[[m]])
+
+
+def test_validation_rows_of_its_own() -> None:
+    model = ensemble(3)
+    own, apart = own_tables([0, 1, 2]), own_tables([5, 6, 7])
+    history = fit(
+        model,
+        own,
+        loss="mse",
+        epochs=1,
+        batch_size=50,
+        optimizer=OPTIMIZERS["fused adam"],
+        validation=apart,
+        own_data=True,
+        progress=False,
+    )
+    losses = model.loss(*apart, loss="mse").detach().numpy()
+    np.testing.assert_allclose(history.validation_loss[0], losses, rtol=1e-5)
+    for tensors, argument in (
+        ((own, [t[:2] for t in apart]), "validation"),
+        (([t[0] for t in own], 0.1), "data"),
+    ):
+        with pytest.raises(ValueError, match=rf"{argument}: expected tensors \[3, N, ...\] under own_data"):
+            fit(
+                model,
+                tensors[0],
+                loss="mse",
+                epochs=1,
+                batch_size=50,
+                optimizer=OPTIMIZERS["fused adam"],
+                validation=tensors[1],
+                own_data=True,
+                progress=False,
+            )

@@ -30,21 +30,34 @@ def model(model: nn.Module) -> int:
     return members
 
 
-def data(argument: str, data: Sequence[Tensor], like: Sequence[Tensor] | None = None) -> int:
-    if len(data) < 2 or not all(isinstance(t, Tensor) and t.dim() > 0 for t in data):
+def data(
+    argument: str,
+    data: Sequence[Tensor],
+    like: Sequence[Tensor] | None = None,
+    *,
+    members: int | None = None,
+) -> int:
+    """The number of rows; with `members` every member has as many of its own, `[E, N, ...]`."""
+    axis, form = (0, "[N, ...]") if members is None else (1, f"[{members}, N, ...]")
+    if len(data) < 2 or not all(isinstance(t, Tensor) and t.dim() > axis for t in data):
         got = [list(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in data]
-        raise TypeError(f"fit: {argument}: expected tensors [N, ...], inputs and target, got {got}")
-    if len({t.shape[0] for t in data}) > 1 or len(data[0]) == 0:
+        raise TypeError(f"fit: {argument}: expected tensors {form}, inputs and target, got {got}")
+    if members is not None and any(t.shape[0] != members for t in data):
+        raise ValueError(
+            f"fit: {argument}: expected tensors {form} under own_data, got shapes "
+            f"{[list(t.shape) for t in data]}"
+        )
+    if len({t.shape[axis] for t in data}) > 1 or data[0].shape[axis] == 0:
         raise ValueError(
             f"fit: {argument}: expected the same number of rows in all, at least one, "
-            f"got {[t.shape[0] for t in data]}"
+            f"got {[t.shape[axis] for t in data]}"
         )
     if len({t.device for t in data}) > 1:
         raise TypeError(f"fit: {argument}: expected one device, got {sorted({str(t.device) for t in data})}")
-    shapes = [tuple(t.shape[1:]) for t in data]
-    if like is not None and shapes != [tuple(t.shape[1:]) for t in like]:
+    shapes = [tuple(t.shape[axis + 1 :]) for t in data]
+    if like is not None and shapes != [tuple(t.shape[axis + 1 :]) for t in like]:
         raise ValueError(f"fit: {argument}: expected rows like those of data, got shapes {shapes}")
-    return len(data[0])
+    return data[0].shape[axis]
 
 
 def jackknife(

@@ -32,6 +32,7 @@ def fit(
     temperature: float = 1.0,
     validation: float | Sequence[Tensor] = 0.05,
     early_stopping: int | None = None,
+    own_data: bool = False,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 1,
     progress: bool = True,
@@ -69,6 +70,9 @@ def fit(
         early_stopping: after how many epochs without a lower validation loss a member stops; it then costs
             nothing more. Every member ends with the weights of its best epoch. None: all epochs, and the
             weights of the last.
+        own_data: whether every member has rows of its own, the same number: all tensors of `data` (and
+            `validation`) are then `[E, N, ...]`, member first, and a row number means another row for each.
+            For models that are trained together because they have the same shape.
         checkpoint: a file, written atomically. If it is there the run goes on where it was saved, to the bit;
             a file of another run, or with other data, is refused. `epochs` alone may differ.
         checkpoint_every: epochs between two checkpoints; there is always one at the end.
@@ -100,6 +104,7 @@ def fit(
         left_out=left_out,
         validation=validation,
         early_stopping=early_stopping,
+        own_data=own_data,
     )
     _checks.count("epochs", epochs)
     _checks.count("checkpoint_every", checkpoint_every)

@@ -42,9 +42,11 @@ class Run:
         left_out: Sequence[int] | None,
         validation: float | Sequence[Tensor],
         early_stopping: int | None,
+        own_data: bool,
     ) -> None:
         members = _checks.model(model)
-        rows = _checks.data("data", data)
+        owners = members if own_data else None
+        rows = _checks.data("data", data, members=owners)
         _checks.count("batch_size", batch_size)
         if loss not in LOSSES:
             raise ValueError(f"fit: loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
@@ -55,7 +57,9 @@ class Run:
         self.groups, self.left_out = _checks.jackknife(sources, members, groups, left_out)
 
         self.model = self.working = model
+        self.active = list(range(members))
         self.data = data
+        self.own_data = own_data
         self.loss, self.temperature, self.batch_size = loss, temperature, batch_size
         self.make_optimizer = optimizer
         self.randomness, self.seed = randomness, seed
@@ -67,13 +71,14 @@ class Run:
         if len(training) == 0:
             raise ValueError(f"fit: data: expected rows beside the validation rows, got {rows} in all")
         if isinstance(validation, (int, float)):
-            self.validation = tuple(t.index_select(0, held_out.to(t.device)) for t in data)
+            self.validation = tuple(t.index_select(int(own_data), held_out.to(t.device)) for t in data)
         else:
             self.validation = tuple(validation)
-            _checks.data("validation", self.validation, like=data)
+            _checks.data("validation", self.validation, like=data, members=owners)
+        self.validation_rows = self.validation[0].shape[int(own_data)]
         if early_stopping is not None:
             _checks.count("early_stopping", early_stopping)
-            if len(self.validation[0]) == 0:
+            if self.validation_rows == 0:
                 raise ValueError("fit: early_stopping: expected validation rows to judge by, got none")
         in_group = None
         if sources.jackknife:
@@ -87,7 +92,8 @@ class Run:
         self.steps = math.ceil(len(training) / batch_size)
         # Whatever the model refuses, before anything is changed.
         with torch.no_grad(), _mode(model, training=False):
-            self._losses(_rows(data, torch.zeros(1, dtype=torch.int64, device=data[0].device)))
+            first = torch.zeros(1, dtype=torch.int64, device=data[0].device)
+            self._losses(self._batch(data, first))
 
     def describe(self) -> dict[str, Any]:
         """What another run must have in common with this one to go on from its checkpoint."""
@@ -115,7 +121,6 @@ class Run:
             own = self.randomness.init
             self.model.reset_parameters(list(self.order.seeds) if own else [self.seed] * members)
         self.epoch = 0
-        self.active = list(range(members))
         self.losses: list[np.ndarray] = []  # of each epoch [2, E]: train, validation
         self.seconds: list[float] = []  # of each epoch
         self.best = np.full(members, np.inf)
@@ -178,7 +183,7 @@ class Run:
             for step, rows in enumerate(order.split(self.batch_size, dim=-1)):
                 weights = self.order.weights(rows, members)
                 losses = self._losses(
-                    _rows(self.data, rows.to(device)),
+                    self._batch(self.data, rows.to(device)),
                     sample_weight=None if weights is None else weights.to(device, dtype),
                     **({} if seeds is None else {"dropout_seeds": seeds[step]}),
                 )
@@ -197,7 +202,7 @@ class Run:
         losses[0, active] = self.train_loss
         healthy = np.isfinite(self.train_loss) & _finite(self.working)
         improved = healthy.copy()
-        if len(self.validation[0]) > 0:
+        if self.validation_rows > 0:
             losses[1, active] = validation = self._validate()
             healthy &= np.isfinite(validation)
             improved = healthy if self.patience is None else healthy & (validation < self.best[active])
@@ -232,12 +237,19 @@ class Run:
 
     def _validate(self) -> np.ndarray:
         """Each member's mean loss over the validation rows, float64."""
-        count = len(self.validation[0])
+        count = self.validation_rows
         total = torch.zeros(len(self.active), dtype=torch.float64)
         with _mode(self.working, training=False):
             for rows in torch.arange(count, device=self.data[0].device).split(self.batch_size):
-                total += self._losses(_rows(self.validation, rows)).double().cpu() * len(rows)
+                total += self._losses(self._batch(self.validation, rows)).double().cpu() * len(rows)
         return (total / count).numpy()
+
+    def _batch(self, tensors: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
+        """These rows, `[B]` or `[E, B]`, of each tensor, for the active members."""
+        if not self.own_data:
+            return _rows(tensors, rows)
+        owners = torch.tensor(self.active, device=rows.device).unsqueeze(1)
+        return _rows([t.flatten(0, 1) for t in tensors], owners * tensors[0].shape[1] + rows)
 
     def _losses(self, batch: Sequence[Tensor], **options: Any) -> Tensor:
         if self.loss == "cross_entropy":

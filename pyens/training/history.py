@@ -39,6 +39,12 @@ class History:
         """bool `[E]`."""
         return np.array([status == STATUS[DIVERGED] for status in self.status], dtype=bool)
 
+    def member(self, i: int) -> History:
+        """The history of member i alone, without the epochs after its last."""
+        epochs = self.epochs[i]
+        train, validation = (loss[:epochs, [i]] for loss in (self.train_loss, self.validation_loss))
+        return History(train, validation, self.best_epoch[[i]], (self.status[i],), self.seconds[:epochs])
+
     def to_csv(self, path: str | Path) -> None:
         """Writes a line per epoch and member that trained in it, atomically."""
         text = io.StringIO()
