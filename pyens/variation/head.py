@@ -1,0 +1,88 @@
+"""From activation strength to estimated variation: what `VariationEstimator` trains, in torch alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyens.nn import EnsembleMLP
+from pyens.reference.activation_strength import ActivationStrength
+
+FEATURES = ("binary", "value", "both")
+TASKS = ("regression", "classification")
+# Values count up to this many deviations. A unit that was all but silent in training has a tiny deviation:
+# where it does fire it is thousands of them away, and one such example outweighs all others.
+FURTHEST = 10.0
+
+
+def strength_features(strength: ActivationStrength) -> Tensor:
+    """The strength of one model's ΣH hidden units as a table: first all values, then all active as 0 or 1.
+
+    Args:
+        strength: value `[B, ΣH]` or `[1, B, ΣH]`, active likewise, bool or packed: what
+            `pyens.ops.activation_strength` and `pyens.variation.strength_of` return.
+
+    Returns:
+        float32 `[B, 2 ΣH]`.
+
+    Raises:
+        ValueError: of more than one model, or shapes that do not belong together.
+    """
+    value, active = (t[0] if t.dim() == 3 and len(t) == 1 else t for t in strength[1:])
+    units = value.shape[-1]
+    if active.dtype == torch.uint8:
+        bits = active.unsqueeze(-1) >> torch.arange(8, device=active.device)
+        active = (bits & 1).flatten(-2)[..., :units]
+    if value.dim() != 2 or active.shape != value.shape:
+        raise ValueError(
+            "strength_features: strength: expected that of one model, value [B, units] or [1, B, units] with "
+            f"active alike, got shapes {list(strength.value.shape)} and {list(strength.active.shape)}"
+        )
+    return torch.cat([value.float(), active.float()], 1)
+
+
+class VariationHead(nn.Module):
+    """An MLP from the strength of one model's hidden units to what it says about the variation.
+
+        regression      clip(MLP(clip(features, -10, 10)), 0, limit)   [B], in the units of the PV
+        classification  softmax(MLP(clip(features, -10, 10)))          [B, buckets]
+
+    Made by `VariationEstimator.fit`; `params` are that estimator's parameters.
+
+    Buffers: `limit`, 0-dim, and the `buckets - 1` `thresholds` between the buckets of PV, in float64.
+    """
+
+    limit: Tensor
+    thresholds: Tensor
+
+    def __init__(self, mlp: EnsembleMLP, params: dict[str, Any], limit: Tensor, thresholds: Tensor) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.params = {name: _plain(value) for name, value in params.items()}
+        self.task: str = params["task"]
+        self.features: str = params["features"]
+        self.register_buffer("limit", limit)
+        self.register_buffer("thresholds", thresholds)
+        self.requires_grad_(False).eval()
+
+    def forward(self, value: Tensor, active: Tensor) -> Tensor:
+        """`[B, ΣH]` each -> `[B]`, or of a classification `[B, buckets]`."""
+        parts = {"binary": [active], "value": [value], "both": [value, active]}[self.features]
+        dtype = self.mlp.weights[0].dtype
+        return self.estimate(torch.cat([part.to(dtype) for part in parts], 1))
+
+    def estimate(self, features: Tensor) -> Tensor:
+        """The same from the columns that the MLP takes, `[B, in_features]`."""
+        output = self.mlp(features.clamp(-FURTHEST, FURTHEST))[0]
+        if self.task == "classification":
+            return output.softmax(1)
+        return output[:, 0].clamp_min(0).minimum(self.limit)
+
+
+def _plain(value: Any) -> Any:
+    """Without the types of numpy, which a search over parameters brings and a file can not keep."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_plain, value))
+    return value.item() if hasattr(value, "item") else value
