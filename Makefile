@@ -53,7 +53,7 @@ kernels: $(filter $(VENV)/%,$(CMAKE)) ## kernels without torch: ctest under sani
 	$(CMAKE) --build build/kernels --parallel $(JOBS)
 	CTEST_OUTPUT_ON_FAILURE=1 CTEST_PARALLEL_LEVEL=$(JOBS) $(CMAKE) --build build/kernels --target test
 
-BENCHMARKS := ensemble_mlp training decorrelation uncertainty masksembles activation_strength
+BENCHMARKS := ensemble_mlp training decorrelation uncertainty masksembles activation_strength serving
 
 bench: $(BUILT) $(VENV)/peers ## compare every operation with its peers
 	for name in $(BENCHMARKS); do $(PY) -m benchmarks.$$name $(ARGS); done

@@ -144,7 +144,7 @@ class Study:
         """One ensemble: read if it is there, else trained, from its last checkpoint on if there is one."""
         stem = f"{task.name}-{setting}-{self.members}"
         path = self.work / f"{stem}.pt"
-        described = self._describe(task, setting)
+        described = self.described(task, setting)
         if path.exists():
             saved = _files.load(path)
             if saved["made by"] != described:
@@ -165,7 +165,7 @@ class Study:
         print(f"{task.title}, {setting}, {self.members} members", flush=True)
         model = task.model(self.members, self.table)
         checkpoint = self.work / f"{stem}.checkpoint"
-        history = self._fit(task, model, setting, checkpoint=checkpoint, checkpoint_every=4)
+        history = self.fit_ensemble(task, model, setting, checkpoint=checkpoint, checkpoint_every=4)
         history.to_csv(self.work / f"{stem}.csv")
         start = time.perf_counter()
         mean, pv = self.predict(task, model)
@@ -182,7 +182,8 @@ class Study:
             model.select([0]).state_dict(),
         )
 
-    def _fit(self, task: Task, model: TabularEnsemble, setting: str, **options: Any) -> History:
+    def fit_ensemble(self, task: Task, model: TabularEnsemble, setting: str, **options: Any) -> History:
+        """Trains all members on the training rows; `options` are those of `pyens.training.fit`."""
         return fit(
             model,
             task.data(self.table, self.table.train),
@@ -219,7 +220,7 @@ class Study:
     def mc_dropout(self, task: Task, variation: Tensor, *, rate: float = 0.2, passes: int = 100) -> dict:
         """One model trained with dropout; how the PV of its passes compares with an ensemble's."""
         model = task.model(1, self.table, dropout=rate)
-        history = self._fit(task, model, "R3", seeds=member_seeds(self.seed, 1))
+        history = self.fit_ensemble(task, model, "R3", seeds=member_seeds(self.seed, 1))
         mean, pv = self.predict(task, model.select([0] * passes), dropout_seed=self.seed)
         return {
             "measures": task.measures(mean, pv, self.table.target[self.table.test]),
@@ -248,7 +249,8 @@ class Study:
             torch.set_num_threads(threads)
         return best
 
-    def _describe(self, task: Task, setting: str) -> str:
+    def described(self, task: Task, setting: str) -> str:
+        """What a file in the working folder was made by."""
         shape = f"{len(self.table.train)} training rows, {len(self.table.test)} test rows"
         return f"{task}, {setting}, {self.members} members, seed {self.seed}, {shape}"
 

@@ -1,0 +1,123 @@
+"""The command for the tables of variation estimation, on made-up data."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.papers import estimation, movielens, variation
+from benchmarks.papers.ensembles import Results, Study
+from benchmarks.papers.estimation import Estimation
+from pyens.data import load_movielens
+from pyens.variation import VariationModel
+from tests.made_up_data import write_criteo, write_movielens
+
+SMALL = ["--members", "4", "--epochs", "1", "--estimator-epochs", "2", "--universe", "10"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_movielens(folder, users=40, movies=30, ratings=500)
+    write_criteo(folder, rows=1500)
+    return folder
+
+
+def run(folder: Path, output: Path, *more: str) -> dict:
+    arguments = [*SMALL, "--work", str(output / "work"), "--criteo-work", str(output / "criteo")]
+    assert variation.main([*arguments, "--output", str(output), *more]) == 0
+    return json.loads((output / "variation-4.json").read_text())
+
+
+def test_all_parts_of_all_tasks(folder: Path, tmp_path: Path) -> None:
+    data = ["--data", str(folder), "--criteo", str(folder / "train.txt")]
+    first = run(folder, tmp_path, *data)
+    for name in variation.TITLES:
+        assert set(first[f"{name} table 2"]) == {f"R{i}" for i in range(1, 8)}
+        assert len(first[f"{name} table 4"]) == 5
+        assert len(first[f"{name} buckets"]["R3"]["auc"]) == 5
+        assert set(first[f"{name} transfer"]["R2"]["own"]) == {f"R{i}" for i in range(1, 8)}
+        delta = first[f"{name} delta"]["R3"]
+        assert delta["sizes"] == [2, 5] and delta["mean"][0] > delta["mean"][1] > 0
+        # The universe begins with the members of the ensemble.
+        assert delta["pearson_of_the_ensemble"] > 0.9999
+        kept = first[f"{name} neurons"]
+        assert kept["important 1"]["units"] == 80 == sum(kept[f"layer {i}"]["units"] for i in (1, 2, 3))
+    page = (tmp_path / "variation-4.md").read_text()
+    for part in (
+        "Table 2",
+        "Table 3",
+        "Table 4",
+        "Figures 4 and 5",
+        "neurons matter",
+        "Figure 6",
+        "serve another",
+    ):
+        assert page.count(part) >= 1, part
+    for picture in ("variation-4-buckets.png", "variation-4-curves.png"):
+        assert picture in page and (tmp_path / picture).stat().st_size > 1000
+
+    # What is there is not made again, and comes out the same.
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.pt")}
+    again = run(folder, tmp_path, *data, "--part", "tables,delta")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.pt")} == files
+    for section, entries in first.items():
+        for name, entry in entries.items():
+            stays = {key: value for key, value in entry.items() if key != "made"}
+            assert {k: v for k, v in again[section][name].items() if k != "made"} == stays, (section, name)
+
+
+def test_one_setting_at_a_time_gives_the_same(folder: Path, tmp_path: Path) -> None:
+    data = ["--data", str(folder), "--task", "R", "--part", "tables"]
+    together = run(folder, tmp_path / "a", *data, "--settings", "R1,R2,R5")
+    for setting in ("R2", "R5", "R1"):
+        apart = run(folder, tmp_path / "b", *data, "--settings", setting)
+    section = "movielens-r table 2"
+    for setting in ("R1", "R2", "R5"):
+        one, other = together[section][setting], apart[section][setting]
+        assert {**one, "made": ""} == {**other, "made": ""}
+
+
+def test_an_estimator_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    study = Study(load_movielens(folder), tmp_path, 3, 0)
+    made = Estimation(study, movielens.TASKS["R"], {"max_epochs": 1})
+    sources = made.sources(["R1", "R2"])
+    models, epochs = made.models("both", {"R1": sources["R1"]})
+    assert isinstance(models["R1"], VariationModel) and epochs == {"R1": 1}
+    assert made.models("both", {"R1": sources["R1"]})[1] == {}
+    with pytest.raises(ValueError, match="was made of another model"):
+        made.models("both", {"R1": sources["R2"]})
+    with pytest.raises(ValueError, match="or with other parameters"):
+        made.models("both", {"R1": sources["R1"]}, features="value")
+
+
+def test_halves_are_of_the_test_rows(folder: Path, tmp_path: Path) -> None:
+    made = Estimation(Study(load_movielens(folder), tmp_path, 3, 0), movielens.TASKS["R"])
+    first, second = made.halves
+    assert sorted([*first.tolist(), *second.tolist()]) == list(range(200)) and len(first) == 100
+
+
+def test_which_units_are_kept() -> None:
+    ranking = torch.tensor([0.1, 0.5, 0.2, 0.9, 0.3, 0.0])
+    masks = estimation.kept_units(ranking, [3, 2, 1], [1 / 3, 1])
+    assert masks["important 0.333333"].tolist() == [False, True, False, True, False, False]
+    assert masks["random 0.333333"].sum() == 2 and masks["random 1"].all()
+    assert masks["layer 2"].tolist() == [False, False, False, True, True, False]
+
+
+def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        ([], "expected --data or --criteo"),
+        (["--data", str(tmp_path)], "found no ratings.dat"),
+        (["--data", str(tmp_path), "--part", "tables,figures"], "expected some of tables, neurons"),
+        (["--data", str(tmp_path), "--settings", "R0"], "expected some of R1"),
+    ):
+        with pytest.raises(SystemExit):
+            variation.main(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_the_page_of_nothing(tmp_path: Path) -> None:
+    text = variation.page(Results(tmp_path / "none.json"), {}, 100)
+    assert text.startswith("# Variation estimation")
