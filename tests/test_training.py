@@ -365,6 +365,24 @@ def test_the_bar_shows_mean_and_spread(capsys) -> None:
     assert "train " in shown and " ± " in shown and "validation " in shown
 
 
+@pytest.mark.parametrize("code", ["R4", "R7"])
+def test_trains_where_the_model_is(device: torch.device, code: str) -> None:
+    model = ensemble(4, dropout=0.1).to(device)
+    history = fit(
+        model,
+        tuple(t.to(device) for t in table()),
+        loss="mse",
+        epochs=8,
+        batch_size=16,
+        optimizer=OPTIMIZERS["fused adam"],
+        randomness=Randomness.from_code(code),
+        early_stopping=3,
+        progress=False,
+    )
+    assert (np.nanmin(history.validation_loss, 0) < history.validation_loss[0]).all()
+    assert all(p.device.type == device.type for p in model.parameters())
+
+
 def test_the_mode_of_the_model_is_left_as_it_was() -> None:
     model = ensemble(2, dropout=0.1).eval()
     fit(
