@@ -328,8 +328,10 @@ struct Tile {
   }
 };
 
+// Blocks of a multiprocessor: by registers that hold everything.
 template <class T>
-__global__ void __launch_bounds__(kThreads) training_kernel(const Arguments a) {
+__global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 2 : 4)
+    training_kernel(const Arguments a) {
   using R = Real<T>;
   const EnsembleMLPTraining& t = a.training;
   const EnsembleMLPParams& p = t.forward;
