@@ -262,6 +262,44 @@ print("ran", t.pyens.build_info()["cpu_capability"])
     assert run.stdout.startswith("ran ")
 
 
+# --- CUDA --------------------------------------------------------------------------------------------------
+
+
+def on_cuda(problem: dict[str, Tensor | list[Tensor]]) -> dict[str, Tensor | list[Tensor]]:
+    return {k: [t.cuda() for t in v] if isinstance(v, list) else v.cuda() for k, v in problem.items()}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", [s for s in SHAPES if max(s[2]) < 300], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_cuda_matches_the_reference(dtype, shape):
+    for activation, per_member in itertools.product(ACTIVATIONS, (False, True)):
+        p = problem(*shape, dtype, per_member=per_member)
+        q = on_cuda(p)
+        got = activation_strength(**q, activation=activation)
+        assert torch.equal(got.output, ensemble_mlp(*list(q.values())[:3], activation=activation))
+        exact = reference.activation_strength(**in_float64(p), activation=activation)
+        plain = reference.activation_strength(**p, activation=activation)
+        rounding = torch.finfo(dtype).eps * rms(exact.value)
+        allowed = (
+            16 * rounding if dtype == torch.float64 else 2 * rms(plain.value - exact.value) + 2 * rounding
+        )
+        assert rms(got.value.cpu().double() - exact.value) <= allowed
+        itself = activation_strength(**with_activations_as_values(q), activation=activation)
+        assert not ((itself.active != (itself.value > 0)) & (itself.value != 0)).any()
+        packed = activation_strength(**q, activation=activation, pack=True)
+        assert all(map(torch.equal, packed, (got.output, got.value, pack_bits(got.active))))
+
+
+@pytest.mark.cuda
+def test_on_cuda_dead_units_have_the_value_0():
+    p = problem(2, 20, [4, 30, 3], torch.float32)
+    p["std"][:2] = torch.tensor([0.0, -torch.finfo(torch.float32).tiny / 2])
+    p["weights"][0][:, [0, 9]] = float("nan")
+    value = activation_strength(**on_cuda(p)).value
+    assert (value[..., :2] == 0).all() and value[..., 9].isnan().all() and not value[..., 2:9].isnan().any()
+
+
 # --- errors ------------------------------------------------------------------------------------------------
 
 BAD = {
@@ -298,16 +336,6 @@ def test_bad_input(case):
     changed, error, message = BAD[case]
     with pytest.raises(error, match="^activation_strength: " + message):
         activation_strength(**problem(2, 5, [4, 6, 3, 1], torch.float32) | changed)
-
-
-@pytest.mark.cuda
-def test_cuda_raises():
-    p = problem(2, 5, [4, 6, 1], torch.float32)
-    on_gpu = {k: [t.cuda() for t in v] if isinstance(v, list) else v.cuda() for k, v in p.items()}
-    with pytest.raises(
-        NotImplementedError, match=r"^activation_strength: tensors on cuda:0, but there is no"
-    ):
-        activation_strength(**on_gpu)
 
 
 def test_backward_raises():

@@ -1,6 +1,7 @@
 // Activation strength: what the hidden units of an ensemble MLP did on its way to the output.
 //
-// Not a kernel of its own: `EnsembleMLPParams::strength` asks ensemble_mlp_cpu::run for it.
+// Not a kernel of its own: `EnsembleMLPParams::strength` asks ensemble_mlp_cpu::run and
+// ensemble_mlp_cuda::run for it.
 #pragma once
 
 #include <cstdint>

@@ -32,8 +32,7 @@ struct EnsembleMLPParams {
   const void* packed;  // what ensemble_mlp_cpu::pack made of the layers, or nullptr
   double dropout;      // share of the hidden activations that become 0; the others are scaled
   const int64_t* dropout_seeds;  // [E], where dropout > 0
-  const ActivationStrengthParams*
-      strength;  // written too, on the CPU and without dropout; or nullptr
+  const ActivationStrengthParams* strength;  // written too, without dropout; or nullptr
 };
 
 // What is differentiated: a loss of the output, or the output itself against a given gradient.

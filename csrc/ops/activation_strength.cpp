@@ -66,8 +66,6 @@ Strength activation_strength(const Tensor& input, TensorList weights, TensorList
                              bool pack) {
   const Activation act = parse_activation(kOp, activation);
   Strength result = checked_and_allocated(input, weights, biases, mean, std, pack);
-  TORCH_CHECK_NOT_IMPLEMENTED(input.is_cpu(), kOp, ": tensors on ", input.device(),
-                              ", but there is no kernel for that device yet");
   auto& [output, value, active] = result;
   Problem problem(weights, biases);
   problem.set_input(input);
@@ -87,6 +85,10 @@ Strength activation_strength(const Tensor& input, TensorList weights, TensorList
   strength.active = static_cast<uint8_t*>(active.mutable_data_ptr());
   strength.pack = pack;
   if (strength.units > 0) params.strength = &strength;
+  if (input.is_cuda()) {
+    launch_cuda(kOp, input, [&](void* stream) { return ensemble_mlp_cuda::run(params, stream); });
+    return result;
+  }
   launch_cpu(ensemble_mlp_cpu::work_items(params), ensemble_mlp_cpu::grain_size(params),
              ensemble_mlp_cpu::scratch_bytes(params),
              [&](int64_t begin, int64_t end, void* scratch) {
@@ -123,7 +125,6 @@ Strength activation_strength_autocast(const Tensor& input, TensorList weights, T
 
 TORCH_LIBRARY_IMPL(pyens, CPU, m) { m.impl("activation_strength", activation_strength); }
 
-// For its error: there is no CUDA kernel yet.
 TORCH_LIBRARY_IMPL(pyens, CUDA, m) { m.impl("activation_strength", activation_strength); }
 
 TORCH_LIBRARY_IMPL(pyens, Meta, m) { m.impl("activation_strength", activation_strength_meta); }

@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     gradient_kernel(const DecorrelationParams p, const Real<T>* weights, const Real<T>* residues) {
   using R = Real<T>;
   const int64_t elements = p.batch * p.labels, n = p.components;

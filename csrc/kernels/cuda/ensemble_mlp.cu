@@ -6,6 +6,9 @@
 // rows of activations. Bound by shared-memory reads: one for each multiply-add. It is the simple
 // kernel that the faster ones will be measured against.
 //
+// Activation strength is written on the way, layer by layer, from the buffer that the next layer reads:
+// neighbouring threads neighbouring units. The same kernel, so that the output has the same bits.
+//
 // Accumulation as on the CPU: chains of multiply-adds over blocks of 128 inputs, their sums added
 // in order to the bias. No atomics: the same bits in every run, for any batch and any members
 // beside.
@@ -23,40 +26,83 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kMaxLayers = 32;
 constexpr int64_t kBlock = 128;
+constexpr int64_t kMostExamples = 64;  // of a tile
 
 struct Arguments {
-  EnsembleMLPParams params;  // its pointer to the layers is the host's: see `layers`
+  EnsembleMLPParams params;  // its pointers to layers and strength are the host's
   MLPLayer layers[kMaxLayers];
+  ActivationStrengthParams strength;  // without units: not asked for
   int64_t tile, tiles, row_reals;
 };
+
+// The tile's strengths for a hidden layer of `out` units, the first of them unit `first_unit` of all.
+// h: [examples][h_row]; row: the tile's first of [E, B].
+//
+//   value = (h - mean) * scale, scale = 1 / std, or 0 for both where std is as good as 0
+template <class T>
+__device__ void write_strength(const ActivationStrengthParams& s, const Real<T>* h, int64_t h_row,
+                               int examples, int64_t member, int64_t row, int64_t first_unit,
+                               int out) {
+  using R = Real<T>;
+  const R smallest = sizeof(R) == 8 ? R(2.2250738585072014e-308) : R(1.17549435e-38f);
+  const R* mean = static_cast<const R*>(s.mean) + member * s.mean_member_stride + first_unit;
+  const R* std = static_cast<const R*>(s.std) + member * s.std_member_stride + first_unit;
+  T* value = static_cast<T*>(s.value) + row * s.units + first_unit;
+  for (int i = threadIdx.x; i < examples * out; i += kThreads) {
+    const int b = i / out, o = i % out;
+    const R scale = fabs(std[o]) < smallest ? R(0) : R(1) / std[o];
+    const R x = h[b * h_row + o];
+    // A NaN in a dead unit gives 0 too.
+    from_real(scale == R(0) ? R(0) : (x - mean[o]) * scale, value + b * s.units + o);
+    if (!s.pack) s.active[(row + b) * s.units + first_unit + o] = x > R(0);
+  }
+  if (!s.pack) return;
+  // Whole bytes; what a layer below has begun is read back, a barrier after it was written.
+  const int64_t row_bytes = (s.units + 7) / 8, first_byte = first_unit / 8;
+  const int bytes = static_cast<int>((first_unit + out + 7) / 8 - first_byte);
+  for (int i = threadIdx.x; i < examples * bytes; i += kThreads) {
+    const int b = i / bytes;
+    const int64_t byte = first_byte + i % bytes;
+    const int64_t begin = max(byte * 8, first_unit), end = min(byte * 8 + 8, first_unit + out);
+    uint8_t* const at = s.active + (row + b) * row_bytes + byte;
+    unsigned bits = begin > byte * 8 ? *at : 0u;
+    for (int64_t u = begin; u < end; ++u) {
+      bits |= static_cast<unsigned>(h[b * h_row + u - first_unit] > R(0)) << (u - byte * 8);
+    }
+    *at = static_cast<uint8_t>(bits);
+  }
+}
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) ensemble_mlp_kernel(const Arguments a) {
   using R = Real<T>;
   const EnsembleMLPParams& p = a.params;
+  // What counts within a tile are 32-bit numbers: a division of 64 bits is a call.
   const int64_t member = blockIdx.x / a.tiles, first = blockIdx.x % a.tiles * a.tile;
-  const int64_t examples = min(a.tile, p.batch - first);
+  const int examples = static_cast<int>(min(a.tile, p.batch - first));
   // [tile][row_reals], twice. row_reals is odd, so that a column falls into different banks.
   R* x = dynamic_shared<R>();
   R* z = x + a.tile * a.row_reals;
 
-  const int64_t in = a.layers[0].in;
+  const int in = static_cast<int>(a.layers[0].in);
   const T* input =
       static_cast<const T*>(p.input) + member * p.input_member_stride + first * p.input_row_stride;
-  for (int64_t i = threadIdx.x; i < examples * in; i += kThreads) {
+  for (int i = threadIdx.x; i < examples * in; i += kThreads) {
     x[i / in * a.row_reals + i % in] = to_real(input[i / in * p.input_row_stride + i % in]);
   }
   __syncthreads();
 
+  int64_t units = 0;  // of the hidden layers so far
   for (int64_t l = 0; l < p.num_layers; ++l) {
     const MLPLayer& layer = a.layers[l];
+    const int out = static_cast<int>(layer.out);
     const bool last = l + 1 == p.num_layers;
     const T* weight = static_cast<const T*>(layer.weight) + member * layer.weight_member_stride;
     const T* bias = static_cast<const T*>(layer.bias);
     if (bias) bias += member * layer.bias_member_stride;
     T* output = static_cast<T*>(p.output) + (member * p.batch + first) * layer.out;
-    for (int64_t i = threadIdx.x; i < examples * layer.out; i += kThreads) {
-      const int64_t b = i % examples, o = i / examples;
+    for (int i = threadIdx.x; i < examples * out; i += kThreads) {
+      const int b = i % examples, o = i / examples;
       const T* w = weight + o * layer.weight_row_stride;
       R total = bias ? to_real(bias[o]) : R(0);
       for (int64_t k = 0; k < layer.in; k += kBlock) {
@@ -67,7 +113,7 @@ __global__ void __launch_bounds__(kThreads) ensemble_mlp_kernel(const Arguments 
         total += sum;
       }
       if (last) {
-        from_real(total, output + b * layer.out + o);
+        from_real(total, output + int64_t{b} * out + o);
         continue;
       }
       R h = activate(p.activation, total);
@@ -82,6 +128,11 @@ __global__ void __launch_bounds__(kThreads) ensemble_mlp_kernel(const Arguments 
     R* const swap = x;
     x = z;
     z = swap;
+    if (last || a.strength.units == 0) continue;
+    // The next layer writes to the other buffer meanwhile.
+    write_strength<T>(a.strength, x, a.row_reals, examples, member, member * p.batch + first, units,
+                      out);
+    units += out;
   }
 }
 
@@ -90,6 +141,7 @@ const char* run_as(const EnsembleMLPParams& params, void* stream) {
   Arguments a{};
   a.params = params;
   std::copy(params.layers, params.layers + params.num_layers, a.layers);
+  if (params.strength) a.strength = *params.strength;
   int64_t width = params.layers[0].in;
   for (int64_t l = 0; l + 1 < params.num_layers; ++l) width = std::max(width, a.layers[l].out);
   a.row_reals = width | 1;
@@ -97,9 +149,10 @@ const char* run_as(const EnsembleMLPParams& params, void* stream) {
   const int64_t limit = shared_limit();
   const int64_t bytes_per_example = 2 * a.row_reals * static_cast<int64_t>(sizeof(Real<T>));
   if (bytes_per_example > limit) return "a layer is too wide for this GPU's shared memory";
+  if (a.layers[params.num_layers - 1].out > INT32_MAX / kMostExamples) return "too many outputs";
   // Two blocks to a multiprocessor where that leaves a tile of some size.
   const int64_t room = bytes_per_example * 8 > limit / 2 ? limit : limit / 2;
-  a.tile = std::min<int64_t>({room / bytes_per_example, 64, params.batch});
+  a.tile = std::min<int64_t>({room / bytes_per_example, kMostExamples, params.batch});
   a.tiles = ceil_div(params.batch, a.tile);
   if (params.ensemble_size * a.tiles > INT32_MAX) return "too many tiles for one launch";
 

@@ -31,7 +31,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMaxLayers = 32;
-constexpr int64_t kBlock = 128;
+constexpr int kBlock = 128;
 constexpr int64_t kTile = 64, kSmallestTile = 8;
 constexpr int64_t kSharedBytes = 96 * 1024;  // every GPU from sm_80 on has them
 constexpr int64_t kMaxSpans = 32;
@@ -159,7 +159,8 @@ struct Tile {
   using R = Real<T>;
   const Arguments& a;
   R* shared;
-  int64_t member, first, examples;
+  int64_t member, first;
+  int examples;  // what counts within a tile are 32-bit numbers: a division of 64 bits is a call
 
   __device__ const EnsembleMLPTraining& training() const { return a.training; }
   __device__ const EnsembleMLPParams& forward() const { return a.training.forward; }
@@ -176,15 +177,15 @@ struct Tile {
     const EnsembleMLPParams& p = forward();
     const R* weights = static_cast<const R*>(training().sample_weight);
     if (weights) weights += member * training().sample_weight_member_stride + first;
-    const int64_t in = a.layers[0].in, row = in | 1;
+    const int in = static_cast<int>(a.layers[0].in), row = in | 1;
     const T* input = static_cast<const T*>(p.input) + member * p.input_member_stride +
                      first * p.input_row_stride;
-    for (int64_t i = threadIdx.x; i < examples * in; i += kThreads) {
-      const int64_t b = i / in, j = i % in;
+    for (int i = threadIdx.x; i < examples * in; i += kThreads) {
+      const int b = i / in, j = i % in;
       const bool kept = !weights || weights[b] != R(0);
       reads(0)[b * row + j] = kept ? to_real(input[b * p.input_row_stride + j]) : R(0);
     }
-    for (int64_t b = threadIdx.x; b < examples; b += kThreads) {
+    for (int b = threadIdx.x; b < examples; b += kThreads) {
       example_weights()[b] = weights ? weights[b] : R(1);
     }
   }
@@ -193,17 +194,18 @@ struct Tile {
     const EnsembleMLPParams& p = forward();
     const MLPLayer& layer = a.layers[l];
     const bool last = l + 1 == p.num_layers;
-    const int64_t in_row = layer.in | 1, out_row = layer.out | 1;
+    const int in = static_cast<int>(layer.in), out = static_cast<int>(layer.out);
+    const int in_row = in | 1, out_row = out | 1;
     const T* bias = static_cast<const T*>(layer.bias);
     if (bias) bias += member * layer.bias_member_stride;
     const R* x = reads(l);
-    for (int64_t i = threadIdx.x; i < examples * layer.out; i += kThreads) {
-      const int64_t b = i % examples, o = i / examples;
+    for (int i = threadIdx.x; i < examples * out; i += kThreads) {
+      const int b = i % examples, o = i / examples;
       const T* w = weight(l) + o * layer.weight_row_stride;
       R z = bias ? to_real(bias[o]) : R(0);
-      for (int64_t k = 0; k < layer.in; k += kBlock) {
+      for (int k = 0; k < in; k += kBlock) {
         R sum = 0;
-        for (int64_t j = k; j < min(k + kBlock, layer.in); ++j) {
+        for (int j = k; j < min(k + kBlock, in); ++j) {
           sum = fma(to_real(w[j]), x[b * in_row + j], sum);
         }
         z += sum;
@@ -229,11 +231,12 @@ struct Tile {
   // Loss::none: the gradient of the output is given.
   __device__ void load_output_gradient() const {
     const EnsembleMLPTraining& t = training();
-    const int64_t l = forward().num_layers - 1, out = a.layers[l].out;
+    const int64_t l = forward().num_layers - 1;
+    const int out = static_cast<int>(a.layers[l].out);
     const T* given = static_cast<const T*>(t.target) + member * t.target_member_stride +
                      first * t.target_row_stride;
-    for (int64_t i = threadIdx.x; i < examples * out; i += kThreads) {
-      const int64_t b = i / out, o = i % out;
+    for (int i = threadIdx.x; i < examples * out; i += kThreads) {
+      const int b = i / out, o = i % out;
       gradient(l)[b * (out | 1) + o] = to_real(given[b * t.target_row_stride + o]);
     }
   }
@@ -241,7 +244,7 @@ struct Tile {
   __device__ void run_loss(R scale) const {
     const EnsembleMLPTraining& t = training();
     const int64_t l = forward().num_layers - 1, out = a.layers[l].out;
-    for (int64_t b = threadIdx.x; b < examples; b += kThreads) {
+    for (int b = threadIdx.x; b < examples; b += kThreads) {
       const R w = example_weights()[b], factor = w * scale;
       R* z = gradient(l) + b * (out | 1);
       if (w == R(0)) {
@@ -269,15 +272,16 @@ struct Tile {
   // Adds to the span's sums, each element always by the same thread.
   __device__ void add_parameter_gradients(int64_t l, R* sums, bool first_of_span) const {
     const MLPLayer& layer = a.layers[l];
-    const int64_t in_row = layer.in | 1, out_row = layer.out | 1;
+    const int in = static_cast<int>(layer.in), out = static_cast<int>(layer.out);
+    const int in_row = in | 1, out_row = out | 1;
     const R *x = reads(l), *g = gradient(l);
     const auto add = [&](R* to, R sum) { *to = first_of_span ? sum : *to + sum; };
     if (a.places[l].weight >= 0) {
       R* to = sums + a.places[l].weight;
-      for (int64_t i = threadIdx.x; i < layer.out * layer.in; i += kThreads) {
-        const int64_t o = i / layer.in, j = i % layer.in;
+      for (int i = threadIdx.x; i < out * in; i += kThreads) {
+        const int o = i / in, j = i % in;
         R sum = 0;
-        for (int64_t b = 0; b < examples; ++b) {
+        for (int b = 0; b < examples; ++b) {
           sum = fma(g[b * out_row + o], x[b * in_row + j], sum);
         }
         add(to + i, sum);
@@ -285,9 +289,9 @@ struct Tile {
     }
     if (a.places[l].bias >= 0) {
       R* to = sums + a.places[l].bias;
-      for (int64_t o = threadIdx.x; o < layer.out; o += kThreads) {
+      for (int o = threadIdx.x; o < out; o += kThreads) {
         R sum = 0;
-        for (int64_t b = 0; b < examples; ++b) sum += g[b * out_row + o];
+        for (int b = 0; b < examples; ++b) sum += g[b * out_row + o];
         add(to + o, sum);
       }
     }
@@ -297,17 +301,18 @@ struct Tile {
   __device__ void run_input_gradient(int64_t l) const {
     const EnsembleMLPTraining& t = training();
     const MLPLayer& layer = a.layers[l];
-    const int64_t in_row = layer.in | 1, out_row = layer.out | 1;
+    const int in = static_cast<int>(layer.in), out = static_cast<int>(layer.out);
+    const int in_row = in | 1, out_row = out | 1;
     const T* w = weight(l);
     const R* g = gradient(l);
     const bool cuts = forward().activation == Activation::relu || forward().dropout > 0;
     R* input = static_cast<R*>(t.sum_grad_input ? a.member_inputs : t.grad_input);
-    for (int64_t i = threadIdx.x; i < examples * layer.in; i += kThreads) {
-      const int64_t b = i / layer.in, j = i % layer.in;
+    for (int i = threadIdx.x; i < examples * in; i += kThreads) {
+      const int b = i / in, j = i % in;
       R total = 0;
-      for (int64_t k = 0; k < layer.out; k += kBlock) {
+      for (int k = 0; k < out; k += kBlock) {
         R sum = 0;
-        for (int64_t o = k; o < min(k + kBlock, layer.out); ++o) {
+        for (int o = k; o < min(k + kBlock, out); ++o) {
           sum = fma(to_real(w[o * layer.weight_row_stride + j]), g[b * out_row + o], sum);
         }
         total += sum;
@@ -317,14 +322,16 @@ struct Tile {
         R* below = gradient(l - 1) + b * in_row + j;
         *below = cuts && *below == R(0) ? R(0) : *below * total;
       } else {
-        input[(member * forward().batch + first + b) * layer.in + j] = total;
+        input[(member * forward().batch + first + b) * in + j] = total;
       }
     }
   }
 };
 
+// Blocks of a multiprocessor: by registers that hold everything.
 template <class T>
-__global__ void __launch_bounds__(kThreads) training_kernel(const Arguments a) {
+__global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 2 : 4)
+    training_kernel(const Arguments a) {
   using R = Real<T>;
   const EnsembleMLPTraining& t = a.training;
   const EnsembleMLPParams& p = t.forward;
@@ -341,7 +348,8 @@ __global__ void __launch_bounds__(kThreads) training_kernel(const Arguments a) {
   double loss = 0;  // thread 0's
   for (int64_t i = first_tile; i < end; ++i) {
     const int64_t first = i * a.tile;
-    const Tile<T> tile{a, dynamic_shared<R>(), member, first, min(a.tile, p.batch - first)};
+    const Tile<T> tile{a, dynamic_shared<R>(), member, first,
+                       static_cast<int>(min(a.tile, p.batch - first))};
     tile.load();
     __syncthreads();
     for (int64_t l = 0; l < p.num_layers; ++l) {

@@ -228,7 +228,7 @@ struct Example {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 5)
     uncertainty_kernel(const UncertaintyParams p, const Plan plan, unsigned char* scratch) {
   const int lane = static_cast<int>(threadIdx.x) % plan.width;
   const int64_t group = threadIdx.x / plan.width, groups = plan.threads / plan.width;
