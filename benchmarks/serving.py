@@ -18,12 +18,14 @@ from benchmarks import harness
 from benchmarks.peers import Problem, mlp_peers
 from pyens.nn import EnsembleMLP
 from pyens.variation import ActivationStatistics, VariationHead, VariationModel
+from pyens.variation.head import FURTHEST
 
 OURS, COMPILED, ENSEMBLE = "VariationModel", "VariationModel, compiled", "pyens op, 100 members"
 
 MODEL, ESTIMATOR, MEMBERS = (43, 50, 20, 10, 1), (100, 50), 100
 BATCHES = {"serve-1": (1, None), "serve-1024": (1024, 20.0)}  # batch size, target
 QUICK = {"tiny": (17, None)}
+LIMIT = 10.0  # of the estimated variation
 
 
 def cases(options: harness.Options) -> list[harness.Case]:
@@ -75,7 +77,7 @@ def random_parts(problem: Problem, seed: int) -> tuple[EnsembleMLP, VariationHea
     params = {"task": "regression", "features": "both"}
     mlp = EnsembleMLP(1, 2 * sum(MODEL[1:-1]), ESTIMATOR, 1, seeds=[seed])
     mlp.biases[-1].data.add_(1.0)  # so that not all is clipped
-    limit, thresholds = torch.tensor(10.0), torch.zeros(4, dtype=torch.float64)
+    limit, thresholds = torch.tensor(LIMIT), torch.zeros(4, dtype=torch.float64)
     return target, VariationHead(mlp, params, limit, thresholds), *statistics.compute()
 
 
@@ -91,7 +93,8 @@ def check_served(served: VariationModel, x: Tensor, expected: Tensor, got: tuple
         x.double(), weights, biases, served.mean.double(), served.std.double()
     )
     mlp = deepcopy(served.head.mlp).double().member(0)
-    estimate = mlp(torch.cat([strength.value[0], strength.active[0].double()], 1))[:, 0].clamp(0, 10)
+    features = torch.cat([strength.value[0].clamp(-FURTHEST, FURTHEST), strength.active[0].double()], 1)
+    estimate = mlp(features)[:, 0].clamp(0, LIMIT)
     harness.agrees_with(expected[0], x.dtype)(got[0])
     harness.agrees_with(estimate, torch.float32)(got[1])
 

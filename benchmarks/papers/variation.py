@@ -176,7 +176,7 @@ def _table_2(results: Results, name: str) -> list[str]:
             _beside(e["r_squared"], paper[setting]),
             f"{e['mse']:.3g}",
             f"{e['pearson']:.4f}",
-            f"{e['epochs']}",
+            "" if e["epochs"] is None else f"{e['epochs']}",  # fitted by an earlier run
         ]
         for setting, e in sorted(entries.items())
     ]
