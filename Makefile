@@ -25,7 +25,7 @@ MAKEFLAGS     += --no-print-directory
 SHELL         := bash
 .SHELLFLAGS   := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help build demo test lint format kernels bench test-cuda bench-cuda clean distclean FORCE
+.PHONY: help build demo test lint format kernels bench build-cuda test-cuda bench-cuda clean distclean FORCE
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -59,15 +59,23 @@ bench: $(BUILT) $(VENV)/peers ## compare every operation with its peers
 	for name in $(BENCHMARKS); do $(PY) -m benchmarks.$$name $(ARGS); done
 
 # On a GPU machine: the interpreter that is already there, with its torch; nothing is installed.
-test-cuda: ## build for CUDA with $(PYTHON) and run all tests; none skips for want of a GPU
-	@echo "building pyens._C for CUDA"
-	@PYENS_CUDA=1 $(PYTHON) $(BUILD_EXT)
-	PYENS_REQUIRE_CUDA=1 $(PYTHON) -m pytest $(ARGS)
+# Only what a GPU can change: tests marked cuda, and what nvcc makes of the kernels.
+SANITIZER = $(shell command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 
-bench-cuda: ## build for CUDA with $(PYTHON) and run the benchmark on the GPU
+test-cuda: build-cuda ## build for CUDA with $(PYTHON) and run what needs a GPU; none skips for want of one
+	PYENS_REQUIRE_CUDA=1 $(PYTHON) -m pytest -m cuda $(ARGS)
+	$(PYTHON) -m pytest -rs tests/test_cuda_code.py
+	@if [ -z "$(SANITIZER)" ]; then echo "compute-sanitizer: not found, so not run"; fi
+	for tool in $(if $(SANITIZER),memcheck racecheck initcheck synccheck); do \
+		$(SANITIZER) --tool $$tool --error-exitcode 1 $(PYTHON) -m tests.cuda_operations; done
+
+bench-cuda: build-cuda ## build for CUDA with $(PYTHON) and run all benchmarks on the GPU
+	for name in $(BENCHMARKS); do $(PYTHON) -m benchmarks.$$name --device cuda $(ARGS) || failed=1; done; exit $${failed:-0}
+
+build-cuda:
+	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"torch {torch.__version__} of {sys.executable} finds no CUDA GPU here: there is nothing to run on")'
 	@echo "building pyens._C for CUDA"
 	@PYENS_CUDA=1 $(PYTHON) $(BUILD_EXT)
-	$(PYTHON) -m benchmarks.ensemble_mlp --device cuda $(ARGS)
 
 clean: ## remove what was built
 	rm -rf build *.egg-info pyens/_C.*.so $(BUILT)

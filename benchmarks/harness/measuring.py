@@ -165,6 +165,7 @@ def machine_info(options: Options) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": options.threads,
         "gpu": torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else None,
+        "driver": _driver() if options.device.type == "cuda" else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "pyens": pyens.build_info(),
@@ -172,6 +173,16 @@ def machine_info(options: Options) -> dict[str, Any]:
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver; None if nvidia-smi does not say."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip().partition("\n")[0]
 
 
 def _git(*arguments: str) -> str | None:

@@ -31,7 +31,7 @@ struct EnsembleMLPParams {
   void* output;        // [E, B, O], contiguous
   const void* packed;  // what ensemble_mlp_cpu::pack made of the layers, or nullptr
   double dropout;      // share of the hidden activations that become 0; the others are scaled
-  const int64_t* dropout_seeds;  // [E], where dropout > 0
+  const int64_t* dropout_seeds;              // [E], where dropout > 0
   const ActivationStrengthParams* strength;  // written too, without dropout; or nullptr
 };
 

@@ -1,0 +1,95 @@
+"""A small call of every operation that has a CUDA kernel, forward and, where there is one, backward.
+
+`python -m tests.cuda_operations` runs all of them once on the GPU: for compute-sanitizer.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pyens import ops
+from pyens.ops.ensemble_embedding import ensemble_embedding_concat
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+E, B, WIDTHS = 3, 70, (13, 17, 9, 4)
+
+Operation = Callable[[], Sequence[Tensor]]
+
+
+def operations(dtype: torch.dtype, device: torch.device | str) -> dict[str, Operation]:
+    """By name, calls that return all that the operation computes from the same arguments each time."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+
+    def draw_integers(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=generator).to(device)
+
+    x = draw(B, WIDTHS[0])
+    weights = [draw(E, o, i, scale=i**-0.5) for i, o in itertools.pairwise(WIDTHS)]
+    biases = [draw(E, o, scale=0.3) for o in WIDTHS[1:]]
+    outputs, seeds = draw(E, B, WIDTHS[-1]), draw_integers(99, E)
+    labels, units = draw_integers(WIDTHS[-1], B), sum(WIDTHS[1:-1])
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    mean, std = torch.zeros(units, device=device, dtype=real), torch.ones(units, device=device, dtype=real)
+    index, tables = draw_integers(7, E, B, 2), [draw(E, 7, 3), draw(E, 90, 5)]
+    numeric, maps = draw(B, 4), draw(B, 12, 5)
+    masks = torch.rand(E, 12, generator=generator).gt(0.4).to(device)
+    mlp = [x, *weights, *biases]
+
+    def with_gradients(function: Callable[..., Tensor], leaves: list[Tensor]) -> Operation:
+        def run() -> Sequence[Tensor]:
+            fresh = [leaf.detach().requires_grad_() for leaf in leaves]
+            result = function(*fresh)
+            return [result.detach(), *torch.autograd.grad(result.square().sum(), fresh)]
+
+        return run
+
+    def of_mlp(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        n = len(weights)
+        return lambda x, *rest: function(x, list(rest[:n]), list(rest[n:]))
+
+    def loss(x: Tensor, w: list[Tensor], b: list[Tensor]) -> Tensor:
+        return ops.ensemble_mlp_loss(x, labels, w, b, loss="cross_entropy")
+
+    def dropped(x: Tensor, w: list[Tensor], b: list[Tensor]) -> Tensor:
+        return ops.ensemble_mlp(x, w, b, dropout=0.3, dropout_seeds=seeds)
+
+    return {
+        "ensemble_mlp": with_gradients(of_mlp(ops.ensemble_mlp), mlp),
+        "ensemble_mlp, dropout": with_gradients(of_mlp(dropped), mlp),
+        "ensemble_mlp_loss": with_gradients(of_mlp(loss), mlp),
+        "activation_strength": lambda: ops.activation_strength(x, weights, biases, mean, std),
+        "activation_strength, packed": lambda: ops.activation_strength(
+            x, weights, biases, mean, std, pack=True
+        ),
+        "ensemble_embedding": with_gradients(
+            lambda a, b, c: ensemble_embedding_concat(index, [a, b], c), [*tables, numeric]
+        ),
+        "mask_channels": with_gradients(lambda m: ops.mask_channels(m, masks), [maps]),
+        "masked_mlp": with_gradients(
+            lambda x, v, w: ops.masked_mlp(x, [v, w], None, [masks]), [x, draw(12, WIDTHS[0]), draw(4, 12)]
+        ),
+        "masked_mlp_loss": with_gradients(
+            lambda x, v, w: ops.masked_mlp_loss(x, labels, [v, w], None, [masks], loss="cross_entropy"),
+            [x, draw(12, WIDTHS[0]), draw(4, 12)],
+        ),
+        "decorrelation_loss": with_gradients(lambda z: ops.decorrelation_loss(z, kind="residue"), [outputs]),
+        "predictive_uncertainty": lambda: ops.predictive_uncertainty(outputs),
+        "predictive_moments": lambda: ops.predictive_moments(outputs, variances=outputs.square()),
+    }
+
+
+def main() -> None:
+    for dtype in DTYPES:
+        for name, run in operations(dtype, "cuda").items():
+            run()
+            torch.cuda.synchronize()
+            print(f"{dtype}: {name}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
