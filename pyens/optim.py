@@ -205,10 +205,19 @@ def load_member_state(optimizer: torch.optim.Optimizer, states: Sequence[Mapping
         pieces, start = _pieces(optimizer, parameter), 0
         for piece in pieces:
             optimizer.state[piece] = {
-                name: _piece(value, parameter, piece, start) if isinstance(value, Tensor) else value
+                name: _piece(_there(value, optimizer, parameter), parameter, piece, start)
+                if isinstance(value, Tensor)
+                else value
                 for name, value in state.items()
             }
             start += piece.numel()
+
+
+def _there(value: Tensor, optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
+    """On the parameter's device; a count of steps only where the optimizer wants it there, as in torch."""
+    groups = optimizer.param_groups
+    counts_there = any(group.get("fused") or group.get("capturable") for group in groups)
+    return value.to(parameter.device) if value.dim() > 0 or counts_there else value
 
 
 def _pieces(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:

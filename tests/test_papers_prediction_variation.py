@@ -121,3 +121,5 @@ def test_results_merge(tmp_path: Path) -> None:
     section = Results(path).section("task")
     assert {name: entry["value"] for name, entry in section.items()} == {"R0": 1, "R1": 3}
     assert all("torch" in entry["made"] for entry in section.values())
+    Results(path).merge("task", {"R2": {"value": 4, "made": "elsewhere"}})  # only read here
+    assert Results(path).section("task")["R2"]["made"] == "elsewhere"

@@ -28,10 +28,12 @@ def table() -> tuple[Tensor, Tensor, Tensor]:
     return categorical, numeric, numeric[:, :1] * categorical + torch.randn(N, 1, generator=draw)
 
 
-def run(path: Path | None, epochs: int, **options: Any) -> tuple[list[Tensor], History]:
-    model = TabularEnsemble(MEMBERS, [(5, 2)], 3, [7], 1, dropout=0.1)
+def run(
+    path: Path | None, epochs: int, device: torch.device | str = "cpu", **options: Any
+) -> tuple[list[Tensor], History]:
+    model = TabularEnsemble(MEMBERS, [(5, 2)], 3, [7], 1, dropout=0.1, device=device)
     arguments: dict[str, Any] = {
-        "data": table(),
+        "data": tuple(t.to(device) for t in table()),
         "loss": "mse",
         "batch_size": 16,
         "optimizer": lambda p: fused(torch.optim.Adam, p, lr=3e-2),
@@ -51,14 +53,14 @@ def assert_same(one: tuple[list[Tensor], History], other: tuple[list[Tensor], Hi
     assert one[1].status == other[1].status
 
 
-def test_a_run_in_pieces_is_the_run_in_one(tmp_path: Path) -> None:
-    whole = run(None, 12)
+def test_a_run_in_pieces_is_the_run_in_one(tmp_path: Path, device: torch.device) -> None:
+    whole = run(None, 12, device)
     assert {"stopped"} <= set(whole[1].status)
     assert len(set(whole[1].epochs)) > 1
     for epochs in (1, 2, 3, 5, 8, 11, 12):
-        pieces = run(tmp_path / "run.pt", epochs)
+        pieces = run(tmp_path / "run.pt", epochs, device)
     assert_same(pieces, whole)
-    assert_same(run(tmp_path / "run.pt", 12), whole)  # nothing is left to do
+    assert_same(run(tmp_path / "run.pt", 12, device), whole)  # nothing is left to do
 
 
 @pytest.mark.parametrize("every", [2, 5, 100])

@@ -118,6 +118,7 @@ class Unit:
     pv: Tensor  # float32 [test rows]
     mean: Tensor  # float32 [test rows] or [test rows, K]
     member: dict[str, Tensor]  # the weights of member 0
+    made: str  # where, by which commit and when
 
     def aggregates(self) -> dict[str, Any]:
         """What may be published: nothing of a single rating."""
@@ -128,6 +129,7 @@ class Unit:
             "mean_epochs": sum(self.epochs) / len(self.epochs),
             "member_epochs": sum(self.epochs),
             "diverged": self.diverged,
+            "made": self.made,
         }
 
 
@@ -146,10 +148,7 @@ class Study:
         path = self.work / f"{stem}.pt"
         described = self.described(task, setting)
         if path.exists():
-            saved = _files.load(path)
-            if saved["made by"] != described:
-                raise ValueError(f"{path} was made by {saved['made by']}, not {described}: move it away")
-            return Unit(**saved["unit"])
+            return Unit(**read(path, described)["unit"])
         self.work.mkdir(parents=True, exist_ok=True)
         unit = self._train(task, setting, stem)
         _files.save({"made by": described, "unit": asdict(unit)}, path)
@@ -180,6 +179,7 @@ class Study:
             pv,
             mean,
             model.select([0]).state_dict(),
+            provenance(),
         )
 
     def fit_ensemble(self, task: Task, model: TabularEnsemble, setting: str, **options: Any) -> History:
@@ -255,6 +255,18 @@ class Study:
         return f"{task}, {setting}, {self.members} members, seed {self.seed}, {shape}"
 
 
+def read(path: Path, described: str) -> dict[str, Any]:
+    """A file of the working folder.
+
+    Raises:
+        ValueError: one that was made by another task, setting, seed or data.
+    """
+    saved = _files.load(path)
+    if saved["made by"] != described:
+        raise ValueError(f"{path} was made by {saved['made by']}, not {described}: move it away")
+    return saved
+
+
 class PlainModel(nn.Module):
     """One member as `torch.nn` has it."""
 
@@ -305,10 +317,13 @@ class Results:
         self.content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
 
     def merge(self, section: str, entries: dict[str, Any]) -> None:
-        """Puts entries into a section, with the machine and the commit that made them, and saves the file."""
+        """Puts entries into a section and saves the file.
+
+        An entry that does not say by what machine and commit it was `made`, and when, was made here and now.
+        """
         stamp = provenance()
         for name, entry in entries.items():
-            self.content.setdefault(section, {})[name] = {**entry, "made": stamp}
+            self.content.setdefault(section, {})[name] = {"made": stamp, **entry}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.content, indent=1, sort_keys=True) + "\n"
         _files.write_atomically(self.path, text.encode())

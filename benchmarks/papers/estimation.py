@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.papers.ensembles import CHUNK, Study, Task
+from benchmarks.papers.ensembles import CHUNK, Study, Task, read
 from pyens import _files, metrics, ops
 from pyens.data.table import split
 from pyens.nn import TabularEnsemble
@@ -130,9 +130,7 @@ class Estimation:
             states = [model.select([i]).state_dict() for i in range(count)]
             _files.save({"made by": described, "states": states}, path)
         pv = self.study.unit(self.task, "R3").pv
-        return {
-            f"fresh{i + 1}": Source(state, pv) for i, state in enumerate(_read(path, described)["states"])
-        }
+        return {f"fresh{i + 1}": Source(state, pv) for i, state in enumerate(read(path, described)["states"])}
 
     def universe(self, members: int, rows: int) -> Tensor:
         """What many members say on the first test rows, under R3: float32 `[E, rows]`, or `[E, rows, K]`
@@ -162,7 +160,7 @@ class Estimation:
                 )
                 _files.save({"made by": described, "outputs": self._outputs(model, rows)}, path)
                 checkpoint.unlink()
-            chunks.append(_read(path, described)["outputs"])
+            chunks.append(read(path, described)["outputs"])
         return torch.cat(chunks)
 
     @torch.no_grad()
@@ -256,10 +254,3 @@ def variation_of(universe: Tensor) -> Tensor:
     if universe.dim() == 3:
         return ops.predictive_uncertainty(universe, from_probabilities=True).distribution_pv
     return ops.predictive_moments(universe).std
-
-
-def _read(path: Any, described: str) -> dict[str, Any]:
-    saved = _files.load(path)
-    if saved["made by"] != described:
-        raise ValueError(f"{path} was made by {saved['made by']}, not {described}: move it away")
-    return saved

@@ -18,7 +18,7 @@ What differs from the paper, and why:
 - Figure 4: the paper gives the range of x, N, M and S; sinusoids, noise (0.1), network (2-M-M-2) and training
   (500 steps of Adam on 400 points) are ours. The sinusoids are in opposite phase, so that they cross. Where
   one lies above the other, a single line parts them, and every model continues it in the same way: away from
-  the data even the members of an ensemble agree (0.013 nats there), and there is nothing to see.
+  the data even the members of an ensemble agree, and there is nothing to see.
 
 MC dropout has one rate for both hidden layers, the best of some by the likelihood of held-out training
 images; it trains with a mask for each example and predicts with 4 that all examples share.
@@ -506,8 +506,8 @@ def run(settings: Settings) -> Path:
 
 
 SPEED_NOTES = (
-    "On the targets. 10× the layer was set against 141 ms, of a version of the package that computed in "
-    "float64; today's computes in float32. It multiplies whole matrices, of which a mask leaves 1 in 2.7 "
+    "On the targets. 10× the layer was set against a layer of 141 ms, which this one is far from. "
+    "It multiplies whole matrices, of which a mask leaves 1 in 2.7 "
     "weights, so 10× would take a layer at about a quarter of the speed of pyens in operations per second, "
     "and pyens is near the machine's peak: there is little left to gain. `copy_` writes into a buffer that "
     "is there already; `mask_channels` makes a new tensor, whose pages the system has to provide first, as "
