@@ -172,7 +172,7 @@ X, W, V = (
     [torch.randn(E, 4, 5), torch.randn(E, 2, 4)],
     [torch.zeros(E, 4), torch.zeros(E, 2)],
 )
-Y, LABELS = torch.randn(B, 2), torch.randint(2, (B,))
+Y, LABELS = torch.randn(B, 2), torch.tensor([0, 1, 1, 0, 1, 0])
 GOOD = {"input": X, "target": Y, "weights": W, "biases": V, "loss": "mse"}
 CLASSES = {"target": LABELS, "loss": "cross_entropy"}
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
