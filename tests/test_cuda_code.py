@@ -21,10 +21,10 @@ ARCHITECTURES = ["sm_80", "sm_90"]
 
 # Kernels that may keep numbers in local memory, each with its reason. There are none.
 MAY_USE_LOCAL_MEMORY: dict[str, str] = {}
-# Kernels meant to use tensor cores (HMMA), and to load 16 bytes at once from memory. There are none yet: all
-# are plain multiply-adds on single elements. Who writes one adds it here.
-TENSOR_CORES: set[str] = set()
-LOADS_OF_16_BYTES: set[str] = set()
+# Kernels meant to use tensor cores (HMMA), and to load 16 bytes at once from memory and from shared memory.
+TENSOR_CORES = {"ensemble_mlp_mma_kernel"}
+LOADS_OF_16_BYTES = {"ensemble_mlp_fma_kernel"}
+SHARED_LOADS_OF_16_BYTES = {"ensemble_mlp_mma_kernel", "ensemble_mlp_fma_kernel"}
 # Atomics in a block's shared memory. Those to global memory would make sums depend on the order of blocks.
 SHARED_ATOMICS = {"masked_weights_backward_kernel"}
 
@@ -168,10 +168,11 @@ def test_tensor_cores_where_they_are_meant(code):
 
 def test_loads_of_16_bytes_where_they_are_meant(code):
     assert using(code, r"LDG\b.*\.128") == LOADS_OF_16_BYTES
+    assert using(code, r"LDS\.128") >= SHARED_LOADS_OF_16_BYTES
 
 
 def test_multiply_adds_are_fused(code):
-    assert {"ensemble_mlp_kernel", "training_kernel", "products_kernel", "gradient_kernel"} <= using(
+    assert {"ensemble_mlp_kernel", "ensemble_mlp_fma_kernel", "training_kernel", "products_kernel", "gradient_kernel"} <= using(
         code, r"FFMA\b"
     )
 

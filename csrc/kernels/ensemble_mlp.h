@@ -30,6 +30,7 @@ struct EnsembleMLPParams {
   int64_t input_member_stride, input_row_stride;
   void* output;        // [E, B, O], contiguous
   const void* packed;  // what ensemble_mlp_cpu::pack made of the layers, or nullptr
+  bool tf32;           // CUDA: products of float32 may be those of TF32
   double dropout;      // share of the hidden activations that become 0; the others are scaled
   const int64_t* dropout_seeds;              // [E], where dropout > 0
   const ActivationStrengthParams* strength;  // written too, without dropout; or nullptr

@@ -49,6 +49,7 @@ Tensor run(Problem& problem, const Tensor& input, Activation activation) {
                 input.options());
   params.output = output.mutable_data_ptr();
   if (input.is_cuda()) {
+    params.tf32 = at::globalContext().allowTF32CuBLAS();
     launch_cuda(kOp, input, [&](void* stream) { return ensemble_mlp_cuda::run(params, stream); });
     return output;
   }

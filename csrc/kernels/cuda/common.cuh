@@ -10,6 +10,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "kernels/types.h"
 
@@ -106,13 +108,84 @@ __device__ inline R sum_lanes(R x, int width = 32) {
   return x;
 }
 
+// --- tensor cores --------------------------------------------------------------------------------
+// T is bfloat16, float16, or float: then the product is one of TF32, 10 bits of mantissa.
+//
+//   C [16, 8] += A [16, depth] B [depth, 8],  depth 16, or 8 of TF32, in float32
+//
+// A lane holds four bytes at a time, one word: two elements of 16 bits, or one. With g = lane / 4 and
+// t = lane % 4, its words are these:
+//
+//   a[0], a[1]   rows g and g + 8 of A, column t; a[2], a[3] the same rows, column t + 4
+//   b[0], b[1]   rows t and t + 4 of B, column g
+//   c[0], c[1]   row g of C, columns 2 t and 2 t + 1; c[2], c[3] the same of row g + 8
+//
+// counting the rows of B and columns of A in words. Which of them is which does not matter as long as
+// A and B agree: kernels choose an order in which what a lane has computed is what it needs next.
+
+// The low and the high element of a word; of TF32 there is but one.
+template <class T>
+constexpr int kWordElements = 4 / static_cast<int>(sizeof(T));
+
+__device__ inline uint32_t to_word(const float (&x)[1], const float*) {
+#if defined(__CUDACC__)
+  uint32_t word;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(word) : "f"(x[0]));
+  return word;
+#else
+  return emulation::round_to_tf32(x[0]);
+#endif
+}
+template <class T>
+__device__ inline uint32_t to_word(const float (&x)[2], const T*) {
+  T rounded[2];
+  from_real(x[0], &rounded[0]);
+  from_real(x[1], &rounded[1]);
+  uint32_t word;
+  memcpy(&word, rounded, 4);
+  return word;
+}
+
+template <class T>
+__device__ inline void multiply_tiles(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                      uint32_t b1, const T*) {
+#if defined(__CUDACC__)
+#define PYENS_MMA(shape_and_types)                                       \
+  asm("mma.sync.aligned." shape_and_types                                \
+      " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                   \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+  if constexpr (std::is_same_v<T, float>) {
+    PYENS_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
+  } else if constexpr (std::is_same_v<T, __half>) {
+    PYENS_MMA("m16n8k16.row.col.f32.f16.f16.f32");
+  } else {
+    PYENS_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
+  }
+#undef PYENS_MMA
+#else
+  emulated_multiply_tiles<T>(c, a, b0, b1);
+#endif
+}
+
 // --- activations ---------------------------------------------------------------------------------
+
+__device__ inline double relu(double x) { return x < 0 ? 0 : x; }
+__device__ inline float relu(float x) {
+#if defined(__CUDACC__)
+  asm("max.NaN.f32 %0, %0, 0f00000000;"
+      : "+f"(x));  // one instruction, where `x < 0 ? 0 : x` is two
+  return x;
+#else
+  return x < 0 ? 0 : x;
+#endif
+}
 
 // The hidden activations, as in torch.nn with default arguments. NaN in, NaN out.
 template <class R>
 __device__ inline R activate(Activation activation, R x) {
   switch (activation) {
-    case Activation::relu: return x < R(0) ? R(0) : x;
+    case Activation::relu: return relu(x);
     case Activation::gelu: return R(0.5) * x * erfc(x * R(-0.70710678118654752440));
     case Activation::silu: return x / (R(1) + exp(-x));
     case Activation::elu: return x > R(0) ? x : expm1(x);
@@ -142,6 +215,21 @@ __device__ inline R activation_slope(Activation activation, R x, R h) {
     case Activation::identity: return R(1);
   }
   return R(1);
+}
+
+// f(constant) with the activation as a type, std::integral_constant: one branch for many activations.
+template <class F>
+__device__ inline void with_activation(Activation activation, const F& f) {
+  using A = Activation;
+  switch (activation) {
+    case A::relu: return f(std::integral_constant<A, A::relu>{});
+    case A::gelu: return f(std::integral_constant<A, A::gelu>{});
+    case A::silu: return f(std::integral_constant<A, A::silu>{});
+    case A::elu: return f(std::integral_constant<A, A::elu>{});
+    case A::softplus: return f(std::integral_constant<A, A::softplus>{});
+    case A::tanh: return f(std::integral_constant<A, A::tanh>{});
+    case A::identity: return;
+  }
 }
 
 // --- launches ------------------------------------------------------------------------------------

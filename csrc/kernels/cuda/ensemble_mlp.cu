@@ -1,13 +1,15 @@
-// The ensemble MLP on the GPU: plain multiply-adds, every layer in one launch.
+// The ensemble MLP on the GPU: which kernel a call goes to, and the plain one that takes what is left:
+// float64, few examples of float32, activation strength.
 //
-// Mapping: a block takes a tile of examples of one member through all layers. Two buffers of
+// Mapping of the plain kernel: a block takes a tile of examples of one member through all layers. Two buffers of
 // activations [tile][width] lie in shared memory; a thread computes whole outputs, neighbouring
 // threads neighbouring examples, so a warp reads one row of weights (a broadcast) against as many
-// rows of activations. Bound by shared-memory reads: one for each multiply-add. It is the simple
-// kernel that the faster ones will be measured against.
+// rows of activations. Bound by shared-memory reads, one for each multiply-add; with few examples by
+// the latency of a row of weights.
 //
 // Activation strength is written on the way, layer by layer, from the buffer that the next layer reads:
-// neighbouring threads neighbouring units. The same kernel, so that the output has the same bits.
+// neighbouring threads neighbouring units. The output has the bits of a call without it, but for 16-bit
+// types and TF32, which such a call gives to tensor cores.
 //
 // Accumulation as on the CPU: chains of multiply-adds over blocks of 128 inputs, their sums added
 // in order to the bias. No atomics: the same bits in every run, for any batch and any members
@@ -17,6 +19,7 @@
 #include <type_traits>
 
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/ensemble_mlp.cuh"
 #include "kernels/dropout.h"
 #include "kernels/ensemble_mlp.h"
 
@@ -166,6 +169,8 @@ namespace ensemble_mlp_cuda {
 
 const char* run(const EnsembleMLPParams& params, void* stream) {
   if (params.batch == 0) return nullptr;
+  if (ensemble_mlp_mma::takes(params)) return ensemble_mlp_mma::run(params, stream);
+  if (ensemble_mlp_fma::takes(params)) return ensemble_mlp_fma::run(params, stream);
   if (params.num_layers > kMaxLayers) return "more than 32 layers";
   return by_dtype(params.dtype, [&](auto* of) {
     return run_as<std::remove_pointer_t<decltype(of)>>(params, stream);

@@ -3,6 +3,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -66,7 +67,7 @@ struct Fiber {
   Place place;
   Wait wait = Wait::nothing;
   int line = 0;
-  uint64_t given = 0, received[kWarp] = {};  // by an exchange
+  TileWords given = {}, received[kWarp] = {};  // by an exchange
 };
 
 struct State {
@@ -297,6 +298,30 @@ void remove_shared() {
 
 }  // namespace
 
+// --- numbers -------------------------------------------------------------------------------------
+
+float widen_half(uint16_t bits) { return pyens::base::to_float(pyens::Float16{bits}); }
+float widen_bfloat16(uint16_t bits) { return pyens::base::to_float(pyens::BFloat16{bits}); }
+uint16_t round_to_half(float x) {
+  pyens::Float16 rounded;
+  pyens::base::store_first<float>(&rounded, pyens::base::Narrow<float>{} + x, 1);
+  return rounded.bits;
+}
+uint16_t round_to_bfloat16(float x) {
+  pyens::BFloat16 rounded;
+  pyens::base::store_first<float>(&rounded, pyens::base::Narrow<float>{} + x, 1);
+  return rounded.bits;
+}
+
+uint32_t round_to_tf32(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (!std::isfinite(x)) return std::isnan(x) ? 0x7fc00000u : bits;
+  return (bits + 0x1000) & ~uint32_t{0x1fff};
+}
+
+// --- for tests and stand-ins ---------------------------------------------------------------------
+
 void set_seed(uint64_t seed) { state.random.seed(seed); }
 const std::string& fault() { return state.fault; }
 
@@ -355,19 +380,56 @@ void warp_barrier(int line) {
   wait_for(Wait::warp, line);
 }
 
-uint64_t exchange(uint64_t bits, unsigned from, int line) {
+namespace {
+
+// Those of all lanes, until this one's next exchange.
+const TileWords* exchange_words(const TileWords& words, int line) {
   const Paused paused;
-  current().given = bits;
+  current().given = words;
   wait_for(Wait::exchange, line);
-  return current().received[from];
+  return current().received;
+}
+
+float element(TileElements elements, uint32_t word, int i) {
+  const auto half = static_cast<uint16_t>(word >> 16 * i);
+  if (elements == TileElements::float16) return widen_half(half);
+  if (elements == TileElements::bfloat16) return widen_bfloat16(half);
+  if (word & 0x1fff) fail("tensor cores: a number that was not rounded to TF32");
+  float x;
+  std::memcpy(&x, &word, sizeof x);
+  return x;
+}
+
+}  // namespace
+
+void multiply_tiles(TileElements elements, float* c, const TileWords& words, int line) {
+  const TileWords* const lanes = exchange_words(words, line);
+  const unsigned g = lane() / 4, t = lane() % 4;
+  for (unsigned i = 0; i < 4; ++i) {  // rows g and g + 8, columns 2 t and 2 t + 1
+    for (unsigned k = 0; k < 8; ++k) {
+      const uint32_t a = lanes[4 * g + k % 4].a[i / 2 + k / 4 * 2];
+      const uint32_t b = lanes[4 * (2 * t + i % 2) + k % 4].b[k / 4];
+      for (int e = 0; e < (elements == TileElements::tf32 ? 1 : 2); ++e) {
+        c[i] += element(elements, a, e) * element(elements, b, e);
+      }
+    }
+  }
+}
+
+uint64_t exchange(uint64_t bits, unsigned from, int line) {
+  TileWords words = {};
+  words.a[0] = static_cast<uint32_t>(bits);
+  words.a[1] = static_cast<uint32_t>(bits >> 32);
+  words = exchange_words(words, line)[from];
+  return words.a[0] | uint64_t{words.a[1]} << 32;
 }
 
 unsigned ballot(bool vote, int line) {
-  const Paused paused;
-  current().given = vote;
-  wait_for(Wait::exchange, line);
+  TileWords words = {};
+  words.a[0] = vote;
+  const TileWords* const all = exchange_words(words, line);
   unsigned votes = 0;
-  for (unsigned i = 0; i < kWarp; ++i) votes |= static_cast<unsigned>(current().received[i]) << i;
+  for (unsigned i = 0; i < kWarp; ++i) votes |= all[i].a[0] << i;
   return votes;
 }
 
@@ -385,19 +447,6 @@ Atomic::~Atomic() {
   const Paused paused;
   state.atomic = false;
   switch_to_scheduler();
-}
-
-float widen_half(uint16_t bits) { return pyens::base::to_float(pyens::Float16{bits}); }
-float widen_bfloat16(uint16_t bits) { return pyens::base::to_float(pyens::BFloat16{bits}); }
-uint16_t round_to_half(float x) {
-  pyens::Float16 rounded;
-  pyens::base::store_first<float>(&rounded, pyens::base::Narrow<float>{} + x, 1);
-  return rounded.bits;
-}
-uint16_t round_to_bfloat16(float x) {
-  pyens::BFloat16 rounded;
-  pyens::base::store_first<float>(&rounded, pyens::base::Narrow<float>{} + x, 1);
-  return rounded.bits;
 }
 
 namespace {

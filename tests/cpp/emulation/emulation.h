@@ -96,9 +96,21 @@ void block_barrier(int line);
 void warp_barrier(int line);
 // Every lane gives bits; returns those of lane `from`.
 uint64_t exchange(uint64_t bits, unsigned from, int line);
+// C += A B of the warp, whose lanes hold words as kernels/cuda/common.cuh has it.
+struct TileWords {
+  uint32_t a[4], b[2];
+};
+enum class TileElements { tf32, float16, bfloat16 };
+void multiply_tiles(TileElements elements, float* c, const TileWords& words, int line);
 unsigned ballot(bool vote, int line);
 unsigned lane();
 [[noreturn]] void fail(const std::string& what);
+
+float widen_half(uint16_t bits);
+float widen_bfloat16(uint16_t bits);
+uint16_t round_to_half(float x);
+uint16_t round_to_bfloat16(float x);
+uint32_t round_to_tf32(float x);  // 10 bits of mantissa, ties away from zero
 
 // Accesses to memory within its life are atomic; others may run after it.
 struct Atomic {

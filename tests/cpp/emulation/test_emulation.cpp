@@ -195,6 +195,74 @@ void test_warps() {
   }
 }
 
+// --- tensor cores ----------------------------------------------------------------------------------
+
+// C = A B + C for one warp, the operands row by row in memory.
+template <class T, bool rounded>
+__global__ void multiply(const float* a, const float* b, float* c) {
+  constexpr int kElements = pyens::kWordElements<T>, kDepth = 8 * kElements;
+  constexpr const T* kType = nullptr;
+  const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;
+  const auto word = [&](const float* row, int column, int stride) {
+    float x[kElements];
+    for (int e = 0; e < kElements; ++e) x[e] = row[(column * kElements + e) * stride];
+    if (rounded) return pyens::to_word(x, kType);
+    uint32_t bits;
+    memcpy(&bits, x, 4);
+    return bits;
+  };
+  const uint32_t of_a[4] = {word(a + g * kDepth, t, 1), word(a + (g + 8) * kDepth, t, 1),
+                            word(a + g * kDepth, t + 4, 1), word(a + (g + 8) * kDepth, t + 4, 1)};
+  float sums[4];
+  for (int i = 0; i < 4; ++i) sums[i] = c[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
+  pyens::multiply_tiles(sums, of_a, word(b + g, t, 8), word(b + g, t + 4, 8), kType);
+  for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
+}
+
+template <class T>
+void test_tiles() {
+  constexpr int kDepth = 8 * pyens::kWordElements<T>;
+  std::vector<float> a(16 * kDepth), b(kDepth * 8), c(16 * 8);
+  // Whole numbers that every type holds; no two entries that a wrong lane could exchange unseen.
+  for (size_t i = 0; i < a.size(); ++i) a[i] = static_cast<float>(i * 37 % 101) - 50;
+  for (size_t i = 0; i < b.size(); ++i) b[i] = static_cast<float>(i * 29 % 97) - 48;
+  for (size_t i = 0; i < c.size(); ++i) c[i] = static_cast<float>(i);
+  std::vector<float> expected = c;
+  for (size_t row = 0; row < 16; ++row) {
+    for (size_t column = 0; column < 8; ++column) {
+      for (size_t k = 0; k < kDepth; ++k) {
+        expected[row * 8 + column] += a[row * kDepth + k] * b[k * 8 + column];
+      }
+    }
+  }
+  for (const uint64_t seed : {1, 2, 3}) {
+    emulation::set_seed(seed);
+    Global<float> of_a(a), of_b(b), sums(c);
+    pyens::launch(multiply<T, true>, 1, 32, 0, nullptr, of_a.data(), of_b.data(), sums.data());
+    check(emulation::fault().empty() && sums.host() == expected, "a product of tensor cores");
+  }
+}
+
+void test_numbers_for_tensor_cores() {
+  test_tiles<float>();
+  test_tiles<__half>();
+  test_tiles<__nv_bfloat16>();
+  Global<float> a(std::vector<float>(16 * 8, 1 / 3.0f)), b(std::vector<float>(8 * 8, 1.0f)),
+      c(std::vector<float>(16 * 8, 0.0f));
+  expect("a number that was not rounded to TF32", "tensor cores: ", [&] {
+    return pyens::launch(multiply<float, false>, 1, 32, 0, nullptr, a.data(), b.data(), c.data());
+  });
+  const auto rounded = [](float x) {
+    const uint32_t bits = emulation::round_to_tf32(x);
+    float back;
+    std::memcpy(&back, &bits, sizeof back);
+    return back;
+  };
+  check(rounded(1 + 0x1p-11f) == 1 + 0x1p-10f && rounded(-1 - 0x1p-12f) == -1 &&
+            std::isnan(rounded(NAN)) && std::isinf(rounded(INFINITY)),
+        "rounding to TF32");
+}
+
 // --- launches --------------------------------------------------------------------------------------
 
 template <class T, class Bits>
@@ -213,6 +281,7 @@ int main() {
   test_planted();
   test_memory();
   test_warps();
+  test_numbers_for_tensor_cores();
   test_rounding<__half>(emulation::widen_half, emulation::round_to_half, 10);
   test_rounding<__nv_bfloat16>(emulation::widen_bfloat16, emulation::round_to_bfloat16, 7);
   Global<float> x(3 * kThreads), out(3 * kThreads);

@@ -1,6 +1,8 @@
-// The CUDA kernel of the ensemble MLP, run on the host, against the CPU's.
+// The CUDA kernels of the ensemble MLP, run on the host, against the CPU's.
 
 #include "kernels/cuda/ensemble_mlp.cu"
+#include "kernels/cuda/ensemble_mlp_fma.cu"
+#include "kernels/cuda/ensemble_mlp_mma.cu"
 
 #include "emulated_test.h"
 
@@ -9,13 +11,13 @@ namespace {
 using namespace emulated_test;
 using pyens::Activation;
 
-// Layer widths, with all that the parameters say about strides.
-template <class T>
+// Layer widths, with all that the parameters say about strides: rows lie kPad elements further apart than
+// they are long.
+template <class T, int64_t kPad = 3>
 void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths, Activation activation,
-          bool shared_input, bool with_bias, double dropout) {
+          bool shared_input, bool with_bias, double dropout, bool tf32 = false) {
   Random random(members * 1000 + batch);
   const size_t layers = widths.size() - 1;
-  constexpr int64_t kPad = 3;  // rows lie further apart than they are long
   Values<T> input(random, (shared_input ? 1 : members) * batch * (widths[0] + kPad));
   std::vector<std::unique_ptr<Values<T>>> weights, biases;
   std::vector<int64_t> seed_values;
@@ -51,6 +53,7 @@ void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths, Ac
   p.input = input.cpu.data();
   p.input_row_stride = widths[0] + kPad;
   p.input_member_stride = shared_input ? 0 : batch * p.input_row_stride;
+  p.tf32 = tf32;
   p.dropout = dropout;
   p.dropout_seeds = seed_values.data();
   std::vector<T> expected(outputs);
@@ -63,8 +66,10 @@ void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths, Ac
   p.layers = on_gpu.data();
   p.input = input.gpu.data();
   p.dropout_seeds = seeds.data();
-  // Half precision: the CPU may round hidden activations, the GPU does not.
-  const double tolerance = sizeof(T) == 2 ? (std::is_same_v<T, pyens::BFloat16> ? 0.03 : 0.004) : 0;
+  // What hidden activations are rounded to, the CPU's or the GPU's.
+  const double tolerance = std::is_same_v<T, pyens::BFloat16> ? 0.03
+                           : sizeof(T) == 2 || tf32           ? 0.004
+                                                              : kTight;
   run_all_orders<T>("ensemble_mlp", expected, tolerance, [&](void* output) {
     p.output = output;
     return pyens::ensemble_mlp_cuda::run(p, nullptr);
@@ -88,6 +93,28 @@ int main() {
       test<double>(1 + i % 2, batch, widths, activation, !shared, with_bias, dropout);
       test<pyens::BFloat16>(2, batch, widths, activation, shared, with_bias, 0);
       test<pyens::Float16>(1, batch, widths, activation, shared, with_bias, 0);
+      ++i;
+    }
+  }
+  // What else tensor cores do: more than 64 hidden units, input by words or not, dropout, activations.
+  const std::vector<std::vector<int64_t>> wide = {{20, 64, 33, 5}, {7, 100, 18}, {50, 3, 81, 17}};
+  for (const auto& widths : wide) {
+    for (const int64_t batch : {1, 33, 150}) {
+      const Activation activation = activations[i % 3 == 0 ? i / 3 % 7 : 0];
+      const double dropout = i % 4 == 2 ? 0.4 : 0;
+      const bool shared = i % 2 == 0;
+      test<pyens::BFloat16, 2>(2, batch, widths, activation, shared, true, dropout);
+      test<pyens::Float16>(1, batch, widths, activation, shared, true, dropout);
+      test<float>(1 + i % 2, batch, widths, activation, shared, i % 3 != 0, dropout, true);
+      ++i;
+    }
+  }
+  // What fits beside the weights: 4, 2 or 1 examples to a lane of plain multiply-adds, or none.
+  for (const int kilobytes : {227, 80, 40, 10}) {
+    emulation::device.shared_limit = kilobytes * 1024;
+    for (const int64_t batch : {64, 333}) {
+      test<float>(2, batch, {33, 17, 9, 7}, activations[i % 7], i % 2 == 0, true, i % 3 * 0.2);
+      test<float, 0>(1, batch, {8, 150, 3}, activations[i % 7], i % 2 == 0, false, 0);
       ++i;
     }
   }

@@ -3,12 +3,10 @@
 
 #include <cstdint>
 
+#include "emulation.h"
+
 struct __nv_bfloat16 {
   uint16_t bits;
 };
-namespace emulation {
-float widen_bfloat16(uint16_t bits);
-uint16_t round_to_bfloat16(float x);
-}  // namespace emulation
 inline float __bfloat162float(__nv_bfloat16 x) { return emulation::widen_bfloat16(x.bits); }
 inline __nv_bfloat16 __float2bfloat16(float x) { return {emulation::round_to_bfloat16(x)}; }

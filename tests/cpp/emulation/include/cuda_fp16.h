@@ -3,12 +3,10 @@
 
 #include <cstdint>
 
+#include "emulation.h"
+
 struct __half {
   uint16_t bits;
 };
-namespace emulation {
-float widen_half(uint16_t bits);
-uint16_t round_to_half(float x);
-}  // namespace emulation
 inline float __half2float(__half x) { return emulation::widen_half(x.bits); }
 inline __half __float2half(float x) { return {emulation::round_to_half(x)}; }

@@ -6,7 +6,10 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <type_traits>
 
+#include "cuda_bf16.h"
+#include "cuda_fp16.h"
 #include "emulation.h"
 
 #define __global__
@@ -76,6 +79,32 @@ inline int __all_sync(unsigned mask, int vote, int line = __builtin_LINE()) {
 }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
+// --- tensor cores --------------------------------------------------------------------------------
+
+template <class T>
+void emulated_multiply_tiles(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                             int line = __builtin_LINE()) {
+  const auto elements = std::is_same_v<T, float>    ? emulation::TileElements::tf32
+                        : std::is_same_v<T, __half> ? emulation::TileElements::float16
+                                                    : emulation::TileElements::bfloat16;
+  emulation::multiply_tiles(elements, c, {{a[0], a[1], a[2], a[3]}, {b0, b1}}, line);
+}
+
+// --- vectors -------------------------------------------------------------------------------------
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
 
 // --- atomics -------------------------------------------------------------------------------------
 

@@ -1,0 +1,49 @@
+// The kernels among which ensemble_mlp.cu chooses, and how they share out the examples.
+#pragma once
+
+#include <algorithm>
+
+#include "kernels/cuda/common.cuh"
+#include "kernels/ensemble_mlp.h"
+
+namespace pyens {
+
+// On tensor cores: 16-bit types, and float32 where TF32 is allowed.
+namespace ensemble_mlp_mma {
+bool takes(const EnsembleMLPParams& params);
+const char* run(const EnsembleMLPParams& params, void* stream);
+}  // namespace ensemble_mlp_mma
+
+// Batches of float32.
+namespace ensemble_mlp_fma {
+bool takes(const EnsembleMLPParams& params);
+const char* run(const EnsembleMLPParams& params, void* stream);
+}  // namespace ensemble_mlp_fma
+
+// The batch in tiles, one to a warp at a time, and the tiles in spans, one to a block.
+struct Spans {
+  int tiles, tiles_each, per_member;
+  unsigned blocks;
+
+  // Some 8 rounds of as many blocks as fit at once, so that the last round costs little and weights
+  // are not laid down for few examples; no warp without a tile. nullptr, or why not.
+  const char* cut(const EnsembleMLPParams& params, int64_t tile_examples, int64_t warps,
+                  int64_t blocks_per_multiprocessor) {
+    const int64_t at_once =
+        blocks_per_multiprocessor * device_attribute(cudaDevAttrMultiProcessorCount);
+    const int64_t wanted = ceil_div(8 * at_once, params.ensemble_size);
+    const int64_t all = ceil_div(params.batch, tile_examples);
+    const int64_t each = ceil_div(all, std::min(wanted, ceil_div(all, warps)));
+    const int64_t spans = ceil_div(all, each);
+    if (all * tile_examples > INT32_MAX || params.ensemble_size * spans > INT32_MAX) {
+      return "too many tiles for one launch";
+    }
+    tiles = static_cast<int>(all);
+    tiles_each = static_cast<int>(each);
+    per_member = static_cast<int>(spans);
+    blocks = static_cast<unsigned>(params.ensemble_size * spans);
+    return nullptr;
+  }
+};
+
+}  // namespace pyens
