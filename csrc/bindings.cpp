@@ -17,7 +17,9 @@
 
 #include "kernels/cpu/isa.h"
 #include "kernels/fma_peak.h"
+#include "ops/checks.h"
 #include "ops/dispatch.h"
+#include "ops/launch.h"
 
 using at::Tensor;
 using at::TensorList;
@@ -200,6 +202,23 @@ double fma_peak(double milliseconds) {
   return rate / 1e9;
 }
 
+// Runs one launch of multiply-add chains of the sink's type on its GPU; returns their operations.
+double fma_peak_cuda([[maybe_unused]] const Tensor& sink, [[maybe_unused]] bool tf32,
+                     [[maybe_unused]] int64_t rounds) {
+#if defined(PYENS_WITH_CUDA)
+  const pyens::DType dtype = pyens::kernel_dtype(sink.scalar_type());
+  double operations = 0;
+  pyens::launch_cuda("fma_peak_cuda", sink, [&](void* stream) {
+    operations = pyens::fma_peak_cuda::operations(dtype, tf32, rounds);
+    auto* const to = static_cast<float*>(sink.mutable_data_ptr());
+    return pyens::fma_peak_cuda::run(dtype, tf32, rounds, to, stream);
+  });
+  return operations;
+#else
+  TORCH_CHECK(false, "fma_peak_cuda: pyens was built without CUDA");
+#endif
+}
+
 // What only the extension knows; the rest of pyens.build_info() is in the file that setup.py writes.
 std::map<std::string, std::string> build_info() {
   return {{"cpu_capability", pyens::isa_name(pyens::chosen_isa())}, {"compiler", __VERSION__}};
@@ -221,5 +240,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("predictive_uncertainty", predictive_uncertainty, no_gil());
   m.def("predictive_moments", predictive_moments, no_gil());
   m.def("fma_peak", fma_peak, no_gil(), pybind11::arg("milliseconds"));
+  m.def("fma_peak_cuda", fma_peak_cuda, no_gil(), pybind11::arg("sink"), pybind11::arg("tf32"),
+        pybind11::arg("rounds"));
   m.def("build_info", build_info);
 }

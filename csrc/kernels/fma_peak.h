@@ -1,7 +1,9 @@
-// The multiply-add ceiling of one processor core: what benchmarks divide by.
+// Multiply-add ceilings, of one processor core and of a GPU: what benchmarks divide by.
 #pragma once
 
 #include <cstdint>
+
+#include "kernels/types.h"
 
 namespace pyens::fma_peak_cpu {
 
@@ -11,3 +13,10 @@ namespace pyens::fma_peak_cpu {
 double run(int64_t rounds, float* sink);
 
 }  // namespace pyens::fma_peak_cpu
+
+// CUDA: one launch of independent chains on every multiprocessor, on tensor cores for 16-bit types and
+// for float32 with tf32. `sink`: one float of global memory, written by no launch that ends.
+namespace pyens::fma_peak_cuda {
+double operations(DType dtype, bool tf32, int64_t rounds);
+const char* run(DType dtype, bool tf32, int64_t rounds, float* sink, void* stream);
+}  // namespace pyens::fma_peak_cuda
