@@ -97,6 +97,27 @@ using SharedVariable = T;
   auto& name = emulation::static_shared<type>(&name##_key)
 #endif
 
+// Begins to copy an element of 4, 8 or 16 bytes from memory to shared memory: it is there after the
+// thread's own wait_for_copies(), and for other threads after a barrier then.
+template <class T>
+__device__ inline void copy_async(T* shared, const T* from) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "what cp.async copies");
+#if defined(__CUDACC__)
+  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(sizeof(T))
+               : "memory");
+#else
+  emulation::copy_async(shared, from, sizeof(T));
+#endif
+}
+__device__ inline void wait_for_copies() {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#else
+  emulation::wait_for_copies();
+#endif
+}
+
 // --- warps ---------------------------------------------------------------------------------------
 
 constexpr unsigned kWholeWarp = 0xffffffffu;

@@ -4,8 +4,9 @@
 // Mapping of the plain kernel: a block takes a tile of examples of one member through all layers. Two buffers of
 // activations [tile][width] lie in shared memory; a thread computes whole outputs, neighbouring
 // threads neighbouring examples, so a warp reads one row of weights (a broadcast) against as many
-// rows of activations. Bound by shared-memory reads, one for each multiply-add; with few examples by
-// the latency of a row of weights.
+// rows of activations. Weights are copied to shared memory first, all at once, where they fit. Bound by
+// shared-memory reads, two for each multiply-add; with few examples by the latency of memory, once, and of
+// chains of multiply-adds.
 //
 // Activation strength is written on the way, layer by layer, from the buffer that the next layer reads:
 // neighbouring threads neighbouring units. The output has the bits of a call without it, but for 16-bit
@@ -36,7 +37,27 @@ struct Arguments {
   MLPLayer layers[kMaxLayers];
   ActivationStrengthParams strength;  // without units: not asked for
   int64_t tile, tiles, row_reals;
+  bool weights_in_shared;
 };
+
+// Words of 32 bits fall into as many banks: rows of an odd length begin in different ones.
+__host__ __device__ inline int64_t odd(int64_t width) { return width | 1; }
+
+// The member's weights, to be found in shared memory layer by layer, rows of odd(in).
+template <class T>
+__device__ void copy_weights(const Arguments& a, int64_t member, T* to) {
+  for (int64_t l = 0; l < a.params.num_layers; ++l) {
+    const MLPLayer& layer = a.layers[l];
+    const int in = static_cast<int>(layer.in), count = in * static_cast<int>(layer.out);
+    const T* const weight =
+        static_cast<const T*>(layer.weight) + member * layer.weight_member_stride;
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      const int o = i / in, k = i % in;
+      copy_async(to + o * odd(in) + k, weight + o * layer.weight_row_stride + k);
+    }
+    to += layer.out * odd(layer.in);
+  }
+}
 
 // The tile's strengths for a hidden layer of `out` units, the first of them unit `first_unit` of all.
 // h: [examples][h_row]; row: the tile's first of [E, B].
@@ -83,9 +104,13 @@ __global__ void __launch_bounds__(kThreads) ensemble_mlp_kernel(const Arguments 
   // What counts within a tile are 32-bit numbers: a division of 64 bits is a call.
   const int64_t member = blockIdx.x / a.tiles, first = blockIdx.x % a.tiles * a.tile;
   const int examples = static_cast<int>(min(a.tile, p.batch - first));
-  // [tile][row_reals], twice. row_reals is odd, so that a column falls into different banks.
+  // [tile][row_reals], twice; then the weights.
   R* x = dynamic_shared<R>();
   R* z = x + a.tile * a.row_reals;
+  const T* shared_weight = reinterpret_cast<const T*>(z + a.tile * a.row_reals);
+  if constexpr (sizeof(T) >= 4) {
+    if (a.weights_in_shared) copy_weights(a, member, const_cast<T*>(shared_weight));
+  }
 
   const int in = static_cast<int>(a.layers[0].in);
   const T* input =
@@ -93,6 +118,7 @@ __global__ void __launch_bounds__(kThreads) ensemble_mlp_kernel(const Arguments 
   for (int i = threadIdx.x; i < examples * in; i += kThreads) {
     x[i / in * a.row_reals + i % in] = to_real(input[i / in * p.input_row_stride + i % in]);
   }
+  if constexpr (sizeof(T) >= 4) wait_for_copies();
   __syncthreads();
 
   int64_t units = 0;  // of the hidden layers so far
@@ -101,12 +127,18 @@ __global__ void __launch_bounds__(kThreads) ensemble_mlp_kernel(const Arguments 
     const int out = static_cast<int>(layer.out);
     const bool last = l + 1 == p.num_layers;
     const T* weight = static_cast<const T*>(layer.weight) + member * layer.weight_member_stride;
+    int64_t weight_row = layer.weight_row_stride;
+    if (a.weights_in_shared) {
+      weight = shared_weight;
+      weight_row = odd(layer.in);
+      shared_weight += out * weight_row;
+    }
     const T* bias = static_cast<const T*>(layer.bias);
     if (bias) bias += member * layer.bias_member_stride;
     T* output = static_cast<T*>(p.output) + (member * p.batch + first) * layer.out;
     for (int i = threadIdx.x; i < examples * out; i += kThreads) {
       const int b = i % examples, o = i / examples;
-      const T* w = weight + o * layer.weight_row_stride;
+      const T* w = weight + o * weight_row;
       R total = bias ? to_real(bias[o]) : R(0);
       for (int64_t k = 0; k < layer.in; k += kBlock) {
         R sum = 0;
@@ -147,7 +179,7 @@ const char* run_as(const EnsembleMLPParams& params, void* stream) {
   if (params.strength) a.strength = *params.strength;
   int64_t width = params.layers[0].in;
   for (int64_t l = 0; l + 1 < params.num_layers; ++l) width = std::max(width, a.layers[l].out);
-  a.row_reals = width | 1;
+  a.row_reals = odd(width);
 
   const int64_t limit = shared_limit();
   const int64_t bytes_per_example = 2 * a.row_reals * static_cast<int64_t>(sizeof(Real<T>));
@@ -159,8 +191,13 @@ const char* run_as(const EnsembleMLPParams& params, void* stream) {
   a.tiles = ceil_div(params.batch, a.tile);
   if (params.ensemble_size * a.tiles > INT32_MAX) return "too many tiles for one launch";
 
+  int64_t bytes = a.tile * bytes_per_example, weights = 0;
+  for (int64_t l = 0; l < params.num_layers; ++l) weights += a.layers[l].out * odd(a.layers[l].in);
+  weights *= static_cast<int64_t>(sizeof(T));
+  a.weights_in_shared = sizeof(T) >= 4 && bytes + weights <= limit;
+  if (a.weights_in_shared) bytes += weights;
   return launch(ensemble_mlp_kernel<T>, static_cast<unsigned>(params.ensemble_size * a.tiles),
-                kThreads, static_cast<size_t>(a.tile * bytes_per_example), stream, a);
+                kThreads, static_cast<size_t>(bytes), stream, a);
 }
 
 }  // namespace

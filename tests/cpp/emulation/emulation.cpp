@@ -68,6 +68,12 @@ struct Fiber {
   Wait wait = Wait::nothing;
   int line = 0;
   TileWords given = {}, received[kWarp] = {};  // by an exchange
+  struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+  };
+  std::vector<Copy> copies;  // begun
 };
 
 struct State {
@@ -205,6 +211,10 @@ void* add_shared(const void* key, const char* name, size_t bytes) {
   return begin;
 }
 
+void set_fault(const std::string& what) {
+  if (state.fault.empty()) state.fault = what;
+}
+
 // --- scheduling ----------------------------------------------------------------------------------
 
 // A fiber lives from launch to launch, a thread of one block after another.
@@ -213,6 +223,7 @@ void run_threads() {
     state.watching = true;
     state.call(state.arguments);
     state.watching = false;
+    if (!current().copies.empty()) set_fault("copies: a thread ends that has not waited for them");
     current().wait = Wait::returned;
     switch_to_scheduler();
   }
@@ -229,10 +240,6 @@ __attribute__((noinline)) void switch_to(Fiber& fiber) {
   start.uc_link = nullptr;
   makecontext(&start, run_threads, 0);
   setcontext(&start);
-}
-
-void set_fault(const std::string& what) {
-  if (state.fault.empty()) state.fault = what;
 }
 
 // Releases [begin, end) if all of them wait for the same; whether it did.
@@ -431,6 +438,21 @@ unsigned ballot(bool vote, int line) {
   unsigned votes = 0;
   for (unsigned i = 0; i < kWarp; ++i) votes |= all[i].a[0] << i;
   return votes;
+}
+
+void copy_async(void* to, const void* from, size_t bytes) {
+  const Paused paused;
+  current().copies.push_back({to, from, bytes});
+}
+
+void wait_for_copies() {
+  const Paused paused;
+  for (const Fiber::Copy& copy : current().copies) {
+    check_access(reinterpret_cast<uintptr_t>(copy.from), copy.bytes, false);
+    check_access(reinterpret_cast<uintptr_t>(copy.to), copy.bytes, true);
+    std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+  current().copies.clear();
 }
 
 unsigned lane() { return state.current % kWarp; }

@@ -96,6 +96,9 @@ void block_barrier(int line);
 void warp_barrier(int line);
 // Every lane gives bits; returns those of lane `from`.
 uint64_t exchange(uint64_t bits, unsigned from, int line);
+// Copies are made, and memory is looked at, no sooner than the thread waits for them.
+void copy_async(void* to, const void* from, size_t bytes);
+void wait_for_copies();
 // C += A B of the warp, whose lanes hold words as kernels/cuda/common.cuh has it.
 struct TileWords {
   uint32_t a[4], b[2];

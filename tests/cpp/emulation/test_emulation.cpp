@@ -3,6 +3,7 @@
 
 #include "emulation.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <numeric>
 #include <string>
@@ -126,6 +127,43 @@ __global__ void through_the_stack(int** shared_pointer, int* out) {
   if (threadIdx.x == 0) *shared_pointer = &own;
   __syncthreads();
   out[threadIdx.x] = **shared_pointer + own;
+}
+
+enum class Copies { right, not_waited_for, read_too_soon, no_barrier };
+
+template <Copies copies>
+__global__ void copy(const float* x, float* out) {
+  float* const shared = dynamic_shared<float>();
+  const int i = static_cast<int>(threadIdx.x);
+  pyens::copy_async(shared + i, x + i);
+  if (copies == Copies::read_too_soon) out[i] = shared[i];
+  if (copies != Copies::not_waited_for) pyens::wait_for_copies();
+  if (copies != Copies::no_barrier) __syncthreads();
+  if (copies != Copies::not_waited_for) out[i] = shared[kThreads - 1 - i];
+}
+
+void test_copies() {
+  std::vector<float> values(kThreads), expected(kThreads);
+  std::iota(values.begin(), values.end(), 1.0f);
+  std::reverse_copy(values.begin(), values.end(), expected.begin());
+  Global<float> x(values, "x"), out(kThreads, "out"), few(std::vector<float>(kThreads - 1), "few");
+  const size_t bytes = kThreads * sizeof(float);
+  const auto run = [&](auto* kernel, Global<float>& from) {
+    return pyens::launch(kernel, 1, kThreads, bytes, nullptr, from.data(), out.data());
+  };
+  expect("copies", nullptr, [&] { return run(copy<Copies::right>, x); });
+  check(out.host() == expected, "what was copied");
+  expect("copies that nobody waits for",
+         "copies: ", [&] { return run(copy<Copies::not_waited_for>, x); });
+  expect("a copy that is read too soon",
+         "uninitialised: ", [&] { return run(copy<Copies::read_too_soon>, x); });
+  for (const uint64_t seed : {1, 2, 3, 4, 5}) {
+    emulation::set_seed(seed);
+    run(copy<Copies::no_barrier>, x);
+    check(!emulation::fault().empty(), "copies without a barrier");
+  }
+  expect("a copy from out of bounds",
+         "out of bounds: ", [&] { return run(copy<Copies::right>, few); });
 }
 
 void test_memory() {
@@ -280,6 +318,7 @@ void test_rounding(float (*widen)(Bits), Bits (*round)(float), int bits_of_manti
 int main() {
   test_planted();
   test_memory();
+  test_copies();
   test_warps();
   test_numbers_for_tensor_cores();
   test_rounding<__half>(emulation::widen_half, emulation::round_to_half, 10);
