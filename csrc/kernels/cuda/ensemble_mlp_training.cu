@@ -3,14 +3,17 @@
 //
 // Mapping: a block takes tiles of up to kTile examples of one member, one tile after another, through
 // all layers and back. What each layer reads, and the slope of its activation, lie in shared memory
-// [tile][width]; gradients take the slopes' place. A thread computes whole sums:
+// [tile][width]; gradients take the slopes' place. A thread computes whole sums, 4 x 4 of them at a
+// time, so that 8 reads serve 16 multiply-adds:
 //
-//   outputs           neighbours are examples: a row of weights (a broadcast) against as many rows
-//   input gradients   neighbours are inputs: a row of weights against one gradient (a broadcast)
-//   weight gradients  neighbours are inputs: the tile's examples, added to the span's sums
+//   outputs           4 examples x 4 outputs; neighbours are examples, which all read one weight
+//   input gradients   4 examples x 4 inputs; neighbours are inputs, which all read one gradient
+//   weight gradients  4 outputs x 4 inputs over the tile's examples, added to the span's sums;
+//                     neighbours are inputs
 //
-// Bound by shared-memory reads, one or two for each multiply-add. Memory sees the inputs once, the
-// weights once per tile from L2, and the sums of a span of tiles once per tile.
+// Bound by reads of shared memory and L1: half the rate of the multiply-adds while all threads have
+// a block of sums, and narrow layers leave some without. Memory sees the inputs once, the weights once per
+// tile from L2, and the sums of a span of tiles once per tile.
 //
 // Order of summation: outputs and input gradients as in the forward kernel. A weight gradient: the
 // examples of a tile, the tiles of a span, the spans. The gradient of a shared input: the members. Tiles
@@ -151,6 +154,68 @@ __global__ void __launch_bounds__(kThreads) weight_sums_kernel(const Arguments a
   a.weight_sums[m] = sum;
 }
 
+// --- blocks of sums ----------------------------------------------------------------------------------
+
+constexpr int kSide = 4;
+
+// Which of a side's `size` things the neighbours of a block have: every groups-th, so that neighbouring
+// threads have neighbours. Past the end it is the last one again, whose sum is then not stored.
+struct Side {
+  int size, groups;
+
+  __device__ explicit Side(int size_) : size(size_), groups((size_ + kSide - 1) / kSide) {}
+  __device__ int at(int group, int i) const { return min(group + i * groups, size - 1); }
+  __device__ bool has(int group, int i) const { return group + i * groups < size; }
+};
+
+// f(group of one side, group of the other) for each block, neighbouring threads along `inner`.
+template <class F>
+__device__ void for_each_block(const Side& inner, const Side& outer, const F& f) {
+  for (int i = threadIdx.x; i < inner.groups * outer.groups; i += kThreads) {
+    f(i % inner.groups, i / inner.groups);
+  }
+}
+
+// sums[i][j] += left(i, k) * right(j, k) for k in order.
+template <class R, class Left, class Right>
+__device__ void add_products(int begin, int end, const Left& left, const Right& right,
+                             R (&sums)[kSide][kSide]) {
+#pragma unroll 2
+  for (int k = begin; k < end; ++k) {
+    R x[kSide], y[kSide];
+#pragma unroll
+    for (int i = 0; i < kSide; ++i) {
+      x[i] = left(i, k);
+      y[i] = right(i, k);
+    }
+#pragma unroll
+    for (int i = 0; i < kSide * kSide; ++i) {
+      sums[i / kSide][i % kSide] = fma(x[i / kSide], y[i % kSide], sums[i / kSide][i % kSide]);
+    }
+  }
+}
+
+// f(i, j, sum) for each sum.
+template <class R, class F>
+__device__ void for_each_sum(const R (&sums)[kSide][kSide], const F& f) {
+#pragma unroll
+  for (int i = 0; i < kSide * kSide; ++i) f(i / kSide, i % kSide, sums[i / kSide][i % kSide]);
+}
+
+// Over all k below size, in chains of kBlock that are added to `totals` in order.
+template <class R, class Left, class Right>
+__device__ void add_chains(int size, const Left& left, const Right& right,
+                           R (&totals)[kSide][kSide]) {
+  for (int k = 0; k < size; k += kBlock) {
+    R sums[kSide][kSide] = {};
+    add_products(k, min(k + kBlock, size), left, right, sums);
+#pragma unroll
+    for (int i = 0; i < kSide * kSide; ++i) {
+      totals[i / kSide][i % kSide] += sums[i / kSide][i % kSide];
+    }
+  }
+}
+
 // --- one tile ------------------------------------------------------------------------------------------
 
 // The tile of a block: `examples` of member `member` from `first` on.
@@ -191,41 +256,56 @@ struct Tile {
   }
 
   __device__ void run_layer(int64_t l) const {
-    const EnsembleMLPParams& p = forward();
     const MLPLayer& layer = a.layers[l];
-    const bool last = l + 1 == p.num_layers;
     const int in = static_cast<int>(layer.in), out = static_cast<int>(layer.out);
     const int in_row = in | 1, out_row = out | 1;
     const T* bias = static_cast<const T*>(layer.bias);
     if (bias) bias += member * layer.bias_member_stride;
     const R* x = reads(l);
-    for (int i = threadIdx.x; i < examples * out; i += kThreads) {
-      const int b = i % examples, o = i / examples;
-      const T* w = weight(l) + o * layer.weight_row_stride;
-      R z = bias ? to_real(bias[o]) : R(0);
-      for (int k = 0; k < in; k += kBlock) {
-        R sum = 0;
-        for (int j = k; j < min(k + kBlock, in); ++j) {
-          sum = fma(to_real(w[j]), x[b * in_row + j], sum);
-        }
-        z += sum;
+    const Side of_examples(examples), of_outputs(out);
+    for_each_block(of_examples, of_outputs, [&](int bs, int os) {
+      int row[kSide];
+      const T* w[kSide];
+      R z[kSide][kSide];
+      for (int i = 0; i < kSide; ++i) {
+        row[i] = of_examples.at(bs, i) * in_row;
+        w[i] = weight(l) + of_outputs.at(os, i) * layer.weight_row_stride;
+        for (int j = 0; j < kSide; ++j) z[i][j] = bias ? to_real(bias[of_outputs.at(os, j)]) : R(0);
       }
-      if (last) {
-        gradient(l)[b * out_row + o] = z;
-        continue;
+      add_chains(
+          in, [&](int i, int k) { return x[row[i] + k]; },
+          [&](int j, int k) { return to_real(w[j][k]); }, z);
+      R* const to = gradient(l);
+      for_each_sum(z, [&](int i, int j, R sum) {
+        if (!of_examples.has(bs, i) || !of_outputs.has(os, j)) return;
+        to[of_examples.at(bs, i) * out_row + of_outputs.at(os, j)] = sum;
+      });
+      // Now read back one by one: the code that follows is long, and there are 16.
+      if (l + 1 == forward().num_layers) return;
+#pragma unroll 1
+      for (int i = 0; i < kSide * kSide; ++i) {
+        if (!of_examples.has(bs, i / kSide) || !of_outputs.has(os, i % kSide)) continue;
+        activate_output(l, of_examples.at(bs, i / kSide), of_outputs.at(os, i % kSide));
       }
-      R h = activate(p.activation, z), slope = activation_slope(p.activation, z, h);
-      if (p.dropout > 0) {
-        const uint64_t key = dropout_unit_key(dropout_layer_key(p.dropout_seeds[member], l), o);
-        const uint32_t hash = dropout_hash(static_cast<uint32_t>(first + b), key);
-        const bool kept = hash >= dropout_threshold(p.dropout);
-        const R scale = R(1 / (1 - p.dropout));
-        h = kept ? h * scale : R(0);
-        slope = kept ? slope * scale : R(0);
-      }
-      reads(l + 1)[b * out_row + o] = h;
-      gradient(l)[b * out_row + o] = slope;
+    });
+  }
+
+  // From the output in the place of its gradient to what the next layer reads, and the slope.
+  __device__ void activate_output(int64_t l, int b, int o) const {
+    const EnsembleMLPParams& p = forward();
+    const int row = static_cast<int>(a.layers[l].out) | 1;
+    const R z = gradient(l)[b * row + o];
+    R h = activate(p.activation, z), slope = activation_slope(p.activation, z, h);
+    if (p.dropout > 0) {
+      const uint64_t key = dropout_unit_key(dropout_layer_key(p.dropout_seeds[member], l), o);
+      const uint32_t hash = dropout_hash(static_cast<uint32_t>(first + b), key);
+      const bool kept = hash >= dropout_threshold(p.dropout);
+      const R scale = R(1 / (1 - p.dropout));
+      h = kept ? h * scale : R(0);
+      slope = kept ? slope * scale : R(0);
     }
+    reads(l + 1)[b * row + o] = h;
+    gradient(l)[b * row + o] = slope;
   }
 
   // Loss::none: the gradient of the output is given.
@@ -278,14 +358,21 @@ struct Tile {
     const auto add = [&](R* to, R sum) { *to = first_of_span ? sum : *to + sum; };
     if (a.places[l].weight >= 0) {
       R* to = sums + a.places[l].weight;
-      for (int i = threadIdx.x; i < out * in; i += kThreads) {
-        const int o = i / in, j = i % in;
-        R sum = 0;
-        for (int b = 0; b < examples; ++b) {
-          sum = fma(g[b * out_row + o], x[b * in_row + j], sum);
+      const Side of_inputs(in), of_outputs(out);
+      for_each_block(of_inputs, of_outputs, [&](int js, int os) {
+        int o[kSide], j[kSide];
+        for (int i = 0; i < kSide; ++i) {
+          o[i] = of_outputs.at(os, i);
+          j[i] = of_inputs.at(js, i);
         }
-        add(to + i, sum);
-      }
+        R total[kSide][kSide] = {};
+        add_products(
+            0, examples, [&](int i, int b) { return g[b * out_row + o[i]]; },
+            [&](int i, int b) { return x[b * in_row + j[i]]; }, total);
+        for_each_sum(total, [&](int i, int k, R sum) {
+          if (of_outputs.has(os, i) && of_inputs.has(js, k)) add(to + o[i] * in + j[k], sum);
+        });
+      });
     }
     if (a.places[l].bias >= 0) {
       R* to = sums + a.places[l].bias;
@@ -307,30 +394,35 @@ struct Tile {
     const R* g = gradient(l);
     const bool cuts = forward().activation == Activation::relu || forward().dropout > 0;
     R* input = static_cast<R*>(t.sum_grad_input ? a.member_inputs : t.grad_input);
-    for (int i = threadIdx.x; i < examples * in; i += kThreads) {
-      const int b = i / in, j = i % in;
-      R total = 0;
-      for (int k = 0; k < out; k += kBlock) {
-        R sum = 0;
-        for (int o = k; o < min(k + kBlock, out); ++o) {
-          sum = fma(to_real(w[o * layer.weight_row_stride + j]), g[b * out_row + o], sum);
+    const Side of_examples(examples), of_inputs(in);
+    for_each_block(of_inputs, of_examples, [&](int js, int bs) {
+      int row[kSide], j[kSide];
+      for (int i = 0; i < kSide; ++i) {
+        row[i] = of_examples.at(bs, i) * out_row;
+        j[i] = of_inputs.at(js, i);
+      }
+      R totals[kSide][kSide] = {};
+      add_chains(
+          out, [&](int i, int o) { return g[row[i] + o]; },
+          [&](int i, int o) { return to_real(w[o * layer.weight_row_stride + j[i]]); }, totals);
+      for_each_sum(totals, [&](int i, int k, R total) {
+        if (!of_examples.has(bs, i) || !of_inputs.has(js, k)) return;
+        const int b = of_examples.at(bs, i);
+        if (l > 0) {
+          // What a ReLU or dropout cut off is selected, not multiplied by 0.
+          R* below = gradient(l - 1) + b * in_row + j[k];
+          *below = cuts && *below == R(0) ? R(0) : *below * total;
+        } else {
+          input[(member * forward().batch + first + b) * in + j[k]] = total;
         }
-        total += sum;
-      }
-      if (l > 0) {
-        // What a ReLU or dropout cut off is selected, not multiplied by 0.
-        R* below = gradient(l - 1) + b * in_row + j;
-        *below = cuts && *below == R(0) ? R(0) : *below * total;
-      } else {
-        input[(member * forward().batch + first + b) * in + j] = total;
-      }
-    }
+      });
+    });
   }
 };
 
 // Blocks of a multiprocessor: by registers that hold everything.
 template <class T>
-__global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 2 : 4)
+__global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 2)
     training_kernel(const Arguments a) {
   using R = Real<T>;
   const EnsembleMLPTraining& t = a.training;
