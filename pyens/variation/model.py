@@ -95,9 +95,9 @@ class VariationModel(nn.Module):
         if isinstance(self.target, TabularEnsemble):
             features = self.target._features(*inputs)
         output, value, active = activation_strength(
-            features, *self._stack(), self.mean, self.std, activation=mlp.activation
+            features, *mlp._stack(), self.mean, self.std, activation=mlp.activation
         )
-        return output[0], self.head(value[0], active[0])
+        return output[0], self.head(value, active)
 
     def save(self, path: str | Path) -> None:
         """Writes the target model, the estimator and the statistics to one file, atomically."""
