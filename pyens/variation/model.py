@@ -91,11 +91,11 @@ class VariationModel(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """What the target takes -> its output `[B, O]`, and the estimated variation `[B]`; of an estimator
         that classifies the probabilities of the buckets, `[B, buckets]`."""
-        mlp = self._mlp
-        if isinstance(self.target, TabularEnsemble):
-            features = self.target._features(*inputs)
+        target = self.target
+        if isinstance(target, TabularEnsemble):
+            mlp, features = target.mlp, target._features(*inputs)
         elif len(inputs) == 1:
-            features = inputs[0]
+            mlp, features = target, inputs[0]
         else:
             raise TypeError(f"VariationModel: inputs: expected one tensor, as the target, got {len(inputs)}")
         output, value, active = activation_strength(
