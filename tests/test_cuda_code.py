@@ -21,10 +21,10 @@ ARCHITECTURES = ["sm_80", "sm_90"]
 
 # Kernels that may keep numbers in local memory, each with its reason. There are none.
 MAY_USE_LOCAL_MEMORY: dict[str, str] = {}
-# Kernels meant to use tensor cores (HMMA), and to load 16 bytes at once from memory. There are none yet: all
-# are plain multiply-adds on single elements. Who writes one adds it here.
+# Kernels meant to use tensor cores (HMMA), and to load 16 bytes at once from memory. Who writes one adds it
+# here.
 TENSOR_CORES: set[str] = set()
-LOADS_OF_16_BYTES: set[str] = set()
+LOADS_OF_16_BYTES = {"epilogue_kernel"}
 # Atomics in a block's shared memory. Those to global memory would make sums depend on the order of blocks.
 SHARED_ATOMICS = {"masked_weights_backward_kernel"}
 

@@ -148,8 +148,6 @@ const char* run_as(const EnsembleMLPParams& params, void* stream) {
 
   const int64_t limit = shared_limit();
   const int64_t bytes_per_example = 2 * a.row_reals * static_cast<int64_t>(sizeof(Real<T>));
-  if (bytes_per_example > limit) return "a layer is too wide for this GPU's shared memory";
-  if (a.layers[params.num_layers - 1].out > INT32_MAX / kMostExamples) return "too many outputs";
   // Two blocks to a multiprocessor where that leaves a tile of some size.
   const int64_t room = bytes_per_example * 8 > limit / 2 ? limit : limit / 2;
   a.tile = std::min<int64_t>({room / bytes_per_example, kMostExamples, params.batch});
@@ -164,9 +162,23 @@ const char* run_as(const EnsembleMLPParams& params, void* stream) {
 
 namespace ensemble_mlp_cuda {
 
+bool in_one_launch(const EnsembleMLPParams& params) {
+  if (params.num_layers > kMaxLayers) return false;
+  const auto element = static_cast<int64_t>(element_size(params.dtype));
+  const int64_t real = params.dtype == DType::float64 ? 8 : 4, limit = shared_limit();
+  int64_t weights = 0;  // and biases, of a member
+  for (int64_t l = 0; l < params.num_layers; ++l) {
+    const MLPLayer& layer = params.layers[l];
+    weights += (layer.in + 1) * layer.out;
+    // An example has to fit, too: twice what a layer reads.
+    if (weights * element > limit || 2 * (layer.in | 1) * real > limit) return false;
+  }
+  return true;
+}
+
 const char* run(const EnsembleMLPParams& params, void* stream) {
   if (params.batch == 0) return nullptr;
-  if (params.num_layers > kMaxLayers) return "more than 32 layers";
+  if (!in_one_launch(params)) return "layers too wide, or too many, for one launch";
   return by_dtype(params.dtype, [&](auto* of) {
     return run_as<std::remove_pointer_t<decltype(of)>>(params, stream);
   });
