@@ -1,9 +1,11 @@
 """A small call of every operation that has a CUDA kernel, forward and, where there is one, backward.
 
-`python -m tests.cuda_operations` runs all of them once on the GPU: for compute-sanitizer.
+`python -m tests.cuda_operations` runs all of them once on the GPU, or those of the dtypes that are named: for
+compute-sanitizer.
 """
 
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -116,8 +118,8 @@ def operations(
     }
 
 
-def main() -> None:
-    for dtype in DTYPES:
+def main(names: Sequence[str]) -> None:
+    for dtype in [getattr(torch, name) for name in names] or DTYPES:
         for name, run in operations(dtype, "cuda").items():
             run()
             torch.cuda.synchronize()
@@ -125,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
