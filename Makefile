@@ -66,11 +66,12 @@ test-cuda: build-cuda ## build for CUDA with $(PYTHON) and run what needs a GPU;
 	PYENS_REQUIRE_CUDA=1 $(PYTHON) -m pytest -m cuda $(ARGS)
 	$(PYTHON) -m pytest -rs tests/test_cuda_code.py
 	@if [ -z "$(SANITIZER)" ]; then echo "compute-sanitizer: not found, so not run"; fi
-	for tool in $(if $(SANITIZER),memcheck racecheck initcheck synccheck); do \
-		$(SANITIZER) --tool $$tool --error-exitcode 1 $(PYTHON) -m tests.cuda_operations; done
+	for run in $(if $(SANITIZER),memcheck: racecheck:float32 initcheck:float32 synccheck:float32); do \
+		$(SANITIZER) --tool $${run%%:*} --error-exitcode 1 $(PYTHON) -m tests.cuda_operations $${run#*:}; done
 
 bench-cuda: build-cuda ## build for CUDA with $(PYTHON) and run all benchmarks on the GPU
-	for name in $(BENCHMARKS); do $(PYTHON) -m benchmarks.$$name --device cuda $(ARGS) || failed=1; done; exit $${failed:-0}
+	for run in $(addsuffix :,$(BENCHMARKS)) ensemble_mlp:--precision=tf32 ensemble_mlp:--dtype=bfloat16; do \
+		$(PYTHON) -m benchmarks.$${run%%:*} --device cuda $${run#*:} $(ARGS) || failed=1; done; exit $${failed:-0}
 
 build-cuda:
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"torch {torch.__version__} of {sys.executable} finds no CUDA GPU here: there is nothing to run on")'

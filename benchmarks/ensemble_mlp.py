@@ -1,6 +1,8 @@
 """The forward pass of an ensemble of MLPs: the op, `EnsembleMLP` and `packed()` against their peers.
 
-Under torch.inference_mode, one input shared by all members. The targets are for float32 on two CPU threads.
+Under torch.inference_mode, one input shared by all members. On the CPU the targets are for float32 on two
+threads. On CUDA shapes and targets are others, and all but the module run out of a CUDA graph too; of small
+batches a graph holds many calls, and the time of each is held against an empty kernel's.
 """
 
 from __future__ import annotations
@@ -26,22 +28,70 @@ SHAPES = {  # name: ensemble size, batch size, features, targets
 }
 QUICK = {"tiny": (3, 17, (5, 7, 2), {})}
 
+WIDE = (784, 1200, 1200, 10)
+CUDA_SHAPES = {  # name: ensemble size, batch size, features
+    "paper-1": (100, 1, PAPER),
+    "paper-16": (100, 16, PAPER),
+    "paper-256": (100, 256, PAPER),
+    "paper-65536": (100, 65_536, PAPER),
+    "wide-1200": (10, 1024, WIDE),
+}
+# TF32 makes no difference to what a launch costs.
+LARGE = ("paper-65536", "wide-1200")
+GRAPH = f"{OP}, graph"
+COMPILED = ("baddbmm, compiled", "baddbmm transposed, compiled")
+GRAPHED = tuple(f"{name}, graph" for name in ("baddbmm", "baddbmm transposed", *COMPILED))
+
 
 def cases(options: harness.Options) -> list[harness.Case]:
     """The table of shapes, built when its turn comes."""
     with_targets = (options.device.type, options.dtype, options.threads) == ("cpu", torch.float32, 2)
+    on_cuda = options.device.type == "cuda" and not options.quick
+    shapes = QUICK if options.quick else SHAPES
+    if on_cuda:
+        shapes = {
+            name: (*shape, {})
+            for name, shape in CUDA_SHAPES.items()
+            if options.precision == "ieee" or name in LARGE
+        }
     made = []
-    for name, (ensemble_size, batch_size, features, targets) in (QUICK if options.quick else SHAPES).items():
+    for name, (ensemble_size, batch_size, features, targets) in shapes.items():
+        shape = (ensemble_size, batch_size, features)
+        goals = tuple(harness.Target(*t) for t in targets.items()) if with_targets else ()
         made.append(
             harness.Case(
                 name=name,
                 title=f"E {ensemble_size}, B {batch_size}, {'-'.join(map(str, features))}",
-                contestants=lambda shape=(ensemble_size, batch_size, features): contestants(*shape, options),
-                flops=mlp_flops(ensemble_size, batch_size, features),
-                targets=tuple(harness.Target(*t) for t in targets.items()) if with_targets else (),
+                contestants=lambda shape=shape: contestants(*shape, options),
+                flops=mlp_flops(*shape),
+                targets=cuda_targets(name, options) if on_cuda else goals,
             )
         )
     return made
+
+
+def cuda_targets(name: str, options: harness.Options) -> tuple[harness.Target, ...]:
+    """What is asked for on an H200."""
+    float32, bfloat16 = options.dtype == torch.float32, options.dtype == torch.bfloat16
+    if name == "paper-65536" and (float32 or bfloat16):
+        times = 3.0 if float32 and options.precision == "ieee" else 5.0
+        compiled = harness.Target(OP, times, COMPILED)
+        return (compiled, harness.Target(OP, 0.3, **padded_floor(name))) if bfloat16 else (compiled,)
+    if name in ("paper-1", "paper-16", "paper-256") and (float32 or bfloat16):
+        stacks = harness.Target(GRAPH, 4.0, GRAPHED)
+        node = harness.Target(GRAPH, 0.5, (harness.EMPTY_KERNEL,))
+        return (stacks, node) if name == "paper-1" else (stacks,)
+    if name == "wide-1200" and bfloat16:
+        return (harness.Target(OP, 1.0),)
+    return ()
+
+
+def padded_floor(name: str) -> dict[str, float]:
+    """Operations of tensor cores on 16-bit numbers, widths rounded up to 16, and bytes read and written."""
+    ensemble_size, batch_size, features = CUDA_SHAPES[name]
+    padded = [-(-width // 16) * 16 for width in features]
+    numbers = batch_size * (features[0] + ensemble_size * features[-1])
+    return dict(flops=mlp_flops(ensemble_size, batch_size, padded), bytes=2.0 * numbers)
 
 
 def contestants(
@@ -61,14 +111,22 @@ def contestants(
     def call(model: torch.nn.Module) -> harness.Run:
         return lambda: model(x)
 
+    op = harness.Contestant(OP, lambda: lambda: pyens.ops.ensemble_mlp(x, weights, biases), check, ours=True)
+    as_module = harness.Contestant(MODULE, lambda: call(module()), check, ours=True)
+    packed = harness.Contestant(PACKED, lambda: call(module().packed()), check, ours=True)
+    reference = harness.Contestant(
+        "reference", lambda: lambda: pyens.reference.ensemble_mlp(x, weights, biases), check
+    )
+    peers = mlp_peers(problem, expected, compile=options.compile)
+    if options.device.type != "cuda":
+        return [op, as_module, packed, reference, *peers]
+    calls = 10 if batch_size <= 256 else 1
     return [
-        harness.Contestant(OP, lambda: lambda: pyens.ops.ensemble_mlp(x, weights, biases), check, ours=True),
-        harness.Contestant(MODULE, lambda: call(module()), check, ours=True),
-        harness.Contestant(PACKED, lambda: call(module().packed()), check, ours=True),
-        harness.Contestant(
-            "reference", lambda: lambda: pyens.reference.ensemble_mlp(x, weights, biases), check
-        ),
-        *mlp_peers(problem, expected, compile=options.compile),
+        *harness.with_graphs([op], options, calls=calls),
+        as_module,  # packed() packs nothing on CUDA
+        reference,
+        *harness.with_graphs(peers, options, calls=calls),
+        *([harness.empty_kernel(calls)] if batch_size <= 256 else []),
     ]
 
 

@@ -477,8 +477,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for flag in ("--quick", "--markdown", "--no-compile"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--cases", default="")
+    parser.add_argument("--precision")
     flags = parser.parse_args(argv)
-    if flags.markdown or flags.cases:
+    if flags.markdown or flags.cases or flags.device != "cpu":  # masks are drawn on the CPU
         return status
     options = Options(
         device=torch.device(flags.device),

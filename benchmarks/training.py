@@ -3,7 +3,9 @@
 The first cases compute losses and gradients without an optimizer: `ensemble_mlp_loss`, and `ensemble_mlp`
 with a loss in torch behind it. A shared input gets no gradient, inputs per member do. The last case is a step
 with Adam on a table of MovieLens' size, and its peak memory; only in float32 and float64, for parameters in
-bfloat16 or float16 lose most of such a step to rounding. The targets are for float32 on two CPU threads.
+bfloat16 or float16 lose most of such a step to rounding. On the CPU the targets are for float32 on two
+threads. On CUDA there is one large batch of its own, out of CUDA graphs too, and of the step what needs no
+compiling.
 """
 
 from __future__ import annotations
@@ -37,6 +39,18 @@ SHAPES = {  # name: ensemble size, batch size, features, inputs per member, targ
     "deep-200": (5, 1024, (64, 200, 200, 200, 200, 64), False, 1.35),
     "own-inputs": (100, 1024, PAPER, True, 2.2),
 }
+CUDA_SHAPES = {"paper-8192": (100, 8192, PAPER, False, 4.0)}  # target against all that is compiled
+COMPILED = tuple(
+    f"{name}{ending}"
+    for name in (
+        "baddbmm, compiled",
+        "baddbmm, one graph",
+        "baddbmm transposed, compiled",
+        "baddbmm transposed, one graph",
+        "baddbmm joined, compiled",
+    )
+    for ending in ("", ", graph")
+)
 QUICK = {"tiny": (3, 17, (5, 7, 2), False, None), "tiny-own": (3, 17, (5, 7, 2), True, None)}
 
 MOVIELENS = Table(100, 1024, ((6040, 8), (3883, 8), (7, 3), (21, 5)), 19, (50, 20, 10), 1)
@@ -47,15 +61,20 @@ SPARE_BYTES = 100_000_000  # beyond parameters, gradients and optimizer state
 def cases(options: harness.Options) -> list[harness.Case]:
     """The table of shapes, and the step; built when their turn comes."""
     with_targets = (options.device.type, options.dtype, options.threads) == ("cpu", torch.float32, 2)
+    on_cuda = options.device.type == "cuda" and not options.quick
+    on_cuda_targets = on_cuda and options.dtype == torch.float32
+    against = COMPILED if on_cuda else ()
     made = []
-    for name, (e, b, features, own_inputs, target) in (QUICK if options.quick else SHAPES).items():
+    shapes = QUICK if options.quick else CUDA_SHAPES if on_cuda else SHAPES
+    for name, (e, b, features, own_inputs, target) in shapes.items():
+        with_target = target and (with_targets or on_cuda_targets)
         made.append(
             harness.Case(
                 name=name,
                 title=f"E {e}, B {b}, {'-'.join(map(str, features))}" + ", own inputs" * own_inputs,
                 contestants=lambda shape=(e, b, features, own_inputs): gradient_contestants(*shape, options),
                 flops=training_flops(e, b, features, own_inputs),
-                targets=(harness.Target(LOSS, target),) if with_targets and target else (),
+                targets=(harness.Target(LOSS, target, against),) if with_target else (),
                 grad=True,
             )
         )
@@ -94,12 +113,13 @@ def gradient_contestants(
         op = pyens.ops.ensemble_mlp
         return form(lambda input, weights, biases: mse(op(input, weights, biases), problem.target))
 
-    return [
+    found = [
         harness.Contestant(LOSS, lambda: backward(fused(pyens.ops.ensemble_mlp_loss)), check, ours=True),
         harness.Contestant(AUTOGRAD, lambda: backward(through_output()), check, ours=True),
         harness.Contestant("reference", lambda: backward(fused(pyens.reference.ensemble_mlp_loss)), check),
         *gradient_peers(problem, expected, compile=options.compile),
     ]
+    return harness.with_graphs(found, options, grad=True)
 
 
 def step_case(options: harness.Options, *, with_targets: bool) -> harness.Case:
@@ -149,7 +169,7 @@ def step_case(options: harness.Options, *, with_targets: bool) -> harness.Case:
 def steps(options: harness.Options) -> dict[str, Callable[[TableProblem], harness.Run]]:
     """What prepares a step of a problem, by the names of the contestants."""
     return {TABULAR: lambda problem: adam_step(tabular_ensemble(problem))} | table_peers(
-        compile=options.compile
+        compile=options.compile and options.device.type == "cpu"
     )
 
 

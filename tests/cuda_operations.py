@@ -1,9 +1,11 @@
 """A small call of every operation that has a CUDA kernel, forward and, where there is one, backward.
 
-`python -m tests.cuda_operations` runs all of them once on the GPU: for compute-sanitizer.
+`python -m tests.cuda_operations` runs all of them once on the GPU, or those of the dtypes that are named: for
+compute-sanitizer.
 """
 
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,12 +16,18 @@ from pyens.ops.ensemble_embedding import ensemble_embedding_concat
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 E, B, WIDTHS = 3, 70, (13, 17, 9, 4)
+WIDE = (13, 520, 400, 4)  # a member's weights are more than a block's shared memory in every dtype
 
 Operation = Callable[[], Sequence[Tensor]]
 
 
-def operations(dtype: torch.dtype, device: torch.device | str) -> dict[str, Operation]:
-    """By name, calls that return all that the operation computes from the same arguments each time."""
+def operations(
+    dtype: torch.dtype, device: torch.device | str, wrap: Callable[[Callable], Callable] = lambda call: call
+) -> dict[str, Operation]:
+    """By name, calls that return all that the operation computes from the same arguments each time.
+
+    `wrap`, `torch.compile` for example, is applied to each forward pass.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -39,11 +47,17 @@ def operations(dtype: torch.dtype, device: torch.device | str) -> dict[str, Oper
     numeric, maps = draw(B, 4), draw(B, 12, 5)
     masks = torch.rand(E, 12, generator=generator).gt(0.4).to(device)
     mlp = [x, *weights, *biases]
+    wide = [draw(E, o, i, scale=i**-0.5) for i, o in itertools.pairwise(WIDE)]
+    wide_biases = [draw(E, o, scale=0.3) for o in WIDE[1:]]
+    wide_mlp = [x, *wide, *wide_biases]
+    wide_units = torch.linspace(-0.5, 0.5, sum(WIDE[1:-1]), device=device, dtype=real)
 
     def with_gradients(function: Callable[..., Tensor], leaves: list[Tensor]) -> Operation:
+        forward = wrap(function)
+
         def run() -> Sequence[Tensor]:
             fresh = [leaf.detach().requires_grad_() for leaf in leaves]
-            result = function(*fresh)
+            result = forward(*fresh)
             return [result.detach(), *torch.autograd.grad(result.square().sum(), fresh)]
 
         return run
@@ -58,13 +72,34 @@ def operations(dtype: torch.dtype, device: torch.device | str) -> dict[str, Oper
     def dropped(x: Tensor, w: list[Tensor], b: list[Tensor]) -> Tensor:
         return ops.ensemble_mlp(x, w, b, dropout=0.3, dropout_seeds=seeds)
 
+    def smooth(x: Tensor, w: list[Tensor], b: list[Tensor]) -> Tensor:  # no ReLU to flip
+        return ops.ensemble_mlp(x, w, b, activation="gelu")
+
+    def smooth_dropped(x: Tensor, w: list[Tensor], b: list[Tensor]) -> Tensor:
+        return ops.ensemble_mlp(x, w, b, activation="gelu", dropout=0.3, dropout_seeds=seeds)
+
+    def smooth_loss(x: Tensor, w: list[Tensor], b: list[Tensor]) -> Tensor:
+        return ops.ensemble_mlp_loss(x, labels, w, b, loss="cross_entropy", activation="gelu")
+
+    def wide_strength(pack: bool) -> Operation:
+        return wrap(
+            lambda: ops.activation_strength(
+                x, wide, wide_biases, wide_units, wide_units + 1, activation="gelu", pack=pack
+            )
+        )
+
     return {
         "ensemble_mlp": with_gradients(of_mlp(ops.ensemble_mlp), mlp),
+        "ensemble_mlp, wide": with_gradients(of_mlp(smooth), wide_mlp),
+        "ensemble_mlp, wide, dropout": with_gradients(of_mlp(smooth_dropped), wide_mlp),
+        "ensemble_mlp_loss, wide": with_gradients(of_mlp(smooth_loss), wide_mlp),
+        "activation_strength, wide": wide_strength(False),
+        "activation_strength, wide, packed": wide_strength(True),
         "ensemble_mlp, dropout": with_gradients(of_mlp(dropped), mlp),
         "ensemble_mlp_loss": with_gradients(of_mlp(loss), mlp),
-        "activation_strength": lambda: ops.activation_strength(x, weights, biases, mean, std),
-        "activation_strength, packed": lambda: ops.activation_strength(
-            x, weights, biases, mean, std, pack=True
+        "activation_strength": wrap(lambda: ops.activation_strength(x, weights, biases, mean, std)),
+        "activation_strength, packed": wrap(
+            lambda: ops.activation_strength(x, weights, biases, mean, std, pack=True)
         ),
         "ensemble_embedding": with_gradients(
             lambda a, b, c: ensemble_embedding_concat(index, [a, b], c), [*tables, numeric]
@@ -78,13 +113,13 @@ def operations(dtype: torch.dtype, device: torch.device | str) -> dict[str, Oper
             [x, draw(12, WIDTHS[0]), draw(4, 12)],
         ),
         "decorrelation_loss": with_gradients(lambda z: ops.decorrelation_loss(z, kind="residue"), [outputs]),
-        "predictive_uncertainty": lambda: ops.predictive_uncertainty(outputs),
-        "predictive_moments": lambda: ops.predictive_moments(outputs, variances=outputs.square()),
+        "predictive_uncertainty": wrap(lambda: ops.predictive_uncertainty(outputs)),
+        "predictive_moments": wrap(lambda: ops.predictive_moments(outputs, variances=outputs.square())),
     }
 
 
-def main() -> None:
-    for dtype in DTYPES:
+def main(names: Sequence[str]) -> None:
+    for dtype in [getattr(torch, name) for name in names] or DTYPES:
         for name, run in operations(dtype, "cuda").items():
             run()
             torch.cuda.synchronize()
@@ -92,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -80,7 +80,7 @@ def test_quartiles():
 def test_speedup_without_anything_to_compare_is_none():
     assert result().speedup("broken") is None
     assert result().speedup("ours", ("broken",)) is None
-    assert "MISSED, not measured" in harness.verdict(result(), Target("ours", 1.0, ("broken",)))
+    assert "MISSED, not measured" in harness.verdict(result(), Target("ours", 1.0, ("broken",)), PEAKS)
 
 
 def test_rate_is_useful_work_per_second():
@@ -114,11 +114,13 @@ def test_memory_is_shown_and_held_against_its_limit():
     text = harness.table(result(timings=timings, memory_limit=300_000_000), PEAKS)
     assert "ours takes at most 300 MB: met, 250 MB" in text
     assert [line.split()[-2:] for line in text.splitlines()[2:4]] == [["250", "MB"], ["90", "MB"]]
-    assert harness.verdicts(result(timings=timings, memory_limit=200_000_000)) == [
+    assert harness.verdicts(result(timings=timings, memory_limit=200_000_000), PEAKS) == [
         "ours takes at most 200 MB: MISSED, 250 MB"
     ]
-    assert harness.verdicts(result(memory_limit=1)) == ["ours takes at most 0 MB: MISSED, not measured"]
-    assert "memory" not in harness.table(result(), PEAKS) and not harness.verdicts(result())
+    assert harness.verdicts(result(memory_limit=1), PEAKS) == [
+        "ours takes at most 0 MB: MISSED, not measured"
+    ]
+    assert "memory" not in harness.table(result(), PEAKS) and not harness.verdicts(result(), PEAKS)
 
 
 # --- measuring
@@ -390,7 +392,7 @@ def test_training_cases_are_the_promised_ones():
     loops, compiled = (target.against for target in step.targets)
     assert loops == ("loop", "loop, an Adam each") and len(compiled) == 4
     assert set(loops + compiled) < set(table_peers.table_peers(compile=True))
-    for other in (dict(dtype=torch.float64), dict(threads=1), dict(device=torch.device("cuda"))):
+    for other in (dict(dtype=torch.float64), dict(threads=1)):
         others = training.cases(options(quick=False, **other))
         assert len(others) == len(full) and not any(case.targets or case.memory_limit for case in others)
     low = training.cases(options(quick=False, dtype=torch.bfloat16))
@@ -424,7 +426,7 @@ def test_quick_training_run(tmp_path, capsys):
 def test_cases_are_the_promised_ones():
     full = ensemble_mlp.cases(options(quick=False))
     assert len(full) == 8 and all(case.targets for case in full)
-    for other in (dict(dtype=torch.bfloat16), dict(threads=1), dict(device=torch.device("cuda"))):
+    for other in (dict(dtype=torch.bfloat16), dict(threads=1)):
         assert not any(case.targets for case in ensemble_mlp.cases(options(quick=False, **other)))
     assert [c.name for c in harness.select(full, "wide,paper-64")] == [
         "paper-64",
@@ -572,6 +574,8 @@ def test_measuring_on_cuda(tmp_path):
         (["--threads", "0"], "expected at least 1, got 0"),
         (["--dtype", "int8"], "invalid choice"),
         (["--markdown"], "there is no result"),
+        (["--precision", "tf32"], "is for --device cuda and --dtype float32"),
+        (["--precision", "tf32", "--device", "cuda", "--dtype", "bfloat16"], "is for --device cuda"),
     ],
 )
 def test_bad_flags_end_in_a_clear_error(tmp_path, capsys, arguments, message):

@@ -23,7 +23,7 @@ ARCHITECTURES = ["sm_80", "sm_90"]
 MAY_USE_LOCAL_MEMORY: dict[str, str] = {}
 # Kernels meant to use tensor cores (HMMA), and to load 16 bytes at once from memory and from shared memory.
 TENSOR_CORES = {"ensemble_mlp_mma_kernel", "mma_peak_kernel"}
-LOADS_OF_16_BYTES = {"ensemble_mlp_fma_kernel"}
+LOADS_OF_16_BYTES = {"ensemble_mlp_fma_kernel", "epilogue_kernel"}
 SHARED_LOADS_OF_16_BYTES = {"ensemble_mlp_mma_kernel", "ensemble_mlp_fma_kernel"}
 # Atomics in a block's shared memory. Those to global memory would make sums depend on the order of blocks.
 SHARED_ATOMICS = {"masked_weights_backward_kernel"}

@@ -222,6 +222,15 @@ def test_the_same_bits_for_any_number_of_threads_and_any_seed_its_own():
     assert not np.array_equal(first, VariationEstimator(**SMALL, seed=1).fit(strength, pv).predict(strength))
 
 
+def test_bfloat16_counts_as_the_float32_it_is():
+    strength, pv = made_up(100)
+    table, pv = strength_features(strength).bfloat16(), pv.bfloat16()
+    low = VariationEstimator(**SMALL).fit(table, pv)
+    same = VariationEstimator(**SMALL).fit(table.float(), pv.float())
+    np.testing.assert_array_equal(low.predict(table), same.predict(table.float()))
+    assert low.score(table, pv) == same.score(table.float(), pv.float())
+
+
 def test_it_is_pickled():
     strength, pv = made_up(100)
     estimator = VariationEstimator(**SMALL).fit(strength, pv)
@@ -257,8 +266,12 @@ def test_what_is_refused():
         VariationEstimator(task="rank").fit(strength, pv)
     with pytest.raises(ValueError, match=r"features: expected one of binary, value, both, got 'bits'"):
         VariationEstimator(features="bits").fit(strength, pv)
-    with pytest.raises(ValueError, match=r"buckets: expected 2 or more, got 1"):
-        VariationEstimator(task="classification", buckets=1).fit(strength, pv)
+    for buckets in (1, 0, 2.5):
+        for task in ("regression", "classification"):
+            with pytest.raises(ValueError, match=rf"buckets: expected an integer from 2, got {buckets}"):
+                VariationEstimator(task=task, buckets=buckets).fit(strength, pv)
+    with pytest.raises(TypeError, match=r"VariationEstimator: seed: expected an integer, got None"):
+        VariationEstimator(seed=None).fit(strength, pv)
     with pytest.raises(
         ValueError, match=r"X: expected values and as many active for features='value', got 25"
     ):
@@ -273,6 +286,17 @@ def test_a_fitted_one_answers_only_to_what_it_was_fitted_with():
     estimator.set_params(features="both")
     with pytest.raises(ValueError, match=r"features: expected 'value' as it was fitted with, got 'both'"):
         estimator.predict(strength)
+
+
+@pytest.mark.parametrize("task", ["regression", "classification"])
+def test_no_score_for_what_is_no_variation(task):
+    strength, pv = made_up(60)
+    estimator = VariationEstimator(task=task, **SMALL).fit(strength, pv)
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="Input y contains"):
+            estimator.score(strength, torch.where(torch.arange(60) == 7, bad, pv))
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        estimator.score(strength, pv[:-1])
 
 
 def test_what_does_not_fit_together():

@@ -143,6 +143,9 @@ def test_what_is_refused(tmp_path):
         VariationModel(target, VariationEstimator(), mean, std)
     with pytest.raises(TypeError, match=r"estimator: expected a VariationEstimator, got Linear"):
         VariationModel(target, torch.nn.Linear(3, 1), mean, std)
+    for inputs in ((), (torch.zeros(2, 6), torch.zeros(2, 6))):
+        with pytest.raises(TypeError, match=rf"inputs: expected one tensor, .* got {len(inputs)}"):
+            model(*inputs)
     other = pyens.EnsembleMLP(1, 6, [9, 6], 2)
     with pytest.raises(
         ValueError, match=r"fitted on the 15 hidden units of target, 30 columns, got one of 28"

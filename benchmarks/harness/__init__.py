@@ -17,12 +17,14 @@ from __future__ import annotations
 
 from benchmarks.harness.cases import TOLERANCE, Case, Contestant, Options, Run, Target, agrees_with
 from benchmarks.harness.command import main, select
+from benchmarks.harness.graphs import EMPTY_KERNEL, empty_kernel, graphed, with_graphs
 from benchmarks.harness.measuring import machine_info, measure_peaks, peak_memory, run_interleaved
 from benchmarks.harness.pictures import plot
 from benchmarks.harness.results import RESULTS, Peaks, Report, Result, Timing, replacing
 from benchmarks.harness.tables import losses, markdown, table, unsteady, verdict, verdicts
 
 __all__ = [
+    "EMPTY_KERNEL",
     "RESULTS",
     "TOLERANCE",
     "Case",
@@ -35,6 +37,8 @@ __all__ = [
     "Target",
     "Timing",
     "agrees_with",
+    "empty_kernel",
+    "graphed",
     "losses",
     "machine_info",
     "main",
@@ -49,4 +53,5 @@ __all__ = [
     "unsteady",
     "verdict",
     "verdicts",
+    "with_graphs",
 ]

@@ -22,6 +22,7 @@ class Options:
     seed: int
     quick: bool  # a smoke test: one tiny case
     compile: bool  # also the torch.compile'd contestants
+    precision: str = "ieee"  # of float32 products on CUDA: ieee, or tf32
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class Contestant:
     """One way to do the work of a case.
 
     `setup` prepares everything that a user would prepare once, and returns the call that is timed. `check`
-    gets what that call returned and raises if it is wrong. Everyone who is not `ours` is a peer. `memory`
-    measures the bytes that the work takes at its peak: see `peak_memory`.
+    gets what that call returned and raises if it is wrong. Everyone who is neither `ours` nor a `yardstick`
+    is a peer. `calls` says how often one call does the work. `memory` measures the bytes that the work takes
+    at its peak: see `peak_memory`.
     """
 
     name: str
@@ -38,15 +40,23 @@ class Contestant:
     check: Callable[[Any], None]
     ours: bool = False
     memory: Callable[[], int | None] | None = None
+    yardstick: bool = False  # does other work, and is there to be compared with
+    calls: int = 1
 
 
 @dataclass(frozen=True)
 class Target:
-    """`ours` should be `ratio` times as fast as the best, in each round, of the peers in `against`."""
+    """`ours` should be `ratio` times as fast as the best, in each round, of the peers in `against`.
+
+    With `flops` or `bytes`, as fast as the machine could be: at its peak in so many operations, or in copying
+    so many bytes, whichever takes longer.
+    """
 
     ours: str
     ratio: float
     against: tuple[str, ...] = ()  # empty: all peers
+    flops: float = 0.0
+    bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,12 @@ class Case:
 
 # Largest error allowed, in units of the expected output's root mean square. A wrong result is off by about 1.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """`TOLERANCE`; with TF32 allowed, whose products keep as many bits as float16, float32 has float16's."""
+    rounded = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return TOLERANCE[torch.float16 if rounded else dtype]
 
 
 def agrees_with(
@@ -100,7 +116,7 @@ def agrees_with(
                 continue
             errors = (out.to(want.dtype) - want).abs() / scale
             error = (errors.amax() if rms is None else errors.square().mean().sqrt()).item()
-            if not error <= (TOLERANCE[dtype] if rms is None else rms):  # also catches NaN
+            if not error <= (tolerance(dtype) if rms is None else rms):  # also catches NaN
                 kind = "largest" if rms is None else "rms"
                 raise ValueError(f"{kind} error is {error:.2g} rms of the expected output")
 

@@ -14,6 +14,9 @@ from benchmarks.harness.pictures import plot
 from benchmarks.harness.results import RESULTS, Report
 from benchmarks.harness.tables import markdown, table
 
+# GPUs are steadier, and time on them is dear.
+ROUNDS = {"cpu": 20, "cuda": 10}
+
 
 def main(
     benchmark: str,
@@ -29,9 +32,15 @@ def main(
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=[dtype_name(d) for d in TOLERANCE], default="float32")
+    parser.add_argument(
+        "--precision",
+        choices=["ieee", "tf32"],
+        default="ieee",
+        help="of float32 matrix products on CUDA, for all contestants: torch's own setting",
+    )
     parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--cases", default="", help="names or beginnings of names, with commas; default: all")
-    parser.add_argument("--rounds", type=_positive, help="default: 20")
+    parser.add_argument("--rounds", type=_positive, help=f"default: {ROUNDS}")
     parser.add_argument("--seed", type=int, default=0, help="of the data and of the order in each round")
     parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile must make")
     parser.add_argument("--quick", action="store_true", help="smoke test: a tiny case, no compilation")
@@ -40,7 +49,10 @@ def main(
     arguments = parser.parse_args(argv)
 
     part = "-quick" if arguments.quick else "-part" if arguments.cases or arguments.no_compile else ""
-    stem = f"{benchmark}-{arguments.device}-{arguments.dtype}{part}"
+    if arguments.precision == "tf32" and (arguments.device, arguments.dtype) != ("cuda", "float32"):
+        parser.error("--precision tf32: is for --device cuda and --dtype float32")
+    number = arguments.dtype if arguments.precision == "ieee" else arguments.precision
+    stem = f"{benchmark}-{arguments.device}-{number}{part}"
     saved = arguments.output / f"{stem}.json"
     if arguments.markdown:
         if not saved.exists():
@@ -54,11 +66,13 @@ def main(
         device=torch.device(arguments.device),
         dtype=getattr(torch, arguments.dtype),
         threads=arguments.threads,
-        rounds=arguments.rounds or (2 if arguments.quick else 20),
+        rounds=arguments.rounds or (2 if arguments.quick else ROUNDS[arguments.device]),
         seed=arguments.seed,
         quick=arguments.quick,
         compile=not (arguments.no_compile or arguments.quick),
+        precision=arguments.precision,
     )
+    torch.backends.cuda.matmul.allow_tf32 = options.precision == "tf32"  # for ours and for the peers
     available = cases(options)
     try:
         selected = select(available, arguments.cases)

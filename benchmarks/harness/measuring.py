@@ -34,8 +34,8 @@ def run_interleaved(case: Case, options: Options, *, block_seconds: float = 0.02
     contestants = case.contestants()
     if len({c.name for c in contestants}) != len(contestants):
         raise ValueError(f"case {case.name}: two contestants have the same name")
-    timings = [Timing(c.name, c.ours) for c in contestants]
-    runners: list[tuple[Timing, Timer, int]] = []
+    timings = [Timing(c.name, c.ours, yardstick=c.yardstick) for c in contestants]
+    runners: list[tuple[Timing, Timer, int, int]] = []
 
     with tqdm(
         total=(1 + options.rounds) * len(contestants), desc=case.name, leave=False, disable=None
@@ -49,7 +49,7 @@ def run_interleaved(case: Case, options: Options, *, block_seconds: float = 0.02
                     timer = Timer("run()", globals={"run": run}, num_threads=options.threads)
                     calls = _calls_per_block(timer, block_seconds)
                 timing.memory = contestant.memory() if contestant.memory else None
-                runners.append((timing, timer, calls))
+                runners.append((timing, timer, calls, contestant.calls))
             except Exception as error:  # a peer may fail in any way; ours too, and then it must be seen
                 reason = (str(error).strip().splitlines() or [""])[0]
                 timing.excluded = f"{type(error).__name__}: {reason}"
@@ -58,9 +58,10 @@ def run_interleaved(case: Case, options: Options, *, block_seconds: float = 0.02
             bar.update()
         with torch.inference_mode(not case.grad):
             for _ in range(options.rounds):
-                for timing, timer, calls in shuffle.sample(runners, len(runners)):
+                # The Timer waits for the GPU before and after each block.
+                for timing, timer, calls, work in shuffle.sample(runners, len(runners)):
                     bar.set_postfix_str(timing.name)
-                    timing.seconds.append(timer.timeit(calls).mean)
+                    timing.seconds.append(timer.timeit(calls).mean / work)
                     bar.update()
 
     return Result(
@@ -117,15 +118,25 @@ def measure_peaks(options: Options) -> Peaks:
 
     CPU: fused multiply-adds between registers, in float32 and on every thread; float64 has half the lanes.
     For bfloat16 and float16 the float32 peak stands: that is what their kernels accumulate in.
-    CUDA: a large matrix product in this dtype, since no shape reaches the data sheet's number.
+    CUDA: see `_cuda_peak`.
     """
     if options.device.type == "cuda":
-        gflops, kind = _matmul_peak(options), f"{dtype_name(options.dtype)} matrix product"
+        gflops, kind = _cuda_peak(options)
     else:
         gflops, kind = _fma_peak(options), "float32 FMA"
         if options.dtype == torch.float64:
             gflops, kind = gflops / 2, "float64 FMA"
     return Peaks(gflops, kind, _copy_gbs(options))
+
+
+def _cuda_peak(options: Options) -> tuple[float, str]:
+    """GF/s of the GPU's arithmetic in this dtype and precision, and how it was measured.
+
+    A large matrix product of the library's stands for it, since no shape reaches the data sheet's number. A
+    loop of our own over `mma.sync` between registers, which bounds what our kernels can do, belongs here.
+    """
+    name = "TF32" if options.precision == "tf32" else dtype_name(options.dtype)
+    return _matmul_peak(options), f"{name} matrix product"
 
 
 def _fma_peak(options: Options) -> float:
@@ -165,6 +176,7 @@ def machine_info(options: Options) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": options.threads,
         "gpu": torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else None,
+        "float32_products": options.precision if options.device.type == "cuda" else None,
         "driver": _driver() if options.device.type == "cuda" else None,
         "torch": torch.__version__,
         "python": platform.python_version(),

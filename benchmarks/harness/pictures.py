@@ -29,10 +29,10 @@ def plot(report: Report, path: Path) -> None:
     units = list(dict.fromkeys(r.rate(1.0)[1] for r in results))
     peaks = [r.peak(report.peaks) for r in results]
     mixed = len(units) > 1 and all(peaks)
-    width = 0.86 / max(1, *(len(r.timed()) for r in results))
+    width = 0.86 / max(1, *(len(r.timed(ours=True) + r.timed(ours=False)) for r in results))
     for i, (result, peak) in enumerate(zip(results, peaks, strict=True)):
         scale = peak if mixed else 1.0
-        timed = sorted(result.timed(), key=lambda t: names.index(t.name))
+        timed = sorted(result.timed(ours=True) + result.timed(ours=False), key=lambda t: names.index(t.name))
         for j, t in enumerate(timed):
             x = i + (j - (len(timed) - 1) / 2) * width
             bars.bar(x, result.rate(t.median)[0] / scale, width, color=colors[t.name])
@@ -43,7 +43,7 @@ def plot(report: Report, path: Path) -> None:
             if (speedup := result.speedup(name)) is not None:
                 ratios.plot(x, speedup, "o", color=colors[name], markersize=9, zorder=3)
             for target in result.targets:
-                if target.ours == name and not target.against:
+                if target.ours == name and not (target.against or target.flops or target.bytes):
                     ratios.hlines(target.ratio, x - 0.09, x + 0.09, color="black", linewidth=2)
 
     for name in names:

@@ -26,6 +26,7 @@ class Timing:
     seconds: list[float] = field(default_factory=list)
     excluded: str | None = None
     memory: int | None = None  # bytes
+    yardstick: bool = False
 
     @property
     def median(self) -> float:
@@ -52,7 +53,12 @@ class Result:
     memory_limit: int = 0
 
     def timed(self, *, ours: bool | None = None) -> list[Timing]:
-        return [t for t in self.timings if not t.excluded and ours in (None, t.ours)]
+        """Ours, the peers, or all of them and the yardsticks."""
+        return [
+            t
+            for t in self.timings
+            if not t.excluded and (ours is None or (t.ours == ours and not t.yardstick))
+        ]
 
     def best_peer(self) -> Timing | None:
         return min(self.timed(ours=False), key=lambda t: t.median, default=None)
@@ -60,11 +66,17 @@ class Result:
     def speedup(self, name: str, against: Sequence[str] = ()) -> float | None:
         """Median over rounds of (best peer's time / this one's time); None if there is nothing to compare."""
         mine = next((t for t in self.timed() if t.name == name), None)
-        peers = [t for t in self.timed(ours=False) if not against or t.name in against]
+        peers = [t for t in self.timed() if t.name in against] if against else self.timed(ours=False)
         if mine is None or not peers:
             return None
         best = [min(round_) for round_ in zip(*(t.seconds for t in peers), strict=True)]
         return statistics.median(b / m for b, m in zip(best, mine.seconds, strict=True))
+
+    def share_of_floor(self, target: Target, peaks: Peaks) -> float | None:
+        """How near `target.ours` comes to the speed that the peaks allow; None if it was not timed."""
+        mine = next((t for t in self.timed() if t.name == target.ours), None)
+        floor = max(target.flops / peaks.gflops, target.bytes / peaks.copy_gbs) / 1e9
+        return floor / mine.median if mine else None
 
     def rate(self, seconds: float) -> tuple[float, str]:
         """Useful work per second, and its unit."""
@@ -83,7 +95,7 @@ class Peaks:
 
     gflops: float
     kind: str  # how `gflops` was measured
-    copy_gbs: float  # bytes read plus bytes written
+    copy_gbs: float  # bytes read plus bytes written; on CUDA within the GPU's memory
 
     def or_better(self, other: Peaks) -> Peaks:
         """The higher of both: a busy machine measures too low, and nothing measures too high."""

@@ -11,12 +11,12 @@ def table(result: Result, peaks: Peaks) -> str:
     peak = result.peak(peaks)
     memory = "memory" if any(t.memory is not None for t in result.timings) else ""
     rows = [("", "median", "quartiles", "rate", "of peak" if peak else "", "vs best peer", memory)]
-    for t in sorted(result.timed(), key=lambda t: (not t.ours, t.median)):
+    for t in sorted(result.timed(), key=lambda t: (not t.ours, t.yardstick, t.median)):
         rate, unit = result.rate(t.median)
         speedup = result.speedup(t.name)
         rows.append(
             (
-                ("* " if t.ours else "  ") + t.name,
+                ("* " if t.ours else "- " if t.yardstick else "  ") + t.name,
                 _time(t.median),
                 " – ".join(_time(q) for q in t.quartiles),
                 f"{rate:.4g} {unit}",
@@ -37,13 +37,19 @@ def table(result: Result, peaks: Peaks) -> str:
             f"  UNSTEADY: {len(spread)} of {len(result.timed())} contestants, worst {worst}: "
             f"quartiles {spread[worst]:.0%} of the median apart; is the machine busy?"
         )
-    lines += [f"  target: {text}" for text in verdicts(result)]
+    lines += [f"  target: {text}" for text in verdicts(result, peaks)]
     lines += [f"  SLOWER: {loss}" for loss in losses(result)]
     return "\n".join(lines)
 
 
-def verdict(result: Result, target: Target) -> str:
+def verdict(result: Result, target: Target, peaks: Peaks) -> str:
     """A target and what came of it, in words."""
+    if target.flops or target.bytes:
+        goal = f"{target.ours} at least {target.ratio:.0%} of what the peaks allow"
+        share = result.share_of_floor(target, peaks)
+        if share is None:
+            return f"{goal}: MISSED, not measured"
+        return f"{goal}: {'met' if share >= target.ratio else 'MISSED'}, {share:.0%}"
     goal = f"{target.ours} at least {target.ratio:g}× {' or '.join(target.against) or 'the best peer'}"
     speedup = result.speedup(target.ours, target.against)
     if speedup is None:
@@ -51,9 +57,9 @@ def verdict(result: Result, target: Target) -> str:
     return f"{goal}: {'met' if speedup >= target.ratio else 'MISSED'}, {speedup:.2f}×"
 
 
-def verdicts(result: Result) -> list[str]:
+def verdicts(result: Result, peaks: Peaks) -> list[str]:
     """All targets and what came of them, those of memory too."""
-    found = [verdict(result, target) for target in result.targets]
+    found = [verdict(result, target, peaks) for target in result.targets]
     for t in result.timings if result.memory_limit else []:
         if t.ours:
             goal = f"{t.name} takes at most {_megabytes(result.memory_limit)}"
@@ -101,13 +107,14 @@ def markdown(report: Report) -> str:
             speedup = result.speedup(name)
             ratio = "" if speedup is None else f"**{speedup:.2f}×** "
             cells.append(f"{ratio}{_time(timed[name].median)} ({rate:.3g} {unit}{of_peak})")
-        cells.append("; ".join(verdicts(result)) or "none")
+        cells.append("; ".join(verdicts(result, report.peaks)) or "none")
         lines.append("| " + " | ".join(cells) + " |")
     machine, peaks = report.machine, report.peaks
+    tf32 = " (TF32)" if machine.get("float32_products") == "tf32" else ""
     commit = (machine["commit"] or "no commit")[:10] + (" with changes" if machine["dirty"] else "")
     lines += [
         "",
-        f"{report.dtype} on {machine['gpu'] or machine['cpu']}, {machine['threads']} threads, "
+        f"{report.dtype}{tf32} on {machine['gpu'] or machine['cpu']}, {machine['threads']} threads, "
         f"{peaks.kind} peak {peaks.gflops:.0f} GF/s, copy {peaks.copy_gbs:.0f} GB/s, "
         f"torch {machine['torch']}, commit {commit}, {machine['date'][:10]}. "
         f"Median of {report.method['rounds']} interleaved rounds; percentages are of the measured peak.",

@@ -80,9 +80,15 @@ class Task:
         if self.loss == "cross_entropy":
             result = ops.predictive_uncertainty(outputs / self.temperature)
             return result.mean_probability, result.distribution_pv
-        values = outputs.squeeze(-1)
-        moments = ops.predictive_moments(values.sigmoid() if self.loss == "bce" else values)
+        moments = ops.predictive_moments(self.predictions(outputs))
         return moments.mean, moments.std
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """What each member says: a value or probability [E, B], or probabilities of all classes [E, B, K]."""
+        if self.loss == "cross_entropy":
+            return (outputs / self.temperature).softmax(-1)
+        values = outputs.squeeze(-1)
+        return values.sigmoid() if self.loss == "bce" else values
 
     def measures(self, mean: Tensor, pv: Tensor, target: Tensor) -> dict[str, float]:
         """A row of the document's Table 1: how good the ensemble is, and how much its members vary."""

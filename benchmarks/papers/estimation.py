@@ -57,19 +57,15 @@ class Estimation:
         units = {setting: self.study.unit(self.task, setting) for setting in settings}
         return {setting: Source(unit.member, unit.pv) for setting, unit in units.items()}
 
-    def models(
-        self, kind: str, sources: Mapping[str, Source], **params: Any
-    ) -> tuple[dict[str, VariationModel], dict[str, int]]:
+    def models(self, kind: str, sources: Mapping[str, Source], **params: Any) -> dict[str, VariationModel]:
         """Target model and estimator of each source, read if they are there; all others are trained at once.
 
-        Also the number of epochs of those that were trained now. `kind` tells apart, in the names of the
-        files, estimators of different `params`.
+        `kind` tells apart, in the names of the files, estimators of different `params`.
         """
         params = {**self.params, **params}
         stem = f"{self.task.name}-{{}}-{self.study.members}-{kind}.pt"
         paths = {name: self.study.work / stem.format(name) for name in sources}
         missing = [name for name, path in paths.items() if not path.exists()]
-        epochs = {}
         if missing:
             print(f"{self.task.title}: estimators ({kind}) of {', '.join(missing)}", flush=True)
             first, _ = self.halves
@@ -82,7 +78,6 @@ class Estimation:
             )
             for name, estimator in zip(missing, estimators, strict=True):
                 VariationModel(targets[name], estimator, *statistics[name]).save(paths[name])
-                epochs[name] = len(estimator.history_.train_loss)
         models = {name: VariationModel.load(path) for name, path in paths.items()}
         for name, model in models.items():
             expected = VariationEstimator(**params, progress=True).get_params()
@@ -91,7 +86,7 @@ class Estimation:
             )
             if not same or model.head.params != expected:
                 raise ValueError(f"{paths[name]} was made of another model or with other parameters: move it")
-        return models, epochs
+        return models
 
     def target(self, source: Source) -> TabularEnsemble:
         model = self.task.model(1, self.study.table)
@@ -168,12 +163,7 @@ class Estimation:
         model.eval()
         parts = []
         for block in tqdm(self.study.table.test[:rows].split(CHUNK), leave=False, disable=None):
-            outputs = model(*self._inputs(block))
-            if self.task.loss == "cross_entropy":
-                parts.append((outputs / self.task.temperature).softmax(-1))
-            else:
-                values = outputs.squeeze(-1)
-                parts.append(values.sigmoid() if self.task.loss == "bce" else values)
+            parts.append(self.task.predictions(model(*self._inputs(block))))
         return torch.cat(parts, 1)
 
     def _inputs(self, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,15 @@ struct EnsembleMLPParams {
   const ActivationStrengthParams* strength;  // written too, without dropout; or nullptr
 };
 
+// What is left of one layer after its matrix products: bias, activation, dropout, strength.
+struct EnsembleMLPEpilogue {
+  int64_t layer;
+  int64_t first_row, rows;  // of the batch
+  const void* z;            // Real [E, rows, out], contiguous: inputs times weights
+  void* h;                  // elements [E, rows, out]; may be z where they are Real
+  int64_t h_member_stride;  // its rows lie one after the other
+};
+
 // What is differentiated: a loss of the output, or the output itself against a given gradient.
 enum class Loss : int { none, mse, bce, gaussian_nll, cross_entropy };
 
@@ -106,7 +115,13 @@ void finish_training(const EnsembleMLPTraining& training, int64_t begin, int64_t
 // CUDA: launches on `stream` (a cudaStream_t) of the current device and returns nullptr, or says in
 // a phrase why it did not.
 namespace ensemble_mlp_cuda {
+// Whether `run` takes all layers in one launch: a member's weights fit into the shared memory that a
+// block of the current device may have. If not, each layer is the library's batched product and then
+// `run_epilogue`, layer after layer on the same stream.
+bool in_one_launch(const EnsembleMLPParams& params);
 const char* run(const EnsembleMLPParams& params, void* stream);
+const char* run_epilogue(const EnsembleMLPParams& params, const EnsembleMLPEpilogue& epilogue,
+                         void* stream);
 
 // Whether the layers are narrow enough for the training pass, which does not depend on the GPU. Classes
 // out of range and sample weights that are none give NaN.

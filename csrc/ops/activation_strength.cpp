@@ -86,7 +86,7 @@ Strength activation_strength(const Tensor& input, TensorList weights, TensorList
   strength.pack = pack;
   if (strength.units > 0) params.strength = &strength;
   if (input.is_cuda()) {
-    launch_cuda(kOp, input, [&](void* stream) { return ensemble_mlp_cuda::run(params, stream); });
+    run_on_cuda(kOp, params, input, weights);
     return result;
   }
   launch_cpu(ensemble_mlp_cpu::work_items(params), ensemble_mlp_cpu::grain_size(params),

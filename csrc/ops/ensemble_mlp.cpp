@@ -40,7 +40,7 @@ Int packed_bytes_per_member(TensorList weights, Int (at::TensorBase::*size)(int6
   return bytes;
 }
 
-Tensor run(Problem& problem, const Tensor& input, Activation activation) {
+Tensor run(Problem& problem, const Tensor& input, TensorList weights, Activation activation) {
   problem.set_input(input);
   EnsembleMLPParams& params = problem.params;
   params.activation = activation;
@@ -50,7 +50,7 @@ Tensor run(Problem& problem, const Tensor& input, Activation activation) {
   params.output = output.mutable_data_ptr();
   if (input.is_cuda()) {
     params.tf32 = at::globalContext().allowTF32CuBLAS();
-    launch_cuda(kOp, input, [&](void* stream) { return ensemble_mlp_cuda::run(params, stream); });
+    run_on_cuda(kOp, params, input, weights);
     return output;
   }
   launch_cpu(ensemble_mlp_cpu::work_items(params), ensemble_mlp_cpu::grain_size(params),
@@ -70,7 +70,7 @@ Tensor ensemble_mlp(const Tensor& input, TensorList weights, TensorList biases,
   check_dropout(kOp, dropout, dropout_seeds, weights);
   Problem problem(weights, biases);
   problem.set_dropout(dropout, dropout_seeds);
-  return run(problem, input, act);
+  return run(problem, input, weights, act);
 }
 
 Tensor ensemble_mlp_pack(TensorList weights, TensorList biases) {
@@ -98,7 +98,7 @@ Tensor ensemble_mlp_packed(const Tensor& input, const Tensor& packed, TensorList
                              ", ", bytes, "])"),
                     packed.scalar_type(), " of shape ", packed.sizes());
   problem.params.packed = packed.const_data_ptr();
-  return run(problem, input, act);
+  return run(problem, input, weights, act);
 }
 
 void check_backward(const Tensor& grad, const Tensor& input, TensorList weights, TensorList biases,

@@ -146,6 +146,11 @@ struct Problem {
   }
 };
 
+// The forward pass on CUDA of a problem whose input and output are set; `weights` are those that it was
+// made of.
+void run_on_cuda(const char* op, const EnsembleMLPParams& params, const at::Tensor& input,
+                 at::TensorList weights);
+
 // One flag for each of [input, weights.., biases..].
 using Wanted = c10::List<bool>;
 

@@ -56,8 +56,7 @@ def activation_strength(
         ValueError: a shape that does not fit, no layer, an unknown activation; mean or std of another length
             than there are hidden units.
         TypeError: mixed or unsupported dtypes, mixed devices.
-        NotImplementedError: CUDA tensors where pyens was built without CUDA; on CUDA more than 32 layers, or
-            one too wide for shared memory.
+        NotImplementedError: CUDA tensors where pyens was built without CUDA.
 
     Source: "prediction variation and activation strength", where only ReLU is used and a unit is active where
     its output is greater than 0; reference in `pyens.reference.activation_strength`.

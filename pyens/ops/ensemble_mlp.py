@@ -51,6 +51,10 @@ def ensemble_mlp(
     weights, the biases and an input per member for any number of threads and any members beside. Strided and
     expanded tensors are read where they lie as long as their last dimension is contiguous.
 
+    On CUDA, where a member's weights do not fit into a block's shared memory or there are more than 32
+    layers, each layer is the library's batched product: float32 then follows torch's TF32 setting, 16-bit
+    types round hidden activations to themselves, and bits may depend on the batch and the members beside.
+
     Differentiable in input, weights and biases, twice and more. Backward computes the activations again, tile
     by tile, instead of keeping them; to train, `ensemble_mlp_loss` saves that too. Under autocast it casts as
     `F.linear` does. Within `torch.func`, grad, vjp and vmap work (also nested); forward-mode differentiation
@@ -60,8 +64,7 @@ def ensemble_mlp(
         ValueError: a shape that does not fit, no layer, an unknown activation, dropout out of range or
             without seeds.
         TypeError: mixed or unsupported dtypes, mixed devices.
-        NotImplementedError: CUDA tensors where pyens was built without CUDA; on CUDA more than 32 layers, or
-            one too wide for shared memory.
+        NotImplementedError: CUDA tensors where pyens was built without CUDA.
 
     Source: the members are those of "deep ensembles"; reference in `pyens.reference.ensemble_mlp`.
     """

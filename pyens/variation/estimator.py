@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from typing_extensions import Self
 try:
     from sklearn.base import BaseEstimator, RegressorMixin
     from sklearn.metrics import accuracy_score, r2_score
-    from sklearn.utils import Tags
+    from sklearn.utils import Tags, assert_all_finite
     from sklearn.utils.metaestimators import available_if
     from sklearn.utils.validation import check_is_fitted, validate_data
 except ImportError as error:
@@ -141,7 +142,8 @@ class VariationEstimator(RegressorMixin, BaseEstimator):
 
     def score(self, X: Strength, y: Tensor | np.ndarray) -> float:
         """R² of the PV; of a classification the share of the examples whose bucket is right."""
-        pv = y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
+        pv = np.asarray(_array(y))
+        assert_all_finite(pv, input_name="y")
         if self.task == "classification":
             return float(accuracy_score(self._bucket(pv), self.predict_bucket(X)))
         return float(r2_score(pv, self.predict(X)))
@@ -183,8 +185,10 @@ class VariationEstimator(RegressorMixin, BaseEstimator):
                     f"VariationEstimator: {name}: expected one of {', '.join(choices)}, "
                     f"got {getattr(self, name)!r}"
                 )
-        if self.task == "classification" and self.buckets < 2:
-            raise ValueError(f"VariationEstimator: buckets: expected 2 or more, got {self.buckets}")
+        if not isinstance(self.buckets, Integral) or self.buckets < 2:
+            raise ValueError(f"VariationEstimator: buckets: expected an integer from 2, got {self.buckets!r}")
+        if not isinstance(self.seed, Integral):
+            raise TypeError(f"VariationEstimator: seed: expected an integer, got {self.seed!r}")
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
@@ -299,4 +303,7 @@ def _table(X: Strength) -> Any:
 
 
 def _array(values: Any) -> Any:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
+    if not isinstance(values, Tensor):
+        return values
+    values = values.detach().cpu()
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # numpy has no bfloat16

@@ -68,17 +68,24 @@ class VariationHead(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, value: Tensor, active: Tensor) -> Tensor:
-        """`[B, ΣH]` each -> `[B]`, or of a classification `[B, buckets]`."""
-        parts = {"binary": [active], "value": [value], "both": [value, active]}[self.features]
-        dtype = self.mlp.weights[0].dtype
-        return self.estimate(torch.cat([part.to(dtype) for part in parts], 1))
+        """`[B, ΣH]` or `[1, B, ΣH]` each -> `[B]`, or of a classification `[B, buckets]`."""
+        dtype = self.mlp._stack()[0][0].dtype
+        parts = []
+        if self.features != "binary":
+            parts.append(value.to(dtype).clamp(-FURTHEST, FURTHEST))
+        if self.features != "value":
+            parts.append(active.view(torch.uint8))  # which become numbers by the vector, bools one by one
+        return self._answer(torch.cat(parts, -1).to(dtype))
 
     def estimate(self, features: Tensor) -> Tensor:
         """The same from the columns that the MLP takes, `[B, in_features]`."""
-        output = self.mlp(features.clamp(-FURTHEST, FURTHEST))[0]
+        return self._answer(features.clamp(-FURTHEST, FURTHEST))
+
+    def _answer(self, columns: Tensor) -> Tensor:
+        output = self.mlp(columns)  # [1, B, 1 or buckets]
         if self.task == "classification":
-            return output.softmax(1)
-        return output[:, 0].clamp_min(0).minimum(self.limit)
+            return output[0].softmax(1)
+        return output.flatten().clamp_min(0).minimum(self.limit)
 
 
 def _plain(value: Any) -> Any:

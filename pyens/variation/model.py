@@ -91,13 +91,17 @@ class VariationModel(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """What the target takes -> its output `[B, O]`, and the estimated variation `[B]`; of an estimator
         that classifies the probabilities of the buckets, `[B, buckets]`."""
-        mlp, features = self._mlp, inputs[0]
-        if isinstance(self.target, TabularEnsemble):
-            features = self.target._features(*inputs)
+        target = self.target
+        if isinstance(target, TabularEnsemble):
+            mlp, features = target.mlp, target._features(*inputs)
+        elif len(inputs) == 1:
+            mlp, features = target, inputs[0]
+        else:
+            raise TypeError(f"VariationModel: inputs: expected one tensor, as the target, got {len(inputs)}")
         output, value, active = activation_strength(
-            features, *self._stack(), self.mean, self.std, activation=mlp.activation
+            features, *mlp._stack(), self.mean, self.std, activation=mlp.activation
         )
-        return output[0], self.head(value[0], active[0])
+        return output[0], self.head(value, active)
 
     def save(self, path: str | Path) -> None:
         """Writes the target model, the estimator and the statistics to one file, atomically."""

@@ -183,8 +183,6 @@ const char* run_as(const EnsembleMLPParams& params, void* stream) {
 
   const int64_t limit = shared_limit();
   const int64_t bytes_per_example = 2 * a.row_reals * static_cast<int64_t>(sizeof(Real<T>));
-  if (bytes_per_example > limit) return "a layer is too wide for this GPU's shared memory";
-  if (a.layers[params.num_layers - 1].out > INT32_MAX / kMostExamples) return "too many outputs";
   // Two blocks to a multiprocessor where that leaves a tile of some size.
   const int64_t room = bytes_per_example * 8 > limit / 2 ? limit : limit / 2;
   a.tile = std::min<int64_t>({room / bytes_per_example, kMostExamples, params.batch});
@@ -200,15 +198,37 @@ const char* run_as(const EnsembleMLPParams& params, void* stream) {
                 kThreads, static_cast<size_t>(bytes), stream, a);
 }
 
+bool plain_takes(const EnsembleMLPParams& params) {
+  if (params.num_layers > kMaxLayers) return false;
+  const auto element = static_cast<int64_t>(element_size(params.dtype));
+  const int64_t real = params.dtype == DType::float64 ? 8 : 4, limit = shared_limit();
+  int64_t weights = 0;  // and biases, of a member
+  for (int64_t l = 0; l < params.num_layers; ++l) {
+    const MLPLayer& layer = params.layers[l];
+    weights += (layer.in + 1) * layer.out;
+    // An example has to fit, too: twice what a layer reads.
+    if (weights * element > limit || 2 * odd(layer.in) * real > limit) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 namespace ensemble_mlp_cuda {
+
+bool in_one_launch(const EnsembleMLPParams& params) {
+  if (ensemble_mlp_mma::takes(params) || ensemble_mlp_fma::takes(params)) return true;
+  // The library's products are slower than the plain kernel while a launch is most of the time; later
+  // only where it would have to be told apart from them: no tensor cores, or strength in the same pass.
+  const bool few = params.batch < kFewExamples;
+  return plain_takes(params) && (few || params.dtype == DType::float64 || params.strength);
+}
 
 const char* run(const EnsembleMLPParams& params, void* stream) {
   if (params.batch == 0) return nullptr;
   if (ensemble_mlp_mma::takes(params)) return ensemble_mlp_mma::run(params, stream);
   if (ensemble_mlp_fma::takes(params)) return ensemble_mlp_fma::run(params, stream);
-  if (params.num_layers > kMaxLayers) return "more than 32 layers";
+  if (!plain_takes(params)) return "layers too wide, or too many, for one launch";
   return by_dtype(params.dtype, [&](auto* of) {
     return run_as<std::remove_pointer_t<decltype(of)>>(params, stream);
   });

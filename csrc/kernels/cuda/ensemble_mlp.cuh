@@ -8,6 +8,9 @@
 
 namespace pyens {
 
+// Below, what is a lane's or a warp's in the kernels for batches has little to do.
+constexpr int64_t kFewExamples = 64;
+
 // On tensor cores: 16-bit types, and float32 where TF32 is allowed.
 namespace ensemble_mlp_mma {
 bool takes(const EnsembleMLPParams& params);

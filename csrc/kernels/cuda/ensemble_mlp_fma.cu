@@ -26,7 +26,6 @@ constexpr int kMaxLayers = 32;
 constexpr int kBlock = 128;  // inputs of a chain
 constexpr int kOutputs = 8;  // of a lane at once
 constexpr int kMostWarps = 8;
-constexpr int64_t kLeastBatch = 64;  // below, lanes without an example would be most of them
 
 struct Layer {
   MLPLayer given;
@@ -250,7 +249,7 @@ const char* launch_as(const Plan& plan, Arguments& a, void* stream) {
 
 bool takes(const EnsembleMLPParams& params) {
   return params.dtype == DType::float32 && params.num_layers <= kMaxLayers && !params.strength &&
-         params.batch >= kLeastBatch && plan_of(params, nullptr).warps > 0;
+         params.batch >= kFewExamples && plan_of(params, nullptr).warps > 0;
 }
 
 const char* run(const EnsembleMLPParams& params, void* stream) {

@@ -76,9 +76,44 @@ void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths, Ac
   });
 }
 
+// Weights, biases and an example, against what a block may have.
+void test_in_one_launch() {
+  ++problems;
+  const auto fits = [](const std::vector<int64_t>& widths, pyens::DType dtype, int64_t batch = 1) {
+    std::vector<pyens::MLPLayer> layers(widths.size() - 1);
+    for (size_t l = 0; l < layers.size(); ++l) {
+      layers[l].in = widths[l];
+      layers[l].out = widths[l + 1];
+    }
+    pyens::EnsembleMLPParams p{};
+    p.dtype = dtype;
+    p.batch = batch;
+    p.num_layers = static_cast<int64_t>(layers.size());
+    p.layers = layers.data();
+    return pyens::ensemble_mlp_cuda::in_one_launch(p);
+  };
+  using pyens::DType;
+  emulation::device.shared_limit = 4 * 100 * (99 + 1);
+  check(fits({99, 100}, DType::float32) && !fits({100, 100}, DType::float32), "float32");
+  check(fits({199, 100}, DType::float16) && !fits({200, 100}, DType::bfloat16), "16 bits");
+  check(fits({49, 100}, DType::float64) && !fits({50, 100}, DType::float64), "float64");
+  check(!fits({49, 100, 50, 10}, DType::float32), "all layers of a member together");
+  check(fits({4999, 1}, DType::float32) && !fits({5001, 1}, DType::bfloat16),
+        "two rows of an example");
+  const std::vector<int64_t> deep(33, 2), deeper(34, 2);
+  check(fits(deep, DType::float32) && !fits(deeper, DType::float32), "32 layers");
+  // Batches: where the kernels for them have no room, the library's products.
+  check(fits({99, 80, 4}, DType::float32) && !fits({99, 80, 4}, DType::float32, 64), "a batch");
+  check(fits({20, 60, 4}, DType::float32, 64) && fits({20, 60, 4}, DType::float16, 64), "narrow");
+  check(!fits({20, 300, 4}, DType::float16, 64) && !fits({9, 9}, DType::float16, 64), "16 bits");
+  check(fits({20, 90, 4}, DType::float64, 64), "float64 has no other kernel");
+  emulation::device = {};
+}
+
 }  // namespace
 
 int main() {
+  test_in_one_launch();
   const Activation activations[] = {Activation::relu,    Activation::gelu,     Activation::silu,
                                     Activation::elu,     Activation::softplus, Activation::tanh,
                                     Activation::identity};

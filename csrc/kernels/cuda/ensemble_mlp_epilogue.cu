@@ -1,0 +1,217 @@
+// What follows a layer's matrix products where a member's weights are too wide for one launch: bias,
+// activation, dropout and activation strength in one pass over the products.
+//
+//   h[m, b, o] = drop(act(z[m, b, o] + bias[m, o]));   the last layer: z + bias
+//   value[m, b, u] = (h - mean[u]) * scale[u],   active[m, b, u] = h > 0 as the next layer reads it
+//
+// z are sums in float32 (float64) as the library leaves them, so that an element is rounded once, with
+// its bias and activation; where h is of the same type it may take the place of z.
+//
+// Mapping: a thread keeps to some neighbouring units of one member and walks down rows of the batch, so
+// that bias, statistics and dropout keys stay in registers; neighbouring threads neighbouring units. It
+// owns 16 bytes of z where all rows begin at a multiple of them, and one unit otherwise. The next row
+// is on its way while one is computed. Bound by memory: z is read once and h written once, 8 bytes an
+// element in float32, 6 in 16-bit types; strength adds an element and a byte.
+//
+// Packed flags are a second launch, a thread for each byte, that reads h again: bytes do not begin where
+// layers or 16 bytes do.
+//
+// Every element and every byte is one thread's: the same bits in every run.
+
+#include <cstdint>
+#include <type_traits>
+
+#include "kernels/cuda/common.cuh"
+#include "kernels/dropout.h"
+#include "kernels/ensemble_mlp.h"
+
+namespace pyens {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kRowsPerThread = 8;
+
+struct Arguments {
+  EnsembleMLPEpilogue epilogue;
+  const void* bias;  // of this layer, or nullptr
+  int64_t bias_member_stride;
+  int out;
+  Activation activation;
+  int64_t ensemble_size, batch;
+  double dropout;
+  const int64_t* dropout_seeds;
+  ActivationStrengthParams strength;  // without units: not asked for
+  int64_t first_unit;                 // of this layer, among those of the strength
+  // A block: `lanes` threads side by side, rows_per_block rows of one member.
+  int lanes, rows_per_block;
+  unsigned column_blocks, row_blocks;
+};
+
+// Where a thread works: its column, its member, and the rows first, first + step, .. before past.
+struct Place {
+  int column, step;
+  int64_t member, first, past;
+};
+
+__device__ inline Place place_of(const Arguments& a) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const unsigned rest = blockIdx.x / a.column_blocks;
+  const int64_t row = static_cast<int64_t>(rest % a.row_blocks) * a.rows_per_block;
+  return {static_cast<int>(blockIdx.x % a.column_blocks) * a.lanes + thread % a.lanes,
+          kThreads / a.lanes, rest / a.row_blocks, row + thread / a.lanes,
+          min(row + a.rows_per_block, a.epilogue.rows)};
+}
+
+// Neighbours that are read or written at once.
+template <class T, int kUnits>
+struct alignas(sizeof(T) * kUnits) Piece {
+  T elements[kUnits];
+};
+
+// Three blocks: left alone the compiler takes four, and spills in float64.
+template <class T, int kUnits>
+__global__ void __launch_bounds__(kThreads, 3) epilogue_kernel(const Arguments a) {
+  using R = Real<T>;
+  const EnsembleMLPEpilogue& e = a.epilogue;
+  const ActivationStrengthParams& s = a.strength;
+  const Place at = place_of(a);
+  const int o = at.column * kUnits;
+  if (o >= a.out) return;
+
+  const bool drops = a.dropout > 0, has_strength = s.units > 0;
+  const uint64_t layer_key = drops ? dropout_layer_key(a.dropout_seeds[at.member], e.layer) : 0;
+  const uint32_t threshold = dropout_threshold(a.dropout);
+  const R kept_scale = R(1 / (1 - a.dropout));
+  const T* const layer_bias = static_cast<const T*>(a.bias) + at.member * a.bias_member_stride + o;
+  const int64_t u = a.first_unit + o;
+  R bias[kUnits], mean[kUnits], scale[kUnits];
+  uint64_t key[kUnits];
+#pragma unroll
+  for (int j = 0; j < kUnits; ++j) {
+    bias[j] = a.bias ? to_real(layer_bias[j]) : R(0);
+    key[j] = drops ? dropout_unit_key(layer_key, o + j) : 0;
+    mean[j] = scale[j] = R(0);
+    if (!has_strength) continue;
+    const R smallest = sizeof(R) == 8 ? R(2.2250738585072014e-308) : R(1.17549435e-38f);
+    const R std = static_cast<const R*>(s.std)[at.member * s.std_member_stride + u + j];
+    mean[j] = static_cast<const R*>(s.mean)[at.member * s.mean_member_stride + u + j];
+    scale[j] = fabs(std) < smallest ? R(0) : R(1) / std;
+  }
+
+  using Sums = Piece<R, kUnits>;
+  const R* const z = static_cast<const R*>(e.z) + at.member * e.rows * a.out + o;
+  T* const h = static_cast<T*>(e.h) + at.member * e.h_member_stride + o;
+  Sums next{};
+  if (at.first < at.past) next = *reinterpret_cast<const Sums*>(z + at.first * a.out);
+  for (int64_t row = at.first; row < at.past; row += at.step) {
+    const Sums sums = next;
+    if (row + at.step < at.past) {
+      next = *reinterpret_cast<const Sums*>(z + (row + at.step) * a.out);
+    }
+    Piece<T, kUnits> stored, value;
+    Piece<uint8_t, kUnits> active;
+#pragma unroll
+    for (int j = 0; j < kUnits; ++j) {
+      R x = activate(a.activation, sums.elements[j] + bias[j]);
+      if (drops) {
+        const uint32_t hash = dropout_hash(static_cast<uint32_t>(e.first_row + row), key[j]);
+        x = hash >= threshold ? x * kept_scale : R(0);
+      }
+      from_real(x, &stored.elements[j]);
+      active.elements[j] = to_real(stored.elements[j]) > R(0);
+      // A NaN in a dead unit gives 0 too.
+      from_real(scale[j] == R(0) ? R(0) : (x - mean[j]) * scale[j], &value.elements[j]);
+    }
+    *reinterpret_cast<Piece<T, kUnits>*>(h + row * a.out) = stored;
+    if (!has_strength) continue;
+    const int64_t from = (at.member * a.batch + e.first_row + row) * s.units + u;
+    *reinterpret_cast<Piece<T, kUnits>*>(static_cast<T*>(s.value) + from) = value;
+    if (!s.pack) *reinterpret_cast<Piece<uint8_t, kUnits>*>(s.active + from) = active;
+  }
+}
+
+// Bit u % 8 of byte u / 8, for the units u of this layer.
+template <class T>
+__global__ void __launch_bounds__(kThreads) packed_flags_kernel(const Arguments a) {
+  const EnsembleMLPEpilogue& e = a.epilogue;
+  const ActivationStrengthParams& s = a.strength;
+  const Place at = place_of(a);
+  const int before = static_cast<int>(a.first_unit % 8);  // bits of the layer below
+  const int o = at.column * 8 - before;
+  const int begin = max(-o, 0), end = min(a.out - o, 8);
+  if (end <= begin) return;
+  for (int64_t row = at.first; row < at.past; row += at.step) {
+    const T* const h = static_cast<const T*>(e.h) + at.member * e.h_member_stride + row * a.out + o;
+    uint8_t* const byte = s.active +
+                          (at.member * a.batch + e.first_row + row) * ((s.units + 7) / 8) +
+                          a.first_unit / 8 + at.column;
+    unsigned bits = begin > 0 ? *byte : 0u;  // written by an earlier launch
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if (j >= begin && j < end) bits |= static_cast<unsigned>(to_real(h[j]) > 0) << j;
+    }
+    *byte = static_cast<uint8_t>(bits);
+  }
+}
+
+const char* launch_over(void (*kernel)(Arguments), Arguments a, int64_t columns, void* stream) {
+  a.lanes = 1;
+  while (a.lanes < 32 && a.lanes < columns) a.lanes *= 2;
+  a.rows_per_block = kThreads / a.lanes * kRowsPerThread;
+  const int64_t column_blocks = ceil_div(columns, a.lanes);
+  const int64_t row_blocks = ceil_div(a.epilogue.rows, a.rows_per_block);
+  const int64_t blocks = a.ensemble_size * row_blocks * column_blocks;
+  if (blocks > INT32_MAX) return "too many blocks for one launch";
+  a.column_blocks = static_cast<unsigned>(column_blocks);
+  a.row_blocks = static_cast<unsigned>(row_blocks);
+  return launch(kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, a);
+}
+
+template <class T>
+const char* run_as(const Arguments& a, void* stream) {
+  constexpr int kUnits = 16 / sizeof(Real<T>);
+  const EnsembleMLPEpilogue& e = a.epilogue;
+  const ActivationStrengthParams& s = a.strength;
+  const auto fits = [&](const void* pointer, size_t element_bytes) {
+    return reinterpret_cast<uintptr_t>(pointer) % (kUnits * element_bytes) == 0;
+  };
+  const bool wide = a.out % kUnits == 0 && e.h_member_stride % kUnits == 0 &&
+                    fits(e.z, sizeof(Real<T>)) && fits(e.h, sizeof(T)) && s.units % kUnits == 0 &&
+                    a.first_unit % kUnits == 0 && fits(s.value, sizeof(T)) &&
+                    (s.pack || fits(s.active, 1));
+  const char* error = wide ? launch_over(epilogue_kernel<T, kUnits>, a, a.out / kUnits, stream)
+                           : launch_over(epilogue_kernel<T, 1>, a, a.out, stream);
+  if (error || s.units == 0 || !s.pack) return error;
+  return launch_over(packed_flags_kernel<T>, a, ceil_div(a.first_unit % 8 + a.out, 8), stream);
+}
+
+}  // namespace
+
+namespace ensemble_mlp_cuda {
+
+const char* run_epilogue(const EnsembleMLPParams& params, const EnsembleMLPEpilogue& epilogue,
+                         void* stream) {
+  if (epilogue.rows == 0) return nullptr;
+  const MLPLayer& layer = params.layers[epilogue.layer];
+  if (layer.out > INT32_MAX - 8) return "too many outputs";
+  Arguments a{};
+  a.epilogue = epilogue;
+  a.bias = layer.bias;
+  a.bias_member_stride = layer.bias_member_stride;
+  a.out = static_cast<int>(layer.out);
+  a.ensemble_size = params.ensemble_size;
+  a.batch = params.batch;
+  a.activation = Activation::identity;
+  if (epilogue.layer + 1 < params.num_layers) {
+    a.activation = params.activation;
+    a.dropout = params.dropout;
+    a.dropout_seeds = params.dropout_seeds;
+    if (params.strength) a.strength = *params.strength;
+    for (int64_t l = 0; l < epilogue.layer; ++l) a.first_unit += params.layers[l].out;
+  }
+  return by_dtype(params.dtype,
+                  [&](auto* of) { return run_as<std::remove_pointer_t<decltype(of)>>(a, stream); });
+}
+
+}  // namespace ensemble_mlp_cuda
+}  // namespace pyens

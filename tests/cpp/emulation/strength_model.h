@@ -1,0 +1,133 @@
+// A random ensemble MLP for the CPU's kernel and the GPU's, with the strength of its hidden units.
+#pragma once
+
+#include "emulated_test.h"
+#include "kernels/ensemble_mlp.h"
+
+namespace emulated_test {
+
+using pyens::Activation;
+
+template <class T>
+struct Results {
+  std::vector<T> output, value;
+  std::vector<uint8_t> active;
+};
+
+// Statistics: of each member or shared; or a mean of 0 and a std of 1, by which values are activations.
+enum class Statistics { own, shared, none };
+
+template <class T>
+struct Model {
+  using R = RealFor<T>;
+  int64_t members, batch, units = 0;
+  std::vector<int64_t> widths;
+  Activation activation;
+  std::unique_ptr<Values<T>> input;
+  std::vector<std::unique_ptr<Values<T>>> weights, biases;
+  std::unique_ptr<Values<R>> mean, std;
+  int64_t member_stride;
+  double dropout = 0;
+  std::unique_ptr<Values<int64_t>> seeds;
+
+  Model(int64_t e, int64_t b, std::vector<int64_t> w, Activation act, Statistics statistics)
+      : members(e), batch(b), widths(std::move(w)), activation(act) {
+    Random random(e * 1000 + b);
+    input = std::make_unique<Values<T>>(random, b * widths[0]);
+    for (size_t l = 0; l + 1 < widths.size(); ++l) {
+      const int64_t in = widths[l], out = widths[l + 1];
+      const double scale = 1.4 / std::sqrt(static_cast<double>(in));
+      weights.push_back(std::make_unique<Values<T>>(random, e * out * in, scale));
+      biases.push_back(std::make_unique<Values<T>>(random, e * out, 0.3));
+      if (l + 2 < widths.size()) units += out;
+    }
+    member_stride = statistics == Statistics::own ? units : 0;
+    const int64_t n = statistics == Statistics::own ? e * units : units;
+    std::vector<R> means = normal<R>(random, n), stds = normal<R>(random, n);
+    for (size_t u = 0; u < stds.size(); ++u) {
+      stds[u] = std::abs(stds[u]) + R(0.1);
+      if (u % 5 == 1) stds[u] = u % 2 ? R(0) : -std::numeric_limits<R>::min() / 2;  // dead
+      if (statistics == Statistics::none) means[u] = 0, stds[u] = 1;
+    }
+    std::vector<int64_t> seed_values;
+    for (int64_t m = 0; m < e; ++m) seed_values.push_back(m * 77 - 5);
+    seeds = std::make_unique<Values<int64_t>>(seed_values, "dropout_seeds");
+    mean = std::make_unique<Values<R>>(means, "mean");
+    std = std::make_unique<Values<R>>(stds, "std");
+  }
+
+  int64_t active_bytes(bool pack) const { return pack ? (units + 7) / 8 : units; }
+
+  // With the pointers of one side, to run(params).
+  template <class Run>
+  void with_params(bool gpu, bool pack, void* output, void* value, uint8_t* active,
+                   const Run& run) {
+    const auto side = [&](auto& values) -> const void* {
+      return gpu ? static_cast<const void*>(values->gpu.data()) : values->cpu.data();
+    };
+    std::vector<pyens::MLPLayer> layers;
+    for (size_t l = 0; l + 1 < widths.size(); ++l) {
+      pyens::MLPLayer layer{};
+      layer.in = layer.weight_row_stride = widths[l];
+      layer.out = layer.bias_member_stride = widths[l + 1];
+      layer.weight_member_stride = layer.in * layer.out;
+      layer.weight = side(weights[l]);
+      layer.bias = side(biases[l]);
+      layers.push_back(layer);
+    }
+    pyens::ActivationStrengthParams strength{};
+    strength.units = units;
+    strength.mean = side(mean);
+    strength.std = side(std);
+    strength.mean_member_stride = strength.std_member_stride = member_stride;
+    strength.value = value;
+    strength.active = active;
+    strength.pack = pack;
+    pyens::EnsembleMLPParams p{};
+    p.dtype = dtype_of<T>();
+    p.activation = activation;
+    p.ensemble_size = members;
+    p.batch = batch;
+    p.num_layers = static_cast<int64_t>(layers.size());
+    p.layers = layers.data();
+    p.input = side(input);
+    p.input_row_stride = widths[0];
+    p.output = output;
+    p.dropout = dropout;
+    p.dropout_seeds = static_cast<const int64_t*>(side(seeds));
+    if (value) p.strength = &strength;
+    run(p);
+  }
+
+  Results<T> on_cpu(bool pack, bool with_strength = true) {
+    Results<T> r;
+    r.output.resize(static_cast<size_t>(members * batch * widths.back()));
+    r.value.resize(static_cast<size_t>(members * batch * units));
+    r.active.resize(static_cast<size_t>(members * batch * active_bytes(pack)));
+    with_params(false, pack, r.output.data(), with_strength ? r.value.data() : nullptr,
+                r.active.data(), [](const auto& p) {
+                  namespace cpu = pyens::ensemble_mlp_cpu;
+                  const Scratch scratch(cpu::scratch_bytes(p));
+                  cpu::run(p, 0, cpu::work_items(p), scratch.get());
+                });
+    return r;
+  }
+
+  // forward(params): what went wrong, or nullptr.
+  template <class Forward>
+  Results<T> on_gpu(bool pack, uint64_t seed, bool with_strength, const Forward& forward) {
+    emulation::set_seed(seed);
+    const int64_t rows = members * batch;
+    Global<T> output(static_cast<size_t>(rows * widths.back()), "output");
+    Global<T> value(static_cast<size_t>(rows * units), "value");
+    Global<uint8_t> active(static_cast<size_t>(rows * active_bytes(pack)), "active");
+    with_params(true, pack, output.data(), with_strength ? value.data() : nullptr, active.data(),
+                [&](const auto& p) {
+                  const char* error = forward(p);
+                  check(error == nullptr, error ? error : "");
+                });
+    return {output.host(), value.host(), active.host()};
+  }
+};
+
+}  // namespace emulated_test
