@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyens import ops
 from pyens.ops.ensemble_embedding import ensemble_embedding_concat
+from pyens.ops.masked_mlp import plan_masks
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 E, B, WIDTHS = 3, 70, (13, 17, 9, 4)
@@ -46,6 +47,7 @@ def operations(
     index, tables = draw_integers(7, E, B, 2), [draw(E, 7, 3), draw(E, 90, 5)]
     numeric, maps = draw(B, 4), draw(B, 12, 5)
     masks = torch.rand(E, 12, generator=generator).gt(0.4).to(device)
+    plan = plan_masks([masks])  # reads the masks' values: neither a graph nor a compiler takes that in
     mlp = [x, *weights, *biases]
     wide = [draw(E, o, i, scale=i**-0.5) for i, o in itertools.pairwise(WIDE)]
     wide_biases = [draw(E, o, scale=0.3) for o in WIDE[1:]]
@@ -106,10 +108,13 @@ def operations(
         ),
         "mask_channels": with_gradients(lambda m: ops.mask_channels(m, masks), [maps]),
         "masked_mlp": with_gradients(
-            lambda x, v, w: ops.masked_mlp(x, [v, w], None, [masks]), [x, draw(12, WIDTHS[0]), draw(4, 12)]
+            lambda x, v, w: ops.masked_mlp(x, [v, w], None, [masks], plan=plan),
+            [x, draw(12, WIDTHS[0]), draw(4, 12)],
         ),
         "masked_mlp_loss": with_gradients(
-            lambda x, v, w: ops.masked_mlp_loss(x, labels, [v, w], None, [masks], loss="cross_entropy"),
+            lambda x, v, w: ops.masked_mlp_loss(
+                x, labels, [v, w], None, [masks], loss="cross_entropy", plan=plan
+            ),
             [x, draw(12, WIDTHS[0]), draw(4, 12)],
         ),
         "decorrelation_loss": with_gradients(lambda z: ops.decorrelation_loss(z, kind="residue"), [outputs]),
