@@ -556,7 +556,7 @@ def test_an_excluded_contestant_of_ours_fails_the_run(tmp_path, capsys):
 
 @pytest.mark.cuda
 def test_measuring_on_cuda(tmp_path):
-    assert harness.measure_peaks(options(device=torch.device("cuda"))).kind == "float32 matrix product"
+    assert harness.measure_peaks(options(device=torch.device("cuda"))).kind == "float32 FMA"
 
     def cases(options):
         problem = peers.Problem.random(3, 5, (4, 6, 2), seed=1, device=options.device)

@@ -172,9 +172,13 @@ def test_loads_of_16_bytes_where_they_are_meant(code):
 
 
 def test_multiply_adds_are_fused(code):
-    assert {"ensemble_mlp_kernel", "ensemble_mlp_fma_kernel", "training_kernel", "products_kernel", "gradient_kernel"} <= using(
-        code, r"FFMA\b"
-    )
+    assert {
+        "ensemble_mlp_kernel",
+        "ensemble_mlp_fma_kernel",
+        "training_kernel",
+        "products_kernel",
+        "gradient_kernel",
+    } <= using(code, r"FFMA\b")
 
 
 def test_what_is_looked_for_would_be_found(tmp_path):

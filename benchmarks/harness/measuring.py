@@ -130,13 +130,21 @@ def measure_peaks(options: Options) -> Peaks:
 
 
 def _cuda_peak(options: Options) -> tuple[float, str]:
-    """GF/s of the GPU's arithmetic in this dtype and precision, and how it was measured.
+    """GF/s of the GPU's arithmetic in this dtype and precision between registers, and what it is a rate of.
 
-    A large matrix product of the library's stands for it, since no shape reaches the data sheet's number. A
-    loop of our own over `mma.sync` between registers, which bounds what our kernels can do, belongs here.
+    On tensor cores that of `mma.sync`, which our kernels use. The library's products for wide layers have
+    faster instructions, and may pass it.
     """
-    name = "TF32" if options.precision == "tf32" else dtype_name(options.dtype)
-    return _matmul_peak(options), f"{name} matrix product"
+    from pyens import _C
+
+    tf32 = options.precision == "tf32"
+    sink = torch.empty(1, dtype=options.dtype, device=options.device)
+    rounds = 1_000 if options.quick else 20_000
+    operations = _C.fma_peak_cuda(sink, tf32, rounds)
+    timer = Timer("run()", globals={"run": lambda: _C.fma_peak_cuda(sink, tf32, rounds)})
+    gflops = operations / min(timer.timeit(5).mean for _ in range(5)) / 1e9
+    name = "TF32" if tf32 else dtype_name(options.dtype)
+    return gflops, f"{name} {'mma.sync' if tf32 or sink.element_size() == 2 else 'FMA'}"
 
 
 def _fma_peak(options: Options) -> float:
@@ -146,13 +154,6 @@ def _fma_peak(options: Options) -> float:
         raise RuntimeError("pyens._C has no fma_peak, so the FMA peak cannot be measured: rebuild pyens")
     torch.set_num_threads(options.threads)
     return max(_C.fma_peak(10.0 if options.quick else 50.0) for _ in range(3 if options.quick else 10))
-
-
-def _matmul_peak(options: Options) -> float:
-    n = 1024 if options.quick else 8192
-    a, b = torch.randn(2, n, n, device=options.device).to(options.dtype).unbind()
-    timer = Timer("torch.mm(a, b, out=c)", globals={"torch": torch, "a": a, "b": b, "c": torch.empty_like(a)})
-    return 2 * n**3 / min(timer.timeit(5).mean for _ in range(5)) / 1e9
 
 
 def _copy_gbs(options: Options) -> float:
