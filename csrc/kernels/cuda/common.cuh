@@ -171,11 +171,12 @@ template <class T>
 __device__ inline void multiply_tiles(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                       uint32_t b1, const T*) {
 #if defined(__CUDACC__)
-#define PYENS_MMA(shape_and_types)                                       \
-  asm("mma.sync.aligned." shape_and_types                                \
-      " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                   \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+// volatile: the whole warp has to come here, so it must not be moved to where only some lanes want it.
+#define PYENS_MMA(shape_and_types)                                                \
+  asm volatile("mma.sync.aligned." shape_and_types                                \
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                   \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
   if constexpr (std::is_same_v<T, float>) {
     PYENS_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
   } else if constexpr (std::is_same_v<T, __half>) {
