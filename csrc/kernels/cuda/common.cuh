@@ -281,9 +281,16 @@ template <class... Params, class... Args>
 const char* launch(void (*kernel)(Params...), dim3 grid, unsigned threads, size_t shared_bytes,
                    void* stream, const Args&... args) {
 #if defined(__CUDACC__)
-  if (shared_bytes > 48 * 1024) {  // more has to be asked for
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         static_cast<int>(shared_bytes));
+  // More than 48 KB has to be asked for: all there is, since the limit is the kernel's and not this
+  // launch's, and another thread may be about to launch it with more. Static shared memory, which
+  // would count too, no such kernel has.
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_limit()));
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // or the next launch would be blamed for it
+      return cudaGetErrorString(error);
+    }
   }
   kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
   const cudaError_t error = cudaGetLastError();
