@@ -109,6 +109,26 @@ def test_threads_that_launch_a_kernel_with_more_and_less_shared_memory():
         assert all(pool.map(run, range(4)))
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_tf32_by_the_newer_setting(dtype):
+    x, weights, biases = mlp(3, 100, 32, 50, 20, 1)
+    problem = x.to(dtype), [w.to(dtype) for w in weights], [b.to(dtype) for b in biases]
+    matmul = torch.backends.cuda.matmul
+    plain, before = ops.ensemble_mlp(*problem), matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        allowed = ops.ensemble_mlp(*problem)
+        matmul.fp32_precision = "ieee"
+        forbidden = ops.ensemble_mlp(*problem)
+    finally:
+        matmul.fp32_precision = before
+    assert torch.equal(forbidden, plain)
+    # TF32 is for float32 alone.
+    assert torch.equal(allowed, plain) == (dtype != torch.float32)
+    assert (allowed - plain).abs().max() <= 1e-2 * plain.abs().max()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled(name, device):
     torch._dynamo.reset()
