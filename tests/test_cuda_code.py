@@ -4,11 +4,13 @@ Needs nvcc (on PATH, or in CUDA_HOME); for the instructions nvdisasm too (on PAT
 PyPI). No GPU.
 """
 
+import functools
 import os
 import re
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -80,15 +82,26 @@ def compile_one(source: Path, architecture: str, cubin: Path) -> dict[str, Usage
     return usage
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def compiled(request, tmp_path_factory) -> dict[Path, dict[str, Usage]]:
+@pytest.fixture(scope="session")
+def compile_all(tmp_path_factory) -> Callable[[str], dict[Path, dict[str, Usage]]]:
+    """By architecture, the cubin of each source and the usage of each entry function in it; compiled once."""
+
+    @functools.cache
+    def of_architecture(architecture: str) -> dict[Path, dict[str, Usage]]:
+        nvcc()
+        folder = tmp_path_factory.mktemp(architecture)
+        cubins = [folder / f"{source.stem}.cubin" for source in SOURCES]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            usages = pool.map(compile_one, SOURCES, [architecture] * len(SOURCES), cubins)
+            return dict(zip(cubins, usages, strict=True))
+
+    return of_architecture
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def compiled(request, compile_all) -> dict[Path, dict[str, Usage]]:
     """The cubin of each source, and the usage of each entry function in it."""
-    nvcc()
-    folder = tmp_path_factory.mktemp(request.param)
-    cubins = [folder / f"{source.stem}.cubin" for source in SOURCES]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        usages = pool.map(compile_one, SOURCES, [request.param] * len(SOURCES), cubins)
-        return dict(zip(cubins, usages, strict=True))
+    return compile_all(request.param)
 
 
 def instructions(cubin: Path) -> dict[str, set[str]]:
@@ -102,18 +115,13 @@ def instructions(cubin: Path) -> dict[str, set[str]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def code(tmp_path_factory) -> dict[str, set[str]]:
+@pytest.fixture(scope="session")
+def code(compile_all) -> dict[str, set[str]]:
     """The instructions of each entry function, for the H100 and the H200."""
     nvcc(), nvdisasm()
-    folder = tmp_path_factory.mktemp("code")
-
-    def of_source(source: Path) -> dict[str, set[str]]:
-        compile_one(source, "sm_90", folder / f"{source.stem}.cubin")
-        return instructions(folder / f"{source.stem}.cubin")
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return {name: lines for found in pool.map(of_source, SOURCES) for name, lines in found.items()}
+        found = pool.map(instructions, compile_all("sm_90"))
+        return {name: lines for of_cubin in found for name, lines in of_cubin.items()}
 
 
 def kernel_of(mangled: str) -> str:

@@ -49,7 +49,7 @@ Tensor run(Problem& problem, const Tensor& input, TensorList weights, Activation
                 input.options());
   params.output = output.mutable_data_ptr();
   if (input.is_cuda()) {
-    params.tf32 = at::globalContext().allowTF32CuBLAS();
+    params.tf32 = allows_tf32();
     run_on_cuda(kOp, params, input, weights);
     return output;
   }

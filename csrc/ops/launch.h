@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
 
@@ -32,6 +33,14 @@ void launch_cpu(int64_t items, int64_t grain_size, size_t scratch_bytes, const R
     const c10::DataPtr scratch = c10::GetCPUAllocator()->allocate(scratch_bytes);
     run(begin, end, scratch.get());
   });
+}
+
+// Whether torch's own products of float32 on CUDA would be those of TF32. Context::allowTF32CuBLAS asks
+// the same, but raises once the newer of torch's two settings, fp32_precision, was used.
+inline bool allows_tf32() {
+  return !at::NoTF32Guard::should_disable_tf32() &&
+         at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+             at::Float32Precision::TF32;
 }
 
 // run(stream) with the device of `like` current; what it returns other than nullptr is raised for

@@ -171,11 +171,12 @@ template <class T>
 __device__ inline void multiply_tiles(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                       uint32_t b1, const T*) {
 #if defined(__CUDACC__)
-#define PYENS_MMA(shape_and_types)                                       \
-  asm("mma.sync.aligned." shape_and_types                                \
-      " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                   \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+// volatile: the whole warp has to come here, so it must not be moved to where only some lanes want it.
+#define PYENS_MMA(shape_and_types)                                                \
+  asm volatile("mma.sync.aligned." shape_and_types                                \
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                   \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
   if constexpr (std::is_same_v<T, float>) {
     PYENS_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
   } else if constexpr (std::is_same_v<T, __half>) {
@@ -280,9 +281,16 @@ template <class... Params, class... Args>
 const char* launch(void (*kernel)(Params...), dim3 grid, unsigned threads, size_t shared_bytes,
                    void* stream, const Args&... args) {
 #if defined(__CUDACC__)
-  if (shared_bytes > 48 * 1024) {  // more has to be asked for
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         static_cast<int>(shared_bytes));
+  // More than 48 KB has to be asked for: all there is, since the limit is the kernel's and not this
+  // launch's, and another thread may be about to launch it with more. Static shared memory, which
+  // would count too, no such kernel has.
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_limit()));
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // or the next launch would be blamed for it
+      return cudaGetErrorString(error);
+    }
   }
   kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
   const cudaError_t error = cudaGetLastError();

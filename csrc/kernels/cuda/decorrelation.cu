@@ -209,23 +209,29 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A block per loss.
+// A block per loss, a warp per row of C.
 template <class R>
 __global__ void __launch_bounds__(kThreads) loss_kernel(const DecorrelationParams p) {
-  PYENS_SHARED(double[kThreads], sums);
-  const int64_t n = p.components, size = n * n * (p.sum_labels ? p.labels : 1);
-  const R* correlations = static_cast<const R*>(p.correlations) + blockIdx.x * size;
+  constexpr int kWarps = kThreads / 32;
+  PYENS_SHARED(double[kWarps], sums);
+  const int64_t n = p.components, rows = n * (p.sum_labels ? p.labels : 1);
+  const R* correlations = static_cast<const R*>(p.correlations) + blockIdx.x * rows * n;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   double sum = 0;
-  for (int64_t at = threadIdx.x; at < size; at += kThreads) {
-    if (at / n % n >= at % n) continue;
-    const double c = static_cast<double>(correlations[at]);
-    sum += c * c;
+  for (int64_t row = warp; row < rows; row += kWarps) {
+    const R* const of_row = correlations + row * n;
+#pragma unroll 4
+    for (int64_t j = row % n + 1 + lane; j < n; j += 32) {
+      const double c = static_cast<double>(of_row[j]);
+      sum += c * c;
+    }
   }
-  sums[threadIdx.x] = sum;
+  sum = sum_lanes(sum);
+  if (lane == 0) sums[warp] = sum;
   __syncthreads();
   if (threadIdx.x != 0) return;
   sum = 0;
-  for (int t = 0; t < kThreads; ++t) sum += sums[t];
+  for (int w = 0; w < kWarps; ++w) sum += sums[w];
   static_cast<R*>(p.loss)[blockIdx.x] = static_cast<R>(sum);
 }
 

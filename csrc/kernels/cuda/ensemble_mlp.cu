@@ -1,5 +1,5 @@
 // The ensemble MLP on the GPU: which kernel a call goes to, and the plain one that takes what is left:
-// float64, few examples of float32, activation strength.
+// float64, activation strength, and few examples of what the others do not take.
 //
 // Mapping of the plain kernel: a block takes a tile of examples of one member through all layers. Two buffers of
 // activations [tile][width] lie in shared memory; a thread computes whole outputs, neighbouring

@@ -87,7 +87,7 @@ struct State {
   Place scheduler;
   void (*call)(const void*) = nullptr;
   const void* arguments = nullptr;
-  size_t argument_bytes = 0;
+  size_t argument_bytes = 0, dynamic_bytes = 0;
   std::string fault;
   bool watching = false;  // whether it is the kernel's code that runs
   bool atomic = false;
@@ -349,6 +349,7 @@ const char* run(Dim3 grid, Dim3 block, size_t shared_bytes, void (*call)(const v
   state.call = call;
   state.arguments = arguments;
   state.argument_bytes = argument_bytes;
+  state.dynamic_bytes = shared_bytes;
   for (auto& [address, memory] : state.memories) memory.cells.clear();
   state.fibers.resize(threads);
   std::vector<uint32_t> order(blocks);
@@ -374,6 +375,10 @@ void* dynamic_shared() { return shared_of(nullptr, 0); }
 
 void* shared_of(const void* key, size_t bytes) {
   const Paused paused;
+  // `launch` asks for all there is as dynamic then.
+  if (key && state.dynamic_bytes > 48 * 1024) {
+    set_fault("launch: static shared memory beside more than 48 KB of dynamic");
+  }
   return add_shared(key, "static shared memory", bytes);
 }
 

@@ -109,6 +109,14 @@ __global__ void past_the_end(float* out) {
   out[threadIdx.x] = values[threadIdx.x];
 }
 
+__global__ void both_kinds(int* out) {
+  PYENS_SHARED(int, kept);
+  dynamic_shared<int>()[threadIdx.x] = 1;
+  if (threadIdx.x == 0) kept = 2;
+  __syncthreads();
+  out[threadIdx.x] = dynamic_shared<int>()[threadIdx.x] + kept;
+}
+
 __global__ void count(int* counter, bool atomically) {
   if (atomically) {
     atomicAdd(counter, 1);
@@ -182,6 +190,12 @@ void test_memory() {
          "race: ", [&] { return pyens::launch(collide, 3, kThreads, 0, nullptr, counter.data()); });
   Global<int*> pointer(1);
   Global<int> ints(kThreads);
+  const auto run_both_kinds = [&](size_t bytes) {
+    return pyens::launch(both_kinds, 1, kThreads, bytes, nullptr, ints.data());
+  };
+  expect("static beside dynamic shared memory", nullptr, [&] { return run_both_kinds(48 * 1024); });
+  expect("static beside more dynamic shared memory than needs no asking",
+         "launch: ", [&] { return run_both_kinds(48 * 1024 + 16); });
   expect("another thread's local variable", "out of bounds: ", [&] {
     return pyens::launch(through_the_stack, 1, kThreads, 0, nullptr, pointer.data(), ints.data());
   });

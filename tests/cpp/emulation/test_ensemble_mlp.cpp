@@ -11,14 +11,28 @@ namespace {
 using namespace emulated_test;
 using pyens::Activation;
 
+// What a view of another tensor brings along.
+struct View {
+  int64_t skipped = 0;          // elements before the input
+  bool shared_weights = false;  // by all members
+  bool with_nan = false;        // in the input's second row
+};
+
 // Layer widths, with all that the parameters say about strides: rows lie kPad elements further apart than
 // they are long.
 template <class T, int64_t kPad = 3>
 void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths, Activation activation,
-          bool shared_input, bool with_bias, double dropout, bool tf32 = false) {
+          bool shared_input, bool with_bias, double dropout, bool tf32 = false,
+          const View& view = {}) {
   Random random(members * 1000 + batch);
   const size_t layers = widths.size() - 1;
-  Values<T> input(random, (shared_input ? 1 : members) * batch * (widths[0] + kPad));
+  std::vector<T> inputs =
+      normal<T>(random, view.skipped + (shared_input ? 1 : members) * batch * (widths[0] + kPad));
+  if (view.with_nan) {
+    inputs[static_cast<size_t>(view.skipped + widths[0] + kPad)] =
+        from_double<T>(std::numeric_limits<double>::quiet_NaN());
+  }
+  const Values<T> input(std::move(inputs));
   std::vector<std::unique_ptr<Values<T>>> weights, biases;
   std::vector<int64_t> seed_values;
   for (int64_t m = 0; m < members; ++m) seed_values.push_back(m * 77 - 5);
@@ -32,9 +46,9 @@ void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths, Ac
     pyens::MLPLayer layer{};
     layer.in = in;
     layer.out = out;
-    layer.weight_member_stride = out * row;
+    layer.weight_member_stride = view.shared_weights ? 0 : out * row;
     layer.weight_row_stride = row;
-    layer.bias_member_stride = out;
+    layer.bias_member_stride = view.shared_weights ? 0 : out;
     layer.weight = weights[l]->cpu.data();
     layer.bias = with_bias ? biases[l]->cpu.data() : nullptr;
     on_cpu.push_back(layer);
@@ -50,7 +64,7 @@ void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths, Ac
   p.batch = batch;
   p.num_layers = static_cast<int64_t>(layers);
   p.layers = on_cpu.data();
-  p.input = input.cpu.data();
+  p.input = input.cpu.data() + view.skipped;
   p.input_row_stride = widths[0] + kPad;
   p.input_member_stride = shared_input ? 0 : batch * p.input_row_stride;
   p.tf32 = tf32;
@@ -64,7 +78,7 @@ void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths, Ac
     cpu::run(p, 0, cpu::work_items(p), scratch.get());
   }
   p.layers = on_gpu.data();
-  p.input = input.gpu.data();
+  p.input = input.gpu.data() + view.skipped;
   p.dropout_seeds = seeds.data();
   // What hidden activations are rounded to, the CPU's or the GPU's.
   const double tolerance = std::is_same_v<T, pyens::BFloat16> ? 0.03
@@ -143,6 +157,17 @@ int main() {
       test<float>(1 + i % 2, batch, widths, activation, shared, i % 3 != 0, dropout, true);
       ++i;
     }
+  }
+  // Where words and vectors would be read across their alignment; NaN; weights that members share.
+  for (const int64_t skipped : {1, 2, 3, 4}) {
+    const View view{skipped, skipped % 2 == 1, true};
+    const auto relu = Activation::relu;
+    test<pyens::BFloat16, 2>(3, 40, {20, 33, 6}, relu, false, true, 0, false, view);
+    test<pyens::Float16, 1>(2, 40, {19, 70, 6}, activations[skipped], true, true, 0, false, view);
+    test<float, 2>(2, 40, {10, 33, 6}, relu, false, true, 0, true, view);
+    test<float, 4>(3, 65, {8, 33, 6}, relu, false, true, 0, false, view);
+    test<float, 3>(2, 65, {9, 17, 6}, activations[skipped], true, true, 0, false, view);
+    test<float, 1>(2, 5, {9, 17, 6}, relu, false, true, 0, false, view);
   }
   // What fits beside the weights: 4, 2 or 1 examples to a lane of plain multiply-adds, or none.
   for (const int kilobytes : {227, 80, 40, 10}) {
