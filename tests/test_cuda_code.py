@@ -160,11 +160,6 @@ def test_no_kernel_loads_or_stores_local_memory(code):
     assert using(code, r"(LDL|STL)\b") == set(MAY_USE_LOCAL_MEMORY)
 
 
-def test_every_block_can_be_launched(compiled):
-    # 65,536 registers are there for a block, of 256 threads at most, in units of 8 a thread.
-    assert max(usage.registers for usages in compiled.values() for usage in usages.values()) <= 65_536 // 256
-
-
 def test_no_atomics_to_memory(code):
     assert using(code, r"(REDG?|ATOMG?)\b") == set()
     assert using(code, r"ATOMS\b") == SHARED_ATOMICS
