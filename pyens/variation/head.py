@@ -74,7 +74,10 @@ class VariationHead(nn.Module):
         if self.features != "binary":
             parts.append(value.to(dtype).clamp(-FURTHEST, FURTHEST))
         if self.features != "value":
-            parts.append(active.view(torch.uint8))  # which become numbers by the vector, bools one by one
+            # Eager torch turns bytes to numbers by the vector, and bools one by one; in compiled code the bytes
+            # would cost five times as much as bools.
+            compiling = torch.compiler.is_compiling()
+            parts.append(active.to(dtype) if compiling else active.view(torch.uint8))
         return self._answer(torch.cat(parts, -1).to(dtype))
 
     def estimate(self, features: Tensor) -> Tensor:
