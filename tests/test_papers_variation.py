@@ -131,3 +131,18 @@ def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_the_page_of_nothing(tmp_path: Path) -> None:
     text = variation.page(Results(tmp_path / "none.json"), {}, 100)
     assert text.startswith("# Variation estimation")
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+def test_a_dead_member_is_told_and_left_out(classes: int | None) -> None:
+    shape = (30, 40) if classes is None else (30, 40, classes)
+    universe = torch.rand(shape) / 10 + 1
+    universe[7] = universe[7, 0]
+    if classes:
+        universe = universe / universe.sum(-1, keepdim=True)
+    found = estimation.delta(universe, [2, 10], distribution=classes is not None, seed=0)
+    alive = torch.cat([universe[:7], universe[8:]])
+    without = estimation.delta(alive, [2, 10], distribution=classes is not None, seed=0)
+    assert (found["dead"], without["dead"]) == (1, 0)
+    assert found["mean_alive"] == without["mean"] == without["mean_alive"] != found["mean"]
+    assert estimation.delta(universe[6:9], [2, 3], distribution=classes is not None, seed=0)["sizes"] == [2]

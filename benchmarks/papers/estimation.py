@@ -232,11 +232,20 @@ def kept_units(
 
 
 def delta(universe: Tensor, sizes: Sequence[int], *, distribution: bool, seed: int) -> dict[str, Any]:
-    """Figure 6, from 20 draws of each size."""
-    found = metrics.delta_ratio(
-        universe, sizes, variation="distribution" if distribution else "value", seed=seed
-    )
-    return {"sizes": list(sizes), "mean": found.mean.tolist(), "std": found.std.tolist()}
+    """Figure 6, from 20 draws of each size: of all members, and without those that say the same of every row.
+
+    Such a member has died in training, its last hidden units silent for whatever comes in. One among many is
+    as far from the others as ten of them, so whether a draw has it decides about the whole ratio.
+    """
+    kind = "distribution" if distribution else "value"
+    spread = universe.amax(1) - universe.amin(1)
+    alive = spread.reshape(len(spread), -1).amax(1) > 1e-4
+    sizes = [size for size in sizes if size <= int(alive.sum())]
+    entry: dict[str, Any] = {"sizes": sizes, "dead": int((~alive).sum())}
+    for suffix, members in (("", universe), ("_alive", universe[alive])):
+        found = metrics.delta_ratio(members, sizes, variation=kind, seed=seed)
+        entry |= {f"mean{suffix}": found.mean.tolist(), f"std{suffix}": found.std.tolist()}
+    return entry
 
 
 def variation_of(universe: Tensor) -> Tensor:

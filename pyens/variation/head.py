@@ -74,7 +74,7 @@ class VariationHead(nn.Module):
         if self.features != "binary":
             parts.append(value.to(dtype).clamp(-FURTHEST, FURTHEST))
         if self.features != "value":
-            # Eager torch turns bytes to numbers by the vector, and bools one by one; in compiled code the bytes
+            # Eager torch turns bytes to numbers by the vector, and bools one by one; in compiled code bytes
             # would cost five times as much as bools.
             compiling = torch.compiler.is_compiling()
             parts.append(active.to(dtype) if compiling else active.view(torch.uint8))
