@@ -1,12 +1,12 @@
 // The ensemble MLP on the GPU: which kernel a call goes to, and the plain one that takes what is left:
 // float64, activation strength, and few examples of what the others do not take.
 //
-// Mapping of the plain kernel: a block takes a tile of examples of one member through all layers. Two buffers of
-// activations [tile][width] lie in shared memory; a thread computes whole outputs, neighbouring
-// threads neighbouring examples, so a warp reads one row of weights (a broadcast) against as many
-// rows of activations. Weights are copied to shared memory first, all at once, where they fit. Bound by
-// shared-memory reads, two for each multiply-add; with few examples by the latency of memory, once, and of
-// chains of multiply-adds.
+// Mapping of the plain kernel: a block takes a tile of examples of one member through all layers. Two
+// buffers of activations [tile][width] lie in shared memory; a thread computes whole outputs,
+// neighbouring threads neighbouring examples, so a warp reads one row of weights (a broadcast) against
+// as many rows of activations. Weights are copied to shared memory first, all at once, where they fit.
+// Bound by shared-memory reads, two for each multiply-add; with few examples by the latency of memory,
+// once, and of chains of multiply-adds.
 //
 // Activation strength is written on the way, layer by layer, from the buffer that the next layer reads:
 // neighbouring threads neighbouring units. The output has the bits of a call without it, but for 16-bit
@@ -218,8 +218,9 @@ namespace ensemble_mlp_cuda {
 
 bool in_one_launch(const EnsembleMLPParams& params) {
   if (ensemble_mlp_mma::takes(params) || ensemble_mlp_fma::takes(params)) return true;
-  // The library's products are slower than the plain kernel while a launch is most of the time; later
-  // only where it would have to be told apart from them: no tensor cores, or strength in the same pass.
+  // With few examples a launch is most of the time, and the library has one for each layer and more.
+  // With many it has faster kernels than the plain one, but gains little in float64, and strength would
+  // be another pass.
   const bool few = params.batch < kFewExamples;
   return plain_takes(params) && (few || params.dtype == DType::float64 || params.strength);
 }
