@@ -206,6 +206,9 @@ double fma_peak(double milliseconds) {
 double fma_peak_cuda([[maybe_unused]] const Tensor& sink, [[maybe_unused]] bool tf32,
                      [[maybe_unused]] int64_t rounds) {
 #if defined(PYENS_WITH_CUDA)
+  TORCH_CHECK_VALUE(sink.is_cuda() && sink.numel() > 0,
+                    "fma_peak_cuda: sink: expected a number on a GPU, got shape ", sink.sizes(),
+                    " on ", sink.device());
   const pyens::DType dtype = pyens::kernel_dtype(sink.scalar_type());
   double operations = 0;
   pyens::launch_cuda("fma_peak_cuda", sink, [&](void* stream) {
