@@ -77,14 +77,19 @@ def test_a_batch_in_pieces_gives_the_same_bits():
     assert model(*(t[:0] for t in inputs))[1].shape == (0,)
 
 
+def assert_same_answers(other, model, inputs, rows):
+    """For the first so many rows of the inputs."""
+    for count in rows:
+        part = tuple(t[:count] for t in inputs)
+        for got, expected in zip(other(*part), model(*part), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("kind", TARGETS)
 def test_it_compiles_whole(kind):
     model, _, inputs = serving(kind)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for rows in (201, 64, 33):
-        part = tuple(t[:rows] for t in inputs)
-        for got, expected in zip(compiled(*part), model(*part), strict=True):
-            torch.testing.assert_close(got, expected)
+    assert_same_answers(compiled, model, inputs, rows=(201, 64, 33))
 
 
 @pytest.mark.parametrize("task", ["regression", "classification"])
@@ -95,10 +100,7 @@ def test_it_is_exported(kind, task, tmp_path):
     exported = torch.export.export(model, inputs, dynamic_shapes=(tuple({0: batch} for _ in inputs),))
     torch.export.save(exported, tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2").module()
-    for rows in (201, 64, 2):
-        part = tuple(t[:rows] for t in inputs)
-        for got, expected in zip(loaded(*part), model(*part), strict=True):
-            torch.testing.assert_close(got, expected)
+    assert_same_answers(loaded, model, inputs, rows=(201, 64, 2))
 
 
 @pytest.mark.parametrize("task", ["regression", "classification"])

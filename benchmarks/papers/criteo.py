@@ -26,6 +26,7 @@ from benchmarks.papers.ensembles import (
     Study,
     Task,
     correlations,
+    publish,
     settings_matrix,
     table_1,
 )
@@ -104,9 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines += ["", f"Lowest correlation {between[lowest]:.3f} ({lowest}); the document's is about 0.92."]
     stamps = sorted({entry["made"] for entry in results.section("criteo").values()})
     lines += ["", "## Where it ran", "", *(f"- {stamp}" for stamp in stamps), ""]
-    with harness.replacing(flags.output / f"{stem}.md") as temporary:
-        temporary.write_text("\n".join(lines), encoding="utf-8")
-    print("\n".join(lines))
+    publish("\n".join(lines), flags.output / f"{stem}.md")
     return 0
 
 

@@ -395,5 +395,12 @@ def settings_matrix(pairs: dict[str, float], ax: Axes) -> None:
     plots.correlation_matrix(matrix, names, ax=ax)
 
 
+def publish(text: str, path: Path) -> None:
+    """Writes a result page, atomically, and prints it."""
+    with harness.replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(text)
+
+
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]

@@ -38,6 +38,7 @@ from benchmarks.papers.ensembles import (
     correlations,
     markdown_table,
     number,
+    publish,
     settings_matrix,
     table_1,
 )
@@ -258,9 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = flags.output / f"{stem}-correlations.png"
     picture({key: entry["values"] for key, entry in results.section("correlations").items()}, path)
     text = page(results, flags.members, [path.name])
-    with harness.replacing(flags.output / f"{stem}.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    print(text)
+    publish(text, flags.output / f"{stem}.md")
     return 0
 
 

@@ -34,7 +34,7 @@ from matplotlib.axes import Axes
 
 from benchmarks import harness
 from benchmarks.papers import criteo, estimation, movielens
-from benchmarks.papers.ensembles import SETTINGS, Results, Study, markdown_table
+from benchmarks.papers.ensembles import SETTINGS, Results, Study, markdown_table, publish
 from benchmarks.papers.estimation import Estimation, Source
 from pyens import metrics, plots
 from pyens.data import load_criteo, load_movielens
@@ -467,9 +467,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if draw(results, path):
             pictures[name] = path.name
     text = page(results, pictures, flags.members)
-    with harness.replacing(flags.output / f"{stem}.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    print(text)
+    publish(text, flags.output / f"{stem}.md")
     return 0
 
 

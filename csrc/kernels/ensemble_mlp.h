@@ -116,8 +116,9 @@ void finish_training(const EnsembleMLPTraining& training, int64_t begin, int64_t
 // a phrase why it did not.
 namespace ensemble_mlp_cuda {
 // Whether `run` takes all layers in one launch: a member's weights fit into the shared memory that a
-// block of the current device may have. If not, each layer is the library's batched product and then
-// `run_epilogue`, layer after layer on the same stream.
+// block of the current device may have, and a kernel for as many examples has room beside them. If not,
+// each layer is the library's batched product and then `run_epilogue`, layer after layer on the same
+// stream.
 bool in_one_launch(const EnsembleMLPParams& params);
 const char* run(const EnsembleMLPParams& params, void* stream);
 const char* run_epilogue(const EnsembleMLPParams& params, const EnsembleMLPEpilogue& epilogue,

@@ -15,7 +15,8 @@ double run(int64_t rounds, float* sink);
 }  // namespace pyens::fma_peak_cpu
 
 // CUDA: one launch of independent chains on every multiprocessor, on tensor cores for 16-bit types and
-// for float32 with tf32. `sink`: one float of global memory, written by no launch that ends.
+// for float32 with tf32. `sink`: a number in global memory, never written in fact: without the possibility
+// a compiler would leave the sums out.
 namespace pyens::fma_peak_cuda {
 double operations(DType dtype, bool tf32, int64_t rounds);
 const char* run(DType dtype, bool tf32, int64_t rounds, float* sink, void* stream);

@@ -51,9 +51,10 @@ def ensemble_mlp(
     weights, the biases and an input per member for any number of threads and any members beside. Strided and
     expanded tensors are read where they lie as long as their last dimension is contiguous.
 
-    On CUDA, where a member's weights do not fit into a block's shared memory or there are more than 32
-    layers, each layer is the library's batched product: float32 then follows torch's TF32 setting, 16-bit
-    types round hidden activations to themselves, and bits may depend on the batch and the members beside.
+    On CUDA the forward pass rounds hidden activations of 16-bit types to themselves, and float32 follows
+    torch's TF32 setting for matrix products. Layers that are too wide for one launch (a member's weights do
+    not fit into a block's shared memory), or more than 32, are the library's batched products: their bits may
+    depend on the batch and the members beside.
 
     Differentiable in input, weights and biases, twice and more. Backward computes the activations again, tile
     by tile, instead of keeping them; to train, `ensemble_mlp_loss` saves that too. Under autocast it casts as

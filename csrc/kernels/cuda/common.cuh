@@ -192,6 +192,11 @@ __device__ inline void multiply_tiles(float (&c)[4], const uint32_t (&a)[4], uin
 
 // --- activations ---------------------------------------------------------------------------------
 
+template <class R>
+__device__ inline R smallest_normal() {
+  return sizeof(R) == 8 ? R(2.2250738585072014e-308) : R(1.17549435082228751e-38f);
+}
+
 __device__ inline double relu(double x) { return x < 0 ? 0 : x; }
 __device__ inline float relu(float x) {
 #if defined(__CUDACC__)

@@ -28,8 +28,6 @@ namespace pyens {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMaxLayers = 32;
-constexpr int64_t kBlock = 128;
 constexpr int64_t kMostExamples = 64;  // of a tile
 
 struct Arguments {
@@ -39,9 +37,6 @@ struct Arguments {
   int64_t tile, tiles, row_reals;
   bool weights_in_shared;
 };
-
-// Words of 32 bits fall into as many banks: rows of an odd length begin in different ones.
-__host__ __device__ inline int64_t odd(int64_t width) { return width | 1; }
 
 // The member's weights, to be found in shared memory layer by layer, rows of odd(in).
 template <class T>
@@ -61,23 +56,18 @@ __device__ void copy_weights(const Arguments& a, int64_t member, T* to) {
 
 // The tile's strengths for a hidden layer of `out` units, the first of them unit `first_unit` of all.
 // h: [examples][h_row]; row: the tile's first of [E, B].
-//
-//   value = (h - mean) * scale, scale = 1 / std, or 0 for both where std is as good as 0
 template <class T>
 __device__ void write_strength(const ActivationStrengthParams& s, const Real<T>* h, int64_t h_row,
                                int examples, int64_t member, int64_t row, int64_t first_unit,
                                int out) {
   using R = Real<T>;
-  const R smallest = sizeof(R) == 8 ? R(2.2250738585072014e-308) : R(1.17549435e-38f);
   const R* mean = static_cast<const R*>(s.mean) + member * s.mean_member_stride + first_unit;
   const R* std = static_cast<const R*>(s.std) + member * s.std_member_stride + first_unit;
   T* value = static_cast<T*>(s.value) + row * s.units + first_unit;
   for (int i = threadIdx.x; i < examples * out; i += kThreads) {
     const int b = i / out, o = i % out;
-    const R scale = fabs(std[o]) < smallest ? R(0) : R(1) / std[o];
     const R x = h[b * h_row + o];
-    // A NaN in a dead unit gives 0 too.
-    from_real(scale == R(0) ? R(0) : (x - mean[o]) * scale, value + b * s.units + o);
+    from_real(strength_value(x, mean[o], strength_scale(std[o])), value + b * s.units + o);
     if (!s.pack) s.active[(row + b) * s.units + first_unit + o] = x > R(0);
   }
   if (!s.pack) return;
@@ -140,9 +130,9 @@ __global__ void __launch_bounds__(kThreads) ensemble_mlp_kernel(const Arguments 
       const int b = i % examples, o = i / examples;
       const T* w = weight + o * weight_row;
       R total = bias ? to_real(bias[o]) : R(0);
-      for (int64_t k = 0; k < layer.in; k += kBlock) {
+      for (int64_t k = 0; k < layer.in; k += kChain) {
         R sum = 0;
-        for (int64_t j = k; j < min(k + kBlock, layer.in); ++j) {
+        for (int64_t j = k; j < min(k + kChain, layer.in); ++j) {
           sum = fma(to_real(w[j]), x[b * a.row_reals + j], sum);
         }
         total += sum;

@@ -1,4 +1,5 @@
-// The kernels among which ensemble_mlp.cu chooses, and how they share out the examples.
+// What the kernels of the ensemble MLP share; those among which ensemble_mlp.cu chooses, and how they share
+// out the examples.
 #pragma once
 
 #include <algorithm>
@@ -7,6 +8,24 @@
 #include "kernels/ensemble_mlp.h"
 
 namespace pyens {
+
+constexpr int kMaxLayers = 32;  // that a kernel's arguments hold
+
+// Inputs of a chain of multiply-adds, in float32 and float64; chains are added in order, as on the CPU.
+constexpr int kChain = 128;
+
+// Words of 32 bits fall into as many banks: rows of an odd length begin in different ones.
+__host__ __device__ inline int64_t odd(int64_t width) { return width | 1; }
+
+// Activation strength, value = (h - mean) * scale: scale = 1 / std, or 0 for both where std is as good as 0.
+template <class R>
+__device__ inline R strength_scale(R std) {
+  return fabs(std) < smallest_normal<R>() ? R(0) : R(1) / std;
+}
+template <class R>
+__device__ inline R strength_value(R h, R mean, R scale) {
+  return scale == R(0) ? R(0) : (h - mean) * scale;  // a NaN in a dead unit gives 0 too
+}
 
 // Below, what is a lane's or a warp's in the kernels for batches has little to do.
 constexpr int64_t kFewExamples = 64;

@@ -22,6 +22,7 @@
 #include <type_traits>
 
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/ensemble_mlp.cuh"
 #include "kernels/dropout.h"
 #include "kernels/ensemble_mlp.h"
 
@@ -92,10 +93,9 @@ __global__ void __launch_bounds__(kThreads, 3) epilogue_kernel(const Arguments a
     key[j] = drops ? dropout_unit_key(layer_key, o + j) : 0;
     mean[j] = scale[j] = R(0);
     if (!has_strength) continue;
-    const R smallest = sizeof(R) == 8 ? R(2.2250738585072014e-308) : R(1.17549435e-38f);
     const R std = static_cast<const R*>(s.std)[at.member * s.std_member_stride + u + j];
     mean[j] = static_cast<const R*>(s.mean)[at.member * s.mean_member_stride + u + j];
-    scale[j] = fabs(std) < smallest ? R(0) : R(1) / std;
+    scale[j] = strength_scale(std);
   }
 
   using Sums = Piece<R, kUnits>;
@@ -119,8 +119,7 @@ __global__ void __launch_bounds__(kThreads, 3) epilogue_kernel(const Arguments a
       }
       from_real(x, &stored.elements[j]);
       active.elements[j] = to_real(stored.elements[j]) > R(0);
-      // A NaN in a dead unit gives 0 too.
-      from_real(scale[j] == R(0) ? R(0) : (x - mean[j]) * scale[j], &value.elements[j]);
+      from_real(strength_value(x, mean[j], scale[j]), &value.elements[j]);
     }
     *reinterpret_cast<Piece<T, kUnits>*>(h + row * a.out) = stored;
     if (!has_strength) continue;

@@ -22,8 +22,6 @@ namespace pyens {
 namespace ensemble_mlp_fma {
 namespace {
 
-constexpr int kMaxLayers = 32;
-constexpr int kBlock = 128;  // inputs of a chain
 constexpr int kOutputs = 8;  // of a lane at once
 constexpr int kMostWarps = 8;
 
@@ -139,9 +137,9 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) ensemble_mlp_fma_kernel(co
           total[i / kExamples][i % kExamples] = bias[i / kExamples];
         }
         const float* weights = shared + layer.weights + o;
-        for (int k = 0; k < layer.in; k += kBlock) {
+        for (int k = 0; k < layer.in; k += kChain) {
           float sum[kOutputs][kExamples] = {};
-          const int stop = min(k + kBlock, layer.in);
+          const int stop = min(k + kChain, layer.in);
           // The next input's while this one's multiply: there is one warp to a quarter of a multiprocessor.
           Operands<kExamples> next(x + k * 32, weights);
 #pragma unroll 4

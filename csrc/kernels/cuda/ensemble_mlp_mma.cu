@@ -27,7 +27,6 @@ namespace pyens {
 namespace ensemble_mlp_mma {
 namespace {
 
-constexpr int kMaxLayers = 32;
 constexpr int kOutputs = 16;  // of a step: two products side by side
 
 // A product is so deep, in elements, and reads so much of what a step has left.

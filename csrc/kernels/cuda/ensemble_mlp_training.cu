@@ -26,6 +26,7 @@
 #include <type_traits>
 
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/ensemble_mlp.cuh"
 #include "kernels/cuda/ensemble_mlp_losses.cuh"
 #include "kernels/dropout.h"
 
@@ -33,8 +34,6 @@ namespace pyens {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMaxLayers = 32;
-constexpr int kBlock = 128;
 constexpr int64_t kTile = 64, kSmallestTile = 8;
 constexpr int64_t kSharedBytes = 96 * 1024;  // every GPU from sm_80 on has them
 constexpr int64_t kMaxSpans = 32;
@@ -62,9 +61,6 @@ struct Arguments {
   void *span_gradients, *member_inputs;
   size_t partial_bytes;
 };
-
-// An odd row, so that a column falls into different banks.
-int64_t odd(int64_t n) { return n | 1; }
 
 int64_t count_parameters(const EnsembleMLPParams& p) {
   int64_t n = 0;
@@ -202,13 +198,13 @@ __device__ void for_each_sum(const R (&sums)[kSide][kSide], const F& f) {
   for (int i = 0; i < kSide * kSide; ++i) f(i / kSide, i % kSide, sums[i / kSide][i % kSide]);
 }
 
-// Over all k below size, in chains of kBlock that are added to `totals` in order.
+// Over all k below size, in chains of kChain that are added to `totals` in order.
 template <class R, class Left, class Right>
 __device__ void add_chains(int size, const Left& left, const Right& right,
                            R (&totals)[kSide][kSide]) {
-  for (int k = 0; k < size; k += kBlock) {
+  for (int k = 0; k < size; k += kChain) {
     R sums[kSide][kSide] = {};
-    add_products(k, min(k + kBlock, size), left, right, sums);
+    add_products(k, min(k + kChain, size), left, right, sums);
 #pragma unroll
     for (int i = 0; i < kSide * kSide; ++i) {
       totals[i / kSide][i % kSide] += sums[i / kSide][i % kSide];

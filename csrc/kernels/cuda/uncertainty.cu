@@ -69,8 +69,7 @@ __device__ inline R exp_or_zero(R x, R* d) {
 // x log x; 0 for 0 and for what is subnormal.
 template <class R>
 __device__ inline R x_log_x(R x) {
-  const R smallest = sizeof(R) == 4 ? R(1.17549435082228751e-38) : R(2.2250738585072014e-308);
-  return x < smallest ? R(0) : x * log(x);
+  return x < smallest_normal<R>() ? R(0) : x * log(x);
 }
 
 template <class R>
