@@ -93,6 +93,7 @@ struct Model {
     std::vector<T> output(static_cast<size_t>(ensemble_size * batch * widths.back()));
     params.output = output.data();
     const int64_t items = pyens::ensemble_mlp_cpu::work_items(params);
+    if (items == 0) pyens::ensemble_mlp_cpu::scratch_bytes(params);  // as launch_cpu does
     for (int64_t begin = 0; begin < items; begin += step) {
       const size_t bytes = (pyens::ensemble_mlp_cpu::scratch_bytes(params) + 63) / 64 * 64;
       const std::unique_ptr<void, FreeDeleter> scratch(std::aligned_alloc(64, bytes));
@@ -155,6 +156,17 @@ void test(int64_t e, int64_t b, const std::vector<int64_t>& widths, Activation a
   check(model.run(1 << 20) == output, "same bits when packed", e, b, widths.size() - 1);
 }
 
+// An empty batch has no work, and its scratch can be asked for with every option.
+template <class T>
+void test_empty(Activation activation, double dropout) {
+  Model<T> model(3, 0, {4, 2, 3}, activation, /*shared_input=*/true, /*with_bias=*/true);
+  const std::vector<int64_t> seeds = {0, 1, 2};
+  model.params.dropout = dropout;
+  model.params.dropout_seeds = seeds.data();
+  check(pyens::ensemble_mlp_cpu::work_items(model.params) == 0, "no work", 3, 0, 2);
+  check(model.run(1).empty(), "no outputs", 3, 0, 2);
+}
+
 }  // namespace
 
 int main() {
@@ -163,6 +175,12 @@ int main() {
   const Activation activations[] = {Activation::relu,    Activation::gelu,     Activation::silu,
                                     Activation::elu,     Activation::softplus, Activation::tanh,
                                     Activation::identity};
+  for (const Activation activation : activations) {
+    for (const double dropout : {0.0, 0.5}) {
+      test_empty<float>(activation, dropout);
+      test_empty<double>(activation, dropout);
+    }
+  }
   int i = 0;
   for (const auto& widths : shapes) {
     for (const int64_t batch : {1, 2, 7, 8, 9, 10, 15, 16, 17, 63, 65, 130, 300}) {

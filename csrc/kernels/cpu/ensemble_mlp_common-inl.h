@@ -88,7 +88,7 @@ int64_t tile_size(const EnsembleMLPParams& p) {
   while (tile > kPanel<A> && tile * max_width(p) > (int64_t{1} << 20)) tile /= 2;
   while (tile > 64 && p.ensemble_size * ((p.batch + tile - 1) / tile) < 16) tile /= 2;
   tile = std::max(tile, kPanel<A>);
-  const int64_t tiles = (p.batch + tile - 1) / tile;
+  const int64_t tiles = std::max<int64_t>(1, (p.batch + tile - 1) / tile);  // of an empty batch too
   return round_up((p.batch + tiles - 1) / tiles, kPanel<A>);
 }
 

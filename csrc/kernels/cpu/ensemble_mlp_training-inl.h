@@ -49,7 +49,7 @@ struct TrainingSchedule {
     for (int64_t l = 0; l < p.num_layers; ++l) widths += p.layers[l].out;
     int64_t largest = kMaxTile;
     while (largest > kPanel<A> && largest * widths > (int64_t{1} << 20)) largest /= 2;
-    tiles = (p.batch + largest - 1) / largest;
+    tiles = std::max<int64_t>(1, (p.batch + largest - 1) / largest);  // of an empty batch too
     tile = round_up((p.batch + tiles - 1) / tiles, kPanel<A>);
     tiles = (p.batch + tile - 1) / tile;
     tiles_per_span = (tiles + kMaxSpans - 1) / kMaxSpans;
