@@ -75,17 +75,17 @@ bench-cuda: build-cuda ## build for CUDA with $(PYTHON) and run all benchmarks o
 
 build-cuda:
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"torch {torch.__version__} of {sys.executable} finds no CUDA GPU here: there is nothing to run on")'
-	@echo "building pyens._C for CUDA"
+	@echo "building pyens._operations and pyens._C for CUDA"
 	@PYENS_CUDA=1 $(PYTHON) $(BUILD_EXT)
 
 clean: ## remove what was built
-	rm -rf build *.egg-info pyens/_C.*.so $(BUILT)
+	rm -rf build *.egg-info pyens/_*.so $(BUILT)
 
 distclean: clean ## and .venv
 	rm -rf $(VENV)
 
 $(BUILT): $(INSTALLED) $(filter csrc/%,$(CXX_FILES)) setup.py pyens/_version.py
-	@echo "building pyens._C"
+	@echo "building pyens._operations and pyens._C"
 	@$(PY) $(BUILD_EXT)
 
 $(INSTALLED): $(VENV)/torch requirements-dev.txt

@@ -1,4 +1,4 @@
-"""Builds `pyens._C`. Everything else about the package is in pyproject.toml.
+"""Builds `pyens._operations` and `pyens._C`. Everything else about the package is in pyproject.toml.
 
 Environment:
     PYENS_CUDA=0|1|auto   build the CUDA kernels; auto (default): if torch is a CUDA build and nvcc is there
@@ -11,6 +11,7 @@ import os
 import platform
 import runpy
 from pathlib import Path
+from typing import Any
 
 import setuptools
 
@@ -55,12 +56,11 @@ def files(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
 
-def extension() -> setuptools.Extension:
-    sources = files("csrc/bindings.cpp", "csrc/ops/*.cpp", "csrc/kernels/cpu/*.cpp")
+def extension(name: str, sources: list[str], **options: Any) -> setuptools.Extension:
     macros = []
-    cxx = ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
+    cxx = ["-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
     # Python asks for debug information; without it the extension builds faster and is a fraction of the size.
-    cxx += ["-g0"]
+    cxx += ["-O3", "-g0"]
     # An FMA is written where one is meant: the accumulation order is part of the kernels' contract.
     cxx += ["-ffp-contract=off"]
     # Compiled with OpenMP (at::parallel_for needs it) but not linked with it: the symbols resolve to the
@@ -71,7 +71,6 @@ def extension() -> setuptools.Extension:
     compile_args = {"cxx": cxx}
     if CUDA:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
-        sources += files("csrc/kernels/cuda/*.cu")
         macros += [("PYENS_WITH_CUDA", None)]
         # BuildExtension turns the operators of __half and __nv_bfloat16 off. The kernels know no torch:
         # they compile here as they do under CMake.
@@ -80,19 +79,30 @@ def extension() -> setuptools.Extension:
         compile_args["nvcc"] = nvcc + [f"-U__CUDA_NO_{name}__" for name in switched_off]
     make_extension = cpp_extension.CUDAExtension if CUDA else cpp_extension.CppExtension
     return make_extension(
-        "pyens._C",
+        name,
         sources,
         depends=files("csrc/**/*.h", "csrc/**/*.cuh"),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=macros,
         extra_compile_args=compile_args,
+        **options,
     )
+
+
+def extensions() -> list[setuptools.Extension]:
+    kernels = files("csrc/kernels/cpu/*.cpp") + (files("csrc/kernels/cuda/*.cu") if CUDA else [])
+    return [
+        # The operations are no Python module: py_limited_api leaves torch_python out of what they link to, so
+        # that a process without Python loads them too.
+        extension("pyens._operations", files("csrc/ops/*.cpp") + kernels, py_limited_api=True),
+        extension("pyens._C", ["csrc/python.cpp"]),
+    ]
 
 
 class BuildExtension(cpp_extension.BuildExtension):
     """Compiles with ninja, then writes down beside the extension what it was built for.
 
-    `pyens._C` cannot say so itself: with another torch it fails to load. `pyens._library` reads the file.
+    It cannot say so itself: with another torch it fails to load. `pyens._library` reads the file.
     """
 
     def run(self) -> None:
@@ -109,6 +119,6 @@ class BuildExtension(cpp_extension.BuildExtension):
 
 setuptools.setup(
     license="Apache-2.0",
-    ext_modules=[extension()],
+    ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension},
 )

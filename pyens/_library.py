@@ -1,4 +1,6 @@
-"""Loads the extension `pyens._C`, or says what to run so that it loads.
+"""Loads the operations and their front door `pyens._C`, or says what to run so that they load.
+
+`pyens/_operations.abi3.so` registers `torch.ops.pyens`; it needs no Python, so C++ programs load it alone.
 
 The reference is never a silent stand-in for it: without a matching extension the import fails.
 """
@@ -32,9 +34,10 @@ def _check_build() -> dict[str, Any]:
 
 _built = _check_build()
 try:
+    torch.ops.load_library(Path(__file__).with_name("_operations.abi3.so"))
     # Not `from pyens import _C`: where the file is missing, that speaks of circular imports.
-    import pyens._C as _C  # also registers torch.ops.pyens
-except ImportError as error:
+    import pyens._C as _C
+except (ImportError, OSError) as error:
     raise ImportError(
         f"pyens: its extension, built for Python {_built['python']}, does not load ({error}). "
         f"Build it again, in the folder of its sources:\n    {_BUILD}"
@@ -52,7 +55,8 @@ def build_info() -> dict[str, Any]:
         "version": __version__,
         "torch": _built["torch"],
         "python": _built["python"],
-        **_C.build_info(),
+        "compiler": torch.ops.pyens.compiler(),
+        "cpu_capability": torch.ops.pyens.cpu_capability(),
         "cuda": "yes",
     }
     if not _built["cuda"]:

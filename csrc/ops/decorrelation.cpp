@@ -1,22 +1,16 @@
-// torch-facing side of the decorrelation loss: checks, allocation, launch; shapes for fake tensors;
-// autograd; autocast.
+// The decorrelation loss.
 //
 //   decorrelation_loss(outputs, kind, reduction)           the loss
 //   decorrelation_loss_forward(outputs, kind, reduction)   and what the backward reads
 //   decorrelation_loss_backward(grad, outputs, correlations, centre, kind, reduction)
-
-#include <ATen/autocast_mode.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <string_view>
 #include <tuple>
 
 #include "kernels/decorrelation.h"
 #include "ops/checks.h"
-#include "ops/dispatch.h"
 #include "ops/launch.h"
+#include "ops/operation.h"
 
 namespace pyens {
 namespace {
@@ -25,7 +19,9 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr const char* kOp = "decorrelation_loss";
+constexpr char kOp[] = "decorrelation_loss";
+constexpr char kForward[] = "decorrelation_loss_forward";
+constexpr char kBackward[] = "decorrelation_loss_backward";
 
 DecorrelationKind parse_kind(std::string_view kind) {
   if (kind == "correlation") return DecorrelationKind::correlation;
@@ -230,12 +226,6 @@ Tensor decorrelation_loss_backward_meta(const Tensor& grad, const Tensor& output
 
 // --- autograd ------------------------------------------------------------------------------------
 
-auto typed_decorrelation_loss() {
-  static const auto op = dispatcher_op<Tensor(const Tensor&, std::string_view, std::string_view)>(
-      "pyens::decorrelation_loss");
-  return op;
-}
-
 // The gradient of differentiable aten operations, for gradients of gradients.
 Tensor composed_backward(const Tensor& grad, const Tensor& outputs, DecorrelationKind kind,
                          bool sum_labels) {
@@ -265,9 +255,8 @@ class DecorrelationLossFunction : public torch::autograd::Function<Decorrelation
   static Tensor forward(AutogradContext* ctx, const Tensor& outputs, std::string kind,
                         std::string reduction) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    static const auto op = dispatcher_op<std::tuple<Tensor, Tensor, Tensor>(
-        const Tensor&, std::string_view, std::string_view)>("pyens::decorrelation_loss_forward");
-    auto [loss, correlations, centre] = op.call(outputs, kind, reduction);
+    auto [loss, correlations, centre] =
+        call<decorrelation_loss_forward, kForward>(outputs, kind, reduction);
     ctx->save_for_backward({outputs, correlations, centre});
     ctx->saved_data["kind"] = kind;
     ctx->saved_data["reduction"] = reduction;
@@ -282,10 +271,9 @@ class DecorrelationLossFunction : public torch::autograd::Function<Decorrelation
       return {composed_backward(grads[0], saved[0], parse_kind(kind), parse_sums_labels(reduction)),
               Tensor(), Tensor()};
     }
-    static const auto op = dispatcher_op<Tensor(const Tensor&, const Tensor&, const Tensor&,
-                                                const Tensor&, std::string_view, std::string_view)>(
-        "pyens::decorrelation_loss_backward");
-    return {op.call(grads[0], saved[0], saved[1], saved[2], kind, reduction), Tensor(), Tensor()};
+    return {call<decorrelation_loss_backward, kBackward>(grads[0], saved[0], saved[1], saved[2],
+                                                         kind, reduction),
+            Tensor(), Tensor()};
   }
 };
 
@@ -294,50 +282,32 @@ Tensor decorrelation_loss_autograd(const Tensor& outputs, std::string_view kind,
   return DecorrelationLossFunction::apply(outputs, std::string(kind), std::string(reduction));
 }
 
-// --- autocast ------------------------------------------------------------------------------------
-
-template <c10::DeviceType device, c10::DispatchKey key>
 Tensor decorrelation_loss_autocast(const Tensor& outputs, std::string_view kind,
                                    std::string_view reduction) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
-  return typed_decorrelation_loss().call(at::autocast::cached_cast(at::kFloat, outputs, device),
-                                         kind, reduction);
+  const Autocast cast(outputs);
+  return call<decorrelation_loss, kOp>(cast.float32(outputs), kind, reduction);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(pyens, CPU, m) {
-  m.impl("decorrelation_loss", decorrelation_loss);
-  m.impl("decorrelation_loss_forward", decorrelation_loss_forward);
-  m.impl("decorrelation_loss_backward", decorrelation_loss_backward);
-}
-
-TORCH_LIBRARY_IMPL(pyens, CUDA, m) {
-  m.impl("decorrelation_loss", decorrelation_loss);
-  m.impl("decorrelation_loss_forward", decorrelation_loss_forward);
-  m.impl("decorrelation_loss_backward", decorrelation_loss_backward);
-}
-
-TORCH_LIBRARY_IMPL(pyens, Meta, m) {
-  m.impl("decorrelation_loss", decorrelation_loss_meta);
-  m.impl("decorrelation_loss_forward", decorrelation_loss_forward_meta);
-  m.impl("decorrelation_loss_backward", decorrelation_loss_backward_meta);
-}
-
-TORCH_LIBRARY_IMPL(pyens, Autograd, m) {
-  m.impl("decorrelation_loss", decorrelation_loss_autograd);
-  m.impl("decorrelation_loss_forward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("decorrelation_loss_backward", torch::autograd::autogradNotImplementedFallback());
-}
-
-TORCH_LIBRARY_IMPL(pyens, AutocastCPU, m) {
-  m.impl("decorrelation_loss",
-         decorrelation_loss_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
-}
-
-TORCH_LIBRARY_IMPL(pyens, AutocastCUDA, m) {
-  m.impl("decorrelation_loss",
-         decorrelation_loss_autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>);
+TORCH_LIBRARY_FRAGMENT(pyens, m) {
+  Operation(m, "decorrelation_loss(Tensor outputs, str kind, str reduction) -> Tensor")
+      .cpu_and_cuda<decorrelation_loss>()
+      .meta<decorrelation_loss_meta>()
+      .autograd<decorrelation_loss_autograd>()
+      .autocast<decorrelation_loss_autocast>();
+  Operation(m,
+            "decorrelation_loss_forward(Tensor outputs, str kind, str reduction)"
+            " -> (Tensor loss, Tensor correlations, Tensor centre)")
+      .cpu_and_cuda<decorrelation_loss_forward>()
+      .meta<decorrelation_loss_forward_meta>()
+      .not_differentiable();
+  Operation(m,
+            "decorrelation_loss_backward(Tensor grad, Tensor outputs, Tensor correlations,"
+            " Tensor centre, str kind, str reduction) -> Tensor")
+      .cpu_and_cuda<decorrelation_loss_backward>()
+      .meta<decorrelation_loss_backward_meta>()
+      .not_differentiable();
 }
 
 }  // namespace pyens

@@ -1,5 +1,4 @@
-// torch-facing side of the embeddings per member: checks, allocation, launch; shapes for fake
-// tensors; autograd. No autocast: like F.embedding, they keep the dtype of the table.
+// Embeddings per member. No autocast: like F.embedding, they keep the dtype of the table.
 //
 //   ensemble_embedding(index, weight, sparse)               rows of one table
 //   ensemble_embedding_concat(categorical, tables, numeric) rows of many side by side, then numbers
@@ -8,10 +7,6 @@
 // of a backward operation is the forward operation. One kernel serves both.
 
 #include <c10/util/SmallVector.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
-
 #include <atomic>
 #include <forward_list>
 #include <numeric>
@@ -20,8 +15,8 @@
 
 #include "kernels/ensemble_embedding.h"
 #include "ops/checks.h"
-#include "ops/dispatch.h"
 #include "ops/launch.h"
+#include "ops/operation.h"
 
 namespace pyens {
 namespace {
@@ -33,8 +28,8 @@ using c10::SymIntArrayRef;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr const char* kOp = "ensemble_embedding";
-constexpr const char* kConcat = "ensemble_embedding_concat";
+constexpr char kOp[] = "ensemble_embedding";
+constexpr char kConcat[] = "ensemble_embedding_concat";
 
 // --- checks --------------------------------------------------------------------------------------
 
@@ -70,8 +65,7 @@ void check_embedding(const Tensor& index, const Tensor& weight) {
   check_index(kOp, {"index"}, index, {"weight"}, weight);
 }
 
-void check_concat(const Tensor& categorical, TensorList tables,
-                  const std::optional<Tensor>& numeric) {
+void check_concat(const Tensor& categorical, TensorList tables, const OptionalTensor& numeric) {
   PYENS_CHECK_VALUE(!tables.empty(), kConcat, "tables", "at least one", "an empty list");
   const Tensor& first = tables[0];
   const ArgumentName first_name{"tables", 0};
@@ -118,7 +112,7 @@ void check_backward(const Tensor& grad, const Tensor& index, const SymInt& num_e
 
 void check_concat_backward(const Tensor& grad, const Tensor& categorical,
                            SymIntArrayRef num_embeddings, SymIntArrayRef dims,
-                           at::IntArrayRef wanted) {
+                           at::IntArrayRef needs_grad) {
   const auto tables = static_cast<int64_t>(num_embeddings.size());
   check_grad(kConcat, grad, {"categorical"}, categorical, tables);
   PYENS_CHECK_VALUE(dims.size() == num_embeddings.size(), kConcat, "dims",
@@ -132,9 +126,10 @@ void check_concat_backward(const Tensor& grad, const Tensor& categorical,
   }
   PYENS_CHECK_VALUE(grad.sym_size(2) >= columns, kConcat, "grad",
                     c10::str("at least ", columns, " features"), "shape ", grad.sym_sizes());
-  for (size_t i = 0; i < wanted.size(); ++i) {
-    PYENS_CHECK_VALUE(wanted[i] > (i == 0 ? -1 : wanted[i - 1]) && wanted[i] <= tables, kConcat,
-                      "wanted", c10::str("ascending positions from 0 to ", tables), wanted);
+  for (size_t i = 0; i < needs_grad.size(); ++i) {
+    PYENS_CHECK_VALUE(needs_grad[i] > (i == 0 ? -1 : needs_grad[i - 1]) && needs_grad[i] <= tables,
+                      kConcat, "needs_grad", c10::str("ascending positions from 0 to ", tables),
+                      needs_grad);
   }
 }
 
@@ -174,7 +169,7 @@ int64_t member_stride(const Tensor& tensor) { return tensor.dim() == 3 ? tensor.
 
 // `categorical` [B, C] or [E, B, C], one column for each table.
 Tensor gather(const char* op, const Tensor& categorical, TensorList tables,
-              const std::optional<Tensor>& numeric) {
+              const OptionalTensor& numeric) {
   std::forward_list<Tensor> copies;
   c10::SmallVector<EmbeddingTable, 8> entries;
   c10::SmallVector<int64_t, 8> num_embeddings;
@@ -253,18 +248,18 @@ struct SortedColumn {
   }
 };
 
-// The gradients of the tables that `wanted` lists, and of the numeric columns where it lists the
+// The gradients of the tables that `needs_grad` lists, and of the numeric columns where it lists the
 // number of tables.
 std::vector<Tensor> scatter(const char* op, const Tensor& grad, const Tensor& categorical,
                             at::IntArrayRef num_embeddings, at::IntArrayRef dims,
-                            at::IntArrayRef wanted, bool numeric_shared) {
+                            at::IntArrayRef needs_grad, bool numeric_shared) {
   std::forward_list<Tensor> copies;
   const Tensor& read = with_contiguous_rows(grad, copies);
   const int64_t members = read.size(0), batch = read.size(1);
   c10::SmallVector<EmbeddingTable, 8> entries;
   std::vector<Tensor> grads;
   EmbeddingScatter params{};
-  for (const int64_t position : wanted) {
+  for (const int64_t position : needs_grad) {
     const auto t = static_cast<size_t>(position);
     const int64_t offset = std::accumulate(dims.begin(), dims.begin() + position, int64_t{0});
     if (t == dims.size()) {
@@ -397,19 +392,17 @@ Tensor ensemble_embedding_sparse_backward(const Tensor& grad, const Tensor& inde
 }
 
 Tensor ensemble_embedding_concat(const Tensor& categorical, TensorList tables,
-                                 const std::optional<Tensor>& numeric) {
+                                 const OptionalTensor& numeric) {
   check_concat(categorical, tables, numeric);
   return gather(kConcat, categorical, tables, numeric);
 }
 
-std::vector<Tensor> ensemble_embedding_concat_backward(const Tensor& grad,
-                                                       const Tensor& categorical,
-                                                       at::IntArrayRef num_embeddings,
-                                                       at::IntArrayRef dims, at::IntArrayRef wanted,
-                                                       bool numeric_shared) {
+std::vector<Tensor> ensemble_embedding_concat_backward(
+    const Tensor& grad, const Tensor& categorical, at::IntArrayRef num_embeddings,
+    at::IntArrayRef dims, at::IntArrayRef needs_grad, bool numeric_shared) {
   check_concat_backward(grad, categorical, c10::fromIntArrayRefSlow(num_embeddings),
-                        c10::fromIntArrayRefSlow(dims), wanted);
-  return scatter(kConcat, grad, categorical, num_embeddings, dims, wanted, numeric_shared);
+                        c10::fromIntArrayRefSlow(dims), needs_grad);
+  return scatter(kConcat, grad, categorical, num_embeddings, dims, needs_grad, numeric_shared);
 }
 
 // --- shapes for fake tensors ---------------------------------------------------------------------
@@ -427,7 +420,7 @@ Tensor ensemble_embedding_backward_meta(const Tensor& grad, const Tensor& index,
 }
 
 Tensor ensemble_embedding_concat_meta(const Tensor& categorical, TensorList tables,
-                                      const std::optional<Tensor>& numeric) {
+                                      const OptionalTensor& numeric) {
   check_concat(categorical, tables, numeric);
   SymInt features = numeric ? numeric->sym_size(-1) : SymInt(0);
   for (const Tensor& table : tables) features += table.sym_size(2);
@@ -437,12 +430,12 @@ Tensor ensemble_embedding_concat_meta(const Tensor& categorical, TensorList tabl
 
 std::vector<Tensor> ensemble_embedding_concat_backward_meta(
     const Tensor& grad, const Tensor& categorical, SymIntArrayRef num_embeddings,
-    SymIntArrayRef dims, at::IntArrayRef wanted, bool numeric_shared) {
-  check_concat_backward(grad, categorical, num_embeddings, dims, wanted);
+    SymIntArrayRef dims, at::IntArrayRef needs_grad, bool numeric_shared) {
+  check_concat_backward(grad, categorical, num_embeddings, dims, needs_grad);
   const SymInt members = grad.sym_size(0), batch = grad.sym_size(1);
   const SymInt columns = std::accumulate(dims.begin(), dims.end(), SymInt(0));
   std::vector<Tensor> grads;
-  for (const int64_t position : wanted) {
+  for (const int64_t position : needs_grad) {
     const auto t = static_cast<size_t>(position);
     c10::SmallVector<SymInt, 3> shape;
     if (t < dims.size()) {
@@ -459,33 +452,11 @@ std::vector<Tensor> ensemble_embedding_concat_backward_meta(
 
 // --- autograd ------------------------------------------------------------------------------------
 
-auto typed_embedding() {
-  static const auto op =
-      dispatcher_op<Tensor(const Tensor&, const Tensor&, bool)>("pyens::ensemble_embedding");
-  return op;
-}
-auto typed_embedding_backward() {
-  static const auto op = dispatcher_op<Tensor(const Tensor&, const Tensor&, SymInt)>(
-      "pyens::ensemble_embedding_backward");
-  return op;
-}
-auto typed_embedding_sparse_backward() {
-  static const auto op = dispatcher_op<Tensor(const Tensor&, const Tensor&, SymInt)>(
-      "pyens::ensemble_embedding_sparse_backward");
-  return op;
-}
-auto typed_concat() {
-  static const auto op =
-      dispatcher_op<Tensor(const Tensor&, TensorList, const std::optional<Tensor>&)>(
-          "pyens::ensemble_embedding_concat");
-  return op;
-}
-auto typed_concat_backward() {
-  static const auto op = dispatcher_op<std::vector<Tensor>(
-      const Tensor&, const Tensor&, SymIntArrayRef, SymIntArrayRef, at::IntArrayRef, bool)>(
-      "pyens::ensemble_embedding_concat_backward");
-  return op;
-}
+// The dispatcher's sizes are symbolic: operations are called as the functions for fake tensors are typed.
+
+constexpr char kBackward[] = "ensemble_embedding_backward";
+constexpr char kSparseBackward[] = "ensemble_embedding_sparse_backward";
+constexpr char kConcatBackward[] = "ensemble_embedding_concat_backward";
 
 class EmbeddingFunction : public torch::autograd::Function<EmbeddingFunction> {
  public:
@@ -493,7 +464,7 @@ class EmbeddingFunction : public torch::autograd::Function<EmbeddingFunction> {
                         bool sparse) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const Tensor output =
-        typed_embedding().call(index, weight, sparse);  // it checks, so it is first
+        call<ensemble_embedding, kOp>(index, weight, sparse);  // it checks, so it is first
     ctx->save_for_backward({index});
     ctx->saved_data["num_embeddings"] = weight.sym_size(1);
     ctx->saved_data["sparse"] = sparse;
@@ -503,9 +474,13 @@ class EmbeddingFunction : public torch::autograd::Function<EmbeddingFunction> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const Tensor index = ctx->get_saved_variables()[0];
     const SymInt num_embeddings = ctx->saved_data["num_embeddings"].toSymInt();
-    const auto op = ctx->saved_data["sparse"].toBool() ? typed_embedding_sparse_backward()
-                                                       : typed_embedding_backward();
-    return {Tensor(), op.call(grad_outputs[0], index, num_embeddings), Tensor()};
+    const Tensor& grad = grad_outputs[0];
+    return {
+        Tensor(),
+        ctx->saved_data["sparse"].toBool()
+            ? call<ensemble_embedding_backward_meta, kSparseBackward>(grad, index, num_embeddings)
+            : call<ensemble_embedding_backward_meta, kBackward>(grad, index, num_embeddings),
+        Tensor()};
   }
 };
 
@@ -515,21 +490,21 @@ class EmbeddingBackwardFunction : public torch::autograd::Function<EmbeddingBack
                         const SymInt& num_embeddings) {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward({index});
-    return typed_embedding_backward().call(grad, index, num_embeddings);
+    return call<ensemble_embedding_backward_meta, kBackward>(grad, index, num_embeddings);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const Tensor index = ctx->get_saved_variables()[0];
-    return {typed_embedding().call(index, grad_outputs[0], false), Tensor(), Tensor()};
+    return {call<ensemble_embedding, kOp>(index, grad_outputs[0], false), Tensor(), Tensor()};
   }
 };
 
 class ConcatFunction : public torch::autograd::Function<ConcatFunction> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& categorical, TensorList tables,
-                        const std::optional<Tensor>& numeric) {
+                        const OptionalTensor& numeric) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor features = typed_concat().call(categorical, tables, numeric);
+    const Tensor features = call<ensemble_embedding_concat, kConcat>(categorical, tables, numeric);
     ctx->save_for_backward({categorical});
     std::vector<SymInt> num_embeddings, dims;
     for (const Tensor& table : tables) {
@@ -548,16 +523,16 @@ class ConcatFunction : public torch::autograd::Function<ConcatFunction> {
     const auto num_embeddings = ctx->saved_data["num_embeddings"].toSymIntVector();
     const auto dims = ctx->saved_data["dims"].toSymIntVector();
     const size_t tables = dims.size();
-    std::vector<int64_t> wanted;
+    std::vector<int64_t> needs_grad;
     for (size_t t = 0; t < tables + (ctx->saved_data["has_numeric"].toBool() ? 1 : 0); ++t) {
-      if (ctx->needs_input_grad(1 + t)) wanted.push_back(static_cast<int64_t>(t));
+      if (ctx->needs_input_grad(1 + t)) needs_grad.push_back(static_cast<int64_t>(t));
     }
-    const auto computed =
-        typed_concat_backward().call(grad_outputs[0], categorical, num_embeddings, dims, wanted,
-                                     ctx->saved_data["numeric_shared"].toBool());
+    const auto computed = call<ensemble_embedding_concat_backward_meta, kConcatBackward>(
+        grad_outputs[0], categorical, num_embeddings, dims, needs_grad,
+        ctx->saved_data["numeric_shared"].toBool());
     variable_list grads(1 + tables + 1);
-    for (size_t i = 0; i < wanted.size(); ++i) {
-      grads[1 + static_cast<size_t>(wanted[i])] = computed[i];
+    for (size_t i = 0; i < needs_grad.size(); ++i) {
+      grads[1 + static_cast<size_t>(needs_grad[i])] = computed[i];
     }
     return grads;
   }
@@ -567,14 +542,14 @@ class ConcatBackwardFunction : public torch::autograd::Function<ConcatBackwardFu
  public:
   static variable_list forward(AutogradContext* ctx, const Tensor& grad, const Tensor& categorical,
                                std::vector<SymInt> num_embeddings, std::vector<SymInt> dims,
-                               std::vector<int64_t> wanted, bool numeric_shared) {
+                               std::vector<int64_t> needs_grad, bool numeric_shared) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const variable_list grads = typed_concat_backward().call(grad, categorical, num_embeddings,
-                                                             dims, wanted, numeric_shared);
+    const variable_list grads = call<ensemble_embedding_concat_backward_meta, kConcatBackward>(
+        grad, categorical, num_embeddings, dims, needs_grad, numeric_shared);
     ctx->save_for_backward({categorical});
     ctx->saved_data["num_embeddings"] = SymIntArrayRef(num_embeddings);
     ctx->saved_data["dims"] = SymIntArrayRef(dims);
-    ctx->saved_data["wanted"] = wanted;
+    ctx->saved_data["needs_grad"] = needs_grad;
     ctx->saved_data["members"] = grad.sym_size(0);
     ctx->saved_data["features"] = grad.sym_size(2);
     return grads;
@@ -584,7 +559,7 @@ class ConcatBackwardFunction : public torch::autograd::Function<ConcatBackwardFu
     const Tensor categorical = ctx->get_saved_variables()[0];
     const auto num_embeddings = ctx->saved_data["num_embeddings"].toSymIntVector();
     const auto dims = ctx->saved_data["dims"].toSymIntVector();
-    const auto wanted = ctx->saved_data["wanted"].toIntVector();
+    const auto needs_grad = ctx->saved_data["needs_grad"].toIntVector();
     // Zeros, without memory, for what was not asked for.
     const auto options = grad_outputs[0].options();
     const SymInt members = ctx->saved_data["members"].toSymInt();
@@ -596,12 +571,12 @@ class ConcatBackwardFunction : public torch::autograd::Function<ConcatBackwardFu
       rest = rest - dims[t];
     }
     Tensor numeric = at::zeros({1, 1}, options).expand_symint({categorical.sym_size(-2), rest});
-    for (size_t i = 0; i < wanted.size(); ++i) {
-      const auto t = static_cast<size_t>(wanted[i]);
+    for (size_t i = 0; i < needs_grad.size(); ++i) {
+      const auto t = static_cast<size_t>(needs_grad[i]);
       (t < tables.size() ? tables[t] : numeric) = grad_outputs[i];
     }
     variable_list grads(6);
-    grads[0] = typed_concat().call(categorical, tables, numeric);
+    grads[0] = call<ensemble_embedding_concat, kConcat>(categorical, tables, numeric);
     return grads;
   }
 };
@@ -616,49 +591,48 @@ Tensor ensemble_embedding_backward_autograd(const Tensor& grad, const Tensor& in
 }
 
 Tensor ensemble_embedding_concat_autograd(const Tensor& categorical, TensorList tables,
-                                          const std::optional<Tensor>& numeric) {
+                                          const OptionalTensor& numeric) {
   return ConcatFunction::apply(categorical, tables, numeric);
 }
 
 std::vector<Tensor> ensemble_embedding_concat_backward_autograd(
     const Tensor& grad, const Tensor& categorical, SymIntArrayRef num_embeddings,
-    SymIntArrayRef dims, at::IntArrayRef wanted, bool numeric_shared) {
+    SymIntArrayRef dims, at::IntArrayRef needs_grad, bool numeric_shared) {
   return ConcatBackwardFunction::apply(grad, categorical, num_embeddings.vec(), dims.vec(),
-                                       wanted.vec(), numeric_shared);
+                                       needs_grad.vec(), numeric_shared);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(pyens, CPU, m) {
-  m.impl("ensemble_embedding", ensemble_embedding);
-  m.impl("ensemble_embedding_backward", ensemble_embedding_backward);
-  m.impl("ensemble_embedding_sparse_backward", ensemble_embedding_sparse_backward);
-  m.impl("ensemble_embedding_concat", ensemble_embedding_concat);
-  m.impl("ensemble_embedding_concat_backward", ensemble_embedding_concat_backward);
-}
-
-TORCH_LIBRARY_IMPL(pyens, CUDA, m) {
-  m.impl("ensemble_embedding", ensemble_embedding);
-  m.impl("ensemble_embedding_backward", ensemble_embedding_backward);
-  m.impl("ensemble_embedding_sparse_backward", ensemble_embedding_sparse_backward);
-  m.impl("ensemble_embedding_concat", ensemble_embedding_concat);
-  m.impl("ensemble_embedding_concat_backward", ensemble_embedding_concat_backward);
-}
-
-// None for the sparse one: how many rows it has depends on the values of the index.
-TORCH_LIBRARY_IMPL(pyens, Meta, m) {
-  m.impl("ensemble_embedding", ensemble_embedding_meta);
-  m.impl("ensemble_embedding_backward", ensemble_embedding_backward_meta);
-  m.impl("ensemble_embedding_concat", ensemble_embedding_concat_meta);
-  m.impl("ensemble_embedding_concat_backward", ensemble_embedding_concat_backward_meta);
-}
-
-TORCH_LIBRARY_IMPL(pyens, Autograd, m) {
-  m.impl("ensemble_embedding", ensemble_embedding_autograd);
-  m.impl("ensemble_embedding_backward", ensemble_embedding_backward_autograd);
-  m.impl("ensemble_embedding_sparse_backward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("ensemble_embedding_concat", ensemble_embedding_concat_autograd);
-  m.impl("ensemble_embedding_concat_backward", ensemble_embedding_concat_backward_autograd);
+TORCH_LIBRARY_FRAGMENT(pyens, m) {
+  Operation(m, "ensemble_embedding(Tensor index, Tensor weight, bool sparse) -> Tensor")
+      .cpu_and_cuda<ensemble_embedding>()
+      .meta<ensemble_embedding_meta>()
+      .autograd<ensemble_embedding_autograd>();
+  Operation(
+      m, "ensemble_embedding_backward(Tensor grad, Tensor index, SymInt num_embeddings) -> Tensor")
+      .cpu_and_cuda<ensemble_embedding_backward>()
+      .meta<ensemble_embedding_backward_meta>()
+      .autograd<ensemble_embedding_backward_autograd>();
+  // No shapes for fake tensors: how many rows it has depends on the values of the index.
+  Operation(m,
+            "ensemble_embedding_sparse_backward(Tensor grad, Tensor index, SymInt num_embeddings)"
+            " -> Tensor")
+      .cpu_and_cuda<ensemble_embedding_sparse_backward>()
+      .not_differentiable();
+  Operation(m,
+            "ensemble_embedding_concat(Tensor categorical, Tensor[] tables, Tensor? numeric)"
+            " -> Tensor")
+      .cpu_and_cuda<ensemble_embedding_concat>()
+      .meta<ensemble_embedding_concat_meta>()
+      .autograd<ensemble_embedding_concat_autograd>();
+  Operation(m,
+            "ensemble_embedding_concat_backward(Tensor grad, Tensor categorical,"
+            " SymInt[] num_embeddings, SymInt[] dims, int[] needs_grad, bool numeric_shared)"
+            " -> Tensor[]")
+      .cpu_and_cuda<ensemble_embedding_concat_backward>()
+      .meta<ensemble_embedding_concat_backward_meta>()
+      .autograd<ensemble_embedding_concat_backward_autograd>();
 }
 
 }  // namespace pyens

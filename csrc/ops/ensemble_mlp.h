@@ -1,237 +1,108 @@
-// What the torch-facing sides of ensemble_mlp and ensemble_mlp_loss share.
+// What the torch-facing sides of ensemble_mlp, ensemble_mlp_loss and activation_strength share: their
+// options and checks, and calls in the terms of the kernels.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/core/List.h>
 #include <c10/util/SmallVector.h>
 
 #include <forward_list>
-#include <optional>
 #include <string_view>
 #include <vector>
 
 #include "kernels/ensemble_mlp.h"
 #include "ops/checks.h"
-#include "ops/dispatch.h"
 #include "ops/launch.h"
+#include "ops/ensemble_mlp_options.h"
 
 namespace pyens {
 
-inline Activation parse_activation(const char* op, std::string_view name) {
-  if (name == "relu") return Activation::relu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "silu") return Activation::silu;
-  if (name == "elu") return Activation::elu;
-  if (name == "softplus") return Activation::softplus;
-  if (name == "tanh") return Activation::tanh;
-  if (name == "identity") return Activation::identity;
-  TORCH_CHECK_VALUE(false, op,
-                    ": activation: expected one of relu, gelu, silu, elu, softplus, tanh, "
-                    "identity, got \"",
-                    name, "\"");
+// The tensors that are differentiated, and the order of their gradients: input, weights, biases.
+struct Network {
+  const at::Tensor& input;
+  at::TensorList weights, biases;  // biases: empty where there are none
+
+  c10::SymInt members() const { return weights[0].sym_size(0); }
+  c10::SymInt batch() const { return input.sym_size(-2); }
+  c10::SymInt out_features() const { return weights.back().sym_size(1); }
+  size_t tensors() const { return 1 + weights.size() + biases.size(); }
+  const at::Tensor& tensor(size_t i) const {
+    if (i == 0) return input;
+    return i <= weights.size() ? weights[i - 1] : biases[i - 1 - weights.size()];
+  }
+};
+
+// Whether each tensor of a network needs a gradient. The name of the argument is `needs_grad`.
+using NeedsGrad = c10::List<bool>;
+
+// Tensors for those of a network that need a gradient, each made by make(tensor), in their order.
+template <class Make>
+std::vector<at::Tensor> for_each_needed(const char* op, const Network& network,
+                                        const NeedsGrad& needs_grad, const Make& make) {
+  PYENS_CHECK_VALUE(needs_grad.size() == network.tensors(), op, "needs_grad",
+                    c10::str(network.tensors(), " flags"), needs_grad.size());
+  std::vector<at::Tensor> made;
+  for (size_t i = 0; i < network.tensors(); ++i) {
+    if (needs_grad[i]) made.push_back(make(network.tensor(i)));
+  }
+  return made;
 }
+
+// --- checks --------------------------------------------------------------------------------------
+
+Activation parse_activation(const char* op, std::string_view name);
 
 inline constexpr ArgumentName kFirstWeight{"weights", 0};
 
-// Layers that fit each other. Independent of the input, so that packing can check alone.
-inline void check_layers(const char* op, at::TensorList weights, at::TensorList biases) {
-  PYENS_CHECK_VALUE(!weights.empty(), op, "weights", "at least one layer", "an empty list");
-  PYENS_CHECK_VALUE(biases.empty() || biases.size() == weights.size(), op, "biases",
-                    c10::str("one for each of the ", weights.size(), " layers, or none"),
-                    biases.size());
-  const at::Tensor& first = weights[0];
-  PYENS_CHECK_TYPE(is_kernel_dtype(first.scalar_type()), op, kFirstWeight,
-                   "float32, float64, bfloat16 or float16", first.scalar_type());
-  for (size_t l = 0; l < weights.size(); ++l) {
-    const at::Tensor& w = weights[l];
-    const ArgumentName name{"weights", static_cast<int64_t>(l)};
-    check_same_kind(op, name, w, kFirstWeight, first);
-    PYENS_CHECK_VALUE(w.dim() == 3, op, name, "[E, out, in]", "shape ", w.sym_sizes());
-    PYENS_CHECK_VALUE(w.sym_size(0) >= 1 && w.sym_size(1) >= 1 && w.sym_size(2) >= 1, op, name,
-                      "[E, out, in], none of them 0", "shape ", w.sym_sizes());
-    PYENS_CHECK_VALUE(w.sym_size(0) == first.sym_size(0), op, name,
-                      c10::str("the ensemble size of weights[0] (", first.sym_size(0), ")"),
-                      "shape ", w.sym_sizes());
-    PYENS_CHECK_VALUE(
-        l == 0 || w.sym_size(2) == weights[l - 1].sym_size(1), op, name,
-        c10::str("in = out of weights[", l - 1, "] (", weights[l - 1].sym_size(1), ")"), "shape ",
-        w.sym_sizes());
-    if (biases.empty()) continue;
-    const at::Tensor& b = biases[l];
-    const ArgumentName bias_name{"biases", static_cast<int64_t>(l)};
-    check_same_kind(op, bias_name, b, kFirstWeight, first);
-    PYENS_CHECK_VALUE(
-        b.dim() == 2 && b.sym_size(0) == w.sym_size(0) && b.sym_size(1) == w.sym_size(1), op,
-        bias_name, c10::str("[", w.sym_size(0), ", ", w.sym_size(1), "]"), "shape ", b.sym_sizes());
-  }
-}
+// Layers that fit each other. Independent of the input, so that prepacking can check alone.
+void check_layers(const char* op, at::TensorList weights, at::TensorList biases);
+void check_network(const char* op, const Network& network);
+// The network and its options.
+void check_mlp(const char* op, const Network& network, const MLPOptions& options);
+void check_device_of_weights(const char* op, const char* argument, const at::Tensor& tensor,
+                             at::TensorList weights);
+// Of the dtype of the weights or, where those have 16 bits, float32.
+void check_real(const char* op, const char* argument, const at::Tensor& tensor,
+                at::TensorList weights);
 
-inline void check_input(const char* op, const at::Tensor& input, at::TensorList weights) {
-  check_same_kind(op, {"input"}, input, kFirstWeight, weights[0]);
-  const auto expected = [&] {
-    const auto e = weights[0].sym_size(0), in = weights[0].sym_size(2);
-    return c10::str("[B, ", in, "] or [", e, ", B, ", in, "]");
-  };
-  PYENS_CHECK_VALUE(input.dim() == 2 || input.dim() == 3, op, "input", expected(), "shape ",
-                    input.sym_sizes());
-  PYENS_CHECK_VALUE(input.sym_size(-1) == weights[0].sym_size(2), op, "input", expected(), "shape ",
-                    input.sym_sizes());
-  PYENS_CHECK_VALUE(input.dim() == 2 || input.sym_size(0) == weights[0].sym_size(0), op, "input",
-                    expected(), "shape ", input.sym_sizes());
-}
+// --- calls in the terms of the kernels -------------------------------------------------------------
 
-inline void check_dropout(const char* op, double dropout,
-                          const std::optional<at::Tensor>& dropout_seeds, at::TensorList weights) {
-  PYENS_CHECK_VALUE(dropout >= 0 && dropout < 1, op, "dropout", "0 <= dropout < 1", dropout);
-  if (!dropout_seeds) {
-    PYENS_CHECK_VALUE(dropout == 0, op, "dropout_seeds",
-                      c10::str("int64 [", weights[0].sym_size(0), "] with dropout ", dropout),
-                      "None");
-    return;
-  }
-  const at::Tensor& seeds = *dropout_seeds;
-  PYENS_CHECK_TYPE(seeds.scalar_type() == at::kLong, op, "dropout_seeds", "int64",
-                   seeds.scalar_type());
-  PYENS_CHECK_TYPE(seeds.device() == weights[0].device(), op, "dropout_seeds",
-                   c10::str("the device of ", kFirstWeight, " (", weights[0].device(), ")"),
-                   seeds.device());
-  PYENS_CHECK_VALUE(seeds.dim() == 1 && seeds.sym_size(0) == weights[0].sym_size(0), op,
-                    "dropout_seeds", c10::str("[", weights[0].sym_size(0), "]"), "shape ",
-                    seeds.sym_sizes());
-}
-
-// A call in the kernel's terms. The tensors outlive it; owns what had to be copied.
-struct Problem {
+// The tensors outlive it; owns what had to be copied.
+struct ForwardCall {
   std::forward_list<at::Tensor> copies;
   c10::SmallVector<MLPLayer, 8> layers;
   EnsembleMLPParams params{};
 
-  Problem(at::TensorList weights, at::TensorList biases) {
-    layers.reserve(weights.size());
-    for (size_t l = 0; l < weights.size(); ++l) {
-      const at::Tensor& w = with_contiguous_rows(weights[l], copies);
-      MLPLayer layer{};
-      layer.weight = w.const_data_ptr();
-      layer.out = w.size(1);
-      layer.in = w.size(2);
-      layer.weight_member_stride = w.stride(0);
-      layer.weight_row_stride = w.stride(1);
-      if (!biases.empty()) {
-        const at::Tensor& b = with_contiguous_rows(biases[l], copies);
-        layer.bias = b.const_data_ptr();
-        layer.bias_member_stride = b.stride(0);
-      }
-      layers.push_back(layer);
-    }
-    params.dtype = kernel_dtype(weights[0].scalar_type());
-    params.ensemble_size = weights[0].size(0);
-    params.num_layers = static_cast<int64_t>(layers.size());
-    params.layers = layers.data();
-  }
-  Problem(const Problem&) = delete;
-  Problem& operator=(const Problem&) = delete;
+  ForwardCall(at::TensorList weights, at::TensorList biases);
+  ForwardCall(const ForwardCall&) = delete;
+  ForwardCall& operator=(const ForwardCall&) = delete;
 
-  void set_input(const at::Tensor& input) {
-    const at::Tensor& x = with_contiguous_rows(input, copies);
-    params.input = x.const_data_ptr();
-    params.batch = x.size(-2);
-    params.input_row_stride = x.stride(-2);
-    params.input_member_stride = x.dim() == 3 && params.ensemble_size > 1 ? x.stride(0) : 0;
-  }
-
-  void set_dropout(double dropout, const std::optional<at::Tensor>& dropout_seeds) {
-    params.dropout = dropout;
-    if (dropout > 0)
-      params.dropout_seeds = with_contiguous_rows(*dropout_seeds, copies).const_data_ptr<int64_t>();
-  }
+  void set_input(const at::Tensor& input);
+  void set_options(const char* op, const MLPOptions& options);
+  // Computes what `params` ask for, on the device of the network that they were made of.
+  void run(const char* op, const Network& network);
 };
 
-// The forward pass on CUDA of a problem whose input and output are set; `weights` are those that it was
-// made of.
-void run_on_cuda(const char* op, const EnsembleMLPParams& params, const at::Tensor& input,
-                 at::TensorList weights);
-
-// One flag for each of [input, weights.., biases..].
-using Wanted = c10::List<bool>;
-
-// Those that `wanted` asks for.
-inline std::vector<at::Tensor> wanted_of(const char* op, const at::Tensor& input,
-                                         at::TensorList weights, at::TensorList biases,
-                                         const Wanted& wanted) {
-  const size_t layers = weights.size(), count = 1 + layers + biases.size();
-  PYENS_CHECK_VALUE(wanted.size() == count, op, "wanted", c10::str(count, " flags"), wanted.size());
-  std::vector<at::Tensor> chosen;
-  if (wanted[0]) chosen.push_back(input);
-  for (size_t l = 0; l < layers; ++l) {
-    if (wanted[1 + l]) chosen.push_back(weights[l]);
-  }
-  for (size_t l = 0; l < biases.size(); ++l) {
-    if (wanted[1 + layers + l]) chosen.push_back(biases[l]);
-  }
-  return chosen;
-}
-
-// Whether a training pass on CUDA is one launch, or has to be composed of matrix products.
-inline bool trains_in_one_launch([[maybe_unused]] at::TensorList weights) {
-#if defined(PYENS_WITH_CUDA)
-  std::vector<MLPLayer> layers(weights.size());
-  EnsembleMLPParams params{};
-  for (size_t l = 0; l < weights.size(); ++l) {
-    layers[l].out = weights[l].sym_size(1).guard_int(__FILE__, __LINE__);
-    layers[l].in = weights[l].sym_size(2).guard_int(__FILE__, __LINE__);
-  }
-  params.dtype = kernel_dtype(weights[0].scalar_type());
-  params.ensemble_size = weights[0].sym_size(0).guard_int(__FILE__, __LINE__);
-  params.num_layers = static_cast<int64_t>(layers.size());
-  params.layers = layers.data();
-  return ensemble_mlp_cuda::can_train(params);
-#else
-  return false;
-#endif
-}
-
-// A training pass in the kernel's terms: the problem, and the gradients that are wanted of it.
-struct TrainingProblem : Problem {
+// A training pass, and the gradients that are needed of it, of accumulation_type.
+struct TrainingCall : ForwardCall {
   EnsembleMLPTraining training{};
-  std::vector<at::Tensor> gradients;  // of accumulation_type, in the order of `wanted`
-  c10::SmallVector<MLPLayerGradient, 8> layer_gradients;
+  std::vector<at::Tensor> gradients;
 
-  TrainingProblem(const char* op, const at::Tensor& input, at::TensorList weights,
-                  at::TensorList biases, Activation activation, double dropout,
-                  const std::optional<at::Tensor>& dropout_seeds, const Wanted& wanted)
-      : Problem(weights, biases), layer_gradients(weights.size()), input_(input) {
-    set_input(input);
-    set_dropout(dropout, dropout_seeds);
-    params.activation = activation;
-    const auto options = input.options().dtype(accumulation_type(input.scalar_type()));
-    gradients = wanted_of(op, input, weights, biases, wanted);
-    for (at::Tensor& gradient : gradients) {
-      gradient = params.batch == 0 ? at::zeros(gradient.sizes(), options)
-                                   : at::empty(gradient.sizes(), options);
-    }
-    auto next = gradients.begin();
-    if (wanted[0]) training.grad_input = (next++)->mutable_data_ptr();
-    training.sum_grad_input = input.dim() == 2;
-    for (size_t l = 0; l < weights.size(); ++l) {
-      if (wanted[1 + l]) layer_gradients[l].weight = (next++)->mutable_data_ptr();
-    }
-    for (size_t l = 0; l < biases.size(); ++l) {
-      if (wanted[1 + weights.size() + l]) layer_gradients[l].bias = (next++)->mutable_data_ptr();
-    }
-    training.gradients = layer_gradients.data();
-  }
-
+  TrainingCall(const char* op, const Network& network, const MLPOptions& options,
+               const NeedsGrad& needs_grad);
   // On the CPU it raises for values that cannot be trained on; on CUDA they give NaN.
   void run(const char* op);
 
  private:
-  at::Tensor input_;
+  const at::Tensor& input_;
+  c10::SmallVector<MLPLayerGradient, 8> layer_gradients_;
   void run_on_cpu(const char* op);
 };
 
-// The public operation, through the dispatcher.
-at::Tensor call_ensemble_mlp(const at::Tensor& input, at::TensorList weights, at::TensorList biases,
-                             std::string_view activation, double dropout,
-                             const std::optional<at::Tensor>& dropout_seeds);
+// Whether a training pass on CUDA is one launch, or has to be composed of matrix products.
+bool trains_in_one_launch(at::TensorList weights);
+
+// --- through the dispatcher -------------------------------------------------------------------------
+
+at::Tensor call_ensemble_mlp(const MLPOptions& options, const Network& network);
 
 }  // namespace pyens

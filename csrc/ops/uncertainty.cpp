@@ -1,12 +1,7 @@
-// torch-facing side of predictive uncertainty and moments: checks, allocation, launch; shapes for
-// fake tensors; autograd; autocast.
+// Predictive uncertainty and moments.
 //
 //   predictive_uncertainty(logits, from_probabilities, with_votes)   votes: empty unless asked for
 //   predictive_moments(outputs, variances)                           aleatoric: empty without variances
-
-#include <ATen/autocast_mode.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <cmath>
 #include <limits>
@@ -16,8 +11,8 @@
 
 #include "kernels/uncertainty.h"
 #include "ops/checks.h"
-#include "ops/dispatch.h"
 #include "ops/launch.h"
+#include "ops/operation.h"
 
 namespace pyens {
 namespace {
@@ -29,8 +24,8 @@ using torch::autograd::variable_list;
 using Uncertainty = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Moments = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-constexpr const char* kUncertaintyOp = "predictive_uncertainty";
-constexpr const char* kMomentsOp = "predictive_moments";
+constexpr char kUncertaintyOp[] = "predictive_uncertainty";
+constexpr char kMomentsOp[] = "predictive_moments";
 
 void check_members(const char* op, const char* argument, const Tensor& members) {
   PYENS_CHECK_TYPE(is_kernel_dtype(members.scalar_type()), op, argument,
@@ -128,7 +123,7 @@ Uncertainty predictive_uncertainty_meta(const Tensor& logits, bool /*from_probab
 
 // --- predictive_moments --------------------------------------------------------------------------
 
-void check_moments(const Tensor& outputs, const std::optional<Tensor>& variances) {
+void check_moments(const Tensor& outputs, const OptionalTensor& variances) {
   check_members(kMomentsOp, "outputs", outputs);
   if (!variances) return;
   check_same_kind(kMomentsOp, {"variances"}, *variances, {"outputs"}, outputs);
@@ -154,7 +149,7 @@ Tensor with_contiguous_members(const Tensor& outputs) {
   return outputs.select(0, 0).is_contiguous() ? outputs : outputs.contiguous();
 }
 
-Moments predictive_moments(const Tensor& outputs, const std::optional<Tensor>& variances) {
+Moments predictive_moments(const Tensor& outputs, const OptionalTensor& variances) {
   check_moments(outputs, variances);
   const Tensor x = with_contiguous_members(outputs);
   const Tensor v = variances ? with_contiguous_members(*variances) : Tensor();
@@ -187,25 +182,13 @@ Moments predictive_moments(const Tensor& outputs, const std::optional<Tensor>& v
   return result;
 }
 
-Moments predictive_moments_meta(const Tensor& outputs, const std::optional<Tensor>& variances) {
+Moments predictive_moments_meta(const Tensor& outputs, const OptionalTensor& variances) {
   check_moments(outputs, variances);
   return allocate_moments(outputs, variances.has_value());
 }
 
 // --- autograd ------------------------------------------------------------------------------------
 // The gradients are composed of differentiable aten operations, so double backward is right too.
-
-auto typed_predictive_uncertainty() {
-  static const auto op =
-      dispatcher_op<Uncertainty(const Tensor&, bool, bool)>("pyens::predictive_uncertainty");
-  return op;
-}
-
-auto typed_predictive_moments() {
-  static const auto op = dispatcher_op<Moments(const Tensor&, const std::optional<Tensor>&)>(
-      "pyens::predictive_moments");
-  return op;
-}
 
 // a + b, where an undefined tensor is 0.
 Tensor added(const Tensor& a, const Tensor& b) {
@@ -262,7 +245,7 @@ class PredictiveUncertaintyFunction
                                bool with_votes) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [mean, total, expected, information, pv, disagreement, votes] =
-        typed_predictive_uncertainty().call(logits, from_probabilities, with_votes);
+        call<predictive_uncertainty, kUncertaintyOp>(logits, from_probabilities, with_votes);
     ctx->save_for_backward({logits});
     ctx->saved_data["from_probabilities"] = from_probabilities;
     ctx->mark_non_differentiable({disagreement, votes});
@@ -293,10 +276,10 @@ Tensor extreme_backward(const Tensor& grad, const Tensor& outputs, const Tensor&
 class PredictiveMomentsFunction : public torch::autograd::Function<PredictiveMomentsFunction> {
  public:
   static variable_list forward(AutogradContext* ctx, const Tensor& outputs,
-                               const std::optional<Tensor>& variances) {
+                               const OptionalTensor& variances) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [mean, std, min, max, aleatoric, epistemic] =
-        typed_predictive_moments().call(outputs, variances);
+        call<predictive_moments, kMomentsOp>(outputs, variances);
     ctx->save_for_backward({outputs});
     ctx->saved_data["with_variances"] = variances.has_value();
     ctx->set_materialize_grads(false);
@@ -331,62 +314,44 @@ class PredictiveMomentsFunction : public torch::autograd::Function<PredictiveMom
   }
 };
 
-Moments predictive_moments_autograd(const Tensor& outputs, const std::optional<Tensor>& variances) {
+Moments predictive_moments_autograd(const Tensor& outputs, const OptionalTensor& variances) {
   const variable_list r = PredictiveMomentsFunction::apply(outputs, variances);
   return {r[0], r[1], r[2], r[3], r[4], r[5]};
 }
 
 // --- autocast ------------------------------------------------------------------------------------
 
-template <c10::DeviceType device, c10::DispatchKey key>
 Uncertainty predictive_uncertainty_autocast(const Tensor& logits, bool from_probabilities,
                                             bool with_votes) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
-  return typed_predictive_uncertainty().call(at::autocast::cached_cast(at::kFloat, logits, device),
-                                             from_probabilities, with_votes);
+  const Autocast cast(logits);
+  return call<predictive_uncertainty, kUncertaintyOp>(cast.float32(logits), from_probabilities,
+                                                      with_votes);
 }
 
-template <c10::DeviceType device, c10::DispatchKey key>
-Moments predictive_moments_autocast(const Tensor& outputs, const std::optional<Tensor>& variances) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
-  return typed_predictive_moments().call(at::autocast::cached_cast(at::kFloat, outputs, device),
-                                         at::autocast::cached_cast(at::kFloat, variances, device));
+Moments predictive_moments_autocast(const Tensor& outputs, const OptionalTensor& variances) {
+  const Autocast cast(outputs);
+  return call<predictive_moments, kMomentsOp>(cast.float32(outputs), cast.float32(variances));
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(pyens, CPU, m) {
-  m.impl("predictive_uncertainty", predictive_uncertainty);
-  m.impl("predictive_moments", predictive_moments);
-}
-
-TORCH_LIBRARY_IMPL(pyens, CUDA, m) {
-  m.impl("predictive_uncertainty", predictive_uncertainty);
-  m.impl("predictive_moments", predictive_moments);
-}
-
-TORCH_LIBRARY_IMPL(pyens, Meta, m) {
-  m.impl("predictive_uncertainty", predictive_uncertainty_meta);
-  m.impl("predictive_moments", predictive_moments_meta);
-}
-
-TORCH_LIBRARY_IMPL(pyens, Autograd, m) {
-  m.impl("predictive_uncertainty", predictive_uncertainty_autograd);
-  m.impl("predictive_moments", predictive_moments_autograd);
-}
-
-TORCH_LIBRARY_IMPL(pyens, AutocastCPU, m) {
-  m.impl("predictive_uncertainty",
-         predictive_uncertainty_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
-  m.impl("predictive_moments",
-         predictive_moments_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
-}
-
-TORCH_LIBRARY_IMPL(pyens, AutocastCUDA, m) {
-  m.impl("predictive_uncertainty",
-         predictive_uncertainty_autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>);
-  m.impl("predictive_moments",
-         predictive_moments_autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>);
+TORCH_LIBRARY_FRAGMENT(pyens, m) {
+  Operation(m,
+            "predictive_uncertainty(Tensor logits, bool from_probabilities, bool with_votes)"
+            " -> (Tensor mean_probability, Tensor predictive_entropy, Tensor expected_entropy,"
+            " Tensor mutual_information, Tensor distribution_pv, Tensor vote_disagreement,"
+            " Tensor votes)")
+      .cpu_and_cuda<predictive_uncertainty>()
+      .meta<predictive_uncertainty_meta>()
+      .autograd<predictive_uncertainty_autograd>()
+      .autocast<predictive_uncertainty_autocast>();
+  Operation(m,
+            "predictive_moments(Tensor outputs, Tensor? variances) -> (Tensor mean, Tensor std,"
+            " Tensor min, Tensor max, Tensor aleatoric, Tensor epistemic)")
+      .cpu_and_cuda<predictive_moments>()
+      .meta<predictive_moments_meta>()
+      .autograd<predictive_moments_autograd>()
+      .autocast<predictive_moments_autocast>();
 }
 
 }  // namespace pyens

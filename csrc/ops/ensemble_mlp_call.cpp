@@ -1,0 +1,316 @@
+// Checks of an ensemble MLP, and its calls in the terms of the kernels, on the CPU and on CUDA.
+//
+// The forward pass on CUDA is one launch or, for members whose weights are too wide for that, the library's
+// batched product and a kernel for what follows it (kernels/cuda/ensemble_mlp_epilogue.cu), layer by layer.
+// Products of 16-bit types come out in float32, so that an activation is rounded once, when it is stored.
+// In float32 they follow torch's TF32 setting. Nothing waits for the GPU, and buffers come from torch's
+// allocator: a CUDA graph can capture it.
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "ops/ensemble_mlp.h"
+
+namespace pyens {
+
+using at::Tensor;
+using at::TensorList;
+
+// --- checks --------------------------------------------------------------------------------------
+
+Activation parse_activation(const char* op, std::string_view name) {
+  if (name == "relu") return Activation::relu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "silu") return Activation::silu;
+  if (name == "elu") return Activation::elu;
+  if (name == "softplus") return Activation::softplus;
+  if (name == "tanh") return Activation::tanh;
+  if (name == "identity") return Activation::identity;
+  TORCH_CHECK_VALUE(false, op,
+                    ": activation: expected one of relu, gelu, silu, elu, softplus, tanh, "
+                    "identity, got \"",
+                    name, "\"");
+}
+
+void check_layers(const char* op, TensorList weights, TensorList biases) {
+  PYENS_CHECK_VALUE(!weights.empty(), op, "weights", "at least one layer", "an empty list");
+  PYENS_CHECK_VALUE(biases.empty() || biases.size() == weights.size(), op, "biases",
+                    c10::str("one for each of the ", weights.size(), " layers, or none"),
+                    biases.size());
+  const Tensor& first = weights[0];
+  PYENS_CHECK_TYPE(is_kernel_dtype(first.scalar_type()), op, kFirstWeight,
+                   "float32, float64, bfloat16 or float16", first.scalar_type());
+  for (size_t l = 0; l < weights.size(); ++l) {
+    const Tensor& w = weights[l];
+    const ArgumentName name{"weights", static_cast<int64_t>(l)};
+    check_same_kind(op, name, w, kFirstWeight, first);
+    PYENS_CHECK_VALUE(w.dim() == 3, op, name, "[E, out, in]", "shape ", w.sym_sizes());
+    PYENS_CHECK_VALUE(w.sym_size(0) >= 1 && w.sym_size(1) >= 1 && w.sym_size(2) >= 1, op, name,
+                      "[E, out, in], none of them 0", "shape ", w.sym_sizes());
+    PYENS_CHECK_VALUE(w.sym_size(0) == first.sym_size(0), op, name,
+                      c10::str("the ensemble size of weights[0] (", first.sym_size(0), ")"),
+                      "shape ", w.sym_sizes());
+    PYENS_CHECK_VALUE(
+        l == 0 || w.sym_size(2) == weights[l - 1].sym_size(1), op, name,
+        c10::str("in = out of weights[", l - 1, "] (", weights[l - 1].sym_size(1), ")"), "shape ",
+        w.sym_sizes());
+    if (biases.empty()) continue;
+    const Tensor& b = biases[l];
+    const ArgumentName bias_name{"biases", static_cast<int64_t>(l)};
+    check_same_kind(op, bias_name, b, kFirstWeight, first);
+    PYENS_CHECK_VALUE(
+        b.dim() == 2 && b.sym_size(0) == w.sym_size(0) && b.sym_size(1) == w.sym_size(1), op,
+        bias_name, c10::str("[", w.sym_size(0), ", ", w.sym_size(1), "]"), "shape ", b.sym_sizes());
+  }
+}
+
+void check_network(const char* op, const Network& network) {
+  check_layers(op, network.weights, network.biases);
+  const Tensor &input = network.input, &first = network.weights[0];
+  check_same_kind(op, {"input"}, input, kFirstWeight, first);
+  const int64_t dim = input.dim();
+  PYENS_CHECK_VALUE((dim == 2 || (dim == 3 && input.sym_size(0) == first.sym_size(0))) &&
+                        input.sym_size(-1) == first.sym_size(2),
+                    op, "input",
+                    c10::str("[B, ", first.sym_size(2), "] or [", first.sym_size(0), ", B, ",
+                             first.sym_size(2), "]"),
+                    "shape ", input.sym_sizes());
+}
+
+void check_device_of_weights(const char* op, const char* argument, const Tensor& tensor,
+                             TensorList weights) {
+  PYENS_CHECK_TYPE(tensor.device() == weights[0].device(), op, argument,
+                   c10::str("the device of ", kFirstWeight, " (", weights[0].device(), ")"),
+                   tensor.device());
+}
+
+void check_real(const char* op, const char* argument, const Tensor& tensor, TensorList weights) {
+  const at::ScalarType type = weights[0].scalar_type(), real = accumulation_type(type);
+  PYENS_CHECK_TYPE(
+      tensor.scalar_type() == type || tensor.scalar_type() == real, op, argument,
+      c10::str("the dtype of ", kFirstWeight, " (", type, ")", type == real ? "" : " or Float"),
+      tensor.scalar_type());
+  check_device_of_weights(op, argument, tensor, weights);
+}
+
+void check_mlp(const char* op, const Network& network, const MLPOptions& options) {
+  parse_activation(op, options.activation);
+  check_network(op, network);
+  PYENS_CHECK_VALUE(options.dropout >= 0 && options.dropout < 1, op, "dropout", "0 <= dropout < 1",
+                    options.dropout);
+  if (!options.dropout_seeds) {
+    PYENS_CHECK_VALUE(options.dropout == 0, op, "dropout_seeds",
+                      c10::str("int64 [", network.members(), "] with dropout ", options.dropout),
+                      "None");
+    return;
+  }
+  const Tensor& seeds = *options.dropout_seeds;
+  PYENS_CHECK_TYPE(seeds.scalar_type() == at::kLong, op, "dropout_seeds", "int64",
+                   seeds.scalar_type());
+  check_device_of_weights(op, "dropout_seeds", seeds, network.weights);
+  PYENS_CHECK_VALUE(seeds.dim() == 1 && seeds.sym_size(0) == network.members(), op, "dropout_seeds",
+                    c10::str("[", network.members(), "]"), "shape ", seeds.sym_sizes());
+}
+
+// --- forward -------------------------------------------------------------------------------------
+
+ForwardCall::ForwardCall(TensorList weights, TensorList biases) {
+  layers.reserve(weights.size());
+  for (size_t l = 0; l < weights.size(); ++l) {
+    const Tensor& w = with_contiguous_rows(weights[l], copies);
+    MLPLayer layer{};
+    layer.weight = w.const_data_ptr();
+    layer.out = w.size(1);
+    layer.in = w.size(2);
+    layer.weight_member_stride = w.stride(0);
+    layer.weight_row_stride = w.stride(1);
+    if (!biases.empty()) {
+      const Tensor& b = with_contiguous_rows(biases[l], copies);
+      layer.bias = b.const_data_ptr();
+      layer.bias_member_stride = b.stride(0);
+    }
+    layers.push_back(layer);
+  }
+  params.dtype = kernel_dtype(weights[0].scalar_type());
+  params.ensemble_size = weights[0].size(0);
+  params.num_layers = static_cast<int64_t>(layers.size());
+  params.layers = layers.data();
+}
+
+void ForwardCall::set_input(const Tensor& input) {
+  const Tensor& x = with_contiguous_rows(input, copies);
+  params.input = x.const_data_ptr();
+  params.batch = x.size(-2);
+  params.input_row_stride = x.stride(-2);
+  params.input_member_stride = x.dim() == 3 && params.ensemble_size > 1 ? x.stride(0) : 0;
+}
+
+void ForwardCall::set_options(const char* op, const MLPOptions& options) {
+  params.activation = parse_activation(op, options.activation);
+  params.dropout = options.dropout;
+  if (options.dropout > 0) {
+    const Tensor& seeds = with_contiguous_rows(*options.dropout_seeds, copies);
+    params.dropout_seeds = seeds.const_data_ptr<int64_t>();
+  }
+}
+
+namespace {
+
+// Of a buffer. What needs more goes through the layers in chunks of the batch.
+constexpr int64_t kMostElements = int64_t{1} << 28;
+
+// [E, B, I]. A shared input is expanded, and must not be copied for each member: what the library
+// would not read as it lies is copied before.
+Tensor member_inputs(const Tensor& input, int64_t members) {
+  const auto reads = [&](int64_t along, int64_t across) {
+    return input.stride(along) == 1 && input.stride(across) >= input.size(along);
+  };
+  const Tensor x = reads(-1, -2) || reads(-2, -1) ? input : input.contiguous();
+  return x.dim() == 3 ? x : x.unsqueeze(0).expand({members, -1, -1});
+}
+
+int64_t rows_at_once(const EnsembleMLPParams& params) {
+  int64_t widest = 1;
+  for (int64_t l = 0; l < params.num_layers; ++l) widest = std::max(widest, params.layers[l].out);
+  const int64_t rows = kMostElements / (params.ensemble_size * widest);
+  return std::clamp<int64_t>(rows < 256 ? rows : rows / 256 * 256, 1, params.batch);
+}
+
+void run_layer_by_layer(const char* op, const EnsembleMLPParams& params, const Network& network) {
+  const Tensor& input = network.input;
+  const at::ScalarType type = input.scalar_type(), real = accumulation_type(type);
+  const Tensor inputs = member_inputs(input, params.ensemble_size);
+  const int64_t most = rows_at_once(params);
+  EnsembleMLPEpilogue epilogue{};
+  for (; epilogue.first_row < params.batch; epilogue.first_row += epilogue.rows) {
+    epilogue.rows = std::min(most, params.batch - epilogue.first_row);
+    Tensor h = inputs.narrow(1, epilogue.first_row, epilogue.rows);
+    for (epilogue.layer = 0; epilogue.layer < params.num_layers; ++epilogue.layer) {
+      const int64_t out = params.layers[epilogue.layer].out;
+      const Tensor weight = network.weights[static_cast<size_t>(epilogue.layer)].transpose(1, 2);
+      const Tensor z = type == real ? at::bmm(h, weight) : at::bmm(h, weight, real);
+      epilogue.z = z.const_data_ptr();
+      if (epilogue.layer + 1 == params.num_layers) {
+        const int64_t skipped = epilogue.first_row * out * input.element_size();
+        epilogue.h = static_cast<char*>(params.output) + skipped;
+        epilogue.h_member_stride = params.batch * out;
+      } else {
+        h = type == real ? z : at::empty(z.sizes(), input.options());
+        epilogue.h = h.mutable_data_ptr();
+        epilogue.h_member_stride = epilogue.rows * out;
+      }
+      launch_cuda(op, input, [&](void* stream) {
+        return ensemble_mlp_cuda::run_epilogue(params, epilogue, stream);
+      });
+    }
+  }
+}
+
+}  // namespace
+
+void ForwardCall::run(const char* op, const Network& network) {
+  if (network.input.is_cuda()) {
+    params.tf32 = allows_tf32();
+    bool one_launch = false;
+    launch_cuda(op, network.input, [&](void* stream) {
+      one_launch = ensemble_mlp_cuda::in_one_launch(params);
+      return one_launch ? ensemble_mlp_cuda::run(params, stream) : nullptr;
+    });
+    if (!one_launch) run_layer_by_layer(op, params, network);
+    return;
+  }
+  launch_cpu(ensemble_mlp_cpu::work_items(params), ensemble_mlp_cpu::grain_size(params),
+             ensemble_mlp_cpu::scratch_bytes(params),
+             [&](int64_t begin, int64_t end, void* scratch) {
+               ensemble_mlp_cpu::run(params, begin, end, scratch);
+             });
+}
+
+// --- training ------------------------------------------------------------------------------------
+
+TrainingCall::TrainingCall(const char* op, const Network& network, const MLPOptions& options,
+                           const NeedsGrad& needs_grad)
+    : ForwardCall(network.weights, network.biases),
+      input_(network.input),
+      layer_gradients_(network.weights.size()) {
+  set_input(network.input);
+  set_options(op, options);
+  const auto real = input_.options().dtype(accumulation_type(input_.scalar_type()));
+  gradients = for_each_needed(op, network, needs_grad, [&](const Tensor& of) {
+    return params.batch == 0 ? at::zeros(of.sizes(), real) : at::empty(of.sizes(), real);
+  });
+  auto next = gradients.begin();
+  const auto take = [&](size_t i) {
+    return needs_grad[i] ? (next++)->mutable_data_ptr() : nullptr;
+  };
+  const size_t count = network.weights.size();
+  training.grad_input = take(0);
+  training.sum_grad_input = input_.dim() == 2;
+  for (size_t l = 0; l < count; ++l) layer_gradients_[l].weight = take(1 + l);
+  for (size_t l = 0; l < network.biases.size(); ++l) {
+    layer_gradients_[l].bias = take(1 + count + l);
+  }
+  training.gradients = layer_gradients_.data();
+}
+
+void TrainingCall::run(const char* op) {
+  if (params.batch == 0) return;
+  training.forward = params;
+  if (input_.is_cpu()) return run_on_cpu(op);
+  launch_cuda(op, input_, [&](void* stream) {
+    const auto bytes = static_cast<int64_t>(ensemble_mlp_cuda::partial_bytes(training));
+    const Tensor partial = at::empty({bytes}, input_.options().dtype(at::kByte));
+    training.partial = partial.mutable_data_ptr();
+    return ensemble_mlp_cuda::train(training, stream);
+  });
+}
+
+void TrainingCall::run_on_cpu(const char* op) {
+  using namespace ensemble_mlp_cpu;
+  training.threads = at::get_num_threads();
+  const TrainingPlan plan = plan_training(training);
+  const c10::DataPtr partial = c10::GetCPUAllocator()->allocate(plan.partial_bytes);
+  training.partial = partial.get();
+  if (training.loss != Loss::none) {
+    std::atomic<TrainingError> error{TrainingError::none};
+    launch_cpu(params.ensemble_size, std::max<int64_t>(1, 65536 / params.batch), 0,
+               [&](int64_t begin, int64_t end, void* /*scratch*/) {
+                 const TrainingError found = prepare_training(training, begin, end);
+                 if (found != TrainingError::none) error = found;
+               });
+    PYENS_CHECK_VALUE(error != TrainingError::sample_weight_negative, op, "sample_weight",
+                      "finite weights of at least 0", "one that is not");
+    PYENS_CHECK_VALUE(error != TrainingError::target_out_of_range, op, "target",
+                      c10::str("classes from 0 to ", params.layers[params.num_layers - 1].out - 1),
+                      "one that is not");
+  }
+  launch_cpu(
+      plan.items, plan.grain_size, plan.scratch_bytes,
+      [&](int64_t begin, int64_t end, void* scratch) { train(training, begin, end, scratch); });
+  launch_cpu(plan.finish_items, plan.finish_grain_size, 0,
+             [&](int64_t begin, int64_t end, void* /*scratch*/) {
+               finish_training(training, begin, end);
+             });
+}
+
+bool trains_in_one_launch([[maybe_unused]] TensorList weights) {
+#if defined(PYENS_WITH_CUDA)
+  std::vector<MLPLayer> layers(weights.size());
+  EnsembleMLPParams params{};
+  for (size_t l = 0; l < weights.size(); ++l) {
+    layers[l].out = weights[l].sym_size(1).guard_int(__FILE__, __LINE__);
+    layers[l].in = weights[l].sym_size(2).guard_int(__FILE__, __LINE__);
+  }
+  params.dtype = kernel_dtype(weights[0].scalar_type());
+  params.ensemble_size = weights[0].sym_size(0).guard_int(__FILE__, __LINE__);
+  params.num_layers = static_cast<int64_t>(layers.size());
+  params.layers = layers.data();
+  return ensemble_mlp_cuda::can_train(params);
+#else
+  return false;
+#endif
+}
+
+}  // namespace pyens

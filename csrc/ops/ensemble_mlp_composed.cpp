@@ -1,0 +1,118 @@
+#include "ops/ensemble_mlp_composed.h"
+
+#include <ATen/ATen.h>
+
+namespace pyens {
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+
+Tensor activate(const Tensor& z, Activation activation) {
+  switch (activation) {
+    case Activation::relu: return at::relu(z);
+    case Activation::gelu: return at::gelu(z);
+    case Activation::silu: return at::silu(z);
+    case Activation::elu: return at::elu(z);
+    case Activation::softplus: return at::softplus(z);
+    case Activation::tanh: return at::tanh(z);
+    case Activation::identity: return z;
+  }
+  return z;
+}
+
+// grad * act'(z), given h = act(z) too.
+Tensor activate_backward(const Tensor& grad, const Tensor& z, const Tensor& h,
+                         Activation activation) {
+  switch (activation) {
+    case Activation::relu: return at::threshold_backward(grad, z, 0);
+    case Activation::gelu: return at::gelu_backward(grad, z);
+    case Activation::silu: {  // aten's silu_backward has no derivative
+      const Tensor s = at::sigmoid(z);
+      return grad * s * (1 + z * (1 - s));
+    }
+    case Activation::elu: return at::elu_backward(grad, 1, 1, 1, /*is_result=*/false, z);
+    case Activation::softplus: return at::softplus_backward(grad, z, 1, 20);
+    case Activation::tanh: return at::tanh_backward(grad, h);
+    case Activation::identity: return grad;
+  }
+  return grad;
+}
+
+// bool [E, B, units]: what kernels/dropout.h keeps. torch has hardly any unsigned arithmetic, so
+// 32-bit numbers lie in int64.
+Tensor kept_by_dropout(const Tensor& seeds, int64_t layer, const c10::SymInt& batch,
+                       const c10::SymInt& unit_count, double dropout) {
+  const auto shifted = [](const Tensor& x, int64_t bits) {  // as if unsigned
+    return at::__rshift__(x, bits).bitwise_and((int64_t{1} << (64 - bits)) - 1);
+  };
+  const auto signed_constant = [](uint64_t x) { return static_cast<int64_t>(x); };
+  const auto mix = [&](Tensor x) {
+    x = x + signed_constant(0x9e3779b97f4a7c15u);
+    x = at::bitwise_xor(x, shifted(x, 30)) * signed_constant(0xbf58476d1ce4e5b9u);
+    x = at::bitwise_xor(x, shifted(x, 27)) * signed_constant(0x94d049bb133111ebu);
+    return at::bitwise_xor(x, shifted(x, 31));
+  };
+  constexpr int64_t kLow = 0xffffffff;
+  const auto options = seeds.options();
+  const Tensor units = at::arange(unit_count, options);
+  const Tensor key = mix((mix(mix(seeds) + layer).unsqueeze(1) + units)).unsqueeze(1);
+  const Tensor rows = at::arange(batch, options).unsqueeze(1);
+  Tensor x = (rows + key.bitwise_and(kLow)).bitwise_and(kLow);
+  x = at::bitwise_xor(x, at::__rshift__(x, 16));
+  x = (x * int64_t{0x21f0aaad}).bitwise_and(kLow);
+  x = at::bitwise_xor(x, at::__rshift__(x, 15));
+  x = at::bitwise_xor(x, shifted(key, 32));
+  x = (x * int64_t{0x735a2d97}).bitwise_and(kLow);
+  x = at::bitwise_xor(x, at::__rshift__(x, 15));
+  return x >= static_cast<int64_t>(dropout * 0x1p32);
+}
+
+}  // namespace
+
+std::vector<Tensor> composed_backward(const char* op, Tensor grad, const Network& network,
+                                      const MLPOptions& options, const NeedsGrad& needs_grad) {
+  const TensorList weights = network.weights, biases = network.biases;
+  const Activation activation = parse_activation(op, options.activation);
+  const size_t layers = weights.size();
+  const bool shared_input = network.input.dim() == 2;
+  const double scale = 1 / (1 - options.dropout);
+  const auto apply_dropout = [&](const Tensor& x, const Tensor& kept) {
+    return kept.defined() ? at::where(kept, x * scale, at::zeros({}, x.options())) : x;
+  };
+
+  // What each layer reads, what it computed before the activation, and what was kept of that.
+  std::vector<Tensor> h{shared_input ? network.input.unsqueeze(0) : network.input};
+  std::vector<Tensor> z, activated, kept(layers);
+  for (size_t l = 0; l + 1 < layers; ++l) {
+    Tensor product = at::matmul(h[l], weights[l].transpose(1, 2));
+    z.push_back(biases.empty() ? product : product + biases[l].unsqueeze(1));
+    activated.push_back(activate(z[l], activation));
+    if (options.dropout > 0) {
+      kept[l] = kept_by_dropout(*options.dropout_seeds, static_cast<int64_t>(l), network.batch(),
+                                weights[l].sym_size(1), options.dropout);
+    }
+    h.push_back(apply_dropout(activated[l], kept[l]));
+  }
+
+  std::vector<Tensor> gradients(network.tensors());
+  for (size_t l = layers; l-- > 0;) {
+    const size_t weight = 1 + l, bias = 1 + layers + l;
+    if (needs_grad[weight]) gradients[weight] = at::matmul(grad.transpose(1, 2), h[l]);
+    if (!biases.empty() && needs_grad[bias]) gradients[bias] = grad.sum(1);
+    if (l == 0 && !needs_grad[0]) break;
+    grad = at::matmul(grad, weights[l]);
+    if (l > 0) {
+      grad = activate_backward(apply_dropout(grad, kept[l - 1]), z[l - 1], activated[l - 1],
+                               activation);
+    }
+  }
+  if (needs_grad[0]) gradients[0] = shared_input ? grad.sum(0) : grad;
+  std::vector<Tensor> needed;
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    if (needs_grad[i]) needed.push_back(gradients[i]);
+  }
+  return needed;
+}
+
+}  // namespace pyens

@@ -1,0 +1,27 @@
+// The options of ensemble_mlp and ensemble_mlp_loss, each said once.
+#pragma once
+
+#include "ops/options.h"
+
+namespace pyens {
+
+#define PYENS_MLP_OPTIONS(OPTION)                        \
+  OPTION(std::string_view, activation, "str activation") \
+  OPTION(double, dropout, "float dropout=0.0")           \
+  OPTION(OptionalTensor, dropout_seeds, "Tensor? dropout_seeds=None")
+
+struct MLPOptions {
+  PYENS_OPTIONS(PYENS_MLP_OPTIONS)
+};
+
+#define PYENS_LOSS_OPTIONS(OPTION)                 \
+  OPTION(std::string_view, loss, "str loss")       \
+  OPTION(double, temperature, "float temperature") \
+  OPTION(OptionalTensor, sample_weight, "Tensor? sample_weight")
+
+struct LossOptions {
+  PYENS_OPTIONS_AND(PYENS_LOSS_OPTIONS, mlp.fields())
+  MLPOptions mlp;
+};
+
+}  // namespace pyens

@@ -1,0 +1,282 @@
+"""The bits that the CPU kernels give, as checksums: what a change of structure must not change.
+
+    python -m tests.checksums                 compares this process's instruction set with checksums.json
+    python -m tests.checksums --write         replaces what the file says of it
+    python -m tests.checksums --json          prints it instead
+
+`PYENS_CPU_CAPABILITY` chooses the instruction set. Inputs are integers times powers of two from numpy's PCG64,
+so that they are the same numbers everywhere. Of float64 there is only what needs no function of the C library
+(no exponential, no logarithm), which differs from machine to machine; gradients that torch composes are left out.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import pyens
+from pyens import ops
+from pyens.ops import masked_mlp as masked
+
+FILE = Path(__file__).with_name("checksums.json")
+CAPABILITIES = ("base", "avx2", "avx512", "avx512_bf16")
+
+DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
+ACTIVATIONS = ("relu", "gelu", "silu", "elu", "softplus", "tanh", "identity")
+EXACT = ("relu", "identity")  # activations that are right to the bit in float64
+SHAPES = {
+    "narrow": (3, [32, 50, 20, 10, 1]),
+    "odd": (2, [129, 13, 17]),
+    "wide": (1, [140, 200, 3]),
+    "linear": (5, [7, 2]),
+}
+BATCHES = (1, 2, 7, 8, 9, 10, 17, 64, 65, 300, 1000)
+
+
+class Numbers:
+    """Draws k / 2^10 with k uniform in (-2^10, 2^10): three per cent of them 0 or a power of two."""
+
+    def __init__(self, *seed: Any) -> None:
+        words = hashlib.sha256(repr(seed).encode()).digest()[:8]
+        self.generator = np.random.Generator(np.random.PCG64(int.from_bytes(words, "little")))
+
+    def __call__(self, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+        whole = self.generator.integers(-1023, 1024, shape)
+        return torch.from_numpy(whole.astype(np.float64) / 1024 * scale).to(dtype)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        return torch.from_numpy(self.generator.integers(0, high, shape))
+
+
+def digest(tensors: Sequence[Tensor]) -> str:
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        bits = tensor.detach().contiguous().view(torch.uint8) if tensor.numel() else tensor.detach()
+        sha.update(str(tuple(tensor.shape)).encode() + bits.numpy().tobytes())
+    return sha.hexdigest()[:12]
+
+
+def network(
+    draw: Numbers, e: int, widths: list[int], dtype: torch.dtype, bias: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    pairs = list(itertools.pairwise(widths))
+    weights = [draw(e, o, i, dtype=dtype, scale=2.0 ** -(i.bit_length() // 2)) for i, o in pairs]
+    return weights, [draw(e, o, dtype=dtype) for _, o in pairs] if bias else []
+
+
+def gradients(loss: Tensor, of: Sequence[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(loss.sum(), of))
+
+
+def mlp_cases() -> Iterator[tuple[str, list[Tensor]]]:
+    choices = itertools.cycle(itertools.product((False, True), (True, False), (0.0, 0.25)))
+    for (kind, dtype), activation, (shape, (e, widths)), batch in itertools.product(
+        DTYPES.items(), ACTIVATIONS, SHAPES.items(), BATCHES
+    ):
+        if kind == "f64" and activation not in EXACT:
+            continue
+        own, bias, dropout = next(choices)
+        name = f"mlp {kind} {activation} {shape} B{batch}{' own' * own}{' bias' * bias} p{dropout}"
+        draw = Numbers(name)
+        weights, biases = network(draw, e, widths, dtype, bias)
+        parameters = [t.requires_grad_() for t in (*weights, *biases)]
+        x = draw(*([e] * own), batch, widths[0], dtype=dtype).requires_grad_()
+        options: dict[str, Any] = {"activation": activation, "dropout": dropout}
+        options["dropout_seeds"] = draw.integers(2**40, e) if dropout else None
+        output = ops.ensemble_mlp(x, weights, biases, **options)
+        from_above = draw(*output.shape, dtype=dtype)
+        yield name, [output, *torch.autograd.grad(output, [x, *parameters], from_above)]
+        if dropout == 0 and batch < 20:
+            strided = draw(batch, 2 * widths[0], dtype=dtype)[:, ::2]
+            yield f"{name} strided", [ops.ensemble_mlp(strided, weights, biases, activation=activation)]
+
+
+def packed_and_strength_cases() -> Iterator[tuple[str, list[Tensor]]]:
+    for (kind, dtype), (shape, (e, widths)), batch in itertools.product(
+        DTYPES.items(), SHAPES.items(), (1, 3, 9, 10, 70)
+    ):
+        name = f"{kind} {shape} B{batch}"
+        draw = Numbers("packed", name)
+        model = pyens.EnsembleMLP(e, widths[0], widths[1:-1], widths[-1], dtype=dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(draw(*parameter.shape, dtype=dtype, scale=0.25))
+        x = draw(batch, widths[0], dtype=dtype)
+        yield f"packed {name}", [model.packed()(x)]
+        units = sum(widths[1:-1])
+        mean, std = draw(units, dtype=dtype), draw(e, units, dtype=dtype).abs() + 0.25
+        for bitpack in (False, True):
+            found = ops.activation_strength(
+                x, list(model.weights), list(model.biases), mean, std.to(dtype), bitpack=bitpack
+            )
+            yield f"strength {name}{' bits' * bitpack}", list(found)
+
+
+def loss_cases() -> Iterator[tuple[str, list[Tensor]]]:
+    losses = ("mse", "bce", "gaussian_nll", "cross_entropy")
+    choices = itertools.cycle(itertools.product((0.0, 0.5), (False, True), (False, True)))
+    for (kind, dtype), loss, (shape, (e, widths)), batch in itertools.product(
+        DTYPES.items(), losses, {**SHAPES, "few": (40, [9, 6, 4])}.items(), (1, 8, 65, 300, 1000)
+    ):
+        if kind == "f64" and loss != "mse":
+            continue
+        dropout, own, weighted = next(choices)
+        name = f"loss {kind} {loss} {shape} B{batch} p{dropout}{' own' * own}{' weighted' * weighted}"
+        draw = Numbers(name)
+        widths = [*widths[:-1], widths[-1] + widths[-1] % 2]
+        weights, biases = network(draw, e, widths, dtype, True)
+        parameters = [t.requires_grad_() for t in (*weights, *biases)]
+        x = draw(*([e] * own), batch, widths[0], dtype=dtype).requires_grad_()
+        columns = widths[-1] // 2 if loss == "gaussian_nll" else widths[-1]
+        real = torch.float64 if kind == "f64" else torch.float32
+        if loss == "cross_entropy":
+            target = draw.integers(widths[-1], batch)
+        else:
+            target = draw(*([e] * own), batch, columns, dtype=real).abs()
+        found = ops.ensemble_mlp_loss(
+            x,
+            target,
+            weights,
+            biases,
+            loss=loss,
+            activation="relu" if kind == "f64" else "tanh" if batch == 65 else "relu",
+            temperature=2.0 if loss == "cross_entropy" else 1.0,
+            sample_weight=draw.integers(3, batch).to(real) if weighted else None,
+            dropout=dropout,
+            dropout_seeds=draw.integers(2**40, e) if dropout else None,
+        )
+        yield name, [found, *gradients(found, [x, *parameters])]
+
+
+def mask_cases() -> Iterator[tuple[str, list[Tensor]]]:
+    for (kind, dtype), batch in itertools.product(DTYPES.items(), (1, 5, 70)):
+        draw = Numbers("masks", kind, batch)
+        masks = [draw.integers(2, 4, width) == 1 for width in (13, 6)]
+        channels = draw(batch, 13, 3, dtype=dtype)
+        index = draw.integers(4, batch)
+        yield f"mask_channels {kind} B{batch}", [
+            ops.mask_channels(channels, masks[0]),
+            ops.mask_channels(channels, masks[0], index),
+        ]
+        shared = [draw(o, i, dtype=dtype).requires_grad_() for i, o in ((9, 13), (13, 6), (6, 2))]
+        biases = [draw(w.shape[0], dtype=dtype).requires_grad_() for w in shared]
+        x = draw(batch, 9, dtype=dtype)
+        output = masked.masked_mlp(x, shared, biases, masks)
+        from_above = draw(*output.shape, dtype=dtype)
+        yield f"masked_mlp {kind} B{batch}", [
+            output,
+            *torch.autograd.grad(output, [*shared, *biases], from_above),
+        ]
+        loss = masked.masked_mlp_loss(x, draw(batch, 2, dtype=dtype), shared, biases, masks, loss="mse")
+        yield f"masked_mlp_loss {kind} B{batch}", [loss, *gradients(loss, [*shared, *biases])]
+
+
+def embedding_cases() -> Iterator[tuple[str, list[Tensor]]]:
+    for (kind, dtype), batch, own in itertools.product(DTYPES.items(), (1, 70, 300), (False, True)):
+        name = f"{kind} B{batch}{' own' * own}"
+        draw = Numbers("embedding", name)
+        tables = [draw(3, rows, dim, dtype=dtype).requires_grad_() for rows, dim in ((11, 1), (200, 9))]
+        index = torch.stack([draw.integers(t.shape[1], *([3] * own), batch) for t in tables], -1)
+        numeric = draw(*([3] * own), batch, 4, dtype=dtype).requires_grad_()
+        rows = ops.ensemble_embedding(index[..., 1], tables[1])
+        from_above = draw(*rows.shape, dtype=dtype)
+        sparse = ops.ensemble_embedding(index[..., 1], tables[1], sparse=True)
+        coo = torch.autograd.grad(sparse, tables[1], from_above)[0].coalesce()
+        dense = torch.autograd.grad(rows, tables[1], from_above)[0]
+        yield f"embedding {name}", [rows, dense, coo.indices(), coo.values()]
+        features = torch.ops.pyens.ensemble_embedding_concat(index, tables, numeric)
+        from_above = draw(*features.shape, dtype=dtype)
+        yield f"concat {name}", [
+            features,
+            *torch.autograd.grad(features, [*tables, numeric], from_above),
+        ]
+
+
+def member_cases() -> Iterator[tuple[str, list[Tensor]]]:
+    """The kernels over the member axis."""
+    for (kind, dtype), e, batch in itertools.product(DTYPES.items(), (1, 2, 9, 33), (1, 17, 300)):
+        name = f"{kind} E{e} B{batch}"
+        for loss_kind, classes in itertools.product(("correlation", "covariance", "residue"), (1, 3)):
+            draw = Numbers("decorrelation", name, loss_kind, classes)
+            outputs = draw(e, batch, classes, dtype=dtype).requires_grad_()
+            loss = ops.decorrelation_loss(outputs, kind=loss_kind)
+            yield f"decorrelation {name} {loss_kind} K{classes}", [loss, *gradients(loss, [outputs])]
+        draw = Numbers("uncertainty", name)
+        outputs, variances = draw(e, batch, 5, dtype=dtype), draw(e, batch, 5, dtype=dtype).abs()
+        yield f"moments {name}", [
+            t for t in ops.predictive_moments(outputs, variances=variances) if t is not None
+        ]
+        if kind == "f64":
+            continue
+        for classes in (0, 1, 2, 10):
+            logits = draw(e, batch, *([classes] * (classes > 0)), dtype=dtype, scale=4.0)
+            yield f"uncertainty {name} K{classes}", list(ops.predictive_uncertainty(logits))
+        even = torch.full((e, batch, 4), 0.25, dtype=dtype)
+        yield f"probabilities {name}", list(ops.predictive_uncertainty(even, from_probabilities=True))
+
+
+def cases() -> Iterator[tuple[str, list[Tensor]]]:
+    yield from mlp_cases()
+    yield from packed_and_strength_cases()
+    yield from loss_cases()
+    yield from mask_cases()
+    yield from embedding_cases()
+    yield from member_cases()
+
+
+def record() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, tensors in cases():
+        assert name not in found, name
+        found[name] = digest(tensors)
+    return found
+
+
+def record_of(capability: str) -> tuple[str, dict[str, str]]:
+    """What a process of its own records under that cap, and the instruction set that it then used."""
+    environment = {**os.environ, "PYENS_CPU_CAPABILITY": capability}
+    command = [sys.executable, "-m", "tests.checksums", "--json"]
+    root = Path(__file__).parents[1]
+    run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True)
+    found = json.loads(run.stdout)
+    return found["capability"], found["checksums"]
+
+
+def saved() -> dict[str, dict[str, str]]:
+    return json.loads(FILE.read_text()) if FILE.exists() else {}
+
+
+def differences(expected: dict[str, str], found: dict[str, str]) -> list[str]:
+    names = dict.fromkeys([*expected, *found])
+    return [name for name in names if expected.get(name) != found.get(name)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    capability, found = pyens.build_info()["cpu_capability"], record()
+    if arguments.json:
+        print(json.dumps({"capability": capability, "checksums": found}))
+    elif arguments.write:
+        FILE.write_text(json.dumps({**saved(), capability: found}, indent=0, sort_keys=True) + "\n")
+        print(f"{FILE.name}: {len(found)} checksums of {capability}")
+    else:
+        different = differences(saved().get(capability, {}), found)
+        print("\n".join(different[:50]))
+        sys.exit(f"{len(different)} of {len(found)} differ on {capability}" if different else 0)
+
+
+if __name__ == "__main__":
+    main()
