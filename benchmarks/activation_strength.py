@@ -74,7 +74,7 @@ def contestants(
     check_packed = partial(check_strength, packed, options.dtype)
 
     def op(pack: bool) -> harness.Run:
-        return lambda: pyens.ops.activation_strength(x, weights, biases, mean, std, pack=pack)
+        return lambda: pyens.ops.activation_strength(x, weights, biases, mean, std, bitpack=pack)
 
     found = [
         harness.Contestant(OP, lambda: op(False), check_op, ours=True),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyens import build_info, ops, reference
 from pyens.ops.ensemble_embedding import ensemble_embedding_concat
-from pyens.ops.ensemble_mlp import ensemble_mlp_packed, pack
+from pyens.ops.ensemble_mlp import ensemble_mlp_packed, prepack
 from pyens.reference.activation_strength import pack_bits
 from pyens.reference.ensemble_embedding import ensemble_embedding_concat as reference_concat
 from pyens.reference.ensemble_mlp import ACTIVATIONS
@@ -90,7 +90,7 @@ def check_ensemble_mlp() -> Iterator[float]:
 def check_ensemble_mlp_packed() -> Iterator[float]:
     for problem in _mlp_problems():
         exact = reference.ensemble_mlp(**_in_float64(problem))
-        got = ensemble_mlp_packed(packed=pack(problem["weights"], problem["biases"]), **problem)
+        got = ensemble_mlp_packed(packed=prepack(problem["weights"], problem["biases"]), **problem)
         yield relative_error(got, reference.ensemble_mlp(**problem), exact)
 
 
@@ -188,7 +188,7 @@ def check_activation_strength() -> Iterator[float]:
         # A value without mean and std is the activation itself: its sign is known without a rounding, but
         # that float16 rounds what is smallest to 0.
         problem |= {"mean": torch.zeros(units, dtype=dtype), "std": torch.ones(units, dtype=dtype)}
-        packed = ops.activation_strength(**problem, pack=True)
+        packed = ops.activation_strength(**problem, bitpack=True)
         positive = packed.value > 0
         for active, expected in ((got.active, positive), (packed.active, pack_bits(positive))):
             if active.shape != expected.shape or active.dtype != expected.dtype:

@@ -86,7 +86,7 @@ def operations(
     def wide_strength(pack: bool) -> Operation:
         return wrap(
             lambda: ops.activation_strength(
-                x, wide, wide_biases, wide_units, wide_units + 1, activation="gelu", pack=pack
+                x, wide, wide_biases, wide_units, wide_units + 1, activation="gelu", bitpack=pack
             )
         )
 
@@ -101,7 +101,7 @@ def operations(
         "ensemble_mlp_loss": with_gradients(of_mlp(loss), mlp),
         "activation_strength": wrap(lambda: ops.activation_strength(x, weights, biases, mean, std)),
         "activation_strength, packed": wrap(
-            lambda: ops.activation_strength(x, weights, biases, mean, std, pack=True)
+            lambda: ops.activation_strength(x, weights, biases, mean, std, bitpack=True)
         ),
         "ensemble_embedding": with_gradients(
             lambda a, b, c: ensemble_embedding_concat(index, [a, b], c), [*tables, numeric]

@@ -100,19 +100,19 @@ def test_matches_the_reference(dtype, shape):
         wrong = itself.active != (itself.value > 0)
         assert not (wrong & (itself.value != 0)).any() and (dtype == torch.float16 or not wrong.any())
         assert torch.equal(got.active, itself.active)
-        packed = activation_strength(**p, activation=activation, pack=True)
+        packed = activation_strength(**p, activation=activation, bitpack=True)
         assert all(map(torch.equal, packed, (got.output, got.value, pack_bits(got.active))))
 
 
 @pytest.mark.parametrize("b", [1, 5, 70])
 def test_packed_bits_are_what_numpy_unpacks(b):
     p = problem(3, b, [6, 9, 7, 3], torch.float32)
-    active, packed = activation_strength(**p).active, activation_strength(**p, pack=True).active
+    active, packed = activation_strength(**p).active, activation_strength(**p, bitpack=True).active
     assert packed.dtype == torch.uint8 and packed.shape == (3, b, 2)
     bits = np.unpackbits(packed.numpy(), axis=-1, bitorder="little")
     assert (bits == active.numpy()).all()  # 16 units
     p = problem(3, b, [6, 9, 1, 3], torch.float32)
-    bits = np.unpackbits(activation_strength(**p, pack=True).active.numpy(), axis=-1, bitorder="little")
+    bits = np.unpackbits(activation_strength(**p, bitpack=True).active.numpy(), axis=-1, bitorder="little")
     assert (bits[..., :10] == activation_strength(**p).active.numpy()).all() and not bits[..., 10:].any()
 
 
@@ -162,7 +162,7 @@ def test_no_example_and_no_hidden_layer(shape):
     e, b, widths = shape
     for pack in (False, True):
         p = problem(*shape, torch.float32)
-        got = activation_strength(**p, pack=pack)
+        got = activation_strength(**p, bitpack=pack)
         units = sum(widths[1:-1])
         assert torch.equal(got.output, ensemble_mlp(*list(p.values())[:3]))
         assert got.value.shape == (e, b, units)
@@ -174,7 +174,7 @@ def test_large_results_past_the_cache(dtype):
     # Written by streaming stores; rows of 13 units start anywhere in a cache line.
     for e, b, widths in ((1, 70_001, [3, 12, 13, 1]), (30, 3001, [3, 13, 12, 1]), (2, 33, [3, 40_000, 2])):
         p = problem(e, b, widths, dtype)
-        got, packed = activation_strength(**p), activation_strength(**p, pack=True)
+        got, packed = activation_strength(**p), activation_strength(**p, bitpack=True)
         p["input"] = p["input"][-10:]
         few = activation_strength(**p)  # in the cache
         assert all(torch.equal(x[:, -10:], y) for x, y in zip(got, few, strict=True))
@@ -188,9 +188,9 @@ def test_large_results_past_the_cache(dtype):
 @given(st.integers(1, 150), st.integers(1, 149), st.sampled_from(DTYPES), st.booleans())
 def test_a_split_of_the_batch_changes_no_bit(b, cut, dtype, pack):
     p = problem(2, b, [10, 9, 20, 3], dtype)
-    whole = activation_strength(**p, activation="silu", pack=pack)
+    whole = activation_strength(**p, activation="silu", bitpack=pack)
     for rows in (slice(None, cut), slice(cut, None)):
-        part = activation_strength(**p | {"input": p["input"][rows]}, activation="silu", pack=pack)
+        part = activation_strength(**p | {"input": p["input"][rows]}, activation="silu", bitpack=pack)
         assert all(torch.equal(x, y[:, rows]) for x, y in zip(part, whole, strict=True))
 
 
@@ -287,7 +287,7 @@ def test_on_cuda_matches_the_reference(dtype, shape):
         assert rms(got.value.cpu().double() - exact.value) <= allowed
         itself = activation_strength(**with_activations_as_values(q), activation=activation)
         assert not ((itself.active != (itself.value > 0)) & (itself.value != 0)).any()
-        packed = activation_strength(**q, activation=activation, pack=True)
+        packed = activation_strength(**q, activation=activation, bitpack=True)
         assert all(map(torch.equal, packed, (got.output, got.value, pack_bits(got.active))))
 
 
@@ -370,7 +370,7 @@ def test_compile_without_graph_breaks_or_many_recompilations():
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     def function(x, p):
-        got = activation_strength(x * 2, *list(p.values())[1:], pack=True)
+        got = activation_strength(x * 2, *list(p.values())[1:], bitpack=True)
         return got.output + 1, got.value * 2, got.active
 
     compiled = torch.compile(function, fullgraph=True, backend=counter)

@@ -357,10 +357,18 @@ def test_func_vmap(reduction, shape, dim):
     torch.testing.assert_close(gradients, torch.stack(expected))
 
 
-def test_func_forward_mode_raises():
-    outputs = draw((3, 6), torch.float32)
-    with pytest.raises(RuntimeError, match="jvp"):
-        torch.func.jvp(decorrelation_loss, (outputs,), (torch.ones_like(outputs),))
+def test_func_forward_mode():
+    outputs, tangents = draw((3, 6), torch.float64), draw((3, 6), torch.float64)
+    got, expected = (
+        torch.func.jvp(function, (outputs,), (tangents,))
+        for function in (decorrelation_loss, reference.decorrelation_loss)
+    )
+    torch.testing.assert_close(got, expected)
+    got, expected = (
+        torch.func.hessian(function)(outputs)
+        for function in (decorrelation_loss, reference.decorrelation_loss)
+    )
+    torch.testing.assert_close(got, expected)
 
 
 # --- properties --------------------------------------------------------------------------------------------

@@ -421,6 +421,23 @@ def test_func_concat():
     expected = torch.autograd.grad(loss(leaves[:-1], leaves[-1]), leaves)
     for ours, theirs in zip((*got, got_numeric), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+    expected = ensemble_embedding_concat(categorical, tables, numeric)
+    rows = torch.func.vmap(
+        lambda c, x: ensemble_embedding_concat(c.unsqueeze(-2), tables, x.unsqueeze(-2)), in_dims=(-2, -2)
+    )(categorical, numeric)
+    assert torch.equal(rows.squeeze(-2).movedim(0, 1), expected)
+    many = [torch.stack([t, 2 * t]) for t in tables]
+    both = torch.func.vmap(lambda t: ensemble_embedding_concat(categorical, t, numeric))(many)
+    assert torch.equal(both[1], ensemble_embedding_concat(categorical, [2 * t for t in tables], numeric))
+    assert torch.equal(both[0], expected)
+
+
+def test_func_forward_mode():
+    index, weight = problem(3, 7, 4, 3, torch.float64, True)
+    tangent = torch.randn_like(weight)
+    primal, derivative = torch.func.jvp(lambda w: ensemble_embedding(index, w), (weight,), (tangent,))
+    assert torch.equal(primal, ensemble_embedding(index, weight))
+    assert torch.equal(derivative, ensemble_embedding(index, tangent))
 
 
 # --- bad input ---------------------------------------------------------------------------------------------

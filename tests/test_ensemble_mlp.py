@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import pyens
 from pyens import reference
 from pyens.ops import ensemble_mlp
-from pyens.ops.ensemble_mlp import ensemble_mlp_packed, pack
+from pyens.ops.ensemble_mlp import ensemble_mlp_packed, prepack
 from pyens.reference.ensemble_mlp import ACTIVATIONS as ACTIVATION_FUNCTIONS
 
 ACTIVATIONS = list(ACTIVATION_FUNCTIONS)
@@ -248,14 +248,14 @@ def test_same_bits_for_any_number_of_threads(b):
 def test_packed_gives_the_same_bits(dtype, shape):
     x, weights, biases = problem(*shape, torch.device("cpu"), dtype)
     for given_biases in (biases, []):
-        packed = pack(weights, given_biases)
+        packed = prepack(weights, given_biases)
         got = ensemble_mlp_packed(x, packed, weights, given_biases, activation="silu")
         assert torch.equal(got, ensemble_mlp(x, weights, given_biases, activation="silu"))
 
 
 def test_packed_refuses_what_does_not_belong_to_the_weights():
     x, weights, biases = problem(3, 2, [4, 5, 2], torch.device("cpu"), torch.float32)
-    packed = pack(weights, biases)
+    packed = prepack(weights, biases)
     for wrong in (packed[:2], packed.float(), packed[:, :-1], packed[0]):
         with pytest.raises(ValueError, match="ensemble_mlp: packed: expected what ensemble_mlp_pack makes"):
             ensemble_mlp_packed(x, wrong, weights, biases)
@@ -374,7 +374,7 @@ def test_only_wanted_gradients_are_computed(device):
 
 def test_packed_has_no_derivative():
     x, weights, biases = problem(2, 3, [3, 4, 2], torch.device("cpu"), torch.float32)
-    output = ensemble_mlp_packed(x.requires_grad_(), pack(weights, biases), weights, biases)
+    output = ensemble_mlp_packed(x.requires_grad_(), prepack(weights, biases), weights, biases)
     with pytest.raises(RuntimeError, match="not implemented"):
         output.sum().backward()
 
@@ -395,7 +395,7 @@ def test_opcheck(device, per_member, requires_grad):
 def test_opcheck_packed():
     x, weights, biases = problem(3, 5, [4, 6, 2], torch.device("cpu"), torch.float32)
     torch.library.opcheck(torch.ops.pyens.ensemble_mlp_pack, (weights, biases))
-    packed = pack(weights, biases)
+    packed = prepack(weights, biases)
     torch.library.opcheck(torch.ops.pyens.ensemble_mlp_packed, (x, packed, weights, biases, "relu"))
 
 
@@ -495,10 +495,17 @@ def test_func_per_example_gradients(device):
     torch.testing.assert_close(got, expected)
 
 
-def test_func_forward_mode_raises(device):
-    x, weights, biases = problem(2, 6, [3, 4, 2], device, torch.float32)
-    with pytest.raises(RuntimeError, match="jvp"):
-        torch.func.jvp(lambda x: ensemble_mlp(x, weights, biases), (x,), (torch.ones_like(x),))
+def test_func_forward_mode(device):
+    x, weights, biases = problem(2, 6, [3, 4, 2], device, torch.float64)
+    tangents = [torch.randn_like(w) for w in weights]
+
+    def jvp(function):
+        def run(x, w):
+            return torch.func.jvp(lambda w: function(x, w, biases, activation="tanh"), (w,), (tangents,))
+
+        return (*run(x, weights), *torch.func.vmap(run, in_dims=(0, None))(x.unsqueeze(1), weights))
+
+    torch.testing.assert_close(jvp(ensemble_mlp), jvp(reference.ensemble_mlp))
 
 
 # --- properties --------------------------------------------------------------------------------------------

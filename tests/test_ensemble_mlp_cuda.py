@@ -61,12 +61,12 @@ def test_strength_as_accurate_as_plain_torch(dtype, pack):
     wide = [x.double(), in_float64(weights), in_float64(biases), mean.double(), std.double()]
     oracle = reference.activation_strength(*wide)
     plain = reference.activation_strength(x, weights, biases, mean, std)
-    got = ops.activation_strength(x, weights, biases, mean, std, pack=pack)
+    got = ops.activation_strength(x, weights, biases, mean, std, bitpack=pack)
     assert_close(got.output, plain.output, oracle.output)
     assert_close(got.value, plain.value, oracle.value)
     active = oracle.active
     if pack:
-        active = reference.activation_strength(*wide, pack=True).active
+        active = reference.activation_strength(*wide, bitpack=True).active
     assert got.active.dtype == active.dtype and got.active.shape == active.shape
     # A rounding flips a sign here and there.
     assert (got.active != active).double().mean() <= (1e-4 if dtype.itemsize > 2 else 0.1)

@@ -193,6 +193,13 @@ def test_func():
     assert torch.equal(got, torch.stack([mask_channels(x, masks, index), mask_channels(2 * x, masks, index)]))
     got = torch.func.vmap(lambda row, i: mask_channels(row.unsqueeze(0), masks, i.unsqueeze(0)))(x, index)
     assert torch.equal(got.squeeze(1), mask_channels(x, masks, index))
+    got = torch.func.vmap(lambda m: mask_channels(x, m))(torch.stack([masks, ~masks]))
+    assert torch.equal(got, torch.stack([mask_channels(x, masks), mask_channels(x, ~masks)]))
+    # No map reads the masks of another one.
+    with pytest.raises(ValueError, match=r"^mask_channels: index: expected"):
+        torch.func.vmap(lambda m: mask_channels(x, m, index + 1))(torch.stack([masks, ~masks]))
+    primal, tangent = torch.func.jvp(lambda x: mask_channels(x, masks, index), (x,), (2 * x,))
+    assert torch.equal(tangent, 2 * primal)
 
 
 # --- bad input ---------------------------------------------------------------------------------------------

@@ -437,6 +437,25 @@ def test_func():
     for i in range(6):
         one = torch.autograd.grad(loss(weights, x[i : i + 1], y[i : i + 1]), weights)
         torch.testing.assert_close([gradient[i] for gradient in each], list(one))
+    models = [torch.stack([w, 2 * w]) for w in plain]
+    both = torch.func.vmap(lambda w: masked_mlp(x, w, biases, masks))(models)
+    for i in range(2):
+        expected = masked_mlp(x, [w[i] for w in models], biases, masks)
+        torch.testing.assert_close(both[i], expected)
+    tangents = [torch.randn_like(w) for w in plain]
+    ours, theirs = (
+        torch.func.jvp(lambda w: function(x, w, biases, masks, activation="tanh"), (plain,), (tangents,))  # noqa: B023
+        for function in (masked_mlp, reference.masked_mlp)
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_func_of_the_gather():
+    index = torch.tensor([[2, 0, -1], [1, 3, 0]])
+    weight = torch.randn(4, 5, dtype=torch.float64)
+    expected = torch.func.jacrev(lambda w: masked_weights([w, w.mT], None, 2, [index])[0][0])(weight)
+    matrix = torch.func.jacfwd(lambda w: masked_weights([w, w.mT], None, 2, [index])[0][0])(weight)
+    assert torch.equal(matrix, expected) and expected.sum() == 25
 
 
 # --- bad input ---------------------------------------------------------------------------------------------
@@ -594,10 +613,9 @@ def test_bad_losses_are_refused_within_torch_func_too(case):
     def loss(x: Tensor) -> Tensor:
         return masked_mlp_loss(x, target, [W, W2], [V, V2], [M], **options).sum()
 
-    with pytest.raises(error, match=rf"^ensemble_mlp_loss: ({message})"):
-        loss(X.clone().requires_grad_())
-    with pytest.raises(error, match=rf"^masked_mlp_loss: ({message})"):
-        torch.func.grad(loss)(X)
+    for call in (loss, torch.func.grad(loss)):
+        with pytest.raises(error, match=rf"^ensemble_mlp_loss: ({message})"):
+            call(X.clone().requires_grad_())
     good = {"loss": "cross_entropy", "sample_weight": torch.ones(3, 6), "temperature": 0.5}
     torch.func.grad(lambda x: masked_mlp_loss(x, CLASSES, [W, W2], [V, V2], [M], **good).sum())(X)
 

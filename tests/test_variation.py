@@ -31,10 +31,10 @@ def test_hooks_on_a_sequential_give_what_the_op_gives(activation, pack):
     for i in range(3):
         member = ensemble.member(i)
         found = statistics_of(member, x)
-        got = strength_of(member, x, **found, pack=pack)
+        got = strength_of(member, x, **found, bitpack=pack)
         one = ensemble.select([i])
         expected = activation_strength(
-            x, list(one.weights), list(one.biases), **found, activation=activation, pack=pack
+            x, list(one.weights), list(one.biases), **found, activation=activation, bitpack=pack
         )
         assert isinstance(got, ActivationStrength)
         torch.testing.assert_close(got.output, expected.output[0])
@@ -61,10 +61,10 @@ def test_ensembles_go_through_the_op():
     found = statistics_of(ensemble, x)
     assert found["mean"].shape == (4, 10)
     expected = activation_strength(
-        x, list(ensemble.weights), list(ensemble.biases), **found, activation="silu", pack=True
+        x, list(ensemble.weights), list(ensemble.biases), **found, activation="silu", bitpack=True
     )
     for model in (ensemble, ensemble.packed()):
-        assert all(map(torch.equal, strength_of(model, x, **found, pack=True), expected))
+        assert all(map(torch.equal, strength_of(model, x, **found, bitpack=True), expected))
         assert torch.equal(expected.output, model(x))
 
 
@@ -108,7 +108,7 @@ def test_any_module_in_the_order_of_its_calls():
     assert torch.equal(got.active, expected > 0)
     only = strength_of(model, x, activations=(nn.GELU,))
     torch.testing.assert_close(only.value, nn.functional.gelu(rows * 100).detach())
-    assert torch.equal(strength_of(model, x, pack=True, scale=0.5).active, pack_bits(got.active))
+    assert torch.equal(strength_of(model, x, bitpack=True, scale=0.5).active, pack_bits(got.active))
     # No hook stays behind.
     assert not any(m._forward_hooks for m in model.modules())
 

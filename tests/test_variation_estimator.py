@@ -94,7 +94,7 @@ def test_without_scikit_learn_the_rest_works_and_the_error_names_it():
 def test_features_are_values_then_bits(pack):
     model = pyens.EnsembleMLP(1, 6, [8, 5], 1)
     x = torch.randn(50, 6)
-    strength = strength_of(model, x, pack=pack)
+    strength = strength_of(model, x, bitpack=pack)
     plain = strength_of(model.member(0), x)
     table = strength_features(strength)
     assert table.dtype == torch.float32 and table.shape == (50, 26)

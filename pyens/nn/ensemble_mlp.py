@@ -12,7 +12,7 @@ from typing_extensions import Self
 from pyens import ops
 from pyens.nn import _sequential
 from pyens.nn._members import Members, check_not_empty, check_sizes
-from pyens.ops.ensemble_mlp import ensemble_mlp_packed, pack
+from pyens.ops.ensemble_mlp import ensemble_mlp_packed, prepack
 
 
 class _Stacked(Members):
@@ -330,7 +330,7 @@ class PackedEnsembleMLP(nn.Module):
         weights, biases = list(self.weights.buffers()), list(self.biases.buffers())
         # The layout is the CPU kernel's; on CUDA the weights are read as they are. Kept as lists, because
         # gathering the buffers costs each call a microsecond.
-        self._frozen = (None if weights[0].is_cuda else pack(weights, biases), weights, biases)
+        self._frozen = (None if weights[0].is_cuda else prepack(weights, biases), weights, biases)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

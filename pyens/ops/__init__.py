@@ -1,5 +1,6 @@
 """The operations: custom kernels on CPU and GPU, each specified by its twin in `pyens.reference`."""
 
+from pyens._types import ActivationStrength, Moments, Uncertainty
 from pyens.ops.activation_strength import activation_strength
 from pyens.ops.decorrelation import decorrelation_loss
 from pyens.ops.ensemble_embedding import ensemble_embedding
@@ -10,6 +11,9 @@ from pyens.ops.masked_mlp import masked_mlp, masked_mlp_loss
 from pyens.ops.uncertainty import predictive_moments, predictive_uncertainty
 
 __all__ = [
+    "ActivationStrength",
+    "Moments",
+    "Uncertainty",
     "activation_strength",
     "decorrelation_loss",
     "ensemble_embedding",

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from pyens._library import _C
-from pyens.reference.activation_strength import ActivationStrength
+from pyens._types import ActivationStrength
+from pyens.ops._call import operation
+
+_activation_strength = operation("activation_strength")
 
 
 def activation_strength(
@@ -17,7 +18,7 @@ def activation_strength(
     std: Tensor,
     *,
     activation: str = "relu",
-    pack: bool = False,
+    bitpack: bool = False,
 ) -> ActivationStrength:
     r"""The outputs of an ensemble of MLPs, and how strongly each hidden unit of each member was active.
 
@@ -36,13 +37,13 @@ def activation_strength(
             the units of h, layer after layer; std is that of the population. ΣH is the number of hidden units
             of all layers together. In the dtype of the weights, or float32 with 16-bit weights. What
             `pyens.variation.ActivationStatistics` finds.
-        pack: eight units to a byte.
+        bitpack: eight units to a byte.
 
     Returns:
         `ActivationStrength`, a named tuple: output `[E, B, O]`; value `[E, B, ΣH]` in the dtype of the input,
-        in standard deviations; active bool `[E, B, ΣH]`, or with `pack` uint8 `[E, B, ⌈ΣH/8⌉]` with unit u in
-        bit u % 8 of byte u // 8, the lowest bit first, as `numpy.unpackbits(bitorder="little")` reads it, and
-        bits left over 0. Without a hidden layer ΣH is 0.
+        in standard deviations; active bool `[E, B, ΣH]`, or with `bitpack` uint8 `[E, B, ⌈ΣH/8⌉]` with unit u
+        in bit u % 8 of byte u // 8, the lowest bit first, as `numpy.unpackbits(bitorder="little")` reads it,
+        and bits left over 0. Without a hidden layer ΣH is 0.
 
     A dead unit, one whose std is 0 or smaller than any normal number of float32 (float64 for float64), has
     the value 0 whatever it does, also for a NaN. Otherwise NaN and Inf are as in torch; NaN is not active.
@@ -61,12 +62,6 @@ def activation_strength(
     Source: "prediction variation and activation strength", where only ReLU is used and a unit is active where
     its output is greater than 0; reference in `pyens.reference.activation_strength`.
     """
-    if torch.compiler.is_compiling():
-        return ActivationStrength(
-            *torch.ops.pyens.activation_strength(
-                input, list(weights), list(biases or ()), mean, std, activation, pack
-            )
-        )
     return ActivationStrength(
-        *_C.activation_strength(input, weights, biases or (), mean, std, activation, pack)
+        *_activation_strength(input, weights, biases or (), mean, std, activation, bitpack)
     )

@@ -1,14 +1,9 @@
 """The decorrelation loss."""
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from pyens import reference
-from pyens._library import _C
-
-_peek_transform = torch._C._functorch.peek_interpreter_stack
+from pyens.ops._call import Given, first, operation
 
 
 def decorrelation_loss(outputs: Tensor, *, kind: str = "correlation", reduction: str = "sum") -> Tensor:
@@ -36,8 +31,8 @@ def decorrelation_loss(outputs: Tensor, *, kind: str = "correlation", reduction:
     for data far from 0: covariances are of shifted data, residues relative to the first component.
     The forward pass reads the outputs once; the backward reads them once and writes the gradient once.
 
-    Differentiable, twice and more. Under autocast it runs in float32. Within `torch.func`, grad, vjp and vmap
-    work (also nested); forward-mode differentiation raises.
+    Differentiable, twice and more. Under autocast it runs in float32. Within `torch.func`, grad, vjp, jvp
+    and vmap work (also nested).
 
     Raises:
         ValueError: a shape that does not fit, no component or no label, an unknown kind or reduction.
@@ -47,43 +42,17 @@ def decorrelation_loss(outputs: Tensor, *, kind: str = "correlation", reduction:
     Source: "Anti-Distillation: Improving Reproducibility of Deep Networks", section 4, equations (2) to (5);
     reference in `pyens.reference.decorrelation_loss`.
     """
-    # In this order: while compiling, there is always a transform to peek at.
-    if torch.compiler.is_compiling():
-        return torch.ops.pyens.decorrelation_loss(outputs, kind, reduction)
-    if _peek_transform() is not None:
-        return _Transformed.apply(outputs, kind, reduction)
-    return _C.decorrelation_loss(outputs, kind, reduction)
+    return _decorrelation_loss(outputs, kind, reduction)
 
 
-class _Transformed(torch.autograd.Function):
-    """The same operation for `torch.func`, which knows nothing of autograd functions written in C++."""
+def _vmap(n: int, dims: Given, given: Given) -> tuple[Given, int, tuple[int, ...]]:
+    # The mapped dimension becomes, or joins, that of the models.
+    models = first(n, given["outputs"], dims["outputs"])
+    if models.dim() == 3:
+        return given | {"outputs": models.unsqueeze(-1), "reduction": "sum"}, 0, (n,)
+    if models.dim() == 4:
+        return given | {"outputs": models}, 0, (n,)
+    return given | {"outputs": models.flatten(0, 1)}, 0, tuple(models.shape[:2])
 
-    @staticmethod
-    def forward(outputs: Tensor, kind: str, reduction: str) -> Tensor:
-        return torch.ops.pyens.decorrelation_loss(outputs, kind, reduction)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        outputs, ctx.kind, ctx.reduction = inputs
-        ctx.save_for_backward(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        def forward(outputs: Tensor) -> Tensor:
-            return reference.decorrelation_loss(outputs, kind=ctx.kind, reduction=ctx.reduction)
-
-        _, vjp = torch.func.vjp(forward, *ctx.saved_tensors)
-        return *vjp(grad), None, None
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], outputs: Tensor, kind: str, reduction: str
-    ) -> tuple[Tensor, int]:
-        # The mapped dimension becomes, or joins, that of the models.
-        models = outputs.movedim(in_dims[0], 0)
-        if models.dim() == 3:
-            return _Transformed.apply(models.unsqueeze(-1), kind, "sum"), 0
-        if models.dim() == 4:
-            return _Transformed.apply(models, kind, reduction), 0
-        loss = _Transformed.apply(models.flatten(0, 1), kind, reduction)
-        return loss.unflatten(0, models.shape[:2]), 0
+_decorrelation_loss = operation("decorrelation_loss", reference.decorrelation_loss, _vmap)

@@ -2,14 +2,11 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from pyens import reference
-from pyens._library import _C
-from pyens.reference.ensemble_embedding import ensemble_embedding_concat as _reference_concat
-
-_peek_transform = torch._C._functorch.peek_interpreter_stack
+from pyens.ops._call import Given, join_members, join_rows, mapped, operation
+from pyens.reference.ensemble_embedding import ensemble_embedding_concat as reference_concat
 
 
 def ensemble_embedding(index: Tensor, weight: Tensor, *, sparse: bool = False) -> Tensor:
@@ -34,8 +31,8 @@ def ensemble_embedding(index: Tensor, weight: Tensor, *, sparse: bool = False) -
     lie as long as the last dimension of `weight` is contiguous.
 
     Differentiable in `weight`, twice and more; with `sparse` once, and not under `torch.compile`. Autocast
-    leaves it alone, as it does `F.embedding`. Within `torch.func` the reference computes, which is plain
-    PyTorch, and the gradient is dense: grad, vjp, jvp and vmap work.
+    leaves it alone, as it does `F.embedding`. Within `torch.func`, grad, vjp, jvp and vmap work (also
+    nested), and the gradient is dense.
 
     On CUDA the sums go by a sorted index, to the same bits; only the sparse gradient waits for the device. An
     index out of range raises nothing there: its example becomes NaN, and no row gets its gradient.
@@ -48,12 +45,7 @@ def ensemble_embedding(index: Tensor, weight: Tensor, *, sparse: bool = False) -
     Source: the categorical features of the click and rating models in "prediction variation"; reference in
     `pyens.reference.ensemble_embedding`.
     """
-    # In this order: while compiling, there is always a transform to peek at.
-    if torch.compiler.is_compiling():
-        return torch.ops.pyens.ensemble_embedding(index, weight, sparse)
-    if _peek_transform() is not None:
-        return reference.ensemble_embedding(index, weight)
-    return _C.ensemble_embedding(index, weight, sparse)
+    return _ensemble_embedding(index, weight, sparse)
 
 
 def ensemble_embedding_concat(
@@ -74,8 +66,20 @@ def ensemble_embedding_concat(
     In everything else as `ensemble_embedding` with `sparse=False`; differentiable in `numeric` too, where it
     is shared as the sum over the members in ascending order.
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.pyens.ensemble_embedding_concat(categorical, list(tables), numeric)
-    if _peek_transform() is not None:
-        return _reference_concat(categorical, tables, numeric)
-    return _C.ensemble_embedding_concat(categorical, tables, numeric)
+    return _ensemble_embedding_concat(categorical, tables, numeric)
+
+
+def _vmap(n: int, dims: Given, given: Given) -> tuple[Given, int, tuple[int, ...]]:
+    if mapped(dims) == {"index"}:
+        return join_rows(n, dims, given, {"index": -1})
+    return join_members(n, dims, given, {"weight": 3, "index": 2})
+
+
+def _vmap_concat(n: int, dims: Given, given: Given) -> tuple[Given, int, tuple[int, ...]]:
+    if "tables" not in mapped(dims):
+        return join_rows(n, dims, given, {"categorical": -2, "numeric": -2})
+    return join_members(n, dims, given, {"tables": 3, "categorical": 3, "numeric": 3})
+
+
+_ensemble_embedding = operation("ensemble_embedding", reference.ensemble_embedding, _vmap)
+_ensemble_embedding_concat = operation("ensemble_embedding_concat", reference_concat, _vmap_concat)

@@ -1,15 +1,12 @@
 """The fused ensemble MLP."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyens import reference
-from pyens._library import _C
-
-_peek_transform = torch._C._functorch.peek_interpreter_stack
+from pyens.ops._call import Given, join_members, join_rows, mapped, operation
 
 
 def ensemble_mlp(
@@ -58,8 +55,7 @@ def ensemble_mlp(
 
     Differentiable in input, weights and biases, twice and more. Backward computes the activations again, tile
     by tile, instead of keeping them; to train, `ensemble_mlp_loss` saves that too. Under autocast it casts as
-    `F.linear` does. Within `torch.func`, grad, vjp and vmap work (also nested); forward-mode differentiation
-    raises.
+    `F.linear` does. Within `torch.func`, grad, vjp, jvp and vmap work (also nested).
 
     Raises:
         ValueError: a shape that does not fit, no layer, an unknown activation, dropout out of range or
@@ -69,86 +65,19 @@ def ensemble_mlp(
 
     Source: the members are those of "deep ensembles"; reference in `pyens.reference.ensemble_mlp`.
     """
-    # In this order: while compiling, there is always a transform to peek at.
-    if torch.compiler.is_compiling():
-        return torch.ops.pyens.ensemble_mlp(
-            input, list(weights), list(biases or ()), activation, dropout, dropout_seeds
-        )
-    if _peek_transform() is not None:
-        biases = biases or ()
-        options = (activation, dropout)
-        return _Transformed.apply(input, dropout_seeds, options, len(weights), *weights, *biases)
-    return _C.ensemble_mlp(input, weights, biases or (), activation, dropout, dropout_seeds)
+    return _ensemble_mlp(input, weights, biases or (), activation, dropout, dropout_seeds)
 
 
-class _Transformed(torch.autograd.Function):
-    """The same operation for `torch.func`, which knows nothing of autograd functions written in C++."""
-
-    @staticmethod
-    def forward(
-        input: Tensor, seeds: Tensor | None, options: tuple[str, float], layers: int, *parameters: Tensor
-    ) -> Tensor:
-        weights, biases = parameters[:layers], parameters[layers:]
-        return torch.ops.pyens.ensemble_mlp(input, weights, biases, *options, seeds)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, seeds, ctx.options, ctx.layers, *parameters = inputs
-        ctx.save_for_backward(input, seeds, *parameters)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, seeds, *parameters = ctx.saved_tensors
-        activation, dropout = ctx.options
-
-        def forward(input: Tensor, *parameters: Tensor) -> Tensor:
-            weights, biases = parameters[: ctx.layers], parameters[ctx.layers :]
-            return reference.ensemble_mlp(
-                input, weights, biases, activation=activation, dropout=dropout, dropout_seeds=seeds
-            )
-
-        _, vjp = torch.func.vjp(forward, input, *parameters)
-        grad_input, *grad_parameters = vjp(grad)
-        return grad_input, None, None, None, *grad_parameters
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        input: Tensor,
-        seeds: Tensor | None,
-        options: tuple[str, float],
-        layers: int,
-        *parameters: Tensor,
-    ) -> tuple[Tensor, int]:
-        input_dim, seeds_dim, _, _, *parameter_dims = in_dims
-        n = info.batch_size
-        if all(dim is None for dim in (seeds_dim, *parameter_dims)) and options[1] == 0:
-            # Only the input is mapped: the mapped dimension joins the batch.
-            stacked = input.movedim(input_dim, -3)  # [N, B, I] or [E, N, B, I]
-            output = _Transformed.apply(stacked.flatten(-3, -2), seeds, options, layers, *parameters)
-            return output.unflatten(1, (n, stacked.shape[-2])), 1
-
-        # The mapped dimension joins the members.
-        def join(tensor: Tensor, dim: int | None) -> Tensor:
-            mapped = tensor.expand(n, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            return mapped.flatten(0, 1)
-
-        members = [join(p, dim) for p, dim in zip(parameters, parameter_dims, strict=True)]
-        member_seeds = None if seeds is None else join(seeds, seeds_dim)
-        ensemble_size = members[0].shape[0] // n
-        if input_dim is None:
-            stacked = input if input.dim() == 2 else input.expand(n, *input.shape).flatten(0, 1)
-        else:
-            stacked = input.movedim(input_dim, 0)
-            if stacked.dim() == 3:
-                stacked = stacked.unsqueeze(1).expand(-1, ensemble_size, -1, -1)
-            stacked = stacked.flatten(0, 1)
-        output = _Transformed.apply(stacked, member_seeds, options, layers, *members)
-        return output.unflatten(0, (n, ensemble_size)), 0
+def _vmap(n: int, dims: Given, given: Given) -> tuple[Given, int, tuple[int, ...]]:
+    if mapped(dims) == {"input"} and given["dropout"] == 0:  # which numbers the rows
+        return join_rows(n, dims, given, {"input": -2})
+    return join_members(n, dims, given, {"weights": 3, "biases": 2, "input": 3, "dropout_seeds": 1})
 
 
-def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> Tensor:
+_ensemble_mlp = operation("ensemble_mlp", reference.ensemble_mlp, _vmap)
+
+
+def prepack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> Tensor:
     """The weights in the order in which the kernel reads them for small batches: uint8 `[E, bytes]`.
 
     The layout belongs to the instruction set that this process runs on: make it at run time, never store it.
@@ -166,11 +95,10 @@ def ensemble_mlp_packed(
 ) -> Tensor:
     """`ensemble_mlp` for inference: the same bits, sooner for small batches.
 
-    `packed` is `pack(weights, biases)`. Large batches read `weights` and `biases`. Not differentiable:
+    `packed` is `prepack(weights, biases)`. Large batches read `weights` and `biases`. Not differentiable:
     backward raises.
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.pyens.ensemble_mlp_packed(
-            input, packed, list(weights), list(biases or ()), activation
-        )
-    return _C.ensemble_mlp_packed(input, packed, weights, biases or (), activation)
+    return _ensemble_mlp_packed(input, packed, weights, biases or (), activation)
+
+
+_ensemble_mlp_packed = operation("ensemble_mlp_packed")

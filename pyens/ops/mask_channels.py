@@ -1,12 +1,10 @@
 """Channels kept or zeroed, each row of the batch by a mask of its own."""
 
-import torch
 from torch import Tensor
 
 from pyens import reference
-from pyens._library import _C
-
-_peek_transform = torch._C._functorch.peek_interpreter_stack
+from pyens.ops._call import Given, first, operation, shifted
+from pyens.reference.mask_channels import grouped
 
 
 def mask_channels(input: Tensor, masks: Tensor, index: Tensor | None = None) -> Tensor:
@@ -24,7 +22,7 @@ def mask_channels(input: Tensor, masks: Tensor, index: Tensor | None = None) -> 
         As the input, contiguous.
 
     One pass over memory, and of the masked channels nothing is read. Differentiable in input, as often as one
-    likes. Within `torch.func` it is composed of torch operations.
+    likes. Within `torch.func`, grad, vjp, jvp and vmap work (also nested).
 
     Raises:
         ValueError: a shape that does not fit; on the CPU an index out of range (on CUDA: NaN).
@@ -32,8 +30,16 @@ def mask_channels(input: Tensor, masks: Tensor, index: Tensor | None = None) -> 
 
     Source: "Masksembles", section 3; reference in `pyens.reference.mask_channels`.
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.pyens.mask_channels(input, masks, index)
-    if _peek_transform() is not None:
-        return reference.mask_channels(input, masks, index)
-    return _C.mask_channels(input, masks, index)
+    return _mask_channels(input, masks, index)
+
+
+def _vmap(n: int, dims: Given, given: Given) -> tuple[Given, int, tuple[int, ...]]:
+    # The mapped dimension joins the rows; masks that are mapped join the masks.
+    input, masks = (first(n, given[name], dims[name]) for name in ("input", "masks"))  # [n, B, ..], [n, N, C]
+    index = grouped(input[0], masks[0]) if given["index"] is None else given["index"]
+    index = shifted(first(n, index, dims["index"]), masks.shape[1])
+    joined = {"input": input.flatten(0, 1), "masks": masks.flatten(0, 1), "index": index.flatten()}
+    return joined, 0, (n, input.shape[1])
+
+
+_mask_channels = operation("mask_channels", reference.mask_channels, _vmap)

@@ -5,13 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyens import reference
-from pyens._library import _C
+from pyens.ops._call import Given, first, operation, shifted
 from pyens.ops.ensemble_mlp import ensemble_mlp
-from pyens.ops.ensemble_mlp_loss import check_loss, ensemble_mlp_loss
+from pyens.ops.ensemble_mlp_loss import ensemble_mlp_loss
 from pyens.reference.ensemble_mlp import ACTIVATIONS
-
-_peek_transform = torch._C._functorch.peek_interpreter_stack
+from pyens.reference.masked_mlp import masked_weights as reference_weights
 
 
 def plan_masks(masks: Sequence[Tensor]) -> list[Tensor]:
@@ -37,14 +35,32 @@ def masked_weights(
 
     Units that pad the plan get zeros on both sides, so they change nothing.
     """
-    gather = torch.ops.pyens.masked_weights if torch.compiler.is_compiling() else _C.masked_weights
     rows, columns = [*plan, None], [None, *plan]
-    member_weights = [gather(w, r, c, num_masks) for w, r, c in zip(weights, rows, columns, strict=True)]
+    member_weights = [
+        _masked_weights(w, r, c, num_masks) for w, r, c in zip(weights, rows, columns, strict=True)
+    ]
     member_biases = [
-        gather(b.unsqueeze(1), r, None, num_masks).squeeze(2)
+        _masked_weights(b.unsqueeze(1), r, None, num_masks).squeeze(2)
         for b, r in zip(biases or (), rows, strict=False)
     ]
     return member_weights, member_biases
+
+
+def _vmap(n: int, dims: Given, given: Given) -> tuple[Given, int, tuple[int, ...]]:
+    # The mapped matrices lie one below the other, and there are n times as many masks.
+    weight = first(n, given["weight"], dims["weight"])
+    num_masks = given["num_masks"]
+    rows, columns = given["rows"], given["columns"]
+    if rows is None:
+        rows = torch.arange(weight.shape[1], device=weight.device).expand(num_masks, -1)
+        dims = dims | {"rows": None}
+    rows = shifted(first(n, rows, dims["rows"]), weight.shape[1]).flatten(0, 1)
+    columns = None if columns is None else first(n, columns, dims["columns"]).flatten(0, 1)
+    joined = {"weight": weight.flatten(0, 1), "rows": rows, "columns": columns, "num_masks": n * num_masks}
+    return joined, 0, (n, num_masks)
+
+
+_masked_weights = operation("masked_weights", reference_weights, _vmap)
 
 
 def masked_mlp(
@@ -77,8 +93,8 @@ def masked_mlp(
         `[N, B, O]`.
 
     Differentiable in input, weights and biases, twice and more; the masks' gradients are added into the
-    shared weights in their order, so the bits are the same for any number of threads. Within `torch.func` it
-    is composed of torch operations.
+    shared weights in their order, so the bits are the same for any number of threads. Within `torch.func`,
+    grad, vjp, jvp and vmap work (also nested), vmap over anything but masks.
 
     NaN and Inf in weights that a mask leaves out do not reach its output. Masks of a layer that keep fewer
     units than another of them are padded with units of weight 0: there an Inf in the example itself, or one
@@ -94,8 +110,6 @@ def masked_mlp(
     `pyens.reference.masked_mlp`.
     """
     num_masks = _check("masked_mlp", input, weights, biases, masks, activation, plan)
-    if not torch.compiler.is_compiling() and _peek_transform() is not None:
-        return reference.masked_mlp(input, weights, biases, masks, activation=activation)
     parameters = masked_weights(weights, biases, num_masks, plan_masks(masks) if plan is None else plan)
     return ensemble_mlp(input, *parameters, activation=activation)
 
@@ -131,30 +145,6 @@ def masked_mlp_loss(
     Source: as `masked_mlp`; reference in `pyens.reference.masked_mlp_loss`.
     """
     num_masks = _check("masked_mlp_loss", input, weights, biases, masks, activation, plan)
-    if not torch.compiler.is_compiling() and _peek_transform() is not None:
-        check_loss(
-            "masked_mlp_loss",
-            weights[0],
-            num_masks,
-            input.shape[-2],
-            weights[-1].shape[0],
-            target,
-            loss,
-            activation,
-            temperature,
-            sample_weight,
-        )
-        return reference.masked_mlp_loss(
-            input,
-            target,
-            weights,
-            biases,
-            masks,
-            loss=loss,
-            activation=activation,
-            temperature=temperature,
-            sample_weight=sample_weight,
-        )
     parameters = masked_weights(weights, biases, num_masks, plan_masks(masks) if plan is None else plan)
     return ensemble_mlp_loss(
         input,

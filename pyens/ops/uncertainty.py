@@ -1,15 +1,10 @@
 """What an ensemble's outputs say together: predictive uncertainty, and moments over the members."""
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from pyens import reference
-from pyens._library import _C
-from pyens.reference.uncertainty import Moments, Uncertainty
-
-_peek_transform = torch._C._functorch.peek_interpreter_stack
+from pyens._types import Moments, Uncertainty
+from pyens.ops._call import Given, first, operation
 
 
 def predictive_uncertainty(logits: Tensor, *, from_probabilities: bool = False) -> Uncertainty:
@@ -41,8 +36,8 @@ def predictive_uncertainty(logits: Tensor, *, from_probabilities: bool = False) 
 
     Differentiable, twice and more, in all but the votes, which have no derivative: `vote_disagreement` never
     requires a gradient. Probabilities below the smallest normal number have no part in an entropy's gradient.
-    Under autocast it runs in float32. Within `torch.func`, grad, vjp and vmap work (also nested);
-    forward-mode differentiation raises.
+    Under autocast it runs in float32. Within `torch.func`, grad, vjp, jvp and vmap work (also
+    nested).
 
     Raises:
         ValueError: a shape that does not fit, no member, no class; with `from_probabilities` a row that has a
@@ -54,12 +49,7 @@ def predictive_uncertainty(logits: Tensor, *, from_probabilities: bool = False) 
     Source: the prediction variation of "prediction variation and activation strength"; entropies and mutual
     information of "deep ensembles"; reference in `pyens.reference.predictive_uncertainty`.
     """
-    # In this order: while compiling, there is always a transform to peek at.
-    if torch.compiler.is_compiling():
-        return Uncertainty(*torch.ops.pyens.predictive_uncertainty(logits, from_probabilities, False)[:6])
-    if _peek_transform() is not None:
-        return Uncertainty(*_TransformedUncertainty.apply(logits, from_probabilities))
-    return Uncertainty(*_C.predictive_uncertainty(logits, from_probabilities, False)[:6])
+    return Uncertainty(*_predictive_uncertainty(logits, from_probabilities, False)[:6])
 
 
 def predictive_moments(outputs: Tensor, *, variances: Tensor | None = None) -> Moments:
@@ -86,7 +76,7 @@ def predictive_moments(outputs: Tensor, *, variances: Tensor | None = None) -> M
 
     Differentiable, twice and more, as the torch functions are: where the std is 0 its gradient is 0, and
     members that share an extreme share its gradient. Under autocast it runs in float32. Within `torch.func`,
-    grad, vjp and vmap work (also nested); forward-mode differentiation raises.
+    grad, vjp, jvp and vmap work (also nested).
 
     Raises:
         ValueError: a shape that does not fit, no member, no output.
@@ -96,81 +86,34 @@ def predictive_moments(outputs: Tensor, *, variances: Tensor | None = None) -> M
     Source: value PV of "prediction variation and activation strength"; predictive variance of "deep
     ensembles", which divides by E; reference in `pyens.reference.predictive_moments`.
     """
-    if torch.compiler.is_compiling():
-        moments = torch.ops.pyens.predictive_moments(outputs, variances)
-    elif _peek_transform() is not None:
-        moments = _TransformedMoments.apply(outputs, variances)
-    else:
-        moments = _C.predictive_moments(outputs, variances)
+    moments = _predictive_moments(outputs, variances)
     return Moments(*moments) if variances is not None else Moments(*moments[:4], None, None)
 
 
-class _TransformedUncertainty(torch.autograd.Function):
-    """The same operation for `torch.func`, which knows nothing of autograd functions written in C++."""
-
-    @staticmethod
-    def forward(logits: Tensor, from_probabilities: bool) -> tuple[Tensor, ...]:
-        return torch.ops.pyens.predictive_uncertainty(logits, from_probabilities, False)[:6]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, ctx.from_probabilities = inputs
-        ctx.save_for_backward(logits)
-        ctx.mark_non_differentiable(output[5])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        def forward(logits: Tensor) -> tuple[Tensor, ...]:
-            return tuple(
-                reference.predictive_uncertainty(logits, from_probabilities=ctx.from_probabilities)[:5]
-            )
-
-        _, vjp = torch.func.vjp(forward, *ctx.saved_tensors)
-        return *vjp(grads[:5]), None
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], logits: Tensor, from_probabilities: bool
-    ) -> tuple[tuple[Tensor, ...], int]:
-        # The mapped dimension joins the batch.
-        stacked = logits.movedim(in_dims[0], 1)  # [E, N, B, ..]
-        measures = _TransformedUncertainty.apply(stacked.flatten(1, 2), from_probabilities)
-        return tuple(x.unflatten(0, stacked.shape[1:3]) for x in measures), 0
+def _vmap(n: int, dims: Given, given: Given) -> tuple[Given, int, tuple[int, ...]]:
+    # The mapped dimension joins the batch.
+    joined, batch = dict(given), 0
+    for name, tensor in given.items():
+        if isinstance(tensor, Tensor):
+            stacked = first(n, tensor, dims[name]).movedim(0, 1)  # [E, n, B, ..]
+            joined[name], batch = stacked.flatten(1, 2), stacked.shape[2]
+    return joined, 0, (n, batch)
 
 
-class _TransformedMoments(torch.autograd.Function):
-    """The same operation for `torch.func`, which knows nothing of autograd functions written in C++."""
+def _reference_uncertainty(logits: Tensor, from_probabilities: bool, with_votes: bool) -> tuple[Tensor, ...]:
+    return tuple(reference.predictive_uncertainty(logits, from_probabilities=from_probabilities))
 
-    @staticmethod
-    def forward(outputs: Tensor, variances: Tensor | None) -> tuple[Tensor, ...]:
-        moments = torch.ops.pyens.predictive_moments(outputs, variances)
-        return moments if variances is not None else moments[:4]
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        outputs, variances = inputs
-        ctx.with_variances = variances is not None
-        ctx.save_for_backward(*([outputs] if variances is None else [outputs, variances]))
+def _reference_moments(outputs: Tensor, variances: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(x for x in reference.predictive_moments(outputs, variances=variances) if x is not None)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        def forward(outputs: Tensor, variances: Tensor | None = None) -> tuple[Tensor, ...]:
-            moments = reference.predictive_moments(outputs, variances=variances)
-            return tuple(moments if variances is not None else moments[:4])
 
-        _, vjp = torch.func.vjp(forward, *ctx.saved_tensors)
-        return vjp(grads) if ctx.with_variances else (*vjp(grads), None)
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], outputs: Tensor, variances: Tensor | None
-    ) -> tuple[tuple[Tensor, ...], int]:
-        # The mapped dimension joins the batch.
-        def stacked(x: Tensor, dim: int | None) -> Tensor:  # [E, N, B, ..]
-            x = x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-            return x.movedim(0, 1)
-
-        members = stacked(outputs, in_dims[0])
-        of_members = None if variances is None else stacked(variances, in_dims[1]).flatten(1, 2)
-        moments = _TransformedMoments.apply(members.flatten(1, 2), of_members)
-        return tuple(x.unflatten(0, members.shape[1:3]) for x in moments), 0
+_predictive_uncertainty = operation(
+    "predictive_uncertainty", _reference_uncertainty, _vmap, outputs=lambda _: 6, constant_output=5
+)
+_predictive_moments = operation(
+    "predictive_moments",
+    _reference_moments,
+    _vmap,
+    outputs=lambda given: 4 if given["variances"] is None else 6,
+)

@@ -1,21 +1,13 @@
 """Specification of `pyens.ops.activation_strength`."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyens._types import ActivationStrength
 from pyens.reference.ensemble_mlp import ACTIVATIONS
-
-
-class ActivationStrength(NamedTuple):
-    """An MLP's output, and what its hidden units did on the way."""
-
-    output: Tensor  # [E, B, O]
-    value: Tensor  # [E, B, ΣH]: (h - mean) / std of each hidden unit, layer after layer
-    active: Tensor  # [E, B, ΣH] bool, or packed uint8 [E, B, ⌈ΣH/8⌉]: h > 0
 
 
 def activation_strength(
@@ -26,7 +18,7 @@ def activation_strength(
     std: Tensor,
     *,
     activation: str = "relu",
-    pack: bool = False,
+    bitpack: bool = False,
 ) -> ActivationStrength:
     """See `pyens.ops.activation_strength`."""
     x = input if input.dim() == 3 else input.expand(len(weights[0]), -1, -1)  # [E, B, I]
@@ -40,7 +32,7 @@ def activation_strength(
             x = x + biases[layer].unsqueeze(1)
     h = torch.cat(hidden, -1) if hidden else x[..., :0]
     value, active = strength(h, mean.expand(len(h), -1).unsqueeze(1), std.expand(len(h), -1).unsqueeze(1))
-    return ActivationStrength(x, value, pack_bits(active) if pack else active)
+    return ActivationStrength(x, value, pack_bits(active) if bitpack else active)
 
 
 def strength(h: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:

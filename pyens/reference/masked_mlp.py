@@ -1,4 +1,4 @@
-"""Specification of `pyens.ops.masked_mlp` and `masked_mlp_loss`."""
+"""Specification of `pyens.ops.masked_mlp` and `masked_mlp_loss`, and of the gather under them."""
 
 from collections.abc import Sequence
 
@@ -60,3 +60,16 @@ def masked_mlp_loss(
         return masked_mlp(input, weights, biases, masks, activation=activation)
 
     return mean_losses(run, input, target, loss, temperature, sample_weight)
+
+
+def masked_weights(weight: Tensor, rows: Tensor | None, columns: Tensor | None, num_masks: int) -> Tensor:
+    """weight[rows[n]][:, columns[n]] for each mask n, and 0 where an index is -1; None stands for all.
+
+    weight `[R, C]`, rows and columns int64 `[N, kept]`; returns `[N, kept rows, kept columns]`.
+    """
+    if rows is None:
+        rows = torch.arange(weight.shape[0], device=weight.device).expand(num_masks, -1)
+    if columns is None:
+        columns = torch.arange(weight.shape[1], device=weight.device).expand(num_masks, -1)
+    row, column = rows.unsqueeze(2), columns.unsqueeze(1)
+    return torch.where((row >= 0) & (column >= 0), weight[row.clamp_min(0), column.clamp_min(0)], 0)

@@ -13,7 +13,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from pyens.reference.activation_strength import ActivationStrength
+from pyens._types import ActivationStrength
 from pyens.variation.head import VariationHead, strength_features
 from pyens.variation.model import VariationModel
 from pyens.variation.statistics import ActivationStatistics

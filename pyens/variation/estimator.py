@@ -22,9 +22,9 @@ except ImportError as error:
         "pyens.variation.VariationEstimator needs scikit-learn 1.6 or later: pip install pyens[variation]"
     ) from error
 
+from pyens._types import ActivationStrength
 from pyens.nn import EnsembleMLP
 from pyens.optim import fused
-from pyens.reference.activation_strength import ActivationStrength
 from pyens.training import fit
 from pyens.variation.head import FEATURES, FURTHEST, TASKS, VariationHead, strength_features
 from pyens.variation.model import VariationModel

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyens._types import ActivationStrength
 from pyens.nn import EnsembleMLP
-from pyens.reference.activation_strength import ActivationStrength
 
 FEATURES = ("binary", "value", "both")
 TASKS = ("regression", "classification")

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyens._types import ActivationStrength
 from pyens.nn import EnsembleMLP, TabularEnsemble
 from pyens.nn.ensemble_mlp import PackedEnsembleMLP
 from pyens.ops.activation_strength import activation_strength
-from pyens.reference.activation_strength import ActivationStrength, pack_bits, strength
+from pyens.reference.activation_strength import pack_bits, strength
 
 ACTIVATION_MODULES: tuple[type[nn.Module], ...] = (
     nn.ReLU,
@@ -28,7 +29,7 @@ def strength_of(
     *args: Any,
     mean: Tensor | None = None,
     std: Tensor | None = None,
-    pack: bool = False,
+    bitpack: bool = False,
     activations: tuple[type[nn.Module], ...] = ACTIVATION_MODULES,
     **kwargs: Any,
 ) -> ActivationStrength:
@@ -45,7 +46,7 @@ def strength_of(
         args, kwargs: what it is called with; its own arguments can not be called as those here are.
         mean, std: `[ΣH]`, or `[E, ΣH]` for an ensemble: see `pyens.ops.activation_strength`. Without them
             (both or neither) the value is the activation h itself, as it is for mean 0 and std 1.
-        pack: eight units to a byte, as in `pyens.ops.activation_strength`.
+        bitpack: eight units to a byte, as in `pyens.ops.activation_strength`.
         activations: the kinds of modules that hooks are put on.
 
     Returns:
@@ -62,9 +63,9 @@ def strength_of(
         raise ValueError(f"strength_of: {missing}: expected both of mean and std, or neither, got None")
     if isinstance(module, TabularEnsemble):
         features = module._features(*args, **kwargs)
-        return _of_ensemble(module.mlp, features, mean, std, pack)
+        return _of_ensemble(module.mlp, features, mean, std, bitpack)
     if isinstance(module, (EnsembleMLP, PackedEnsembleMLP)):
-        return _of_ensemble(module, *args, mean=mean, std=std, pack=pack, **kwargs)
+        return _of_ensemble(module, *args, mean=mean, std=std, bitpack=bitpack, **kwargs)
     output, h = _hooked(module, activations, args, kwargs)
     if mean is None or std is None:
         value, active = h, h > 0
@@ -76,7 +77,7 @@ def strength_of(
                     f"got shape {list(statistic.shape)}"
                 )
         value, active = strength(h, mean, std)
-    return ActivationStrength(output, value, pack_bits(active) if pack else active)
+    return ActivationStrength(output, value, pack_bits(active) if bitpack else active)
 
 
 def _of_ensemble(
@@ -84,7 +85,7 @@ def _of_ensemble(
     input: Tensor,
     mean: Tensor | None,
     std: Tensor | None,
-    pack: bool,
+    bitpack: bool,
 ) -> ActivationStrength:
     if isinstance(ensemble, EnsembleMLP):
         weights, biases = ensemble._stack()
@@ -95,7 +96,9 @@ def _of_ensemble(
         units = sum(weight.shape[1] for weight in weights[:-1])
         mean = torch.zeros(units, dtype=dtype, device=weights[0].device)
         std = torch.ones_like(mean)
-    return activation_strength(input, weights, biases, mean, std, activation=ensemble.activation, pack=pack)
+    return activation_strength(
+        input, weights, biases, mean, std, activation=ensemble.activation, bitpack=bitpack
+    )
 
 
 def _hooked(

@@ -1,0 +1,35 @@
+"""The named tuples that operations and their references return."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class ActivationStrength(NamedTuple):
+    """An MLP's output, and what its hidden units did on the way."""
+
+    output: Tensor  # [E, B, O]
+    value: Tensor  # [E, B, ΣH]: (h - mean) / std of each hidden unit, layer after layer
+    active: Tensor  # [E, B, ΣH] bool, or uint8 [E, B, ⌈ΣH/8⌉] with eight units to a byte: h > 0
+
+
+class Uncertainty(NamedTuple):
+    """What an ensemble is unsure of, per example; entropies in nats."""
+
+    mean_probability: Tensor  # [B, K], or [B]: p̄ = mean_m p_m
+    predictive_entropy: Tensor  # [B], H(p̄)
+    expected_entropy: Tensor  # [B], mean_m H(p_m)
+    mutual_information: Tensor  # [B], H(p̄) - mean_m H(p_m), >= 0
+    distribution_pv: Tensor  # [B], Σ_m KL(p_m ‖ p̄) = E · mutual information
+    vote_disagreement: Tensor  # [B], 1 - largest share of the members' votes
+
+
+class Moments(NamedTuple):
+    """Mean and spread over the members, element by element."""
+
+    mean: Tensor  # [B] or [B, K], like all of them
+    std: Tensor  # with E - 1
+    min: Tensor
+    max: Tensor
+    aleatoric: Tensor | None  # mean_m of the members' own variances
+    epistemic: Tensor | None  # variance of the members' means, with E
