@@ -82,7 +82,7 @@ def prepack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -
 
     The layout belongs to the instruction set that this process runs on: make it at run time, never store it.
     """
-    return torch.ops.pyens.ensemble_mlp_pack(list(weights), list(biases or ()))
+    return torch.ops.pyens.ensemble_mlp_prepack(list(weights), list(biases or ()))
 
 
 def ensemble_mlp_packed(

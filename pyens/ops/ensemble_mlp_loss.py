@@ -74,9 +74,9 @@ def ensemble_mlp_loss(
         weights,
         biases or (),
         loss,
-        activation,
         temperature,
         sample_weight,
+        activation,
         dropout,
         dropout_seeds,
     )
