@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import runpy
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,41 @@ class BuildExtension(cpp_extension.BuildExtension):
 
     It cannot say so itself: with another torch it fails to load. `pyens._library` reads the file.
     """
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # Ninja does not watch torch's headers: another torch gets a folder of its own.
+        self.build_temp = os.path.join(self.build_temp, f"torch-{torch.__version__}{'-cuda' * CUDA}")
+
+    def build_extensions(self) -> None:
+        """Has csrc/ops/torch.h precompiled where the compiler is GCC: headers take most of a source's time.
+
+        GCC takes `ops/torch.h.gch` where it looks for `ops/torch.h`, if its flags are the same. Only a
+        function of torch's own, which hands them to ninja, knows them: without it nothing is precompiled.
+        """
+        folder = Path(self.build_temp).resolve() / "precompiled"
+        name = "_write_ninja_file_and_compile_objects"
+        compile_objects = getattr(cpp_extension, name, None)
+        compiler = cpp_extension.get_cxx_compiler()
+        if compile_objects is None or not cpp_extension.check_compiler_is_gcc(compiler):
+            return super().build_extensions()
+
+        def with_precompiled_headers(**options: Any) -> None:
+            header = folder / "ops" / "torch.h.gch"
+            if any("csrc/ops/" in source for source in options["sources"]) and not header.exists():
+                header.parent.mkdir(parents=True, exist_ok=True)
+                flags = [*options["cflags"], *options["post_cflags"]]
+                files = f"-x c++-header {ROOT}/csrc/ops/torch.h -o {header}"
+                subprocess.run(f"{compiler} {' '.join(flags)} {files}", shell=True, check=True)
+            compile_objects(**options)
+
+        for extension in self.extensions:
+            extension.include_dirs.insert(0, str(folder))
+        setattr(cpp_extension, name, with_precompiled_headers)
+        try:
+            super().build_extensions()
+        finally:
+            setattr(cpp_extension, name, compile_objects)
 
     def run(self) -> None:
         super().run()

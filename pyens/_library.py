@@ -36,7 +36,7 @@ _built = _check_build()
 try:
     torch.ops.load_library(Path(__file__).with_name("_operations.abi3.so"))
     # Not `from pyens import _C`: where the file is missing, that speaks of circular imports.
-    import pyens._C as _C
+    import pyens._C as _C  # noqa: F401 - for the modules of the operations
 except (ImportError, OSError) as error:
     raise ImportError(
         f"pyens: its extension, built for Python {_built['python']}, does not load ({error}). "

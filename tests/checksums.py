@@ -4,8 +4,8 @@
     python -m tests.checksums --write         replaces what the file says of it
     python -m tests.checksums --json          prints it instead
 
-`PYENS_CPU_CAPABILITY` chooses the instruction set. Inputs are integers times powers of two from numpy's PCG64, so
-that they are the same numbers everywhere. Of float64 there is only what needs no function of the C library (no
+`PYENS_CPU_CAPABILITY` chooses the instruction set. Inputs are whole numbers times powers of two, drawn by
+numpy's PCG64: the same everywhere. Of float64 there is only what needs no function of the C library (no
 exponential, no logarithm), which differs from machine to machine; gradients that torch composes are left out.
 """
 

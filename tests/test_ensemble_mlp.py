@@ -257,7 +257,9 @@ def test_packed_refuses_what_does_not_belong_to_the_weights():
     x, weights, biases = problem(3, 2, [4, 5, 2], torch.device("cpu"), torch.float32)
     packed = prepack(weights, biases)
     for wrong in (packed[:2], packed.float(), packed[:, :-1], packed[0]):
-        with pytest.raises(ValueError, match="ensemble_mlp: packed: expected what ensemble_mlp_pack makes"):
+        with pytest.raises(
+            ValueError, match="ensemble_mlp: packed: expected what ensemble_mlp_prepack makes"
+        ):
             ensemble_mlp_packed(x, wrong, weights, biases)
 
 
@@ -348,23 +350,23 @@ def test_gradients_from_above_of_any_strides(device, e, out, b):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, expected, strict=True))
 
 
-def test_backward_computes_only_what_is_wanted():
+def test_backward_computes_only_what_is_needed():
     x, weights, biases = problem(3, 20, [4, 6, 2], torch.device("cpu"), torch.float32)
     grad = torch.randn(3, 20, 2)
 
-    def backward(wanted):
+    def backward(needs_grad):
         op = torch.ops.pyens.ensemble_mlp_backward
-        return op(grad, x, weights, biases, "gelu", 0.0, None, list(wanted))
+        return op(grad, x, weights, biases, list(needs_grad), "gelu")
 
     whole = backward([True] * 5)
-    for wanted in itertools.product((False, True), repeat=5):
-        found = backward(wanted)
-        expected = [gradient for gradient, asked in zip(whole, wanted, strict=True) if asked]
+    for needs_grad in itertools.product((False, True), repeat=5):
+        found = backward(needs_grad)
+        expected = [gradient for gradient, needed in zip(whole, needs_grad, strict=True) if needed]
         assert len(found) == len(expected)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
-def test_only_wanted_gradients_are_computed(device):
+def test_only_gradients_that_are_needed_are_computed(device):
     x, weights, biases = problem(2, 3, [3, 4, 2], device, torch.float32)
     weights[1].requires_grad_()
     ensemble_mlp(x, weights, biases).sum().backward()
@@ -394,7 +396,7 @@ def test_opcheck(device, per_member, requires_grad):
 
 def test_opcheck_packed():
     x, weights, biases = problem(3, 5, [4, 6, 2], torch.device("cpu"), torch.float32)
-    torch.library.opcheck(torch.ops.pyens.ensemble_mlp_pack, (weights, biases))
+    torch.library.opcheck(torch.ops.pyens.ensemble_mlp_prepack, (weights, biases))
     packed = prepack(weights, biases)
     torch.library.opcheck(torch.ops.pyens.ensemble_mlp_packed, (x, packed, weights, biases, "relu"))
 

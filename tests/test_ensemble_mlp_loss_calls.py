@@ -22,20 +22,22 @@ def test_opcheck(device, loss):
     for tracked in (False, True):
         for tensor in differentiable(a)[:3]:
             tensor.requires_grad_(tracked)
-        given = (a["input"], a["target"], a["weights"], a["biases"], loss, "tanh", 1.0)
-        torch.library.opcheck(torch.ops.pyens.ensemble_mlp_loss, (*given, a["sample_weight"], 0.25, seeds))
-        torch.library.opcheck(torch.ops.pyens.ensemble_mlp_loss, (*given, None, 0.0, None))
+        given = (a["input"], a["target"], a["weights"], a["biases"], loss, 1.0)
+        op = torch.ops.pyens.ensemble_mlp_loss
+        torch.library.opcheck(op, (*given, a["sample_weight"], "tanh", 0.25, seeds))
+        torch.library.opcheck(op, (*given, None, "tanh"))
 
 
 @pytest.mark.parametrize("per_member", [False, True])
 def test_opcheck_with_gradients(per_member):
     a = problem(3, 5, [4, 6, 2], "mse", torch.bfloat16, per_member=per_member, weighted="own")
     seeds, scale = torch.arange(3), torch.rand(3)
-    given = (a["input"], a["target"], a["weights"], a["biases"], "mse", "gelu", 1.0)
-    for wanted in ([True] * 5, [False, True, False, False, True]):
+    given = (a["input"], a["target"], a["weights"], a["biases"])
+    for needs_grad in ([True] * 5, [False, True, False, False, True]):
         op = torch.ops.pyens.ensemble_mlp_loss_with_gradients
-        torch.library.opcheck(op, (*given, a["sample_weight"], 0.25, seeds, scale, wanted))
-        torch.library.opcheck(op, (*given, None, 0.0, None, None, wanted))
+        weighted = ("mse", 1.0, a["sample_weight"], "gelu", 0.25, seeds)
+        torch.library.opcheck(op, (*given, scale, needs_grad, *weighted))
+        torch.library.opcheck(op, (*given, None, needs_grad, "mse", 1.0, None, "gelu"))
 
 
 @pytest.mark.parametrize("per_member", [False, True])
@@ -43,11 +45,11 @@ def test_opcheck_backward(device, per_member):
     a = problem(3, 5, [4, 6, 2], "mse", torch.float32, device, per_member=per_member)
     seeds = torch.arange(3, device=device)
     for grad in (torch.randn(3, 5, 2, device=device), torch.ones((), device=device).expand(3, 5, 2)):
-        given = (grad, a["input"], a["weights"], a["biases"], "relu")
-        for wanted in ([True] * 5, [False, True, False, False, True]):
+        given = (grad, a["input"], a["weights"], a["biases"])
+        for needs_grad in ([True] * 5, [False, True, False, False, True]):
             op = torch.ops.pyens.ensemble_mlp_backward
-            torch.library.opcheck(op, (*given, 0.25, seeds, wanted))
-            torch.library.opcheck(op, (*given, 0.0, None, wanted))
+            torch.library.opcheck(op, (*given, needs_grad, "relu", 0.25, seeds))
+            torch.library.opcheck(op, (*given, needs_grad, "relu"))
 
 
 @pytest.mark.parametrize("per_member", [False, True])
@@ -309,16 +311,14 @@ def small() -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
 
 def test_backward_operations_check_what_they_read():
     x, y, weights, biases = small()
-    wanted = [True, True, True]
+    needs_grad = [True, True, True]
     backward = torch.ops.pyens.ensemble_mlp_backward
     for grad, error in ((torch.randn(3, 4, 2), ValueError), (torch.randn(3, 5, 2).double(), TypeError)):
         with pytest.raises(error, match=r"^ensemble_mlp: grad: expected"):
-            backward(grad, x, weights, biases, "relu", 0.0, None, wanted)
+            backward(grad, x, weights, biases, needs_grad, "relu")
     with_gradients = torch.ops.pyens.ensemble_mlp_loss_with_gradients
     with pytest.raises(ValueError, match=r"^ensemble_mlp_loss: member_scale: expected"):
-        with_gradients(
-            x, y, weights, biases, "mse", "relu", 1.0, None, 0.0, None, torch.ones(2), [False, True, True]
-        )
+        with_gradients(x, y, weights, biases, torch.ones(2), [False, True, True], "mse", 1.0, None, "relu")
 
 
 def test_forward_mode_raises():

@@ -1,5 +1,7 @@
 // Activation strength. The kernel is that of ensemble_mlp.
 
+#include "ops/torch.h"
+
 #include <tuple>
 
 #include "ops/ensemble_mlp.h"

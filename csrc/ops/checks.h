@@ -5,7 +5,7 @@
 // recompilation.
 #pragma once
 
-#include <ATen/ATen.h>
+#include "ops/torch.h"
 
 #include <ostream>
 

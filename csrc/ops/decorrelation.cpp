@@ -4,6 +4,8 @@
 //   decorrelation_loss_forward(outputs, kind, reduction)   and what the backward reads
 //   decorrelation_loss_backward(grad, outputs, correlations, centre, kind, reduction)
 
+#include "ops/torch.h"
+
 #include <string_view>
 #include <tuple>
 

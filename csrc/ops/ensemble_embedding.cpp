@@ -6,7 +6,8 @@
 // and what their gradients are made with. Both are linear in tables and numbers, so the derivative
 // of a backward operation is the forward operation. One kernel serves both.
 
-#include <c10/util/SmallVector.h>
+#include "ops/torch.h"
+
 #include <atomic>
 #include <forward_list>
 #include <numeric>

@@ -8,6 +8,8 @@
 // `biases` is empty where there are none: Function::apply would lose the gradients of an optional
 // list.
 
+#include "ops/torch.h"
+
 #include "ops/ensemble_mlp.h"
 
 #include "ops/ensemble_mlp_composed.h"

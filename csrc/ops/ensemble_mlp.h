@@ -2,8 +2,7 @@
 // options and checks, and calls in the terms of the kernels.
 #pragma once
 
-#include <ATen/core/List.h>
-#include <c10/util/SmallVector.h>
+#include "ops/torch.h"
 
 #include <forward_list>
 #include <string_view>

@@ -6,7 +6,7 @@
 // In float32 they follow torch's TF32 setting. Nothing waits for the GPU, and buffers come from torch's
 // allocator: a CUDA graph can capture it.
 
-#include <ATen/ATen.h>
+#include "ops/torch.h"
 
 #include <algorithm>
 #include <atomic>

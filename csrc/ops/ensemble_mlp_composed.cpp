@@ -1,6 +1,6 @@
-#include "ops/ensemble_mlp_composed.h"
+#include "ops/torch.h"
 
-#include <ATen/ATen.h>
+#include "ops/ensemble_mlp_composed.h"
 
 namespace pyens {
 namespace {

@@ -2,6 +2,8 @@
 // CUDA for layers too wide for one launch.
 #pragma once
 
+#include "ops/torch.h"
+
 #include <vector>
 
 #include "ops/ensemble_mlp.h"

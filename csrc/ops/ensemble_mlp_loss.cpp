@@ -8,7 +8,7 @@
 // The gradients come out of the forward pass, and backward only scales them by what comes from above.
 // On CUDA the loss of wide layers is composed of torch's own operations over ensemble_mlp.
 
-#include <torch/csrc/autograd/autograd.h>
+#include "ops/torch.h"
 
 #include <algorithm>
 #include <limits>

@@ -2,10 +2,7 @@
 // stream.
 #pragma once
 
-#include <ATen/ATen.h>
-#include <ATen/Context.h>
-#include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
+#include "ops/torch.h"
 
 #include <cstdint>
 #include <forward_list>

@@ -1,5 +1,7 @@
 // Masked channels: each row of a batch keeps or zeroes channels by a mask of its own.
 
+#include "ops/torch.h"
+
 #include <algorithm>
 
 #include "kernels/masksembles.h"

@@ -6,6 +6,8 @@
 // A view: shared parameters become stacked weights, and what reads those does the rest (masked_mlp is
 // ensemble_mlp over them). The two operations are linear and each other's derivative.
 
+#include "ops/torch.h"
+
 #include <algorithm>
 
 #include "kernels/masksembles.h"

@@ -11,11 +11,7 @@
 // the first parameter of a function; its schema lists them last. `Flat` stands between the two.
 #pragma once
 
-#include <ATen/ATen.h>
-#include <ATen/autocast_mode.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
+#include "ops/torch.h"
 
 #include <optional>
 #include <string>

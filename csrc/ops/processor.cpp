@@ -1,6 +1,6 @@
 // What a machine can do: multiply-add ceilings, which benchmarks divide by, and the instruction set in use.
 
-#include <ATen/ATen.h>
+#include "ops/torch.h"
 
 #include <atomic>
 #include <chrono>

@@ -3,6 +3,8 @@
 //   predictive_uncertainty(logits, from_probabilities, with_votes)   votes: empty unless asked for
 //   predictive_moments(outputs, variances)                           aleatoric: empty without variances
 
+#include "ops/torch.h"
+
 #include <cmath>
 #include <limits>
 #include <optional>
