@@ -64,18 +64,18 @@ Strength checked_and_allocated(const Tensor& input, TensorList weights, TensorLi
 Strength activation_strength(const Tensor& input, TensorList weights, TensorList biases,
                              const Tensor& mean, const Tensor& std, std::string_view activation,
                              bool pack) {
-  const Activation act = parse_activation(kOp, activation);
+  const ActivationKind act = parse_activation(kOp, activation);
   Strength result = checked_and_allocated(input, weights, biases, mean, std, pack);
   auto& [output, value, active] = result;
   Problem problem(weights, biases);
   problem.set_input(input);
-  EnsembleMLPParams& params = problem.params;
-  params.activation = act;
+  problem.set_activation(act);
+  ensemble_mlp_cpu::Forward& params = problem.params;
   params.output = output.mutable_data_ptr();
 
   const at::ScalarType real = accumulation_type(input.scalar_type());
   const Tensor means = mean.to(real).contiguous(), stds = std.to(real).contiguous();
-  ActivationStrengthParams strength{};
+  ActivationStrengthParams& strength = params.strength;
   strength.units = value.size(2);
   strength.mean = means.const_data_ptr();
   strength.std = stds.const_data_ptr();
@@ -83,8 +83,7 @@ Strength activation_strength(const Tensor& input, TensorList weights, TensorList
   strength.std_member_stride = std.dim() == 2 ? strength.units : 0;
   strength.value = value.mutable_data_ptr();
   strength.active = static_cast<uint8_t*>(active.mutable_data_ptr());
-  strength.pack = pack;
-  if (strength.units > 0) params.strength = &strength;
+  strength.bitpack = pack;
   if (input.is_cuda()) {
     run_on_cuda(kOp, params, input, weights);
     return result;

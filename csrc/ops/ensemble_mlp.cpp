@@ -34,22 +34,21 @@ constexpr const char* kOp = "ensemble_mlp";
 // `size` is TensorBase::size, or sym_size for fake tensors.
 template <class Int>
 Int packed_bytes_per_member(TensorList weights, Int (at::TensorBase::*size)(int64_t) const) {
-  const auto layout = ensemble_mlp_cpu::packed_layout(kernel_dtype(weights[0].scalar_type()));
+  const auto layout = ensemble_mlp_cpu::prepacked_layout(kernel_dtype(weights[0].scalar_type()));
   Int bytes = 0;
   for (const Tensor& w : weights) bytes += layout.layer_bytes((w.*size)(1), (w.*size)(2));
   return bytes;
 }
 
-Tensor run(Problem& problem, const Tensor& input, TensorList weights, Activation activation) {
+Tensor run(Problem& problem, const Tensor& input, TensorList weights, ActivationKind activation) {
   problem.set_input(input);
-  EnsembleMLPParams& params = problem.params;
-  params.activation = activation;
+  problem.set_activation(activation);
+  ensemble_mlp_cpu::Forward& params = problem.params;
   Tensor output =
       at::empty({params.ensemble_size, params.batch, params.layers[params.num_layers - 1].out},
                 input.options());
   params.output = output.mutable_data_ptr();
   if (input.is_cuda()) {
-    params.tf32 = allows_tf32();
     run_on_cuda(kOp, params, input, weights);
     return output;
   }
@@ -64,7 +63,7 @@ Tensor run(Problem& problem, const Tensor& input, TensorList weights, Activation
 Tensor ensemble_mlp(const Tensor& input, TensorList weights, TensorList biases,
                     std::string_view activation, double dropout,
                     const OptionalTensor& dropout_seeds) {
-  const Activation act = parse_activation(kOp, activation);
+  const ActivationKind act = parse_activation(kOp, activation);
   check_layers(kOp, weights, biases);
   check_input(kOp, input, weights);
   check_dropout(kOp, dropout, dropout_seeds, weights);
@@ -79,13 +78,13 @@ Tensor ensemble_mlp_pack(TensorList weights, TensorList biases) {
   const int64_t members = problem.params.ensemble_size;
   const int64_t bytes = packed_bytes_per_member(weights, &at::TensorBase::size);
   Tensor packed = at::empty({members, bytes}, weights[0].options().dtype(at::kByte));
-  ensemble_mlp_cpu::pack(problem.params, 0, members, packed.mutable_data_ptr());
+  ensemble_mlp_cpu::prepack(problem.params, 0, members, packed.mutable_data_ptr());
   return packed;
 }
 
 Tensor ensemble_mlp_packed(const Tensor& input, const Tensor& packed, TensorList weights,
                            TensorList biases, std::string_view activation) {
-  const Activation act = parse_activation(kOp, activation);
+  const ActivationKind act = parse_activation(kOp, activation);
   check_layers(kOp, weights, biases);
   check_input(kOp, input, weights);
   Problem problem(weights, biases);
@@ -97,7 +96,7 @@ Tensor ensemble_mlp_packed(const Tensor& input, const Tensor& packed, TensorList
                     c10::str("what ensemble_mlp_pack makes of these weights (uint8 [", members,
                              ", ", bytes, "])"),
                     packed.scalar_type(), " of shape ", packed.sizes());
-  problem.params.packed = packed.const_data_ptr();
+  problem.params.prepacked = packed.const_data_ptr();
   return run(problem, input, weights, act);
 }
 
@@ -180,33 +179,33 @@ std::vector<Tensor> call_ensemble_mlp_backward(const Tensor& grad, const Tensor&
   return op.call(grad, input, weights, biases, activation, dropout, dropout_seeds, wanted);
 }
 
-Tensor activate(const Tensor& z, Activation activation) {
+Tensor activate(const Tensor& z, ActivationKind activation) {
   switch (activation) {
-    case Activation::relu: return at::relu(z);
-    case Activation::gelu: return at::gelu(z);
-    case Activation::silu: return at::silu(z);
-    case Activation::elu: return at::elu(z);
-    case Activation::softplus: return at::softplus(z);
-    case Activation::tanh: return at::tanh(z);
-    case Activation::identity: return z;
+    case ActivationKind::relu: return at::relu(z);
+    case ActivationKind::gelu: return at::gelu(z);
+    case ActivationKind::silu: return at::silu(z);
+    case ActivationKind::elu: return at::elu(z);
+    case ActivationKind::softplus: return at::softplus(z);
+    case ActivationKind::tanh: return at::tanh(z);
+    case ActivationKind::identity: return z;
   }
   return z;
 }
 
 // grad * act'(z), given h = act(z) too.
 Tensor activate_backward(const Tensor& grad, const Tensor& z, const Tensor& h,
-                         Activation activation) {
+                         ActivationKind activation) {
   switch (activation) {
-    case Activation::relu: return at::threshold_backward(grad, z, 0);
-    case Activation::gelu: return at::gelu_backward(grad, z);
-    case Activation::silu: {  // aten's silu_backward has no derivative
+    case ActivationKind::relu: return at::threshold_backward(grad, z, 0);
+    case ActivationKind::gelu: return at::gelu_backward(grad, z);
+    case ActivationKind::silu: {  // aten's silu_backward has no derivative
       const Tensor s = at::sigmoid(z);
       return grad * s * (1 + z * (1 - s));
     }
-    case Activation::elu: return at::elu_backward(grad, 1, 1, 1, /*is_result=*/false, z);
-    case Activation::softplus: return at::softplus_backward(grad, z, 1, 20);
-    case Activation::tanh: return at::tanh_backward(grad, h);
-    case Activation::identity: return grad;
+    case ActivationKind::elu: return at::elu_backward(grad, 1, 1, 1, /*is_result=*/false, z);
+    case ActivationKind::softplus: return at::softplus_backward(grad, z, 1, 20);
+    case ActivationKind::tanh: return at::tanh_backward(grad, h);
+    case ActivationKind::identity: return grad;
   }
   return grad;
 }
@@ -243,7 +242,7 @@ Tensor kept_by_dropout(const Tensor& seeds, int64_t layer, const c10::SymInt& ba
 // The backward pass composed of differentiable aten operations over recomputed activations: for
 // double backward, and on CUDA for layers that are too wide for one launch.
 std::vector<Tensor> composed_backward(Tensor grad, const Tensor& input, TensorList weights,
-                                      TensorList biases, Activation activation, double dropout,
+                                      TensorList biases, ActivationKind activation, double dropout,
                                       const OptionalTensor& dropout_seeds, const Wanted& wanted) {
   const size_t layers = weights.size();
   const bool shared_input = input.dim() == 2;
@@ -373,10 +372,9 @@ void TrainingProblem::run(const char* op) {
   training.forward = params;
   if (input_.is_cpu()) return run_on_cpu(op);
   launch_cuda(op, input_, [&](void* stream) {
-    const auto bytes = static_cast<int64_t>(ensemble_mlp_cuda::partial_bytes(training));
-    const Tensor partial = at::empty({bytes}, input_.options().dtype(at::kByte));
-    training.partial = partial.mutable_data_ptr();
-    return ensemble_mlp_cuda::train(training, stream);
+    const auto bytes = static_cast<int64_t>(ensemble_mlp_cuda::scratch_bytes(training));
+    const Tensor scratch = at::empty({bytes}, input_.options().dtype(at::kByte));
+    return ensemble_mlp_cuda::train(training, scratch.mutable_data_ptr(), stream);
   });
 }
 

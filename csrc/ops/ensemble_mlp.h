@@ -17,18 +17,11 @@
 
 namespace pyens {
 
-inline Activation parse_activation(const char* op, std::string_view name) {
-  if (name == "relu") return Activation::relu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "silu") return Activation::silu;
-  if (name == "elu") return Activation::elu;
-  if (name == "softplus") return Activation::softplus;
-  if (name == "tanh") return Activation::tanh;
-  if (name == "identity") return Activation::identity;
-  TORCH_CHECK_VALUE(false, op,
-                    ": activation: expected one of relu, gelu, silu, elu, softplus, tanh, "
-                    "identity, got \"",
+inline ActivationKind parse_activation(const char* op, std::string_view name) {
+  const std::optional<ActivationKind> kind = parse_activation_kind(name);
+  TORCH_CHECK_VALUE(kind, op, ": activation: expected one of ", kAllActivationNames, ", got \"",
                     name, "\"");
+  return *kind;
 }
 
 inline constexpr ArgumentName kFirstWeight{"weights", 0};
@@ -104,22 +97,23 @@ inline void check_dropout(const char* op, double dropout,
 struct Problem {
   std::forward_list<at::Tensor> copies;
   c10::SmallVector<MLPLayer, 8> layers;
-  EnsembleMLPParams params{};
+  ensemble_mlp_cpu::Forward params{};
 
   Problem(at::TensorList weights, at::TensorList biases) {
     layers.reserve(weights.size());
     for (size_t l = 0; l < weights.size(); ++l) {
       const at::Tensor& w = with_contiguous_rows(weights[l], copies);
       MLPLayer layer{};
-      layer.weight = w.const_data_ptr();
+      layer.weight.data = w.const_data_ptr();
+      layer.weight.format = kernel_dtype(w.scalar_type());
       layer.out = w.size(1);
       layer.in = w.size(2);
-      layer.weight_member_stride = w.stride(0);
-      layer.weight_row_stride = w.stride(1);
+      layer.weight.member_stride = w.stride(0);
+      layer.weight.row_stride = w.stride(1);
       if (!biases.empty()) {
         const at::Tensor& b = with_contiguous_rows(biases[l], copies);
-        layer.bias = b.const_data_ptr();
-        layer.bias_member_stride = b.stride(0);
+        layer.bias.data = b.const_data_ptr();
+        layer.bias.member_stride = b.stride(0);
       }
       layers.push_back(layer);
     }
@@ -139,10 +133,14 @@ struct Problem {
     params.input_member_stride = x.dim() == 3 && params.ensemble_size > 1 ? x.stride(0) : 0;
   }
 
+  void set_activation(ActivationKind kind) {  // of the hidden layers
+    for (size_t l = 0; l + 1 < layers.size(); ++l) layers[l].activation.kind = kind;
+  }
+
   void set_dropout(double dropout, const std::optional<at::Tensor>& dropout_seeds) {
-    params.dropout = dropout;
+    params.dropout.p = dropout;
     if (dropout > 0)
-      params.dropout_seeds = with_contiguous_rows(*dropout_seeds, copies).const_data_ptr<int64_t>();
+      params.dropout.seeds = with_contiguous_rows(*dropout_seeds, copies).const_data_ptr<int64_t>();
   }
 };
 
@@ -175,16 +173,16 @@ inline std::vector<at::Tensor> wanted_of(const char* op, const at::Tensor& input
 inline bool trains_in_one_launch([[maybe_unused]] at::TensorList weights) {
 #if defined(PYENS_WITH_CUDA)
   std::vector<MLPLayer> layers(weights.size());
-  EnsembleMLPParams params{};
+  EnsembleMLP mlp{};
   for (size_t l = 0; l < weights.size(); ++l) {
     layers[l].out = weights[l].sym_size(1).guard_int(__FILE__, __LINE__);
     layers[l].in = weights[l].sym_size(2).guard_int(__FILE__, __LINE__);
   }
-  params.dtype = kernel_dtype(weights[0].scalar_type());
-  params.ensemble_size = weights[0].sym_size(0).guard_int(__FILE__, __LINE__);
-  params.num_layers = static_cast<int64_t>(layers.size());
-  params.layers = layers.data();
-  return ensemble_mlp_cuda::can_train(params);
+  mlp.dtype = kernel_dtype(weights[0].scalar_type());
+  mlp.ensemble_size = weights[0].sym_size(0).guard_int(__FILE__, __LINE__);
+  mlp.num_layers = static_cast<int64_t>(layers.size());
+  mlp.layers = layers.data();
+  return ensemble_mlp_cuda::training_fits_one_launch(mlp);
 #else
   return false;
 #endif
@@ -192,17 +190,17 @@ inline bool trains_in_one_launch([[maybe_unused]] at::TensorList weights) {
 
 // A training pass in the kernel's terms: the problem, and the gradients that are wanted of it.
 struct TrainingProblem : Problem {
-  EnsembleMLPTraining training{};
+  ensemble_mlp_cpu::Training training{};
   std::vector<at::Tensor> gradients;  // of accumulation_type, in the order of `wanted`
   c10::SmallVector<MLPLayerGradient, 8> layer_gradients;
 
   TrainingProblem(const char* op, const at::Tensor& input, at::TensorList weights,
-                  at::TensorList biases, Activation activation, double dropout,
+                  at::TensorList biases, ActivationKind activation, double dropout,
                   const std::optional<at::Tensor>& dropout_seeds, const Wanted& wanted)
       : Problem(weights, biases), layer_gradients(weights.size()), input_(input) {
     set_input(input);
     set_dropout(dropout, dropout_seeds);
-    params.activation = activation;
+    set_activation(activation);
     const auto options = input.options().dtype(accumulation_type(input.scalar_type()));
     gradients = wanted_of(op, input, weights, biases, wanted);
     for (at::Tensor& gradient : gradients) {

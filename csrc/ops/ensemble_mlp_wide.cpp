@@ -69,10 +69,11 @@ void run_layer_by_layer(const char* op, const EnsembleMLPParams& params, const T
 
 void run_on_cuda(const char* op, const EnsembleMLPParams& params, const Tensor& input,
                  TensorList weights) {
+  const bool tf32 = allows_tf32();
   bool one_launch = false;
   launch_cuda(op, input, [&](void* stream) {
-    one_launch = ensemble_mlp_cuda::in_one_launch(params);
-    return one_launch ? ensemble_mlp_cuda::run(params, stream) : nullptr;
+    one_launch = ensemble_mlp_cuda::fits_one_launch(params, tf32);
+    return one_launch ? ensemble_mlp_cuda::run(params, tf32, stream) : nullptr;
   });
   if (!one_launch) run_layer_by_layer(op, params, input, weights);
 }
