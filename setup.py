@@ -10,6 +10,8 @@ import json
 import os
 import platform
 import runpy
+import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -125,12 +127,15 @@ class BuildExtension(cpp_extension.BuildExtension):
             return super().build_extensions()
 
         def with_precompiled_headers(**options: Any) -> None:
-            header = folder / "ops" / "torch.h.gch"
-            if any("csrc/ops/" in source for source in options["sources"]) and not header.exists():
+            source, header = ROOT / "csrc" / "ops" / "torch.h", folder / "ops" / "torch.h"
+            precompiled = header.with_suffix(".h.gch")
+            wanted = any("csrc/ops/" in path for path in options["sources"])
+            if wanted and not (precompiled.exists() and precompiled.stat().st_mtime > source.stat().st_mtime):
                 header.parent.mkdir(parents=True, exist_ok=True)
-                flags = [*options["cflags"], *options["post_cflags"]]
-                files = f"-x c++-header {ROOT}/csrc/ops/torch.h -o {header}"
-                subprocess.run(f"{compiler} {' '.join(flags)} {files}", shell=True, check=True)
+                shutil.copyfile(source, header)  # for what preprocesses apart, as ccache does
+                flags = " ".join([*options["cflags"], *options["post_cflags"]])
+                files = f"-x c++-header {shlex.quote(str(header))} -o {shlex.quote(str(precompiled))}"
+                subprocess.run(f"{compiler} {flags} {files}", shell=True, check=True)
             compile_objects(**options)
 
         for extension in self.extensions:

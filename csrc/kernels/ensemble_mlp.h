@@ -1,40 +1,62 @@
 // The ensemble MLP: E small networks, each layer h <- act(W h + b), the last one linear.
 //
-// One parameter block and the launchers, for CPU and CUDA. Raw pointers, no torch.
+// Parameter blocks and the launchers, for CPU and CUDA. Raw pointers, no torch.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "kernels/activation_strength.h"
+#include "kernels/activations.h"
 #include "kernels/types.h"
 
 namespace pyens {
 
 // Strides are counted in elements; the last dimension of every tensor has stride 1.
 // A member stride of 0 means that all members share the tensor.
+//
+// A layer is the unit: what it reads its weights from, and what it does to its sums. Its norm, its
+// residual and the scales of its weights will stand beside `activation`, as plain data like the rest.
+struct MLPWeight {
+  const void* data;  // [E, out, in]
+  int64_t member_stride, row_stride;
+  DType format;  // of its elements, row by row; int8 and sparse rows will be further formats
+};
+struct MLPBias {
+  const void* data;  // [E, out], or nullptr
+  int64_t member_stride;
+};
 struct MLPLayer {
-  const void* weight;  // [E, out, in]
-  const void* bias;    // [E, out], or nullptr
   int64_t in, out;
-  int64_t weight_member_stride, weight_row_stride;
-  int64_t bias_member_stride;
+  MLPWeight weight;
+  MLPBias bias;
+  Activation activation;  // the identity, of the last layer
 };
 
-struct EnsembleMLPParams {
-  DType dtype;
-  Activation activation;  // of every layer but the last
-  int64_t ensemble_size, batch, num_layers;
+// What is computed. The layers lie on the host.
+struct EnsembleMLP {
+  DType dtype;  // of inputs, biases and outputs
+  int64_t ensemble_size, num_layers;
   const MLPLayer* layers;
+};
+
+// Share of the hidden activations that become 0; the others are scaled. See kernels/dropout.h.
+struct Dropout {
+  double p;
+  const int64_t* seeds;  // [E], where p > 0
+};
+
+// What belongs to one call: plain data, which a GPU is given as it is.
+struct MLPCall {
+  int64_t batch;
   const void* input;  // [B, I] (member stride 0) or [E, B, I]
   int64_t input_member_stride, input_row_stride;
-  void* output;        // [E, B, O], contiguous
-  const void* packed;  // what ensemble_mlp_cpu::pack made of the layers, or nullptr
-  bool tf32;           // CUDA: products of float32 may be those of TF32
-  double dropout;      // share of the hidden activations that become 0; the others are scaled
-  const int64_t* dropout_seeds;              // [E], where dropout > 0
-  const ActivationStrengthParams* strength;  // written too, without dropout; or nullptr
+  void* output;  // [E, B, O], contiguous
+  Dropout dropout;
+  ActivationStrengthParams strength;  // written too, without dropout
 };
+
+struct EnsembleMLPParams : EnsembleMLP, MLPCall {};
 
 // What is left of one layer after its matrix products: bias, activation, dropout, strength.
 struct EnsembleMLPEpilogue {
@@ -53,9 +75,9 @@ struct MLPLayerGradient {  // contiguous; nullptr where it is not asked for
   void* bias;              // [E, out]
 };
 
-// One training pass. "Real" is float64 for float64 and float32 for all others.
-struct EnsembleMLPTraining {
-  EnsembleMLPParams forward;  // its output is not written
+// What belongs to one training pass, likewise plain. "Real" is float64 for float64 and float32 for all
+// others.
+struct MLPTrainingCall {
   Loss loss;
   double temperature;  // of cross_entropy
   // Loss::none: the gradient of the output, elements [E, B, O]. cross_entropy: int64 [B] or [E, B].
@@ -64,28 +86,33 @@ struct EnsembleMLPTraining {
   int64_t target_member_stride, target_row_stride;
   const void* sample_weight;  // Real [B] or [E, B], last stride 1, or nullptr
   int64_t sample_weight_member_stride;
-  const void* member_scale;           // Real [E], factors of the gradients, or nullptr
+  const void* member_scale;  // Real [E], factors of the gradients, or nullptr
+  void* grad_input;          // Real, contiguous, [E, B, I]; or nullptr
+  bool sum_grad_input;       // over the members, to [B, I]
+  void* loss_output;         // Real [E]; not of Loss::none
+};
+
+struct EnsembleMLPTraining : MLPTrainingCall {
+  EnsembleMLPParams forward;          // its output is not written
   const MLPLayerGradient* gradients;  // one per layer, of Real; or nullptr: the loss alone
-  void* grad_input;                   // Real, contiguous, [E, B, I]; or nullptr
-  bool sum_grad_input;                // over the members, to [B, I]
-  void* loss_output;                  // Real [E]; not of Loss::none
-  void* partial;                      // partial_bytes, for all threads together
-  int threads;                        // a hint that changes no bit
 };
 
 // CPU. The caller splits [0, work_items) among its threads as it likes and gives each call scratch
 // of its own, 64-byte aligned: no split changes a bit of the output.
 namespace ensemble_mlp_cpu {
-int64_t work_items(const EnsembleMLPParams& params);
+struct Forward : EnsembleMLPParams {
+  const void* prepacked;  // what `prepack` made of the layers, for small batches; or nullptr
+};
+int64_t work_items(const Forward& params);
 // Below this many items in one thread, starting it costs more than it saves.
-int64_t grain_size(const EnsembleMLPParams& params);
-size_t scratch_bytes(const EnsembleMLPParams& params);
-void run(const EnsembleMLPParams& params, int64_t begin, int64_t end, void* scratch);
+int64_t grain_size(const Forward& params);
+size_t scratch_bytes(const Forward& params);
+void run(const Forward& params, int64_t begin, int64_t end, void* scratch);
 
 // The weights in the order in which the small-batch kernel reads them: member by member and layer by
 // layer all stripes of neurons, then the biases, zeros in the gaps. The sizes belong to the
-// instruction set of this process: packing is done at run time and never stored.
-struct PackedLayout {
+// instruction set of this process: prepacking is done at run time and never stored.
+struct PrepackedLayout {
   int64_t neurons_per_stripe, inputs_per_unit, unit_bytes;
 
   template <class Int>  // int64_t, or torch's symbolic sizes
@@ -95,8 +122,8 @@ struct PackedLayout {
     return stripes * (units + 1) * (neurons_per_stripe * unit_bytes);
   }
 };
-PackedLayout packed_layout(DType dtype);
-void pack(const EnsembleMLPParams& params, int64_t member_begin, int64_t member_end, void* packed);
+PrepackedLayout prepacked_layout(DType format);
+void prepack(const EnsembleMLP& mlp, int64_t member_begin, int64_t member_end, void* prepacked);
 
 // Training is three rounds over items, each split among threads like `run`. `prepare_training` sums
 // the sample weights of a range of members and tells whether what it reads can be trained on.
@@ -106,30 +133,33 @@ struct TrainingPlan {
   size_t partial_bytes;  // needs no initial value
   size_t scratch_bytes;  // per call of `train`
 };
-TrainingPlan plan_training(const EnsembleMLPTraining& training);
-TrainingError prepare_training(const EnsembleMLPTraining& training, int64_t begin, int64_t end);
-void train(const EnsembleMLPTraining& training, int64_t begin, int64_t end, void* scratch);
-void finish_training(const EnsembleMLPTraining& training, int64_t begin, int64_t end);
+struct Training : EnsembleMLPTraining {
+  void* partial;  // partial_bytes, for all threads together
+  int threads;    // a hint that changes no bit
+};
+TrainingPlan plan_training(const Training& training);
+TrainingError prepare_training(const Training& training, int64_t begin, int64_t end);
+void train(const Training& training, int64_t begin, int64_t end, void* scratch);
+void finish_training(const Training& training, int64_t begin, int64_t end);
 }  // namespace ensemble_mlp_cpu
 
 // CUDA: launches on `stream` (a cudaStream_t) of the current device and returns nullptr, or says in
-// a phrase why it did not.
+// a phrase why it did not. tf32: products of float32 may be those of TF32.
 namespace ensemble_mlp_cuda {
 // Whether `run` takes all layers in one launch: a member's weights fit into the shared memory that a
 // block of the current device may have, and a kernel for as many examples has room beside them. If not,
 // each layer is the library's batched product and then `run_epilogue`, layer after layer on the same
 // stream.
-bool in_one_launch(const EnsembleMLPParams& params);
-const char* run(const EnsembleMLPParams& params, void* stream);
+bool fits_one_launch(const EnsembleMLPParams& params, bool tf32);
+const char* run(const EnsembleMLPParams& params, bool tf32, void* stream);
 const char* run_epilogue(const EnsembleMLPParams& params, const EnsembleMLPEpilogue& epilogue,
                          void* stream);
 
 // Whether the layers are narrow enough for the training pass, which does not depend on the GPU. Classes
-// out of range and sample weights that are none give NaN.
-bool can_train(const EnsembleMLPParams& params);
-size_t partial_bytes(
-    const EnsembleMLPTraining& training);  // of its `partial`, which may be nullptr here
-const char* train(const EnsembleMLPTraining& training, void* stream);
+// out of range and sample weights that are negative or not finite give NaN.
+bool training_fits_one_launch(const EnsembleMLP& mlp);
+size_t scratch_bytes(const EnsembleMLPTraining& training);  // global memory
+const char* train(const EnsembleMLPTraining& training, void* scratch, void* stream);
 }  // namespace ensemble_mlp_cuda
 
 }  // namespace pyens

@@ -1,4 +1,4 @@
-// Element types and activations, as the kernels know them.
+// Element types, as the kernels know them.
 #pragma once
 
 #include <cstddef>
@@ -15,9 +15,6 @@ inline size_t element_size(DType dtype) {
     default: return 2;
   }
 }
-
-// As in torch.nn with default arguments; gelu is the exact one.
-enum class Activation : int { relu, gelu, silu, elu, softplus, tanh, identity };
 
 // Storage only; the arithmetic is done in float.
 struct BFloat16 {

@@ -61,7 +61,7 @@ Strength activation_strength(const Tensor& input, TensorList weights, TensorList
 
   const at::ScalarType real = accumulation_type(input.scalar_type());
   const Tensor means = mean.to(real).contiguous(), stds = std.to(real).contiguous();
-  ActivationStrengthParams strength{};
+  ActivationStrengthParams& strength = call.params.strength;
   strength.units = value.size(2);
   strength.mean = means.const_data_ptr();
   strength.std = stds.const_data_ptr();
@@ -69,8 +69,7 @@ Strength activation_strength(const Tensor& input, TensorList weights, TensorList
   strength.std_member_stride = std.dim() == 2 ? strength.units : 0;
   strength.value = value.mutable_data_ptr();
   strength.active = static_cast<uint8_t*>(active.mutable_data_ptr());
-  strength.pack = bitpack;
-  if (strength.units > 0) call.params.strength = &strength;
+  strength.bitpack = bitpack;
   call.run(kOp, network);
   return result;
 }

@@ -60,7 +60,7 @@ Tensor ensemble_mlp_meta(const MLPOptions& options, const Tensor& input, TensorL
 // `size` is TensorBase::size, or sym_size for fake tensors.
 template <class Int>
 Int packed_bytes_per_member(TensorList weights, Int (at::TensorBase::*size)(int64_t) const) {
-  const auto layout = ensemble_mlp_cpu::packed_layout(kernel_dtype(weights[0].scalar_type()));
+  const auto layout = ensemble_mlp_cpu::prepacked_layout(kernel_dtype(weights[0].scalar_type()));
   Int bytes = 0;
   for (const Tensor& w : weights) bytes += layout.layer_bytes((w.*size)(1), (w.*size)(2));
   return bytes;
@@ -72,7 +72,7 @@ Tensor ensemble_mlp_prepack(TensorList weights, TensorList biases) {
   const int64_t members = call.params.ensemble_size;
   const int64_t bytes = packed_bytes_per_member(weights, &at::TensorBase::size);
   Tensor packed = at::empty({members, bytes}, weights[0].options().dtype(at::kByte));
-  ensemble_mlp_cpu::pack(call.params, 0, members, packed.mutable_data_ptr());
+  ensemble_mlp_cpu::prepack(call.params, 0, members, packed.mutable_data_ptr());
   return packed;
 }
 
@@ -98,7 +98,7 @@ Tensor ensemble_mlp_packed(const Tensor& input, const Tensor& packed, TensorList
                     c10::str("what ensemble_mlp_prepack makes of these weights (uint8 [", members,
                              ", ", bytes, "])"),
                     packed.scalar_type(), " of shape ", packed.sizes());
-  call.params.packed = packed.const_data_ptr();
+  call.params.prepacked = packed.const_data_ptr();
   return run(call, network);
 }
 

@@ -48,7 +48,7 @@ std::vector<at::Tensor> for_each_needed(const char* op, const Network& network,
 
 // --- checks --------------------------------------------------------------------------------------
 
-Activation parse_activation(const char* op, std::string_view name);
+ActivationKind parse_activation(const char* op, std::string_view name);
 
 inline constexpr ArgumentName kFirstWeight{"weights", 0};
 
@@ -69,7 +69,7 @@ void check_real(const char* op, const char* argument, const at::Tensor& tensor,
 struct ForwardCall {
   std::forward_list<at::Tensor> copies;
   c10::SmallVector<MLPLayer, 8> layers;
-  EnsembleMLPParams params{};
+  ensemble_mlp_cpu::Forward params{};
 
   ForwardCall(at::TensorList weights, at::TensorList biases);
   ForwardCall(const ForwardCall&) = delete;
@@ -83,7 +83,7 @@ struct ForwardCall {
 
 // A training pass, and the gradients that are needed of it, of accumulation_type.
 struct TrainingCall : ForwardCall {
-  EnsembleMLPTraining training{};
+  ensemble_mlp_cpu::Training training{};
   std::vector<at::Tensor> gradients;
 
   TrainingCall(const char* op, const Network& network, const MLPOptions& options,

@@ -20,18 +20,11 @@ using at::TensorList;
 
 // --- checks --------------------------------------------------------------------------------------
 
-Activation parse_activation(const char* op, std::string_view name) {
-  if (name == "relu") return Activation::relu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "silu") return Activation::silu;
-  if (name == "elu") return Activation::elu;
-  if (name == "softplus") return Activation::softplus;
-  if (name == "tanh") return Activation::tanh;
-  if (name == "identity") return Activation::identity;
-  TORCH_CHECK_VALUE(false, op,
-                    ": activation: expected one of relu, gelu, silu, elu, softplus, tanh, "
-                    "identity, got \"",
+ActivationKind parse_activation(const char* op, std::string_view name) {
+  const std::optional<ActivationKind> kind = parse_activation_kind(name);
+  TORCH_CHECK_VALUE(kind, op, ": activation: expected one of ", kAllActivationNames, ", got \"",
                     name, "\"");
+  return *kind;
 }
 
 void check_layers(const char* op, TensorList weights, TensorList biases) {
@@ -121,15 +114,16 @@ ForwardCall::ForwardCall(TensorList weights, TensorList biases) {
   for (size_t l = 0; l < weights.size(); ++l) {
     const Tensor& w = with_contiguous_rows(weights[l], copies);
     MLPLayer layer{};
-    layer.weight = w.const_data_ptr();
+    layer.weight.data = w.const_data_ptr();
+    layer.weight.format = kernel_dtype(w.scalar_type());
     layer.out = w.size(1);
     layer.in = w.size(2);
-    layer.weight_member_stride = w.stride(0);
-    layer.weight_row_stride = w.stride(1);
+    layer.weight.member_stride = w.stride(0);
+    layer.weight.row_stride = w.stride(1);
     if (!biases.empty()) {
       const Tensor& b = with_contiguous_rows(biases[l], copies);
-      layer.bias = b.const_data_ptr();
-      layer.bias_member_stride = b.stride(0);
+      layer.bias.data = b.const_data_ptr();
+      layer.bias.member_stride = b.stride(0);
     }
     layers.push_back(layer);
   }
@@ -148,11 +142,12 @@ void ForwardCall::set_input(const Tensor& input) {
 }
 
 void ForwardCall::set_options(const char* op, const MLPOptions& options) {
-  params.activation = parse_activation(op, options.activation);
-  params.dropout = options.dropout;
+  const ActivationKind kind = parse_activation(op, options.activation);
+  for (size_t l = 0; l + 1 < layers.size(); ++l) layers[l].activation.kind = kind;
+  params.dropout.p = options.dropout;
   if (options.dropout > 0) {
     const Tensor& seeds = with_contiguous_rows(*options.dropout_seeds, copies);
-    params.dropout_seeds = seeds.const_data_ptr<int64_t>();
+    params.dropout.seeds = seeds.const_data_ptr<int64_t>();
   }
 }
 
@@ -212,11 +207,11 @@ void run_layer_by_layer(const char* op, const EnsembleMLPParams& params, const N
 
 void ForwardCall::run(const char* op, const Network& network) {
   if (network.input.is_cuda()) {
-    params.tf32 = allows_tf32();
+    const bool tf32 = allows_tf32();
     bool one_launch = false;
     launch_cuda(op, network.input, [&](void* stream) {
-      one_launch = ensemble_mlp_cuda::in_one_launch(params);
-      return one_launch ? ensemble_mlp_cuda::run(params, stream) : nullptr;
+      one_launch = ensemble_mlp_cuda::fits_one_launch(params, tf32);
+      return one_launch ? ensemble_mlp_cuda::run(params, tf32, stream) : nullptr;
     });
     if (!one_launch) run_layer_by_layer(op, params, network);
     return;
@@ -260,10 +255,9 @@ void TrainingCall::run(const char* op) {
   training.forward = params;
   if (input_.is_cpu()) return run_on_cpu(op);
   launch_cuda(op, input_, [&](void* stream) {
-    const auto bytes = static_cast<int64_t>(ensemble_mlp_cuda::partial_bytes(training));
-    const Tensor partial = at::empty({bytes}, input_.options().dtype(at::kByte));
-    training.partial = partial.mutable_data_ptr();
-    return ensemble_mlp_cuda::train(training, stream);
+    const auto bytes = static_cast<int64_t>(ensemble_mlp_cuda::scratch_bytes(training));
+    const Tensor scratch = at::empty({bytes}, input_.options().dtype(at::kByte));
+    return ensemble_mlp_cuda::train(training, scratch.mutable_data_ptr(), stream);
   });
 }
 
@@ -298,16 +292,16 @@ void TrainingCall::run_on_cpu(const char* op) {
 bool trains_in_one_launch([[maybe_unused]] TensorList weights) {
 #if defined(PYENS_WITH_CUDA)
   std::vector<MLPLayer> layers(weights.size());
-  EnsembleMLPParams params{};
+  EnsembleMLP mlp{};
   for (size_t l = 0; l < weights.size(); ++l) {
     layers[l].out = weights[l].sym_size(1).guard_int(__FILE__, __LINE__);
     layers[l].in = weights[l].sym_size(2).guard_int(__FILE__, __LINE__);
   }
-  params.dtype = kernel_dtype(weights[0].scalar_type());
-  params.ensemble_size = weights[0].sym_size(0).guard_int(__FILE__, __LINE__);
-  params.num_layers = static_cast<int64_t>(layers.size());
-  params.layers = layers.data();
-  return ensemble_mlp_cuda::can_train(params);
+  mlp.dtype = kernel_dtype(weights[0].scalar_type());
+  mlp.ensemble_size = weights[0].sym_size(0).guard_int(__FILE__, __LINE__);
+  mlp.num_layers = static_cast<int64_t>(layers.size());
+  mlp.layers = layers.data();
+  return ensemble_mlp_cuda::training_fits_one_launch(mlp);
 #else
   return false;
 #endif

@@ -8,33 +8,33 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-Tensor activate(const Tensor& z, Activation activation) {
+Tensor activate(const Tensor& z, ActivationKind activation) {
   switch (activation) {
-    case Activation::relu: return at::relu(z);
-    case Activation::gelu: return at::gelu(z);
-    case Activation::silu: return at::silu(z);
-    case Activation::elu: return at::elu(z);
-    case Activation::softplus: return at::softplus(z);
-    case Activation::tanh: return at::tanh(z);
-    case Activation::identity: return z;
+    case ActivationKind::relu: return at::relu(z);
+    case ActivationKind::gelu: return at::gelu(z);
+    case ActivationKind::silu: return at::silu(z);
+    case ActivationKind::elu: return at::elu(z);
+    case ActivationKind::softplus: return at::softplus(z);
+    case ActivationKind::tanh: return at::tanh(z);
+    case ActivationKind::identity: return z;
   }
   return z;
 }
 
 // grad * act'(z), given h = act(z) too.
 Tensor activate_backward(const Tensor& grad, const Tensor& z, const Tensor& h,
-                         Activation activation) {
+                         ActivationKind activation) {
   switch (activation) {
-    case Activation::relu: return at::threshold_backward(grad, z, 0);
-    case Activation::gelu: return at::gelu_backward(grad, z);
-    case Activation::silu: {  // aten's silu_backward has no derivative
+    case ActivationKind::relu: return at::threshold_backward(grad, z, 0);
+    case ActivationKind::gelu: return at::gelu_backward(grad, z);
+    case ActivationKind::silu: {  // aten's silu_backward has no derivative
       const Tensor s = at::sigmoid(z);
       return grad * s * (1 + z * (1 - s));
     }
-    case Activation::elu: return at::elu_backward(grad, 1, 1, 1, /*is_result=*/false, z);
-    case Activation::softplus: return at::softplus_backward(grad, z, 1, 20);
-    case Activation::tanh: return at::tanh_backward(grad, h);
-    case Activation::identity: return grad;
+    case ActivationKind::elu: return at::elu_backward(grad, 1, 1, 1, /*is_result=*/false, z);
+    case ActivationKind::softplus: return at::softplus_backward(grad, z, 1, 20);
+    case ActivationKind::tanh: return at::tanh_backward(grad, h);
+    case ActivationKind::identity: return grad;
   }
   return grad;
 }
@@ -73,7 +73,7 @@ Tensor kept_by_dropout(const Tensor& seeds, int64_t layer, const c10::SymInt& ba
 std::vector<Tensor> composed_backward(const char* op, Tensor grad, const Network& network,
                                       const MLPOptions& options, const NeedsGrad& needs_grad) {
   const TensorList weights = network.weights, biases = network.biases;
-  const Activation activation = parse_activation(op, options.activation);
+  const ActivationKind activation = parse_activation(op, options.activation);
   const size_t layers = weights.size();
   const bool shared_input = network.input.dim() == 2;
   const double scale = 1 / (1 - options.dropout);

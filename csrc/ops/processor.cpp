@@ -39,7 +39,7 @@ double measure_cpu(double milliseconds) {
 
 // Runs one launch of multiply-add chains of the sink's type on its GPU; returns their operations.
 double measure_cuda([[maybe_unused]] const at::Tensor& sink, [[maybe_unused]] bool tf32,
-                     [[maybe_unused]] int64_t rounds) {
+                    [[maybe_unused]] int64_t rounds) {
 #if defined(PYENS_WITH_CUDA)
   TORCH_CHECK_VALUE(sink.is_cuda() && sink.numel() > 0,
                     "fma_peak_cuda: sink: expected a number on a GPU, got shape ", sink.sizes(),

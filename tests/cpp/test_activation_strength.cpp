@@ -68,13 +68,15 @@ struct Model {
     }
     for (size_t l = 0; l + 1 < widths.size(); ++l) {
       pyens::MLPLayer layer{};
-      layer.weight = weights[l].data();
-      layer.bias = biases[l].data();
+      layer.weight.data = weights[l].data();
+      layer.bias.data = biases[l].data();
+      layer.weight.format = sizeof(T) == 4 ? DType::float32 : DType::float64;
+      if (l + 2 < widths.size()) layer.activation.kind = pyens::ActivationKind::relu;
       layer.in = widths[l];
       layer.out = widths[l + 1];
-      layer.weight_member_stride = layer.out * layer.in;
-      layer.weight_row_stride = layer.in;
-      layer.bias_member_stride = layer.out;
+      layer.weight.member_stride = layer.out * layer.in;
+      layer.weight.row_stride = layer.in;
+      layer.bias.member_stride = layer.out;
       layers.push_back(layer);
     }
     mean = fill((own_statistics ? e : 1) * units, 1);
@@ -98,10 +100,9 @@ struct Model {
     strength.mean_member_stride = strength.std_member_stride = own_statistics ? units : 0;
     strength.value = value.data() + shift;
     strength.active = active.data() + shift;
-    strength.pack = pack;
-    pyens::EnsembleMLPParams params{};
+    strength.bitpack = pack;
+    pyens::ensemble_mlp_cpu::Forward params{};
     params.dtype = sizeof(T) == 4 ? DType::float32 : DType::float64;
-    params.activation = pyens::Activation::relu;
     params.ensemble_size = e;
     params.batch = b;
     params.num_layers = static_cast<int64_t>(layers.size());
@@ -109,7 +110,7 @@ struct Model {
     params.input = input.data();
     params.input_row_stride = widths[0];
     params.output = output.data();
-    if (with_strength) params.strength = &strength;
+    if (with_strength) params.strength = strength;
     const int64_t items = pyens::ensemble_mlp_cpu::work_items(params);
     const size_t scratch_bytes = (pyens::ensemble_mlp_cpu::scratch_bytes(params) + 63) / 64 * 64;
     const std::unique_ptr<void, FreeDeleter> scratch(std::aligned_alloc(64, scratch_bytes));

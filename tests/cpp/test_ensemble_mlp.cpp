@@ -13,8 +13,10 @@
 
 namespace {
 
-using pyens::Activation;
+using pyens::ActivationKind;
 using pyens::DType;
+using pyens::kActivationKinds;
+using pyens::kActivations;
 
 int failures = 0;
 
@@ -25,15 +27,15 @@ void check(bool condition, const char* what, int64_t e, int64_t b, size_t layers
               static_cast<long long>(b), layers);
 }
 
-double activate(double z, Activation activation) {
+double activate(double z, ActivationKind activation) {
   switch (activation) {
-    case Activation::relu: return z > 0 ? z : 0;
-    case Activation::gelu: return 0.5 * z * std::erfc(-z / std::sqrt(2.0));
-    case Activation::silu: return z / (1 + std::exp(-z));
-    case Activation::elu: return z > 0 ? z : std::expm1(z);
-    case Activation::softplus: return z > 20 ? z : std::log1p(std::exp(z));
-    case Activation::tanh: return std::tanh(z);
-    case Activation::identity: return z;
+    case ActivationKind::relu: return z > 0 ? z : 0;
+    case ActivationKind::gelu: return 0.5 * z * std::erfc(-z / std::sqrt(2.0));
+    case ActivationKind::silu: return z / (1 + std::exp(-z));
+    case ActivationKind::elu: return z > 0 ? z : std::expm1(z);
+    case ActivationKind::softplus: return z > 20 ? z : std::log1p(std::exp(z));
+    case ActivationKind::tanh: return std::tanh(z);
+    case ActivationKind::identity: return z;
   }
   return z;
 }
@@ -50,11 +52,16 @@ struct Model {
   std::vector<T> input;
   bool shared;
   std::vector<pyens::MLPLayer> layers;
-  pyens::EnsembleMLPParams params{};
+  ActivationKind activation;
+  pyens::ensemble_mlp_cpu::Forward params{};
 
-  Model(int64_t e, int64_t b, std::vector<int64_t> w, Activation activation, bool shared_input,
-        bool with_bias)
-      : ensemble_size(e), batch(b), widths(std::move(w)), shared(shared_input) {
+  Model(int64_t e, int64_t b, std::vector<int64_t> w, ActivationKind hidden_activation,
+        bool shared_input, bool with_bias)
+      : ensemble_size(e),
+        batch(b),
+        widths(std::move(w)),
+        shared(shared_input),
+        activation(hidden_activation) {
     std::mt19937_64 random(static_cast<uint64_t>(e * 1000 + b));
     std::normal_distribution<double> normal;
     auto fill = [&](int64_t n, double scale) {
@@ -68,17 +75,18 @@ struct Model {
       weights.push_back(fill(e * out * in, 1.4 / std::sqrt(static_cast<double>(in))));
       biases.push_back(fill(with_bias ? e * out : 0, 0.3));
       pyens::MLPLayer layer{};
-      layer.weight = weights[l].data();
-      layer.bias = with_bias ? biases[l].data() : nullptr;
+      layer.weight.data = weights[l].data();
+      layer.bias.data = with_bias ? biases[l].data() : nullptr;
+      layer.weight.format = sizeof(T) == 4 ? DType::float32 : DType::float64;
+      if (l + 2 < widths.size()) layer.activation.kind = activation;
       layer.in = in;
       layer.out = out;
-      layer.weight_member_stride = out * in;
-      layer.weight_row_stride = in;
-      layer.bias_member_stride = out;
+      layer.weight.member_stride = out * in;
+      layer.weight.row_stride = in;
+      layer.bias.member_stride = out;
       layers.push_back(layer);
     }
     params.dtype = sizeof(T) == 4 ? DType::float32 : DType::float64;
-    params.activation = activation;
     params.ensemble_size = e;
     params.batch = b;
     params.num_layers = static_cast<int64_t>(layers.size());
@@ -120,8 +128,7 @@ struct Model {
               sum += static_cast<double>(weights[l][static_cast<size_t>((m * out + o) * in + i)]) *
                      h[static_cast<size_t>(i)];
             }
-            z[static_cast<size_t>(o)] =
-                l + 1 < layers.size() ? activate(sum, params.activation) : sum;
+            z[static_cast<size_t>(o)] = l + 1 < layers.size() ? activate(sum, activation) : sum;
           }
           h = z;
         }
@@ -133,7 +140,7 @@ struct Model {
 };
 
 template <class T>
-void test(int64_t e, int64_t b, const std::vector<int64_t>& widths, Activation activation,
+void test(int64_t e, int64_t b, const std::vector<int64_t>& widths, ActivationKind activation,
           bool shared, bool with_bias) {
   Model<T> model(e, b, widths, activation, shared, with_bias);
   const std::vector<T> output = model.run(1 << 20);
@@ -147,22 +154,22 @@ void test(int64_t e, int64_t b, const std::vector<int64_t>& widths, Activation a
   check(error <= tolerance, "values", e, b, widths.size() - 1);  // a NaN fails too
   check(model.run(1) == output, "same bits for any split of the work", e, b, widths.size() - 1);
 
-  const auto layout = pyens::ensemble_mlp_cpu::packed_layout(model.params.dtype);
+  const auto layout = pyens::ensemble_mlp_cpu::prepacked_layout(model.params.dtype);
   int64_t bytes = 0;
   for (const auto& layer : model.layers) bytes += layout.layer_bytes(layer.out, layer.in);
   std::vector<T> packed(static_cast<size_t>(bytes * e) / sizeof(T));
-  pyens::ensemble_mlp_cpu::pack(model.params, 0, e, packed.data());
-  model.params.packed = packed.data();
+  pyens::ensemble_mlp_cpu::prepack(model.params, 0, e, packed.data());
+  model.params.prepacked = packed.data();
   check(model.run(1 << 20) == output, "same bits when packed", e, b, widths.size() - 1);
 }
 
 // An empty batch has no work, and its scratch can be asked for with every option.
 template <class T>
-void test_empty(Activation activation, double dropout) {
+void test_empty(ActivationKind activation, double dropout) {
   Model<T> model(3, 0, {4, 2, 3}, activation, /*shared_input=*/true, /*with_bias=*/true);
   const std::vector<int64_t> seeds = {0, 1, 2};
-  model.params.dropout = dropout;
-  model.params.dropout_seeds = seeds.data();
+  model.params.dropout.p = dropout;
+  model.params.dropout.seeds = seeds.data();
   check(pyens::ensemble_mlp_cpu::work_items(model.params) == 0, "no work", 3, 0, 2);
   check(model.run(1).empty(), "no outputs", 3, 0, 2);
 }
@@ -172,10 +179,7 @@ void test_empty(Activation activation, double dropout) {
 int main() {
   const std::vector<std::vector<int64_t>> shapes = {
       {1, 1}, {5, 3}, {8, 8, 8}, {33, 17, 9, 7}, {32, 50, 20, 10, 1}, {129, 13, 16}, {140, 200, 3}};
-  const Activation activations[] = {Activation::relu,    Activation::gelu,     Activation::silu,
-                                    Activation::elu,     Activation::softplus, Activation::tanh,
-                                    Activation::identity};
-  for (const Activation activation : activations) {
+  for (const ActivationKind activation : kActivationKinds) {
     for (const double dropout : {0.0, 0.5}) {
       test_empty<float>(activation, dropout);
       test_empty<double>(activation, dropout);
@@ -184,7 +188,7 @@ int main() {
   int i = 0;
   for (const auto& widths : shapes) {
     for (const int64_t batch : {1, 2, 7, 8, 9, 10, 15, 16, 17, 63, 65, 130, 300}) {
-      const Activation activation = activations[i % 7];
+      const ActivationKind activation = kActivationKinds[i % kActivations];
       const bool shared = i % 2 == 0, with_bias = i % 3 != 0;
       test<float>(1 + i % 4, batch, widths, activation, shared, with_bias);
       test<double>(1 + i % 3, batch, widths, activation, !shared, with_bias);

@@ -17,8 +17,10 @@
 
 namespace {
 
-using pyens::Activation;
+using pyens::ActivationKind;
 using pyens::DType;
+using pyens::kActivationKinds;
+using pyens::kActivations;
 using pyens::Loss;
 using Doubles = std::vector<double>;
 
@@ -28,7 +30,7 @@ struct Case {
   int64_t ensemble_size, batch;
   std::vector<int64_t> widths;
   Loss loss;
-  Activation activation;
+  ActivationKind activation;
   bool shared_input, shared_target, with_bias;
   int weighted;  // 0 no, 1 one weight per example, 2 one per member and example
   double dropout;
@@ -50,18 +52,18 @@ double sigmoid(double z) { return 1 / (1 + std::exp(-z)); }
 struct Activated {
   double value, slope;
 };
-Activated activate(double z, Activation activation) {
+Activated activate(double z, ActivationKind activation) {
   switch (activation) {
-    case Activation::relu: return {z > 0 ? z : 0, z > 0 ? 1.0 : 0.0};
-    case Activation::gelu: {
+    case ActivationKind::relu: return {z > 0 ? z : 0, z > 0 ? 1.0 : 0.0};
+    case ActivationKind::gelu: {
       const double phi = 0.5 * std::erfc(-z / std::sqrt(2.0));
       return {z * phi, phi + z * std::exp(-0.5 * z * z) / std::sqrt(2 * M_PI)};
     }
-    case Activation::silu: return {z * sigmoid(z), sigmoid(z) * (1 + z * (1 - sigmoid(z)))};
-    case Activation::elu: return {z > 0 ? z : std::expm1(z), z > 0 ? 1 : std::exp(z)};
-    case Activation::softplus: return {softplus(z), sigmoid(z)};
-    case Activation::tanh: return {std::tanh(z), 1 - std::tanh(z) * std::tanh(z)};
-    case Activation::identity: return {z, 1};
+    case ActivationKind::silu: return {z * sigmoid(z), sigmoid(z) * (1 + z * (1 - sigmoid(z)))};
+    case ActivationKind::elu: return {z > 0 ? z : std::expm1(z), z > 0 ? 1 : std::exp(z)};
+    case ActivationKind::softplus: return {softplus(z), sigmoid(z)};
+    case ActivationKind::tanh: return {std::tanh(z), 1 - std::tanh(z) * std::tanh(z)};
+    case ActivationKind::identity: return {z, 1};
   }
   return {z, 1};
 }
@@ -187,6 +189,7 @@ struct Model {
   // gradient, bits 1 and 2 those of weights and biases of even layers, bits 3 and 4 of odd ones.
   Results<T> run(int64_t step, int threads, unsigned wanted = 31) {
     const int64_t e = c.ensemble_size, b = c.batch;
+    const DType dtype = sizeof(T) == 4 ? DType::float32 : DType::float64;
     std::vector<pyens::MLPLayer> parameters(layers);
     std::vector<pyens::MLPLayerGradient> gradients(layers);
     Results<T> results{
@@ -199,15 +202,18 @@ struct Model {
     }
     for (size_t l = 0; l < layers; ++l) {
       const int64_t in = c.widths[l], out = c.widths[l + 1];
-      parameters[l] = {
-          weights[l].data(), c.with_bias ? biases[l].data() : nullptr, in, out, out * in, in, out};
+      parameters[l] = {in,
+                       out,
+                       {weights[l].data(), out * in, in, dtype},
+                       {c.with_bias ? biases[l].data() : nullptr, out},
+                       {}};
+      if (l + 1 < layers) parameters[l].activation.kind = c.activation;
       std::vector<T>&w = results[2 + 2 * l], &v = results[3 + 2 * l];
       gradients[l] = {w.empty() ? nullptr : w.data(), v.empty() ? nullptr : v.data()};
     }
 
-    pyens::EnsembleMLPTraining t{};
-    t.forward.dtype = sizeof(T) == 4 ? DType::float32 : DType::float64;
-    t.forward.activation = c.activation;
+    pyens::ensemble_mlp_cpu::Training t{};
+    t.forward.dtype = dtype;
     t.forward.ensemble_size = e;
     t.forward.batch = b;
     t.forward.num_layers = static_cast<int64_t>(layers);
@@ -215,8 +221,8 @@ struct Model {
     t.forward.input = input.data();
     t.forward.input_member_stride = c.shared_input ? 0 : b * c.widths[0];
     t.forward.input_row_stride = c.widths[0];
-    t.forward.dropout = c.dropout;
-    t.forward.dropout_seeds = seeds.data();
+    t.forward.dropout.p = c.dropout;
+    t.forward.dropout.seeds = seeds.data();
     t.loss = c.loss;
     t.temperature = temperature;
     const bool classes = c.loss == Loss::cross_entropy;
@@ -405,7 +411,7 @@ void test(const Case& c) {
 // What cannot be trained on is found wherever it is.
 void test_values() {
   using pyens::ensemble_mlp_cpu::TrainingError;
-  const Case c{3, 9, {4, 3}, Loss::cross_entropy, Activation::relu, true, false, true, 2, 0};
+  const Case c{3, 9, {4, 3}, Loss::cross_entropy, ActivationKind::relu, true, false, true, 2, 0};
   for (int64_t at = 0; at < 27; ++at) {
     for (const bool own_labels : {false, true}) {
       const auto prepare = [&](double weight, int64_t label) {
@@ -415,8 +421,8 @@ void test_values() {
         model.sample_weight[i] = static_cast<float>(weight);
         model.labels[j] = label;
         const std::vector<float> w(3 * 3 * 4);
-        const pyens::MLPLayer layer{w.data(), nullptr, 4, 3, 12, 4, 0};
-        pyens::EnsembleMLPTraining t{};
+        const pyens::MLPLayer layer{4, 3, {w.data(), 12, 4, DType::float32}, {}, {}};
+        pyens::ensemble_mlp_cpu::Training t{};
         t.forward.dtype = DType::float32;
         t.forward.ensemble_size = 3;
         t.forward.batch = 9;
@@ -449,9 +455,6 @@ int main() {
   const std::vector<std::vector<int64_t>> shapes = {
       {1, 1}, {5, 3}, {8, 8, 8}, {33, 17, 9, 7}, {32, 50, 20, 10, 1}, {129, 13, 16}, {140, 200, 3}};
   const Loss losses[] = {Loss::none, Loss::mse, Loss::bce, Loss::gaussian_nll, Loss::cross_entropy};
-  const Activation activations[] = {Activation::relu,    Activation::gelu,     Activation::silu,
-                                    Activation::elu,     Activation::softplus, Activation::tanh,
-                                    Activation::identity};
   int i = 0;
   const auto test_both = [&](int64_t batch, const std::vector<int64_t>& widths) {
     Case c{};
@@ -459,7 +462,7 @@ int main() {
     c.batch = batch;
     c.widths = widths;
     c.loss = losses[i % 5];
-    c.activation = activations[i % 3 == 0 ? 0 : i % 7];
+    c.activation = kActivationKinds[i % 3 == 0 ? 0 : i % kActivations];
     c.shared_input = i % 2 == 0;
     c.shared_target = i % 4 < 2;
     c.with_bias = i % 6 != 5;

@@ -22,14 +22,14 @@ struct StrengthScratch {
   Real* rows;          // activations of a few examples
   typename A::Elem* value;
   uint8_t* active;
-  uint8_t* flags;  // of one example, before they are packed
+  uint8_t* flags;  // of one example, before they become bits
   int64_t row_stride;
 
   // `take(n)` gives room for n Reals.
   template <class Take>
   void allocate(const EnsembleMLPParams& p, const Take& take) {
     constexpr int64_t N = kWideLanes<Real>;
-    const int64_t units = p.strength ? p.strength->units : 0;
+    const int64_t units = p.strength.units;
     // Whole vectors are stored at any unit.
     row_stride = round_up(units + N, N);
     const int64_t stage = units == 0 ? 0 : kStageRows * units + N;
@@ -43,7 +43,7 @@ struct StrengthScratch {
 };
 
 inline int64_t active_bytes(const ActivationStrengthParams& s) {
-  return s.pack ? (s.units + 7) / 8 : s.units;
+  return s.bitpack ? (s.units + 7) / 8 : s.units;
 }
 
 // The member's statistics, padded to whole vectors.
@@ -77,7 +77,7 @@ void strength_row(const StrengthScratch<A>& s, const typename A::Real* h, int64_
 }
 
 // 8 flags a byte: the product brings flag i from bit 8 i to bit 56 + i.
-inline void pack_flags(uint8_t* flags, int64_t units, uint8_t* packed) {
+inline void bitpack_flags(uint8_t* flags, int64_t units, uint8_t* packed) {
   std::memset(flags + units, 0, static_cast<size_t>(round_up(units, 8) - units));
   for (int64_t u = 0; u < units; u += 8) {
     uint64_t eight;
@@ -116,7 +116,7 @@ template <class A, class Gather>
 void write_strengths(const EnsembleMLPParams& p, int64_t member, int64_t first, int64_t count,
                      const StrengthScratch<A>& s, const Gather& gather) {
   using Elem = typename A::Elem;
-  const ActivationStrengthParams& strength = *p.strength;
+  const ActivationStrengthParams& strength = p.strength;
   const int64_t units = strength.units, bytes = active_bytes(strength);
   const auto row_bytes = static_cast<size_t>(units) * sizeof(Elem);
   const bool stream = p.ensemble_size * p.batch * static_cast<int64_t>(row_bytes) >= kStreamBytes;
@@ -127,9 +127,9 @@ void write_strengths(const EnsembleMLPParams& p, int64_t member, int64_t first, 
       const int64_t n = std::min<int64_t>(kNarrowLanes<typename A::Real>, staged - i);
       gather(b + i, n);
       for (int64_t j = i; j < i + n; ++j) {
-        uint8_t* const flags = strength.pack ? s.flags : s.active + j * bytes;
+        uint8_t* const flags = strength.bitpack ? s.flags : s.active + j * bytes;
         strength_row<A>(s, s.rows + (j - i) * s.row_stride, units, s.value + j * units, flags);
-        if (strength.pack) pack_flags(flags, units, s.active + j * bytes);
+        if (strength.bitpack) bitpack_flags(flags, units, s.active + j * bytes);
       }
     }
     const int64_t row = member * p.batch + first + b;

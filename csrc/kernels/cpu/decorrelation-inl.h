@@ -155,8 +155,8 @@ Wide<Real> first_lanes(Wide<Real> v, int64_t n) {
 
 // Periods [q, q + count) of a group of phases into the tile, centred; zeros where there is nothing.
 template <class T, class Real>
-void pack(const DecorrelationParams& p, const Layout<Real>& l, int64_t model, int64_t q,
-          int64_t count, int64_t phase, int64_t phase_count, const Scratch<Real>& s) {
+void load_tile(const DecorrelationParams& p, const Layout<Real>& l, int64_t model, int64_t q,
+               int64_t count, int64_t phase, int64_t phase_count, const Scratch<Real>& s) {
   using V = Wide<Real>;
   const bool covariance = p.kind == DecorrelationKind::covariance;
   const bool whole = l.example_is_period
@@ -285,7 +285,7 @@ void run(const DecorrelationParams& p, int64_t begin, int64_t end, void* base) {
       std::fill(s.sums, s.sums + l.pairs * l.group * l.N, 0);
       for (int64_t q = item.q_begin; q < item.q_end; q += kTile) {
         const int64_t count = std::min(kTile, item.q_end - q);
-        pack<T>(p, l, item.model, q, count, phase, phase_count, s);
+        load_tile<T>(p, l, item.model, q, count, phase, phase_count, s);
         for (int64_t f = 0; f < phase_count; ++f) {
           const Real* x = s.tile + f * kTile * l.N;
           for (int64_t i = 0; i + 1 < l.rows; i += kRows) {
@@ -488,7 +488,7 @@ void run_backward(const DecorrelationParams& p, int64_t begin, int64_t end, void
       for (int64_t q = item.q_begin; q < item.q_end; q += kTile) {
         const int64_t count = std::min(kTile, item.q_end - q);
         const int64_t padded = (count + kOutPeriods - 1) / kOutPeriods * kOutPeriods;
-        pack<T>(p, l, item.model, q, padded, phase, phase_count, s);
+        load_tile<T>(p, l, item.model, q, padded, phase, phase_count, s);
         for (int64_t v = 0; v < count; v += kOutPeriods) {
           for (int64_t f = 0; f < phase_count; ++f) {
             const Real* x = s.tile + (f * kTile + v) * l.N;

@@ -10,6 +10,8 @@
 // does not depend on batch size, tile, thread, or the members beside it.
 
 #include "kernels/cpu/wide-inl.h"
+#include "kernels/cpu/elementary-inl.h"
+#include "kernels/cpu/activations-inl.h"
 #include "kernels/cpu/ensemble_mlp_common-inl.h"
 #include "kernels/cpu/ensemble_mlp_dropout-inl.h"
 #include "kernels/cpu/ensemble_mlp_panels-inl.h"
@@ -18,18 +20,18 @@
 namespace pyens::PYENS_ISA::ensemble_mlp {
 
 template <class A>
-int64_t work_items(const EnsembleMLPParams& p) {
+int64_t work_items(const Forward& p) {
   if (small_batch(p)) return p.ensemble_size;
   return p.ensemble_size * ((p.batch + tile_size<A>(p) - 1) / tile_size<A>(p));
 }
 
 template <class A>
-size_t scratch_bytes(const EnsembleMLPParams& p) {
+size_t scratch_bytes(const Forward& p) {
   return Scratch<A>(p, nullptr).bytes;
 }
 
 template <class A>
-void run(const EnsembleMLPParams& p, int64_t begin, int64_t end, void* base) {
+void run(const Forward& p, int64_t begin, int64_t end, void* base) {
   const Scratch<A> scratch(p, base);
   if (small_batch(p)) {
     run_small<A>(p, begin, end, scratch);
@@ -39,7 +41,7 @@ void run(const EnsembleMLPParams& p, int64_t begin, int64_t end, void* base) {
 }
 
 template <class A>
-constexpr MLPFunctions kFunctions = {work_items<A>, scratch_bytes<A>, run<A>, kPackedLayout<A>,
-                                     pack<A>};
+constexpr MLPFunctions kFunctions = {work_items<A>, scratch_bytes<A>, run<A>, kPrepackedLayout<A>,
+                                     prepack<A>};
 
 }  // namespace pyens::PYENS_ISA::ensemble_mlp

@@ -20,11 +20,11 @@ namespace pyens {
 namespace {
 
 struct MLPFunctions {
-  int64_t (*work_items)(const EnsembleMLPParams&);
-  size_t (*scratch_bytes)(const EnsembleMLPParams&);
-  void (*run)(const EnsembleMLPParams&, int64_t begin, int64_t end, void* scratch);
-  ensemble_mlp_cpu::PackedLayout packed_layout;
-  void (*pack)(const EnsembleMLPParams&, int64_t begin, int64_t end, void* packed);
+  int64_t (*work_items)(const ensemble_mlp_cpu::Forward&);
+  size_t (*scratch_bytes)(const ensemble_mlp_cpu::Forward&);
+  void (*run)(const ensemble_mlp_cpu::Forward&, int64_t begin, int64_t end, void* scratch);
+  ensemble_mlp_cpu::PrepackedLayout prepacked_layout;
+  void (*prepack)(const EnsembleMLP&, int64_t begin, int64_t end, void* prepacked);
 };
 
 }  // namespace
@@ -35,6 +35,9 @@ struct MLPFunctions {
 
 namespace pyens {
 namespace {
+
+// A kernel is of one format of weights for all layers.
+DType format_of(const EnsembleMLP& mlp) { return mlp.layers[0].weight.format; }
 
 const MLPFunctions& functions(DType dtype) {
 #define PYENS_BY_DTYPE(isa, bf16)                                                          \
@@ -66,11 +69,11 @@ const MLPFunctions& functions(DType dtype) {
 
 namespace ensemble_mlp_cpu {
 
-int64_t work_items(const EnsembleMLPParams& p) {
-  return p.batch == 0 ? 0 : functions(p.dtype).work_items(p);
+int64_t work_items(const Forward& p) {
+  return p.batch == 0 ? 0 : functions(format_of(p)).work_items(p);
 }
 
-int64_t grain_size(const EnsembleMLPParams& p) {
+int64_t grain_size(const Forward& p) {
   // Waking a thread costs some microseconds, about this many multiply-adds.
   constexpr double kWorthAThread = 50e3;
   double total = 0;
@@ -84,16 +87,16 @@ int64_t grain_size(const EnsembleMLPParams& p) {
   return std::max<int64_t>(1, static_cast<int64_t>(std::min(items, kWorthAThread / per_item)));
 }
 
-size_t scratch_bytes(const EnsembleMLPParams& p) { return functions(p.dtype).scratch_bytes(p); }
+size_t scratch_bytes(const Forward& p) { return functions(format_of(p)).scratch_bytes(p); }
 
-void run(const EnsembleMLPParams& p, int64_t begin, int64_t end, void* scratch) {
-  functions(p.dtype).run(p, begin, end, scratch);
+void run(const Forward& p, int64_t begin, int64_t end, void* scratch) {
+  functions(format_of(p)).run(p, begin, end, scratch);
 }
 
-PackedLayout packed_layout(DType dtype) { return functions(dtype).packed_layout; }
+PrepackedLayout prepacked_layout(DType format) { return functions(format).prepacked_layout; }
 
-void pack(const EnsembleMLPParams& p, int64_t begin, int64_t end, void* packed) {
-  functions(p.dtype).pack(p, begin, end, packed);
+void prepack(const EnsembleMLP& mlp, int64_t begin, int64_t end, void* prepacked) {
+  functions(format_of(mlp)).prepack(mlp, begin, end, prepacked);
 }
 
 }  // namespace ensemble_mlp_cpu

@@ -2,11 +2,13 @@
 
 namespace pyens::PYENS_ISA::ensemble_mlp {
 
+using ensemble_mlp_cpu::Forward;
+
 constexpr int64_t kBlock = 128;  // of the accumulation contract, in inputs
-// Below so many examples, lanes full of neurons beat lanes half empty of examples; with packed
+// Below so many examples, lanes full of neurons beat lanes half empty of examples; with prepacked
 // weights for longer.
 constexpr int64_t kSmallBatch = 8;
-constexpr int64_t kSmallBatchPacked = 10;
+constexpr int64_t kSmallBatchPrepacked = 10;
 
 // --- how one element type is computed ------------------------------------------------------------
 // Elem: storage. Real: arithmetic. A "unit" is what one multiply-add reads of a row: one Real, or
@@ -73,7 +75,7 @@ constexpr int kGroup = 4;              // stripes of neurons that a small batch 
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-inline int64_t max_width(const EnsembleMLPParams& p) {  // of what a layer writes
+inline int64_t max_width(const EnsembleMLP& p) {  // of what a layer writes
   int64_t width = 0;
   for (int64_t l = 0; l < p.num_layers; ++l) width = std::max(width, p.layers[l].out);
   return width;
@@ -92,9 +94,9 @@ int64_t tile_size(const EnsembleMLPParams& p) {
   return round_up((p.batch + tiles - 1) / tiles, kPanel<A>);
 }
 
-inline bool small_batch(const EnsembleMLPParams& p) {
+inline bool small_batch(const Forward& p) {
   // Dropout is drawn with examples in the lanes.
-  return p.dropout == 0 && p.batch < (p.packed ? kSmallBatchPacked : kSmallBatch);
+  return p.dropout.p == 0 && p.batch < (p.prepacked ? kSmallBatchPrepacked : kSmallBatch);
 }
 
 // Members that a small batch takes through the layers together.
@@ -110,7 +112,7 @@ namespace pyens::PYENS_ISA::ensemble_mlp {
 
 // The widths of the hidden layers before layer l, each rounded up to whole narrow vectors.
 template <class Real>
-int64_t padded_units_before(const EnsembleMLPParams& p, int64_t l) {
+int64_t padded_units_before(const EnsembleMLP& p, int64_t l) {
   int64_t units = 0;
   for (int64_t i = 0; i < l; ++i) units += round_up(p.layers[i].out, kNarrowLanes<Real>);
   return units;
@@ -128,7 +130,7 @@ struct Scratch {
   StrengthScratch<A> strength;
   size_t bytes;
 
-  Scratch(const EnsembleMLPParams& p, void* base) {
+  Scratch(const Forward& p, void* base) {
     const int64_t width = round_up(max_width(p), kNarrowLanes<Real>);
     const int64_t members = small_batch(p) ? small_members(p) : 1;
     rows = small_batch(p) ? members * p.batch : tile_size<A>(p);
@@ -141,7 +143,8 @@ struct Scratch {
     };
     // load_units writes whole vectors, so rows of units end on one.
     input = take(rows * round_up(units<A>(p.layers[0].in), kNarrowLanes<Real>));
-    hidden[0] = take(rows * (p.strength ? padded_units_before<Real>(p, p.num_layers - 1) : width));
+    hidden[0] =
+        take(rows * (p.strength.units ? padded_units_before<Real>(p, p.num_layers - 1) : width));
     hidden[1] = take(rows * width);
     pairs = take(A::kPerUnit == 1 ? 0 : rows * round_up(units<A>(width), kNarrowLanes<Real>));
     weights = take(block * kBlockUnits<A>);
@@ -152,7 +155,7 @@ struct Scratch {
   // Where layer l writes: two buffers in turn or, where the activation strength wants all hidden
   // layers, these one after the other in the first.
   Real* output_of(const EnsembleMLPParams& p, int64_t l) const {
-    if (!p.strength) return hidden[l % 2];
+    if (!p.strength.units) return hidden[l % 2];
     if (l + 1 == p.num_layers) return hidden[1];
     return hidden[0] + rows * padded_units_before<Real>(p, l);
   }
@@ -161,10 +164,10 @@ struct Scratch {
 // Padded with zeros, and all zeros where there is none.
 template <class A>
 void load_bias(const MLPLayer& layer, int64_t member, typename A::Real* bias) {
-  const auto* source = static_cast<const typename A::Elem*>(layer.bias);
+  const auto* source = static_cast<const typename A::Elem*>(layer.bias.data);
   int64_t o = 0;
   if (source) {
-    source += member * layer.bias_member_stride;
+    source += member * layer.bias.member_stride;
     for (; o < layer.out; ++o) bias[o] = to_float(source[o]);
   }
   std::fill(bias + o, bias + round_up(layer.out, kNarrowLanes<typename A::Real>), 0);
@@ -172,15 +175,16 @@ void load_bias(const MLPLayer& layer, int64_t member, typename A::Real* bias) {
 
 // Every sum is stored as max(floor, sum): 0 makes that the ReLU, minus infinity leaves it as it is.
 template <class Real>
-Real relu_floor(const EnsembleMLPParams& p, bool unfinished) {
-  return !unfinished && p.activation == Activation::relu ? 0
-                                                         : -std::numeric_limits<Real>::infinity();
+Real relu_floor(const MLPLayer& layer, bool finished) {
+  return finished && layer.activation.kind == ActivationKind::relu
+             ? 0
+             : -std::numeric_limits<Real>::infinity();
 }
 
 template <class A>
 const typename A::Elem* weight_row(const MLPLayer& layer, int64_t member, int64_t row) {
-  return static_cast<const typename A::Elem*>(layer.weight) + member * layer.weight_member_stride +
-         row * layer.weight_row_stride;
+  return static_cast<const typename A::Elem*>(layer.weight.data) +
+         member * layer.weight.member_stride + row * layer.weight.row_stride;
 }
 
 }  // namespace pyens::PYENS_ISA::ensemble_mlp

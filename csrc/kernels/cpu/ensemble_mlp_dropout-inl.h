@@ -5,16 +5,16 @@ namespace pyens::PYENS_ISA::ensemble_mlp {
 // z[u][b] <- kept ? z[u][b] / (1 - p) : 0 over panels [unit][kPanel]. `gradient`, if there is one,
 // is the derivative of z by what comes before and goes the same way.
 template <class Real>
-void drop(const EnsembleMLPParams& p, int64_t l, int64_t member, int64_t first, int64_t examples,
-          Real* z, Real* gradient = nullptr) {
+void apply_dropout(const EnsembleMLPParams& p, int64_t l, int64_t member, int64_t first,
+                   int64_t examples, Real* z, Real* gradient = nullptr) {
   using V = Wide<Real>;
   constexpr int N = lanes_of<V>();
   constexpr int64_t P = kPanel<Plain<Real, Real>>;
   using Words = Vec<uint32_t, N>;
   using Mask = Vec<std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>, N>;
-  const uint32_t threshold = dropout_threshold(p.dropout);
-  const V scale = broadcast<V>(static_cast<Real>(1 / (1 - p.dropout)));
-  const uint64_t layer_key = dropout_layer_key(p.dropout_seeds[member], l);
+  const uint32_t threshold = dropout_threshold(p.dropout.p);
+  const V scale = broadcast<V>(static_cast<Real>(1 / (1 - p.dropout.p)));
+  const uint64_t layer_key = dropout_layer_key(p.dropout.seeds[member], l);
   const int64_t out = p.layers[l].out;
   Words lane{};
   for (int i = 0; i < N; ++i) lane[i] = static_cast<uint32_t>(i);

@@ -104,7 +104,7 @@ const typename A::Real* weight_block(const MLPLayer& layer, int64_t member, int6
                                      int64_t rows, int64_t k, int64_t k_count,
                                      typename A::Real* scratch, int64_t* stride) {
   if constexpr (A::kDirect) {
-    *stride = layer.weight_row_stride;
+    *stride = layer.weight.row_stride;
     return weight_row<A>(layer, member, row) + k;
   } else {
     constexpr int N = kNarrowLanes<typename A::Real>;
@@ -122,8 +122,8 @@ const typename A::Real* weight_block(const MLPLayer& layer, int64_t member, int6
 // The tile's rows of [B, I] into panels [unit][kPanel]; lanes without an example are 0, and so are
 // examples whose weight is 0.
 template <class A>
-void pack_input(const typename A::Elem* rows, int64_t row_stride, int64_t examples, int64_t in,
-                typename A::Real* panels, const typename A::Real* example_weight = nullptr) {
+void to_panels(const typename A::Elem* rows, int64_t row_stride, int64_t examples, int64_t in,
+               typename A::Real* panels, const typename A::Real* example_weight = nullptr) {
   using V = NarrowOf<A>;
   constexpr int N = lanes_of<V>();
   const int64_t unit_count = units<A>(in);
@@ -145,8 +145,8 @@ void pack_input(const typename A::Elem* rows, int64_t row_stride, int64_t exampl
 
 // Panels [out][kPanel] to rows of [B, O], contiguous.
 template <class A>
-void unpack_output(const typename A::Real* panels, int64_t examples, int64_t out,
-                   typename A::Elem* rows) {
+void from_panels(const typename A::Real* panels, int64_t examples, int64_t out,
+                 typename A::Elem* rows) {
   using V = NarrowOf<A>;
   constexpr int N = lanes_of<V>();
   for (int64_t b = 0; b < examples; b += N) {
@@ -190,27 +190,25 @@ inline void pair_panels(const float* z, int64_t panel_count, int64_t features, f
 }
 #endif
 
-// z <- W x + b of one layer over one tile, and where the next layer follows its ReLU.
+// z <- W x + b of one layer over one tile, and its ReLU if it has one.
 template <class A>
-void forward_layer(const EnsembleMLPParams& p, int64_t l, int64_t member, int64_t examples,
+void forward_layer(const MLPLayer& layer, int64_t member, int64_t examples,
                    const typename A::Real* x, typename A::Real* z, typename A::Real* weights,
                    typename A::Real* bias) {
   using Real = typename A::Real;
   constexpr int64_t P = kPanel<A>;
-  const MLPLayer& layer = p.layers[l];
   const int64_t unit_count = units<A>(layer.in);
   load_bias<A>(layer, member, bias);
   for (int64_t row = 0; row < layer.out; row += kNeuronBlock) {
     const int64_t rows = std::min(kNeuronBlock, layer.out - row);
     for (int64_t k = 0; k < unit_count; k += kBlockUnits<A>) {
       const int64_t k_count = std::min(kBlockUnits<A>, unit_count - k);
-      const bool unfinished = l + 1 == p.num_layers || k + k_count < unit_count;
       ForwardBlock<A> block;
       block.w = weight_block<A>(layer, member, row, rows, k, k_count, weights, &block.w_stride);
       block.k_count = k_count;
       block.bias = bias + row;
       block.first = k == 0;
-      block.floor = relu_floor<Real>(p, unfinished);
+      block.floor = relu_floor<Real>(layer, k + k_count == unit_count);
       for (int64_t panel = 0; panel * P < examples; ++panel) {
         block.x = x + (panel * unit_count + k) * P;
         block.z = z + (panel * layer.out + row) * P;
@@ -258,19 +256,20 @@ void forward_tile(const EnsembleMLPParams& p, int64_t member, int64_t first, int
   const int64_t panel_count = (examples + P - 1) / P;
   const Real* x = scratch.input;
   for (int64_t l = 0; l < p.num_layers; ++l) {
-    const int64_t out = p.layers[l].out;
+    const MLPLayer& layer = p.layers[l];
+    const int64_t out = layer.out;
     Real* z = scratch.output_of(p, l);
-    forward_layer<A>(p, l, member, examples, x, z, scratch.weights, scratch.bias);
+    forward_layer<A>(layer, member, examples, x, z, scratch.weights, scratch.bias);
     if (l + 1 == p.num_layers) {
-      unpack_output<A>(z, examples, out, output);
-      if (p.strength) {
+      from_panels<A>(z, examples, out, output);
+      if (p.strength.units) {
         write_strengths<A>(p, member, first, examples, scratch.strength,
                            GatherPanels<A>{p, scratch});
       }
       return;
     }
-    activate<WideOf<A>>(p.activation, z, panel_count * out * P);
-    if (p.dropout > 0) drop(p, l, member, first, examples, z);
+    activate<WideOf<A>>(layer.activation.kind, z, panel_count * out * P);
+    if (p.dropout.p > 0) apply_dropout(p, l, member, first, examples, z);
     x = z;
 #if PYENS_ISA_LEVEL >= 3
     if constexpr (A::kPerUnit == 2) {
@@ -286,16 +285,16 @@ void run_tiles(const EnsembleMLPParams& p, int64_t begin, int64_t end, const Scr
   using Elem = typename A::Elem;
   const int64_t out = p.layers[p.num_layers - 1].out;
   const int64_t tile = tile_size<A>(p);
-  // Members run fastest: a shared input is packed once per tile.
-  int64_t packed_tile = -1;
+  // Members run fastest: a shared input goes to panels once per tile.
+  int64_t tile_in_panels = -1;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t t = item / p.ensemble_size, m = item % p.ensemble_size;
     const int64_t first = t * tile, examples = std::min(tile, p.batch - first);
-    if (p.input_member_stride != 0 || t != packed_tile) {
+    if (p.input_member_stride != 0 || t != tile_in_panels) {
       const auto* rows = static_cast<const Elem*>(p.input) + m * p.input_member_stride +
                          first * p.input_row_stride;
-      pack_input<A>(rows, p.input_row_stride, examples, p.layers[0].in, scratch.input);
-      packed_tile = t;
+      to_panels<A>(rows, p.input_row_stride, examples, p.layers[0].in, scratch.input);
+      tile_in_panels = t;
     }
     auto* output = static_cast<Elem*>(p.output) + (m * p.batch + first) * out;
     forward_tile<A>(p, m, first, examples, scratch, output);

@@ -1,8 +1,8 @@
 // The ensemble MLP with neurons in the lanes, for small batches.
 //
 // The weights of a group of up to kGroup stripes of N neurons lie [unit][stripe][N], one stream to
-// read: transposed 8 x 8 in registers on the way, or beforehand by pack(). Bound by reading the
-// weights (32 bytes a cycle from L2) when they are packed, by loads and shuffles (16 each for 64
+// read: transposed 8 x 8 in registers on the way, or beforehand by prepack(). Bound by reading the
+// weights (32 bytes a cycle from L2) when they are prepacked, by loads and shuffles (16 each for 64
 // weights) when they are not. Neurons rather than members, because a stripe then reads one row of
 // activations for all its lanes, and any number of members runs as well.
 
@@ -126,24 +126,24 @@ void transpose_group(const MLPLayer& layer, int64_t member, int64_t stripe, int6
 }
 
 template <class A>
-constexpr ensemble_mlp_cpu::PackedLayout kPackedLayout = {kNarrowLanes<typename A::Real>,
-                                                          A::kPerUnit, sizeof(typename A::Real)};
+constexpr ensemble_mlp_cpu::PrepackedLayout kPrepackedLayout = {
+    kNarrowLanes<typename A::Real>, A::kPerUnit, sizeof(typename A::Real)};
 
 template <class A>
-int64_t packed_reals(const MLPLayer& layer) {
-  return kPackedLayout<A>.layer_bytes(layer.out, layer.in) / kPackedLayout<A>.unit_bytes;
+int64_t prepacked_reals(const MLPLayer& layer) {
+  return kPrepackedLayout<A>.layer_bytes(layer.out, layer.in) / kPrepackedLayout<A>.unit_bytes;
 }
 template <class A>
-int64_t packed_reals(const EnsembleMLPParams& p) {
+int64_t prepacked_reals(const EnsembleMLP& p) {
   int64_t reals = 0;
-  for (int64_t l = 0; l < p.num_layers; ++l) reals += packed_reals<A>(p.layers[l]);
+  for (int64_t l = 0; l < p.num_layers; ++l) reals += prepacked_reals<A>(p.layers[l]);
   return reals;
 }
 
 template <class A>
-void pack(const EnsembleMLPParams& p, int64_t begin, int64_t end, void* packed) {
+void prepack(const EnsembleMLP& p, int64_t begin, int64_t end, void* prepacked) {
   constexpr int N = kNarrowLanes<typename A::Real>;
-  auto* at = static_cast<typename A::Real*>(packed) + begin * packed_reals<A>(p);
+  auto* at = static_cast<typename A::Real*>(prepacked) + begin * prepacked_reals<A>(p);
   for (int64_t m = begin; m < end; ++m) {
     for (int64_t l = 0; l < p.num_layers; ++l) {
       const MLPLayer& layer = p.layers[l];
@@ -346,15 +346,15 @@ struct GatherRows {
 // All layers of some members over the whole batch, layer by layer: the members' work is
 // independent, so that one's latencies are hidden by the next one's work.
 template <class A>
-void forward_small(const EnsembleMLPParams& p, int64_t member, int64_t members,
-                   const Scratch<A>& scratch, typename A::Elem* output) {
+void forward_small(const Forward& p, int64_t member, int64_t members, const Scratch<A>& scratch,
+                   typename A::Elem* output) {
   using Real = typename A::Real;
   using V = NarrowOf<A>;
   constexpr int N = lanes_of<V>();
   const int64_t rows = members * p.batch;
-  const int64_t packed_member = p.packed ? packed_reals<A>(p) : 0;
-  const Real* packed =
-      p.packed ? static_cast<const Real*>(p.packed) + member * packed_member : nullptr;
+  const int64_t prepacked_member = p.prepacked ? prepacked_reals<A>(p) : 0;
+  const Real* prepacked =
+      p.prepacked ? static_cast<const Real*>(p.prepacked) + member * prepacked_member : nullptr;
   StripeBlock<A> block{};
   small_input<A>(p, member, members, scratch, block);
   for (int64_t l = 0; l < p.num_layers; ++l) {
@@ -365,9 +365,9 @@ void forward_small(const EnsembleMLPParams& p, int64_t member, int64_t members,
     Real* const z = scratch.output_of(p, l);
     block.z_example = padded;
     block.z_member = p.batch * padded;
-    const Real* bias = packed ? packed + padded * unit_count : scratch.bias;
-    block.bias_member = packed ? packed_member : padded;
-    if (!packed) {
+    const Real* bias = prepacked ? prepacked + padded * unit_count : scratch.bias;
+    block.bias_member = prepacked ? prepacked_member : padded;
+    if (!prepacked) {
       for (int64_t m = 0; m < members; ++m) {
         load_bias<A>(layer, member + m, scratch.bias + m * padded);
       }
@@ -378,16 +378,16 @@ void forward_small(const EnsembleMLPParams& p, int64_t member, int64_t members,
       for (int64_t k = 0; k < unit_count; k += kBlockUnits<A>) {
         block.k_count = std::min(kBlockUnits<A>, unit_count - k);
         block.first = k == 0;
-        block.floor = relu_floor<Real>(p, last || k + block.k_count < unit_count);
-        block.w_member = packed ? packed_member : block.k_count * block.w_unit;
+        block.floor = relu_floor<Real>(layer, k + block.k_count == unit_count);
+        block.w_member = prepacked ? prepacked_member : block.k_count * block.w_unit;
         for (int64_t m = 0; m < members;) {
           block.x = x + m * block.x_member + k;
           block.z = z + m * block.z_member + stripe * N;
           block.bias = bias + m * block.bias_member + stripe * N;
           if constexpr (A::kDirect) {
-            if (p.batch == 1 && !packed && block.k_count >= N) {
+            if (p.batch == 1 && !prepacked && block.k_count >= N) {
               block.w = weight_row<A>(layer, member + m, stripe * N) + k;
-              transposing_blocks<A>(block, layer.weight_row_stride,
+              transposing_blocks<A>(block, layer.weight.row_stride,
                                     std::min<int64_t>(stripes * N, layer.out - stripe * N));
               ++m;
               continue;
@@ -396,8 +396,8 @@ void forward_small(const EnsembleMLPParams& p, int64_t member, int64_t members,
           // One example gives a narrow layer too few chains to hide their latency: two members
           // then.
           const int64_t count = p.batch == 1 && m + 2 <= members ? 2 : 1;
-          if (packed) {
-            block.w = packed + m * packed_member + stripe * N * unit_count + k * block.w_unit;
+          if (prepacked) {
+            block.w = prepacked + m * prepacked_member + stripe * N * unit_count + k * block.w_unit;
           } else {
             for (int64_t i = 0; i < count; ++i) {
               transpose_group<A>(layer, member + m + i, stripe, stripes, k, block.k_count,
@@ -414,27 +414,27 @@ void forward_small(const EnsembleMLPParams& p, int64_t member, int64_t members,
         }
       }
     }
-    if (packed) packed += packed_reals<A>(layer);
+    if (prepacked) prepacked += prepacked_reals<A>(layer);
     if (last) {
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t o = 0; o < layer.out; o += N) {
           store_first<Real>(output + r * layer.out + o, load<V>(z + r * padded + o), layer.out - o);
         }
       }
-      for (int64_t m = 0; p.strength && m < members; ++m) {
+      for (int64_t m = 0; p.strength.units && m < members; ++m) {
         write_strengths<A>(p, member + m, 0, p.batch, scratch.strength,
                            GatherRows<A>{p, scratch, m * p.batch});
       }
       return;
     }
-    activate<V>(p.activation, z, rows * padded);
+    activate<V>(layer.activation.kind, z, rows * padded);
     hidden_rows<A>(scratch, z, rows, layer.out, block);
     block.x_member = p.batch * block.x_example;
   }
 }
 
 template <class A>
-void run_small(const EnsembleMLPParams& p, int64_t begin, int64_t end, const Scratch<A>& scratch) {
+void run_small(const Forward& p, int64_t begin, int64_t end, const Scratch<A>& scratch) {
   const int64_t member_outputs = p.batch * p.layers[p.num_layers - 1].out;
   for (int64_t m = begin; m < end; m += small_members(p)) {
     forward_small<A>(p, m, std::min(small_members(p), end - m), scratch,

@@ -16,6 +16,8 @@
 // but for a shared input none on the members beside.
 
 #include "kernels/cpu/wide-inl.h"
+#include "kernels/cpu/elementary-inl.h"
+#include "kernels/cpu/activations-inl.h"
 #include "kernels/cpu/ensemble_mlp_common-inl.h"
 #include "kernels/cpu/ensemble_mlp_dropout-inl.h"
 #include "kernels/cpu/ensemble_mlp_losses-inl.h"
@@ -23,12 +25,14 @@
 
 namespace pyens::PYENS_ISA::ensemble_mlp {
 
+using ensemble_mlp_cpu::Training;
+
 constexpr int64_t kMaxSpans = 16;
 constexpr int64_t kMaxGroups = 8;
 
 // --- how the work is cut ---------------------------------------------------------------------------
 
-inline MLPLayerGradient wanted_gradient(const EnsembleMLPTraining& t, int64_t l) {
+inline MLPLayerGradient requested_gradient(const Training& t, int64_t l) {
   return t.gradients ? t.gradients[l] : MLPLayerGradient{};
 }
 
@@ -43,7 +47,7 @@ struct TrainingSchedule {
   bool by_span;                   // spans run apart: an item is a span of a group
   int64_t lowest;                 // the lowest layer that is differentiated
 
-  explicit TrainingSchedule(const EnsembleMLPTraining& t) {
+  explicit TrainingSchedule(const Training& t) {
     const EnsembleMLPParams& p = t.forward;
     int64_t widths = p.layers[0].in;
     for (int64_t l = 0; l < p.num_layers; ++l) widths += p.layers[l].out;
@@ -58,10 +62,10 @@ struct TrainingSchedule {
     member_gradients = 0;
     lowest = p.num_layers;
     for (int64_t l = p.num_layers; l-- > 0;) {
-      const MLPLayerGradient wanted = wanted_gradient(t, l);
-      if (wanted.weight) member_gradients += p.layers[l].out * p.layers[l].in;
-      if (wanted.bias) member_gradients += p.layers[l].out;
-      if (wanted.weight || wanted.bias) lowest = l;
+      const MLPLayerGradient requested = requested_gradient(t, l);
+      if (requested.weight) member_gradients += p.layers[l].out * p.layers[l].in;
+      if (requested.bias) member_gradients += p.layers[l].out;
+      if (requested.weight || requested.bias) lowest = l;
     }
     if (t.grad_input) lowest = 0;
 
@@ -89,7 +93,7 @@ struct TrainingPartial {
   Real* input;         // [groups, tiles, panels of in], of a shared input
   size_t bytes;
 
-  TrainingPartial(const EnsembleMLPTraining& t, const TrainingSchedule<A>& s) {
+  TrainingPartial(const Training& t, const TrainingSchedule<A>& s) {
     const int64_t e = t.forward.ensemble_size;
     bytes = 0;
     auto take = [&](int64_t size) {
@@ -107,13 +111,13 @@ struct TrainingPartial {
   }
 };
 
-inline int64_t target_features(const EnsembleMLPTraining& t) {
+inline int64_t target_features(const Training& t) {
   const int64_t out = t.forward.layers[t.forward.num_layers - 1].out;
   if (t.loss == Loss::cross_entropy) return 1;
   return t.loss == Loss::gaussian_nll ? out / 2 : out;
 }
 // Terms that the loss of an example is the mean of.
-inline int64_t loss_terms(const EnsembleMLPTraining& t) {
+inline int64_t loss_terms(const Training& t) {
   return t.loss == Loss::none ? 1 : target_features(t);
 }
 
@@ -132,7 +136,7 @@ struct TrainingScratch {
   Real* member;          // weights and biases of one member over one span
   size_t bytes;
 
-  TrainingScratch(const EnsembleMLPTraining& t, const TrainingSchedule<A>& s, void* base) {
+  TrainingScratch(const Training& t, const TrainingSchedule<A>& s, void* base) {
     const EnsembleMLPParams& p = t.forward;
     bytes = 0;
     auto take = [&](int64_t size) {
@@ -152,7 +156,8 @@ struct TrainingScratch {
     int64_t widest = t.grad_input ? p.layers[0].in : 0;  // of the layers' inputs
     for (int64_t l = 0; l < p.num_layers; ++l) {
       const bool last = l + 1 == p.num_layers;
-      const bool smooth = !last && l >= s.lowest && t.forward.activation != Activation::relu;
+      const bool smooth =
+          !last && l >= s.lowest && p.layers[l].activation.kind != ActivationKind::relu;
       Real* h = reals(s.tile * p.layers[l].out);
       Real* d = reals(smooth ? s.tile * p.layers[l].out : 0);
       if (base) hidden[l] = h, slope[l] = smooth ? d : nullptr;
@@ -209,7 +214,7 @@ void input_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, int64
                     typename A::Real* weights) {
   constexpr int64_t P = kPanel<A>;
   const MLPLayer& layer = p.layers[l];
-  const bool relu = l > 0 && p.activation == Activation::relu;
+  const bool relu = l > 0 && p.layers[l - 1].activation.kind == ActivationKind::relu;
   for (int64_t row = 0; row < layer.in; row += kBlock) {
     const int64_t rows = std::min(kBlock, layer.in - row);
     for (int64_t k = 0; k < layer.out; k += kBlock) {
@@ -218,7 +223,7 @@ void input_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, int64
       block.w =
           weight_block<A>(layer, member, k, block.k_count, row, rows, weights, &block.w_stride);
       block.first = k == 0 && !add;
-      block.scale = static_cast<typename A::Real>(1 / (1 - p.dropout));
+      block.scale = static_cast<typename A::Real>(1 / (1 - p.dropout.p));
       const bool finished = k + block.k_count == layer.out;
       for (int64_t panel = 0; panel * P < examples; ++panel) {
         const int64_t at = (panel * layer.in + row) * P;
@@ -233,7 +238,7 @@ void input_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, int64
 }
 
 template <class Real>
-void put(Real* to, Real value, bool first) {
+void store_or_add(Real* to, Real value, bool first) {
   *to = first ? value : *to + value;
 }
 
@@ -288,13 +293,14 @@ void weight_gradient(const Real* g, int64_t out, const Real* x, int64_t in, int6
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-          for (int c = 0; c < C; ++c) put(to + r * in + c, sums[r * C + c], first);
+          for (int c = 0; c < C; ++c) store_or_add(to + r * in + c, sums[r * C + c], first);
         }
       } else {
         store(sums, weight_gradient_block<Real, false>(g + o * P, out * P, rows, x + i * P, in * P,
                                                        columns, examples));
         for (int64_t r = 0; r < rows; ++r) {
-          for (int64_t c = 0; c < columns; ++c) put(to + r * in + c, sums[r * C + c], first);
+          for (int64_t c = 0; c < columns; ++c)
+            store_or_add(to + r * in + c, sums[r * C + c], first);
         }
       }
     }
@@ -322,20 +328,20 @@ void bias_gradient(const Real* g, int64_t out, int64_t examples, Real* bias, boo
       for (int c = 0; c < C; ++c) sum[r + c] = partial[c];
     }
     const V total = sum_lanes(sum);
-    for (int r = 0; r < rows; ++r) put(bias + o + r, total[r], first);
+    for (int r = 0; r < rows; ++r) store_or_add(bias + o + r, total[r], first);
   }
 }
 
 // --- one member over one tile ----------------------------------------------------------------------
 
-// What lies in scratch from before: the tile whose shared input or target is packed there.
-struct Packed {
+// What lies in scratch from before: the tile of a shared input or target.
+struct InPanels {
   int64_t input = -1, target = -1;
 };
 
 template <class A>
-void load_tile(const EnsembleMLPTraining& t, const TrainingSchedule<A>& s, int64_t member,
-               int64_t tile, const TrainingScratch<A>& scratch, Packed& packed) {
+void load_tile(const Training& t, const TrainingSchedule<A>& s, int64_t member, int64_t tile,
+               const TrainingScratch<A>& scratch, InPanels& in_panels) {
   using Real = typename A::Real;
   using Elem = typename A::Elem;
   const EnsembleMLPParams& p = t.forward;
@@ -344,21 +350,21 @@ void load_tile(const EnsembleMLPTraining& t, const TrainingSchedule<A>& s, int64
   if (weight) weight += member * t.sample_weight_member_stride + first;
   // Examples that are left out are 0 in the input, so that nothing in them reaches a gradient.
   const bool same_for_all = !weight || t.sample_weight_member_stride == 0;
-  if (p.input_member_stride != 0 || !same_for_all || packed.input != tile) {
+  if (p.input_member_stride != 0 || !same_for_all || in_panels.input != tile) {
     const auto* rows = static_cast<const Elem*>(p.input) + member * p.input_member_stride +
                        first * p.input_row_stride;
-    pack_input<A>(rows, p.input_row_stride, examples, p.layers[0].in, scratch.input, weight);
-    packed.input = tile;
+    to_panels<A>(rows, p.input_row_stride, examples, p.layers[0].in, scratch.input, weight);
+    in_panels.input = tile;
     for (int64_t b = 0; b < s.tile; ++b) {
       scratch.example_weight[b] = b >= examples ? 0 : weight ? weight[b] : 1;
     }
   }
-  if (t.target_member_stride == 0 && packed.target == tile) return;
-  packed.target = tile;
+  if (t.target_member_stride == 0 && in_panels.target == tile) return;
+  in_panels.target = tile;
   const int64_t offset = member * t.target_member_stride + first * t.target_row_stride;
   if (t.loss == Loss::none) {  // into the place of the outputs
-    pack_input<A>(static_cast<const Elem*>(t.target) + offset, t.target_row_stride, examples,
-                  target_features(t), scratch.hidden[p.num_layers - 1]);
+    to_panels<A>(static_cast<const Elem*>(t.target) + offset, t.target_row_stride, examples,
+                 target_features(t), scratch.hidden[p.num_layers - 1]);
   } else if (t.loss == Loss::cross_entropy) {
     const auto* labels = static_cast<const int64_t*>(t.target) + offset;
     for (int64_t b = 0; b < examples; ++b) {
@@ -366,18 +372,17 @@ void load_tile(const EnsembleMLPTraining& t, const TrainingSchedule<A>& s, int64
     }
     std::fill(scratch.target + examples, scratch.target + s.tile, 0);
   } else {
-    pack_input<Plain<Real, Real>>(static_cast<const Real*>(t.target) + offset, t.target_row_stride,
-                                  examples, target_features(t), scratch.target);
+    to_panels<Plain<Real, Real>>(static_cast<const Real*>(t.target) + offset, t.target_row_stride,
+                                 examples, target_features(t), scratch.target);
   }
 }
 
 // Returns the weighted sum of the examples' losses. `sums` are the member's gradients: weight and
 // bias of each layer that are asked for, one after the other from the last layer down.
 template <class A>
-double train_tile(const EnsembleMLPTraining& t, const TrainingSchedule<A>& s, int64_t member,
-                  int64_t tile, typename A::Real scale, const TrainingScratch<A>& scratch,
-                  typename A::Real* sums, bool first_sum, typename A::Real* shared_input,
-                  bool first_member) {
+double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t member, int64_t tile,
+                  typename A::Real scale, const TrainingScratch<A>& scratch, typename A::Real* sums,
+                  bool first_sum, typename A::Real* shared_input, bool first_member) {
   using Real = typename A::Real;
   constexpr int64_t P = kPanel<A>;
   const EnsembleMLPParams& p = t.forward;
@@ -390,16 +395,16 @@ double train_tile(const EnsembleMLPTraining& t, const TrainingSchedule<A>& s, in
     const bool last = l + 1 == layers;
     if (last && t.loss == Loss::none) break;
     Real *h = scratch.hidden[l], *d = scratch.slope[l];
-    forward_layer<A>(p, l, member, examples, x, h, scratch.weights, scratch.bias);
+    forward_layer<A>(p.layers[l], member, examples, x, h, scratch.weights, scratch.bias);
     x = h;
     if (last) break;
     const int64_t n = panel_count * p.layers[l].out * P;
     if (d) {
-      activate_with_gradient<WideOf<A>>(p.activation, h, d, n);
+      activate_with_gradient<WideOf<A>>(p.layers[l].activation.kind, h, d, n);
     } else {
-      activate<WideOf<A>>(p.activation, h, n);
+      activate<WideOf<A>>(p.layers[l].activation.kind, h, n);
     }
-    if (p.dropout > 0) drop(p, l, member, first, examples, h, d);
+    if (p.dropout.p > 0) apply_dropout(p, l, member, first, examples, h, d);
   }
 
   const double loss =
@@ -410,12 +415,12 @@ double train_tile(const EnsembleMLPTraining& t, const TrainingSchedule<A>& s, in
   for (int64_t l = layers; l-- > s.lowest;) {
     const int64_t rows = p.layers[l].out, in = p.layers[l].in;
     const Real* read = l == 0 ? scratch.input : scratch.hidden[l - 1];
-    const MLPLayerGradient wanted = wanted_gradient(t, l);
-    if (wanted.weight) {
+    const MLPLayerGradient requested = requested_gradient(t, l);
+    if (requested.weight) {
       weight_gradient(gradient, rows, read, in, examples, sums, first_sum);
       sums += rows * in;
     }
-    if (wanted.bias) {
+    if (requested.bias) {
       bias_gradient(gradient, rows, examples, sums, first_sum);
       sums += rows;
     }
@@ -430,7 +435,7 @@ double train_tile(const EnsembleMLPTraining& t, const TrainingSchedule<A>& s, in
     } else {
       input_gradient<A>(p, l, member, examples, gradient, result, false, read, nullptr,
                         scratch.weights);
-      unpack_output<Plain<Real, Real>>(
+      from_panels<Plain<Real, Real>>(
           result, examples, in, static_cast<Real*>(t.grad_input) + (member * p.batch + first) * in);
     }
     gradient = result;
@@ -441,7 +446,7 @@ double train_tile(const EnsembleMLPTraining& t, const TrainingSchedule<A>& s, in
 // --- the rounds ------------------------------------------------------------------------------------
 
 template <class A>
-ensemble_mlp_cpu::TrainingPlan plan_training(const EnsembleMLPTraining& t) {
+ensemble_mlp_cpu::TrainingPlan plan_training(const Training& t) {
   const TrainingSchedule<A> s(t);
   const EnsembleMLPParams& p = t.forward;
   ensemble_mlp_cpu::TrainingPlan plan{};
@@ -465,8 +470,7 @@ ensemble_mlp_cpu::TrainingPlan plan_training(const EnsembleMLPTraining& t) {
 }
 
 template <class A>
-ensemble_mlp_cpu::TrainingError prepare_training(const EnsembleMLPTraining& t, int64_t begin,
-                                                 int64_t end) {
+ensemble_mlp_cpu::TrainingError prepare_training(const Training& t, int64_t begin, int64_t end) {
   using Real = typename A::Real;
   using ensemble_mlp_cpu::TrainingError;
   const TrainingPartial<A> partial(t, TrainingSchedule<A>(t));
@@ -501,26 +505,25 @@ ensemble_mlp_cpu::TrainingError prepare_training(const EnsembleMLPTraining& t, i
 
 // Adds what was summed up over a span for one member to the result.
 template <class A>
-void add_span(const EnsembleMLPTraining& t, int64_t member, const typename A::Real* sums,
-              bool first) {
+void add_span(const Training& t, int64_t member, const typename A::Real* sums, bool first) {
   using Real = typename A::Real;
   const auto add = [&](void* result, int64_t n) {
     if (!result) return;
     Real* to = static_cast<Real*>(result) + member * n;
-    for (int64_t i = 0; i < n; ++i) put(to + i, sums[i], first);
+    for (int64_t i = 0; i < n; ++i) store_or_add(to + i, sums[i], first);
     sums += n;
   };
   for (int64_t l = t.forward.num_layers; l-- > 0;) {
     const MLPLayer& layer = t.forward.layers[l];
-    add(wanted_gradient(t, l).weight, layer.out * layer.in);
-    add(wanted_gradient(t, l).bias, layer.out);
+    add(requested_gradient(t, l).weight, layer.out * layer.in);
+    add(requested_gradient(t, l).bias, layer.out);
   }
 }
 
 template <class A>
-void train_group(const EnsembleMLPTraining& t, const TrainingSchedule<A>& s,
-                 const TrainingPartial<A>& partial, const TrainingScratch<A>& scratch, int64_t span,
-                 int64_t group, Packed& packed) {
+void train_group(const Training& t, const TrainingSchedule<A>& s, const TrainingPartial<A>& partial,
+                 const TrainingScratch<A>& scratch, int64_t span, int64_t group,
+                 InPanels& in_panels) {
   using Real = typename A::Real;
   const EnsembleMLPParams& p = t.forward;
   const int64_t first_member = group * s.group_members, first_tile = span * s.tiles_per_span;
@@ -538,7 +541,7 @@ void train_group(const EnsembleMLPTraining& t, const TrainingSchedule<A>& s,
       if (s.input_gradients) {
         shared_input = partial.input + group * s.input_gradients + tile * s.tile * p.layers[0].in;
       }
-      load_tile(t, s, m, tile, scratch, packed);
+      load_tile(t, s, m, tile, scratch, in_panels);
       loss += train_tile(t, s, m, tile, scale, scratch, sums, tile == first_tile, shared_input,
                          m == first_member);
     }
@@ -548,28 +551,28 @@ void train_group(const EnsembleMLPTraining& t, const TrainingSchedule<A>& s,
 }
 
 template <class A>
-void train(const EnsembleMLPTraining& t, int64_t begin, int64_t end, void* base) {
+void train(const Training& t, int64_t begin, int64_t end, void* base) {
   const TrainingSchedule<A> s(t);
   const TrainingPartial<A> partial(t, s);
   const TrainingScratch<A> scratch(t, s, base);
-  Packed packed;
+  InPanels in_panels;
   if (s.by_span) {
     for (int64_t item = begin; item < end; ++item) {
-      train_group(t, s, partial, scratch, item / s.groups, item % s.groups, packed);
+      train_group(t, s, partial, scratch, item / s.groups, item % s.groups, in_panels);
     }
     return;
   }
-  // Members run fastest: a shared input is packed once per tile.
+  // Members run fastest: a shared input goes to panels once per tile.
   for (int64_t span = 0; span < s.spans; ++span) {
     for (int64_t group = begin; group < end; ++group) {
-      train_group(t, s, partial, scratch, span, group, packed);
+      train_group(t, s, partial, scratch, span, group, in_panels);
     }
   }
 }
 
 // Adds the groups' gradients of a tile of the shared input, in order.
 template <class A>
-void finish_shared_input(const EnsembleMLPTraining& t, const TrainingSchedule<A>& s,
+void finish_shared_input(const Training& t, const TrainingSchedule<A>& s,
                          const TrainingPartial<A>& partial, int64_t tile) {
   using Real = typename A::Real;
   using V = WideOf<A>;
@@ -582,12 +585,11 @@ void finish_shared_input(const EnsembleMLPTraining& t, const TrainingSchedule<A>
       store(sum + i, load<V>(sum + i) + load<V>(more + i));
     }
   }
-  unpack_output<Plain<Real, Real>>(sum, examples, in,
-                                   static_cast<Real*>(t.grad_input) + first * in);
+  from_panels<Plain<Real, Real>>(sum, examples, in, static_cast<Real*>(t.grad_input) + first * in);
 }
 
 template <class A>
-void finish_training(const EnsembleMLPTraining& t, int64_t begin, int64_t end) {
+void finish_training(const Training& t, int64_t begin, int64_t end) {
   using Real = typename A::Real;
   const TrainingSchedule<A> s(t);
   const TrainingPartial<A> partial(t, s);

@@ -22,10 +22,10 @@ namespace pyens {
 namespace {
 
 struct TrainingFunctions {
-  ensemble_mlp_cpu::TrainingPlan (*plan)(const EnsembleMLPTraining&);
-  ensemble_mlp_cpu::TrainingError (*prepare)(const EnsembleMLPTraining&, int64_t, int64_t);
-  void (*train)(const EnsembleMLPTraining&, int64_t, int64_t, void*);
-  void (*finish)(const EnsembleMLPTraining&, int64_t, int64_t);
+  ensemble_mlp_cpu::TrainingPlan (*plan)(const ensemble_mlp_cpu::Training&);
+  ensemble_mlp_cpu::TrainingError (*prepare)(const ensemble_mlp_cpu::Training&, int64_t, int64_t);
+  void (*train)(const ensemble_mlp_cpu::Training&, int64_t, int64_t, void*);
+  void (*finish)(const ensemble_mlp_cpu::Training&, int64_t, int64_t);
 };
 
 }  // namespace
@@ -63,20 +63,20 @@ const TrainingFunctions& functions(DType dtype) {
 
 namespace ensemble_mlp_cpu {
 
-TrainingPlan plan_training(const EnsembleMLPTraining& t) {
-  return functions(t.forward.dtype).plan(t);
+TrainingPlan plan_training(const Training& t) {
+  return functions(t.forward.layers[0].weight.format).plan(t);
 }
 
-TrainingError prepare_training(const EnsembleMLPTraining& t, int64_t begin, int64_t end) {
-  return functions(t.forward.dtype).prepare(t, begin, end);
+TrainingError prepare_training(const Training& t, int64_t begin, int64_t end) {
+  return functions(t.forward.layers[0].weight.format).prepare(t, begin, end);
 }
 
-void train(const EnsembleMLPTraining& t, int64_t begin, int64_t end, void* scratch) {
-  functions(t.forward.dtype).train(t, begin, end, scratch);
+void train(const Training& t, int64_t begin, int64_t end, void* scratch) {
+  functions(t.forward.layers[0].weight.format).train(t, begin, end, scratch);
 }
 
-void finish_training(const EnsembleMLPTraining& t, int64_t begin, int64_t end) {
-  functions(t.forward.dtype).finish(t, begin, end);
+void finish_training(const Training& t, int64_t begin, int64_t end) {
+  functions(t.forward.layers[0].weight.format).finish(t, begin, end);
 }
 
 }  // namespace ensemble_mlp_cpu

@@ -16,6 +16,7 @@
 // order: an example's results depend on nothing beside it.
 
 #include "kernels/cpu/wide-inl.h"
+#include "kernels/cpu/elementary-inl.h"
 
 namespace pyens::PYENS_ISA::uncertainty {
 

@@ -1,7 +1,7 @@
 // Wide vectors of any element type, whole or cut off at the end of a row: what the kernels over the
 // member axis read and write.
 
-#include "kernels/cpu/activations-inl.h"
+#include "kernels/cpu/simd-inl.h"
 
 namespace pyens::PYENS_ISA {
 

@@ -13,6 +13,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "kernels/activations.h"
 #include "kernels/types.h"
 
 namespace pyens {
@@ -210,44 +211,44 @@ __device__ inline float relu(float x) {
 
 // The hidden activations, as in torch.nn with default arguments. NaN in, NaN out.
 template <class R>
-__device__ inline R activate(Activation activation, R x) {
+__device__ inline R activate(ActivationKind activation, R x) {
   switch (activation) {
-    case Activation::relu: return relu(x);
-    case Activation::gelu: return R(0.5) * x * erfc(x * R(-0.70710678118654752440));
-    case Activation::silu: return x / (R(1) + exp(-x));
-    case Activation::elu: return x > R(0) ? x : expm1(x);
-    case Activation::softplus: return x > R(20) ? x : log1p(exp(x));
-    case Activation::tanh: return tanh(x);
-    case Activation::identity: return x;
+    case ActivationKind::relu: return relu(x);
+    case ActivationKind::gelu: return R(0.5) * x * erfc(x * R(-0.70710678118654752440));
+    case ActivationKind::silu: return x / (R(1) + exp(-x));
+    case ActivationKind::elu: return x > R(0) ? x : expm1(x);
+    case ActivationKind::softplus: return x > R(20) ? x : log1p(exp(x));
+    case ActivationKind::tanh: return tanh(x);
+    case ActivationKind::identity: return x;
   }
   return x;
 }
 
 // Its derivative at x, given h = activate(activation, x) too.
 template <class R>
-__device__ inline R activation_slope(Activation activation, R x, R h) {
+__device__ inline R activation_slope(ActivationKind activation, R x, R h) {
   switch (activation) {
-    case Activation::relu: return x <= R(0) ? R(0) : R(1);
-    case Activation::gelu: {
+    case ActivationKind::relu: return x <= R(0) ? R(0) : R(1);
+    case ActivationKind::gelu: {
       const R share = R(0.5) * erfc(x * R(-0.70710678118654752440));
       return share + x * exp(R(-0.5) * x * x) * R(0.39894228040143267794);
     }
-    case Activation::silu: {
+    case ActivationKind::silu: {
       const R s = R(1) / (R(1) + exp(-x));
       return s * (R(1) + x * (R(1) - s));
     }
-    case Activation::elu: return x > R(0) ? R(1) : exp(x);
-    case Activation::softplus: return x > R(20) ? R(1) : R(1) / (R(1) + exp(-x));
-    case Activation::tanh: return R(1) - h * h;
-    case Activation::identity: return R(1);
+    case ActivationKind::elu: return x > R(0) ? R(1) : exp(x);
+    case ActivationKind::softplus: return x > R(20) ? R(1) : R(1) / (R(1) + exp(-x));
+    case ActivationKind::tanh: return R(1) - h * h;
+    case ActivationKind::identity: return R(1);
   }
   return R(1);
 }
 
 // f(constant) with the activation as a type, std::integral_constant: one branch for many activations.
 template <class F>
-__device__ inline void with_activation(Activation activation, const F& f) {
-  using A = Activation;
+__device__ inline void with_activation(ActivationKind activation, const F& f) {
+  using A = ActivationKind;
   switch (activation) {
     case A::relu: return f(std::integral_constant<A, A::relu>{});
     case A::gelu: return f(std::integral_constant<A, A::gelu>{});
@@ -281,10 +282,18 @@ inline unsigned striding_blocks(int64_t items, int64_t threads, int64_t waves = 
   return static_cast<unsigned>(needed < resident * waves ? needed : resident * waves);
 }
 
+// Of a kernel's arguments: from CUDA 12.1 on, on Volta and later. Before it was 4,096.
+constexpr size_t kMaxArgumentBytes = 32764;
+#if defined(__CUDACC__)
+static_assert(CUDART_VERSION >= 12010, "kernels are given more than 4,096 bytes of arguments");
+#endif
+
 // kernel<<<grid, threads, shared_bytes, stream>>>(args...); nullptr, or what went wrong.
 template <class... Params, class... Args>
 const char* launch(void (*kernel)(Params...), dim3 grid, unsigned threads, size_t shared_bytes,
                    void* stream, const Args&... args) {
+  static_assert((sizeof(Params) + ... + 0) <= kMaxArgumentBytes);
+  static_assert((std::is_trivially_copyable_v<Params> && ...));
 #if defined(__CUDACC__)
   // More than 48 KB has to be asked for: all there is, since the limit is the kernel's and not this
   // launch's, and another thread may be about to launch it with more. Static shared memory, which

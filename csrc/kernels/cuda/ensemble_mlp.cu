@@ -31,26 +31,27 @@ constexpr int kThreads = 256;
 constexpr int64_t kMostExamples = 64;  // of a tile
 
 struct Arguments {
-  EnsembleMLPParams params;  // its pointers to layers and strength are the host's
+  MLPCall call;
+  int num_layers;
   MLPLayer layers[kMaxLayers];
-  ActivationStrengthParams strength;  // without units: not asked for
   int64_t tile, tiles, row_reals;
   bool weights_in_shared;
 };
+static_assert(kLeavesRoom<Arguments>);
 
-// The member's weights, to be found in shared memory layer by layer, rows of odd(in).
+// The member's weights, to be found in shared memory layer by layer, rows of bank_stride(in).
 template <class T>
 __device__ void copy_weights(const Arguments& a, int64_t member, T* to) {
-  for (int64_t l = 0; l < a.params.num_layers; ++l) {
+  for (int64_t l = 0; l < a.num_layers; ++l) {
     const MLPLayer& layer = a.layers[l];
     const int in = static_cast<int>(layer.in), count = in * static_cast<int>(layer.out);
     const T* const weight =
-        static_cast<const T*>(layer.weight) + member * layer.weight_member_stride;
+        static_cast<const T*>(layer.weight.data) + member * layer.weight.member_stride;
     for (int i = threadIdx.x; i < count; i += kThreads) {
       const int o = i / in, k = i % in;
-      copy_async(to + o * odd(in) + k, weight + o * layer.weight_row_stride + k);
+      copy_async(to + o * bank_stride(in) + k, weight + o * layer.weight.row_stride + k);
     }
-    to += layer.out * odd(layer.in);
+    to += layer.out * bank_stride(layer.in);
   }
 }
 
@@ -68,9 +69,9 @@ __device__ void write_strength(const ActivationStrengthParams& s, const Real<T>*
     const int b = i / out, o = i % out;
     const R x = h[b * h_row + o];
     from_real(strength_value(x, mean[o], strength_scale(std[o])), value + b * s.units + o);
-    if (!s.pack) s.active[(row + b) * s.units + first_unit + o] = x > R(0);
+    if (!s.bitpack) s.active[(row + b) * s.units + first_unit + o] = x > R(0);
   }
-  if (!s.pack) return;
+  if (!s.bitpack) return;
   // Whole bytes; what a layer below has begun is read back, a barrier after it was written.
   const int64_t row_bytes = (s.units + 7) / 8, first_byte = first_unit / 8;
   const int bytes = static_cast<int>((first_unit + out + 7) / 8 - first_byte);
@@ -90,7 +91,7 @@ __device__ void write_strength(const ActivationStrengthParams& s, const Real<T>*
 template <class T>
 __global__ void __launch_bounds__(kThreads) ensemble_mlp_kernel(const Arguments a) {
   using R = Real<T>;
-  const EnsembleMLPParams& p = a.params;
+  const MLPCall& p = a.call;
   // What counts within a tile are 32-bit numbers: a division of 64 bits is a call.
   const int64_t member = blockIdx.x / a.tiles, first = blockIdx.x % a.tiles * a.tile;
   const int examples = static_cast<int>(min(a.tile, p.batch - first));
@@ -112,19 +113,20 @@ __global__ void __launch_bounds__(kThreads) ensemble_mlp_kernel(const Arguments 
   __syncthreads();
 
   int64_t units = 0;  // of the hidden layers so far
-  for (int64_t l = 0; l < p.num_layers; ++l) {
+  for (int64_t l = 0; l < a.num_layers; ++l) {
     const MLPLayer& layer = a.layers[l];
     const int out = static_cast<int>(layer.out);
-    const bool last = l + 1 == p.num_layers;
-    const T* weight = static_cast<const T*>(layer.weight) + member * layer.weight_member_stride;
-    int64_t weight_row = layer.weight_row_stride;
+    const bool last = l + 1 == a.num_layers;
+    const T* weight =
+        static_cast<const T*>(layer.weight.data) + member * layer.weight.member_stride;
+    int64_t weight_row = layer.weight.row_stride;
     if (a.weights_in_shared) {
       weight = shared_weight;
-      weight_row = odd(layer.in);
+      weight_row = bank_stride(layer.in);
       shared_weight += out * weight_row;
     }
-    const T* bias = static_cast<const T*>(layer.bias);
-    if (bias) bias += member * layer.bias_member_stride;
+    const T* bias = static_cast<const T*>(layer.bias.data);
+    if (bias) bias += member * layer.bias.member_stride;
     T* output = static_cast<T*>(p.output) + (member * p.batch + first) * layer.out;
     for (int i = threadIdx.x; i < examples * out; i += kThreads) {
       const int b = i % examples, o = i / examples;
@@ -141,11 +143,10 @@ __global__ void __launch_bounds__(kThreads) ensemble_mlp_kernel(const Arguments 
         from_real(total, output + int64_t{b} * out + o);
         continue;
       }
-      R h = activate(p.activation, total);
-      if (p.dropout > 0) {
-        const uint64_t key = dropout_unit_key(dropout_layer_key(p.dropout_seeds[member], l), o);
-        const uint32_t hash = dropout_hash(static_cast<uint32_t>(first + b), key);
-        h = hash >= dropout_threshold(p.dropout) ? h * R(1 / (1 - p.dropout)) : R(0);
+      R h = activate(layer.activation.kind, total);
+      if (p.dropout.p > 0) {
+        const uint64_t key = dropout_unit_key(dropout_layer_key(p.dropout.seeds[member], l), o);
+        h = ApplyDropout<R>(p.dropout)(h, first + b, key);
       }
       z[b * a.row_reals + o] = h;
     }
@@ -153,10 +154,10 @@ __global__ void __launch_bounds__(kThreads) ensemble_mlp_kernel(const Arguments 
     R* const swap = x;
     x = z;
     z = swap;
-    if (last || a.strength.units == 0) continue;
+    if (last || a.call.strength.units == 0) continue;
     // The next layer writes to the other buffer meanwhile.
-    write_strength<T>(a.strength, x, a.row_reals, examples, member, member * p.batch + first, units,
-                      out);
+    write_strength<T>(a.call.strength, x, a.row_reals, examples, member, member * p.batch + first,
+                      units, out);
     units += out;
   }
 }
@@ -164,12 +165,12 @@ __global__ void __launch_bounds__(kThreads) ensemble_mlp_kernel(const Arguments 
 template <class T>
 const char* run_as(const EnsembleMLPParams& params, void* stream) {
   Arguments a{};
-  a.params = params;
+  a.call = params;
+  a.num_layers = static_cast<int>(params.num_layers);
   std::copy(params.layers, params.layers + params.num_layers, a.layers);
-  if (params.strength) a.strength = *params.strength;
   int64_t width = params.layers[0].in;
   for (int64_t l = 0; l + 1 < params.num_layers; ++l) width = std::max(width, a.layers[l].out);
-  a.row_reals = odd(width);
+  a.row_reals = bank_stride(width);
 
   const int64_t limit = shared_limit();
   const int64_t bytes_per_example = 2 * a.row_reals * static_cast<int64_t>(sizeof(Real<T>));
@@ -180,7 +181,8 @@ const char* run_as(const EnsembleMLPParams& params, void* stream) {
   if (params.ensemble_size * a.tiles > INT32_MAX) return "too many tiles for one launch";
 
   int64_t bytes = a.tile * bytes_per_example, weights = 0;
-  for (int64_t l = 0; l < params.num_layers; ++l) weights += a.layers[l].out * odd(a.layers[l].in);
+  for (int64_t l = 0; l < params.num_layers; ++l)
+    weights += a.layers[l].out * bank_stride(a.layers[l].in);
   weights *= static_cast<int64_t>(sizeof(T));
   a.weights_in_shared = sizeof(T) >= 4 && bytes + weights <= limit;
   if (a.weights_in_shared) bytes += weights;
@@ -197,7 +199,7 @@ bool plain_takes(const EnsembleMLPParams& params) {
     const MLPLayer& layer = params.layers[l];
     weights += (layer.in + 1) * layer.out;
     // An example has to fit, too: twice what a layer reads.
-    if (weights * element > limit || 2 * odd(layer.in) * real > limit) return false;
+    if (weights * element > limit || 2 * bank_stride(layer.in) * real > limit) return false;
   }
   return true;
 }
@@ -206,18 +208,19 @@ bool plain_takes(const EnsembleMLPParams& params) {
 
 namespace ensemble_mlp_cuda {
 
-bool in_one_launch(const EnsembleMLPParams& params) {
-  if (ensemble_mlp_mma::takes(params) || ensemble_mlp_fma::takes(params)) return true;
+bool fits_one_launch(const EnsembleMLPParams& params, bool tf32) {
+  if (ensemble_mlp_mma::takes(params, tf32) || ensemble_mlp_fma::takes(params)) return true;
   // With few examples a launch is most of the time, and the library has one for each layer and more.
   // With many it has faster kernels than the plain one, but gains little in float64, and strength would
   // be another pass.
   const bool few = params.batch < kFewExamples;
-  return plain_takes(params) && (few || params.dtype == DType::float64 || params.strength);
+  return plain_takes(params) &&
+         (few || params.dtype == DType::float64 || params.strength.units > 0);
 }
 
-const char* run(const EnsembleMLPParams& params, void* stream) {
+const char* run(const EnsembleMLPParams& params, bool tf32, void* stream) {
   if (params.batch == 0) return nullptr;
-  if (ensemble_mlp_mma::takes(params)) return ensemble_mlp_mma::run(params, stream);
+  if (ensemble_mlp_mma::takes(params, tf32)) return ensemble_mlp_mma::run(params, tf32, stream);
   if (ensemble_mlp_fma::takes(params)) return ensemble_mlp_fma::run(params, stream);
   if (!plain_takes(params)) return "layers too wide, or too many, for one launch";
   return by_dtype(params.dtype, [&](auto* of) {

@@ -5,17 +5,27 @@
 #include <algorithm>
 
 #include "kernels/cuda/common.cuh"
+#include "kernels/dropout.h"
 #include "kernels/ensemble_mlp.h"
 
 namespace pyens {
 
 constexpr int kMaxLayers = 32;  // that a kernel's arguments hold
 
+// That many layers with all that a layer may get beside what it has (a norm: kind, epsilon, two pointers
+// with their strides; a residual; two scales with their strides) have to fit what a kernel may be given.
+constexpr size_t kLayerRoom = 48 + 16 + 32;
+template <class Arguments>
+constexpr bool kLeavesRoom = sizeof(Arguments) + kMaxLayers * kLayerRoom <= kMaxArgumentBytes;
+
 // Inputs of a chain of multiply-adds, in float32 and float64; chains are added in order, as on the CPU.
 constexpr int kChain = 128;
 
 // Words of 32 bits fall into as many banks: rows of an odd length begin in different ones.
-__host__ __device__ inline int64_t odd(int64_t width) { return width | 1; }
+template <class Int>
+__host__ __device__ inline Int bank_stride(Int width) {
+  return width | 1;
+}
 
 // Activation strength, value = (h - mean) * scale: scale = 1 / std, or 0 for both where std is as good as 0.
 template <class R>
@@ -27,13 +37,26 @@ __device__ inline R strength_value(R h, R mean, R scale) {
   return scale == R(0) ? R(0) : (h - mean) * scale;  // a NaN in a dead unit gives 0 too
 }
 
+// Dropout of a hidden activation: x / (1 - p) where batch row `row` keeps the unit of this key, else 0.
+template <class R>
+struct ApplyDropout {
+  uint32_t threshold;
+  R scale;
+
+  __device__ explicit ApplyDropout(const Dropout& dropout)
+      : threshold(dropout_threshold(dropout.p)), scale(R(1 / (1 - dropout.p))) {}
+  __device__ R operator()(R x, int64_t row, uint64_t unit_key) const {
+    return dropout_hash(static_cast<uint32_t>(row), unit_key) >= threshold ? x * scale : R(0);
+  }
+};
+
 // Below, what is a lane's or a warp's in the kernels for batches has little to do.
 constexpr int64_t kFewExamples = 64;
 
 // On tensor cores: 16-bit types, and float32 where TF32 is allowed.
 namespace ensemble_mlp_mma {
-bool takes(const EnsembleMLPParams& params);
-const char* run(const EnsembleMLPParams& params, void* stream);
+bool takes(const EnsembleMLPParams& params, bool tf32);
+const char* run(const EnsembleMLPParams& params, bool tf32, void* stream);
 }  // namespace ensemble_mlp_mma
 
 // Batches of float32.

@@ -1,7 +1,7 @@
 // What follows a layer's matrix products where a member's weights are too wide for one launch: bias,
 // activation, dropout and activation strength in one pass over the products.
 //
-//   h[m, b, o] = drop(act(z[m, b, o] + bias[m, o]));   the last layer: z + bias
+//   h[m, b, o] = dropout(act(z[m, b, o] + bias[m, o]));   the last layer: z + bias
 //   value[m, b, u] = (h - mean[u]) * scale[u],   active[m, b, u] = h > 0 as the next layer reads it
 //
 // z are sums in float32 (float64) as the library leaves them, so that an element is rounded once, with
@@ -13,7 +13,7 @@
 // is on its way while one is computed. Bound by memory: z is read once and h written once, 8 bytes an
 // element in float32, 6 in 16-bit types; strength adds an element and a byte.
 //
-// Packed flags are a second launch, a thread for each byte, that reads h again: bytes do not begin where
+// Flags as bits are a second launch, a thread for each byte, that reads h again: bytes do not begin where
 // layers or 16 bytes do.
 //
 // Every element and every byte is one thread's: the same bits in every run.
@@ -34,15 +34,12 @@ constexpr int kRowsPerThread = 8;
 
 struct Arguments {
   EnsembleMLPEpilogue epilogue;
-  const void* bias;  // of this layer, or nullptr
-  int64_t bias_member_stride;
+  MLPLayer layer;
   int out;
-  Activation activation;
   int64_t ensemble_size, batch;
-  double dropout;
-  const int64_t* dropout_seeds;
-  ActivationStrengthParams strength;  // without units: not asked for
-  int64_t first_unit;                 // of this layer, among those of the strength
+  Dropout dropout;
+  ActivationStrengthParams strength;
+  int64_t first_unit;  // of this layer, among those of the strength
   // A block: `lanes` threads side by side, rows_per_block rows of one member.
   int lanes, rows_per_block;
   unsigned column_blocks, row_blocks;
@@ -79,17 +76,17 @@ __global__ void __launch_bounds__(kThreads, 3) epilogue_kernel(const Arguments a
   const int o = at.column * kUnits;
   if (o >= a.out) return;
 
-  const bool drops = a.dropout > 0, has_strength = s.units > 0;
-  const uint64_t layer_key = drops ? dropout_layer_key(a.dropout_seeds[at.member], e.layer) : 0;
-  const uint32_t threshold = dropout_threshold(a.dropout);
-  const R kept_scale = R(1 / (1 - a.dropout));
-  const T* const layer_bias = static_cast<const T*>(a.bias) + at.member * a.bias_member_stride + o;
+  const bool drops = a.dropout.p > 0, has_strength = s.units > 0;
+  const uint64_t layer_key = drops ? dropout_layer_key(a.dropout.seeds[at.member], e.layer) : 0;
+  const ApplyDropout<R> apply_dropout(a.dropout);
+  const T* const layer_bias =
+      static_cast<const T*>(a.layer.bias.data) + at.member * a.layer.bias.member_stride + o;
   const int64_t u = a.first_unit + o;
   R bias[kUnits], mean[kUnits], scale[kUnits];
   uint64_t key[kUnits];
 #pragma unroll
   for (int j = 0; j < kUnits; ++j) {
-    bias[j] = a.bias ? to_real(layer_bias[j]) : R(0);
+    bias[j] = a.layer.bias.data ? to_real(layer_bias[j]) : R(0);
     key[j] = drops ? dropout_unit_key(layer_key, o + j) : 0;
     mean[j] = scale[j] = R(0);
     if (!has_strength) continue;
@@ -112,11 +109,8 @@ __global__ void __launch_bounds__(kThreads, 3) epilogue_kernel(const Arguments a
     Piece<uint8_t, kUnits> active;
 #pragma unroll
     for (int j = 0; j < kUnits; ++j) {
-      R x = activate(a.activation, sums.elements[j] + bias[j]);
-      if (drops) {
-        const uint32_t hash = dropout_hash(static_cast<uint32_t>(e.first_row + row), key[j]);
-        x = hash >= threshold ? x * kept_scale : R(0);
-      }
+      R x = activate(a.layer.activation.kind, sums.elements[j] + bias[j]);
+      if (drops) x = apply_dropout(x, e.first_row + row, key[j]);
       from_real(x, &stored.elements[j]);
       active.elements[j] = to_real(stored.elements[j]) > R(0);
       from_real(strength_value(x, mean[j], scale[j]), &value.elements[j]);
@@ -125,13 +119,13 @@ __global__ void __launch_bounds__(kThreads, 3) epilogue_kernel(const Arguments a
     if (!has_strength) continue;
     const int64_t from = (at.member * a.batch + e.first_row + row) * s.units + u;
     *reinterpret_cast<Piece<T, kUnits>*>(static_cast<T*>(s.value) + from) = value;
-    if (!s.pack) *reinterpret_cast<Piece<uint8_t, kUnits>*>(s.active + from) = active;
+    if (!s.bitpack) *reinterpret_cast<Piece<uint8_t, kUnits>*>(s.active + from) = active;
   }
 }
 
 // Bit u % 8 of byte u / 8, for the units u of this layer.
 template <class T>
-__global__ void __launch_bounds__(kThreads) packed_flags_kernel(const Arguments a) {
+__global__ void __launch_bounds__(kThreads) bitpack_flags_kernel(const Arguments a) {
   const EnsembleMLPEpilogue& e = a.epilogue;
   const ActivationStrengthParams& s = a.strength;
   const Place at = place_of(a);
@@ -177,11 +171,11 @@ const char* run_as(const Arguments& a, void* stream) {
   const bool wide = a.out % kUnits == 0 && e.h_member_stride % kUnits == 0 &&
                     fits(e.z, sizeof(Real<T>)) && fits(e.h, sizeof(T)) && s.units % kUnits == 0 &&
                     a.first_unit % kUnits == 0 && fits(s.value, sizeof(T)) &&
-                    (s.pack || fits(s.active, 1));
+                    (s.bitpack || fits(s.active, 1));
   const char* error = wide ? launch_over(epilogue_kernel<T, kUnits>, a, a.out / kUnits, stream)
                            : launch_over(epilogue_kernel<T, 1>, a, a.out, stream);
-  if (error || s.units == 0 || !s.pack) return error;
-  return launch_over(packed_flags_kernel<T>, a, ceil_div(a.first_unit % 8 + a.out, 8), stream);
+  if (error || s.units == 0 || !s.bitpack) return error;
+  return launch_over(bitpack_flags_kernel<T>, a, ceil_div(a.first_unit % 8 + a.out, 8), stream);
 }
 
 }  // namespace
@@ -195,17 +189,13 @@ const char* run_epilogue(const EnsembleMLPParams& params, const EnsembleMLPEpilo
   if (layer.out > INT32_MAX - 8) return "too many outputs";
   Arguments a{};
   a.epilogue = epilogue;
-  a.bias = layer.bias;
-  a.bias_member_stride = layer.bias_member_stride;
+  a.layer = layer;
   a.out = static_cast<int>(layer.out);
   a.ensemble_size = params.ensemble_size;
   a.batch = params.batch;
-  a.activation = Activation::identity;
   if (epilogue.layer + 1 < params.num_layers) {
-    a.activation = params.activation;
     a.dropout = params.dropout;
-    a.dropout_seeds = params.dropout_seeds;
-    if (params.strength) a.strength = *params.strength;
+    a.strength = params.strength;
     for (int64_t l = 0; l < epilogue.layer; ++l) a.first_unit += params.layers[l].out;
   }
   return by_dtype(params.dtype,

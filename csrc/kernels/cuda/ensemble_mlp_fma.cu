@@ -32,26 +32,28 @@ struct Layer {
 };
 
 struct Arguments {
-  EnsembleMLPParams params;  // its pointer to layers is the host's
+  MLPCall call;
+  int num_layers;
   Layer layers[kMaxLayers];
   int floats;        // of all weights and biases
   int widths[2];     // of a lane's two rows of activations
   bool input_in_16;  // every row of the input begins at 16 bytes
   Spans spans;       // of tiles of 32 kExamples
 };
+static_assert(kLeavesRoom<Arguments>);
 
 __device__ inline void lay_down_weights(const Arguments& a, int64_t member, float* shared) {
-  for (int l = 0; l < a.params.num_layers; ++l) {
+  for (int l = 0; l < a.num_layers; ++l) {
     const Layer& layer = a.layers[l];
-    const float* weight =
-        static_cast<const float*>(layer.given.weight) + member * layer.given.weight_member_stride;
+    const float* weight = static_cast<const float*>(layer.given.weight.data) +
+                          member * layer.given.weight.member_stride;
     for (int i = threadIdx.x; i < layer.padded_out * layer.in; i += blockDim.x) {
       const int o = i / layer.in, k = i % layer.in;  // neighbours read neighbours
       shared[layer.weights + k * layer.padded_out + o] =
-          o < layer.out ? weight[o * layer.given.weight_row_stride + k] : 0.0f;
+          o < layer.out ? weight[o * layer.given.weight.row_stride + k] : 0.0f;
     }
-    const float* bias = static_cast<const float*>(layer.given.bias);
-    if (bias) bias += member * layer.given.bias_member_stride;
+    const float* bias = static_cast<const float*>(layer.given.bias.data);
+    if (bias) bias += member * layer.given.bias.member_stride;
     for (int o = threadIdx.x; o < layer.padded_out; o += blockDim.x) {
       shared[layer.biases + o] = bias && o < layer.out ? bias[o] : 0.0f;
     }
@@ -87,9 +89,9 @@ __device__ void read_input(const Arguments& a, const float* input, int first,
 #pragma unroll
   for (int e = 0; e < kExamples; ++e) {
     const int b = first + e * 32 + lane;
-    const float* const row = input + b * a.params.input_row_stride;
+    const float* const row = input + b * a.call.input_row_stride;
     int k = 0;
-    if (b < a.params.batch && a.input_in_16) {
+    if (b < a.call.batch && a.input_in_16) {
       for (; k + 4 <= in; k += 4) {
         const float4 four = *reinterpret_cast<const float4*>(row + k);
         x[(k + 0) * 32 + lane].of[e] = four.x;
@@ -98,7 +100,7 @@ __device__ void read_input(const Arguments& a, const float* input, int first,
         x[(k + 3) * 32 + lane].of[e] = four.w;
       }
     }
-    for (; k < in; ++k) x[k * 32 + lane].of[e] = b < a.params.batch ? row[k] : 0.0f;
+    for (; k < in; ++k) x[k * 32 + lane].of[e] = b < a.call.batch ? row[k] : 0.0f;
   }
 }
 
@@ -116,11 +118,11 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) ensemble_mlp_fma_kernel(co
       reinterpret_cast<Own*>(shared + a.floats) + warp * (a.widths[0] + a.widths[1]) * 32,
       reinterpret_cast<Own*>(shared + a.floats) +
           (warp * (a.widths[0] + a.widths[1]) + a.widths[0]) * 32};
-  const int last = static_cast<int>(a.params.num_layers) - 1;
+  const int last = a.num_layers - 1;
   const float* const input =
-      static_cast<const float*>(a.params.input) + member * a.params.input_member_stride;
-  float* const output = static_cast<float*>(a.params.output) +
-                        member * a.params.batch * static_cast<int64_t>(a.layers[last].out);
+      static_cast<const float*>(a.call.input) + member * a.call.input_member_stride;
+  float* const output = static_cast<float*>(a.call.output) +
+                        member * a.call.batch * static_cast<int64_t>(a.layers[last].out);
   const int end = min((span + 1) * a.spans.tiles_each, a.spans.tiles);
   for (int tile = span * a.spans.tiles_each + warp; tile < end; tile += warps) {
     const int first = tile * 32 * kExamples;
@@ -162,13 +164,13 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) ensemble_mlp_fma_kernel(co
 #pragma unroll
           for (int i = 0; i < kOutputs * kExamples; ++i) {
             const int b = first + i % kExamples * 32 + lane, unit = o + i / kExamples;
-            if (b < a.params.batch && unit < layer.out) {
+            if (b < a.call.batch && unit < layer.out) {
               output[int64_t{b} * layer.out + unit] = total[i / kExamples][i % kExamples];
             }
           }
           continue;
         }
-        with_activation(a.params.activation, [&](auto constant) {
+        with_activation(layer.given.activation.kind, [&](auto constant) {
 #pragma unroll
           for (int i = 0; i < kOutputs * kExamples; ++i) {
             float& t = total[i / kExamples][i % kExamples];
@@ -181,14 +183,13 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) ensemble_mlp_fma_kernel(co
           Own own;
 #pragma unroll
           for (int e = 0; e < kExamples; ++e) own.of[e] = total[i][e];
-          if (a.params.dropout > 0) {
-            const float scale = static_cast<float>(1 / (1 - a.params.dropout));
+          if (a.call.dropout.p > 0) {
+            const ApplyDropout<float> apply_dropout(a.call.dropout);
             const uint64_t key =
-                dropout_unit_key(dropout_layer_key(a.params.dropout_seeds[member], l), o + i);
+                dropout_unit_key(dropout_layer_key(a.call.dropout.seeds[member], l), o + i);
 #pragma unroll
             for (int e = 0; e < kExamples; ++e) {
-              const uint32_t hash = dropout_hash(static_cast<uint32_t>(first + e * 32 + lane), key);
-              own.of[e] = hash >= dropout_threshold(a.params.dropout) ? own.of[e] * scale : 0.0f;
+              own.of[e] = apply_dropout(own.of[e], first + e * 32 + lane, key);
             }
           }
           z[(o + i) * 32] = own;
@@ -235,8 +236,9 @@ Plan plan_of(const EnsembleMLPParams& params, Layer* layers) {
 }
 
 template <int kExamples>
-const char* launch_as(const Plan& plan, Arguments& a, void* stream) {
-  const char* const error = a.spans.cut(a.params, 32 * kExamples, plan.warps, 1);
+const char* launch_as(const EnsembleMLPParams& params, const Plan& plan, Arguments& a,
+                      void* stream) {
+  const char* const error = a.spans.cut(params, 32 * kExamples, plan.warps, 1);
   if (error) return error;
   return launch(ensemble_mlp_fma_kernel<kExamples>, a.spans.blocks,
                 static_cast<unsigned>(32 * plan.warps), static_cast<size_t>(plan.shared_bytes()),
@@ -246,13 +248,15 @@ const char* launch_as(const Plan& plan, Arguments& a, void* stream) {
 }  // namespace
 
 bool takes(const EnsembleMLPParams& params) {
-  return params.dtype == DType::float32 && params.num_layers <= kMaxLayers && !params.strength &&
-         params.batch >= kFewExamples && plan_of(params, nullptr).warps > 0;
+  return params.dtype == DType::float32 && params.num_layers <= kMaxLayers &&
+         params.strength.units == 0 && params.batch >= kFewExamples &&
+         plan_of(params, nullptr).warps > 0;
 }
 
 const char* run(const EnsembleMLPParams& params, void* stream) {
   Arguments a{};
-  a.params = params;
+  a.call = params;
+  a.num_layers = static_cast<int>(params.num_layers);
   const Plan plan = plan_of(params, a.layers);
   a.floats = static_cast<int>(plan.floats);
   a.widths[0] = static_cast<int>(plan.widths[0]);
@@ -260,9 +264,9 @@ const char* run(const EnsembleMLPParams& params, void* stream) {
   a.input_in_16 = reinterpret_cast<uintptr_t>(params.input) % 16 == 0 &&
                   (params.input_row_stride | params.input_member_stride) % 4 == 0;
   switch (plan.examples) {
-    case 4: return launch_as<4>(plan, a, stream);
-    case 2: return launch_as<2>(plan, a, stream);
-    default: return launch_as<1>(plan, a, stream);
+    case 4: return launch_as<4>(params, plan, a, stream);
+    case 2: return launch_as<2>(params, plan, a, stream);
+    default: return launch_as<1>(params, plan, a, stream);
   }
 }
 

@@ -43,17 +43,17 @@ __device__ R gaussian_nll(R* z, int64_t n, const R* target, R factor) {
   R loss = 0;
   for (int64_t f = 0; f < terms; ++f) {
     const R raw = z[terms + f], error = z[f] - target[f];
-    const R variance = activate(Activation::softplus, raw) + R(1e-6);
+    const R variance = activate(ActivationKind::softplus, raw) + R(1e-6);
     const R precision = R(1) / variance, scaled = error * precision;
     loss += R(0.5) * (log(variance) + error * scaled);
     z[f] = scaled * factor;
-    const R slope = activation_slope(Activation::softplus, raw, R(0));
+    const R slope = activation_slope(ActivationKind::softplus, raw, R(0));
     z[terms + f] = R(0.5) * precision * (R(1) - error * scaled) * slope * factor;
   }
   return loss;
 }
 
-// A class that there is not makes all of it NaN.
+// An out-of-range class makes all of it NaN.
 template <class R>
 __device__ R cross_entropy(R* z, int64_t n, int64_t label, R inverse_temperature, R factor) {
   const bool exists = label >= 0 && label < n;

@@ -51,12 +51,14 @@ struct Layer {
 };
 
 struct Arguments {
-  EnsembleMLPParams params;  // its pointer to layers is the host's
+  MLPCall call;
+  int num_layers;
   Layer layers[kMaxLayers];
   int words, biases;  // of all layers
   Spans spans;        // of tiles of 16 kTiles examples
   bool whole_words;   // the input can be read by words of 4 bytes
 };
+static_assert(kLeavesRoom<Arguments>);
 
 // Where the two words that lane t holds of a row begin among a product's columns: as the step before
 // has left its outputs.
@@ -79,11 +81,11 @@ struct Laid {
 
 template <class T>
 __device__ void lay_down_weights(const Arguments& a, int64_t member, const Laid& laid) {
-  for (int l = 0; l < a.params.num_layers; ++l) {
+  for (int l = 0; l < a.num_layers; ++l) {
     const Layer& layer = a.layers[l];
     const int in = static_cast<int>(layer.given.in), out = layer.out;
     const T* weight =
-        static_cast<const T*>(layer.given.weight) + member * layer.given.weight_member_stride;
+        static_cast<const T*>(layer.given.weight.data) + member * layer.given.weight.member_stride;
     for (int i = threadIdx.x; i < layer.steps * layer.products * 32; i += blockDim.x) {
       const int g = i % 32 / 4, t = i % 4, block = i / 32;
       const int first_column = block % layer.products * kDepth<T>;
@@ -94,19 +96,19 @@ __device__ void lay_down_weights(const Arguments& a, int64_t member, const Laid&
         for (int e = 0; e < kWordElements<T>; ++e) {
           const int k = first_column + column<T>(t, j % 2) + e;
           const bool inside = o < out && k < in;
-          x[e] = inside ? to_real(weight[o * layer.given.weight_row_stride + k]) : 0.0f;
+          x[e] = inside ? to_real(weight[o * layer.given.weight.row_stride + k]) : 0.0f;
         }
         word[j] = to_word(x, weight);
       }
       laid.words[layer.first_words + i] = {word[0], word[1], word[2], word[3]};
     }
-    const T* bias = static_cast<const T*>(layer.given.bias);
-    if (bias) bias += member * layer.given.bias_member_stride;
+    const T* bias = static_cast<const T*>(layer.given.bias.data);
+    if (bias) bias += member * layer.given.bias.member_stride;
     for (int o = threadIdx.x; o < layer.steps * kOutputs; o += blockDim.x) {
       laid.biases[layer.biases + o] = bias && o < out ? to_real(bias[o]) : 0.0f;
     }
-    if (a.params.dropout == 0) continue;
-    const uint64_t layer_key = dropout_layer_key(a.params.dropout_seeds[member], l);
+    if (a.call.dropout.p == 0) continue;
+    const uint64_t layer_key = dropout_layer_key(a.call.dropout.seeds[member], l);
     for (int o = threadIdx.x; o < layer.steps * kOutputs; o += blockDim.x) {
       laid.keys[layer.biases + o] = dropout_unit_key(layer_key, o);
     }
@@ -121,15 +123,15 @@ __device__ void read_input(const Arguments& a, const T* rows, int row, int first
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     const int b = row + j % 2 * 8, k = first_column + column<T>(t, j / 2);
-    const T* const x = rows + b * a.params.input_row_stride + k;
+    const T* const x = rows + b * a.call.input_row_stride + k;
     if (sizeof(T) == 2 && a.whole_words) {
-      word[j] = b < a.params.batch && k < in ? *reinterpret_cast<const uint32_t*>(x) : 0;
+      word[j] = b < a.call.batch && k < in ? *reinterpret_cast<const uint32_t*>(x) : 0;
       continue;
     }
     float elements[kWordElements<T>];
 #pragma unroll
     for (int e = 0; e < kWordElements<T>; ++e) {
-      elements[e] = b < a.params.batch && k + e < in ? to_real(x[e]) : 0.0f;
+      elements[e] = b < a.call.batch && k + e < in ? to_real(x[e]) : 0.0f;
     }
     word[j] = to_word(elements, x);
   }
@@ -180,20 +182,18 @@ __device__ void activate_step(const Arguments& a, const Laid& laid, const Layer&
     }
   };
   if constexpr (kPlain) {
-    each([](float x, int) { return activate(Activation::relu, x); });
+    each([](float x, int) { return activate(ActivationKind::relu, x); });
   } else {
-    with_activation(a.params.activation, [&](auto constant) {
+    with_activation(layer.given.activation.kind, [&](auto constant) {
       each([](float x, int) { return activate(decltype(constant)::value, x); });
     });
   }
-  if (kPlain || a.params.dropout == 0) return;
-  const uint32_t threshold = dropout_threshold(a.params.dropout);
-  const float scale = static_cast<float>(1 / (1 - a.params.dropout));
+  if (kPlain || a.call.dropout.p == 0) return;
+  const ApplyDropout<float> apply_dropout(a.call.dropout);
   const uint64_t* const keys =
       laid.keys + layer.biases + step * kOutputs + static_cast<int>(threadIdx.x) % 4 * 2;
   each([&](float x, int i) {
-    const auto b = static_cast<uint32_t>(row + i / 8 * 16 + i / 2 % 2 * 8);
-    return dropout_hash(b, keys[i / 4 % 2 * 8 + i % 2]) >= threshold ? x * scale : 0.0f;
+    return apply_dropout(x, row + i / 8 * 16 + i / 2 % 2 * 8, keys[i / 4 % 2 * 8 + i % 2]);
   });
 }
 
@@ -221,7 +221,7 @@ __device__ void write_step(const Arguments& a, int out, T* output, int step, int
 #pragma unroll
   for (int j = 0; j < kTiles * 2; ++j) {
     const int b = row + j * 8;
-    if (b >= a.params.batch) continue;
+    if (b >= a.call.batch) continue;
     T* const to = output + int64_t{b} * out + first;
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
@@ -284,15 +284,14 @@ __global__ void __launch_bounds__(kThreads<kSteps>, kBlocks<T, kSteps, kPlain>)
   constexpr int kHidden = kSteps * kProducts<T>;
   const int member = static_cast<int>(blockIdx.x) / a.spans.per_member;
   const int span = static_cast<int>(blockIdx.x) % a.spans.per_member;
-  const int last = static_cast<int>(a.params.num_layers) - 1;
+  const int last = a.num_layers - 1;
   const Laid laid(a);
   lay_down_weights<T>(a, member, laid);
   __syncthreads();
 
   const int lane = threadIdx.x % 32, out = a.layers[last].out;
-  const T* const input =
-      static_cast<const T*>(a.params.input) + member * a.params.input_member_stride;
-  T* const output = static_cast<T*>(a.params.output) + member * a.params.batch * out;
+  const T* const input = static_cast<const T*>(a.call.input) + member * a.call.input_member_stride;
+  T* const output = static_cast<T*>(a.call.output) + member * a.call.batch * out;
   const int end = min((span + 1) * a.spans.tiles_each, a.spans.tiles);
   for (int tile = span * a.spans.tiles_each + threadIdx.x / 32; tile < end; tile += kWarps) {
     const int row = tile * 16 * kTiles + lane / 4;
@@ -381,7 +380,7 @@ Plan plan_of(const EnsembleMLPParams& params, Layer* layers) {
     plan.words += steps * products * 32;
     plan.biases += steps * kOutputs;
   }
-  if (params.dropout > 0) plan.keys = plan.biases;
+  if (params.dropout.p > 0) plan.keys = plan.biases;
   return plan;
 }
 
@@ -392,9 +391,10 @@ bool takes(const EnsembleMLPParams& params) {
 }
 
 template <class T, int kSteps, int kTiles, bool kPlain>
-const char* launch_as(const Plan& plan, Arguments& a, void* stream) {
+const char* launch_as(const EnsembleMLPParams& params, const Plan& plan, Arguments& a,
+                      void* stream) {
   const char* const error =
-      a.spans.cut(a.params, 16 * kTiles, kThreads<kSteps> / 32, kBlocks<T, kSteps, kPlain>);
+      a.spans.cut(params, 16 * kTiles, kThreads<kSteps> / 32, kBlocks<T, kSteps, kPlain>);
   if (error) return error;
   return launch(ensemble_mlp_mma_kernel<T, kSteps, kTiles, kPlain>, a.spans.blocks,
                 kThreads<kSteps>, static_cast<size_t>(plan.shared_bytes()), stream, a);
@@ -403,25 +403,30 @@ const char* launch_as(const Plan& plan, Arguments& a, void* stream) {
 template <class T>
 const char* run_as(const EnsembleMLPParams& params, void* stream) {
   Arguments a{};
-  a.params = params;
+  a.call = params;
+  a.num_layers = static_cast<int>(params.num_layers);
   const Plan plan = plan_of<T>(params, a.layers);
   a.words = static_cast<int>(plan.words);
   a.biases = static_cast<int>(plan.biases);
   a.whole_words =
       reinterpret_cast<uintptr_t>(params.input) % 4 == 0 &&
       (params.layers[0].in | params.input_row_stride | params.input_member_stride) % 2 == 0;
-  const bool plain = params.activation == Activation::relu && params.dropout == 0;
+  const auto is_relu = [](const MLPLayer& layer) {
+    return layer.activation.kind == ActivationKind::relu;
+  };
+  const bool plain = params.dropout.p == 0 &&
+                     std::all_of(params.layers, params.layers + params.num_layers - 1, is_relu);
   const auto launch = plan.steps <= 4 ? plain ? launch_as<T, 4, 2, true> : launch_as<T, 4, 2, false>
                       : plain         ? launch_as<T, kMostSteps<T>, 1, true>
                                       : launch_as<T, kMostSteps<T>, 1, false>;
-  return launch(plan, a, stream);
+  return launch(params, plan, a, stream);
 }
 
 // f of the type whose products these are; otherwise, what there is none for.
 template <class R, class F>
-R by_type(const EnsembleMLPParams& params, R otherwise, const F& f) {
-  switch (params.dtype) {
-    case DType::float32: return params.tf32 ? f(static_cast<float*>(nullptr)) : otherwise;
+R by_type(DType dtype, bool tf32, R otherwise, const F& f) {
+  switch (dtype) {
+    case DType::float32: return tf32 ? f(static_cast<float*>(nullptr)) : otherwise;
     case DType::bfloat16: return f(static_cast<__nv_bfloat16*>(nullptr));
     case DType::float16: return f(static_cast<__half*>(nullptr));
     default: return otherwise;
@@ -430,15 +435,15 @@ R by_type(const EnsembleMLPParams& params, R otherwise, const F& f) {
 
 }  // namespace
 
-bool takes(const EnsembleMLPParams& params) {
-  return params.num_layers >= 2 && params.num_layers <= kMaxLayers && !params.strength &&
-         by_type<bool>(params, false, [&](auto* of) {
+bool takes(const EnsembleMLPParams& params, bool tf32) {
+  return params.num_layers >= 2 && params.num_layers <= kMaxLayers && params.strength.units == 0 &&
+         by_type<bool>(params.dtype, tf32, false, [&](auto* of) {
            return takes<std::remove_pointer_t<decltype(of)>>(params);
          });
 }
 
-const char* run(const EnsembleMLPParams& params, void* stream) {
-  return by_type<const char*>(params, "not on tensor cores", [&](auto* of) {
+const char* run(const EnsembleMLPParams& params, bool tf32, void* stream) {
+  return by_type<const char*>(params.dtype, tf32, "not on tensor cores", [&](auto* of) {
     return run_as<std::remove_pointer_t<decltype(of)>>(params, stream);
   });
 }

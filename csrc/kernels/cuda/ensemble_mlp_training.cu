@@ -20,7 +20,7 @@
 // and spans depend on the batch and the layers alone, not on the GPU nor on the members beside. No
 // atomics.
 //
-// Networks too wide for this are left to matrix products above (see can_train).
+// Networks too wide for this are left to matrix products above (see training_fits_one_launch).
 
 #include <algorithm>
 #include <type_traits>
@@ -42,12 +42,15 @@ constexpr int64_t kMostParameters = int64_t{1} << 19;  // of one member
 
 // Where a layer's numbers lie, in Reals: of a tile's shared memory, of a member's gradients.
 struct Place {
-  int64_t reads, gradient;  // [tile][in | 1], [tile][out | 1]; of a hidden layer first the slopes
-  int64_t weight, bias;     // -1: not asked for
+  int64_t reads,
+      gradient;  // [tile][bank_stride(in)], [tile][bank_stride(out)]; of a hidden layer first the slopes
+  int64_t weight, bias;  // -1: not asked for
 };
 
 struct Arguments {
-  EnsembleMLPTraining training;  // its pointers to layers and gradients are the host's
+  MLPTrainingCall training;
+  MLPCall forward;
+  int64_t ensemble_size, num_layers;
   MLPLayer layers[kMaxLayers];
   MLPLayerGradient gradients[kMaxLayers];
   Place places[kMaxLayers];
@@ -55,23 +58,27 @@ struct Arguments {
   int64_t example_reals, member_gradients;
   int64_t tile, tiles, tiles_per_span, spans;
   int64_t lowest;  // the lowest layer that is differentiated
-  // In `partial`: double [E], double [E, spans], Real [spans, E, member_gradients], and for a shared
+  // In scratch: double [E], double [E, spans], Real [spans, E, member_gradients], and for a shared
   // input Real [E, B, I].
   double *weight_sums, *loss_sums;
   void *span_gradients, *member_inputs;
-  size_t partial_bytes;
+  size_t scratch_bytes;
 };
+static_assert(kLeavesRoom<Arguments>);
 
-int64_t count_parameters(const EnsembleMLPParams& p) {
+int64_t count_parameters(const EnsembleMLP& p) {
   int64_t n = 0;
   for (int64_t l = 0; l < p.num_layers; ++l) n += p.layers[l].out * (p.layers[l].in + 1);
   return n;
 }
 
-Arguments make_arguments(const EnsembleMLPTraining& t) {
+Arguments make_arguments(const EnsembleMLPTraining& t, void* scratch) {
   Arguments a{};
   const EnsembleMLPParams& p = t.forward;
   a.training = t;
+  a.forward = p;
+  a.ensemble_size = p.ensemble_size;
+  a.num_layers = p.num_layers;
   const int64_t n = p.num_layers;
   std::copy(p.layers, p.layers + n, a.layers);
   if (t.gradients) std::copy(t.gradients, t.gradients + n, a.gradients);
@@ -90,8 +97,8 @@ Arguments make_arguments(const EnsembleMLPTraining& t) {
     }
     if (place.weight >= 0 || place.bias >= 0) a.lowest = l;
     place.reads = a.example_reals;
-    place.gradient = place.reads + odd(layer.in);
-    a.example_reals = place.gradient + odd(layer.out);
+    place.gradient = place.reads + bank_stride(layer.in);
+    a.example_reals = place.gradient + bank_stride(layer.out);
   }
   if (t.grad_input) a.lowest = 0;
   a.example_weights = a.example_reals++;
@@ -99,7 +106,7 @@ Arguments make_arguments(const EnsembleMLPTraining& t) {
 
   const auto real = static_cast<int64_t>(p.dtype == DType::float64 ? 8 : 4);
   a.tile = std::min(kTile, kSharedBytes / (a.example_reals * real));
-  if (a.tile == 0) return a;  // can_train says no
+  if (a.tile == 0) return a;  // training_fits_one_launch says no
   a.tiles = ceil_div(p.batch, a.tile);
   // By all parameters, asked for or not: what else is asked for changes no bit.
   const int64_t most =
@@ -107,10 +114,10 @@ Arguments make_arguments(const EnsembleMLPTraining& t) {
   a.tiles_per_span = std::max<int64_t>(1, ceil_div(a.tiles, most));
   a.spans = ceil_div(a.tiles, a.tiles_per_span);
 
-  auto* at = static_cast<char*>(t.partial);
+  auto* at = static_cast<char*>(scratch);
   const auto take = [&](int64_t bytes) {
-    char* taken = at ? at + a.partial_bytes : nullptr;
-    a.partial_bytes += static_cast<size_t>(ceil_div(bytes, 256) * 256);
+    char* taken = at ? at + a.scratch_bytes : nullptr;
+    a.scratch_bytes += static_cast<size_t>(ceil_div(bytes, 256) * 256);
     return taken;
   };
   const int64_t members = p.ensemble_size, shared_input = t.grad_input && t.sum_grad_input;
@@ -122,7 +129,7 @@ Arguments make_arguments(const EnsembleMLPTraining& t) {
 }
 
 // Terms that the loss of an example is the mean of.
-__device__ inline int64_t loss_terms(const EnsembleMLPTraining& t, int64_t outputs) {
+__device__ inline int64_t loss_terms(const MLPTrainingCall& t, int64_t outputs) {
   if (t.loss == Loss::none || t.loss == Loss::cross_entropy) return 1;
   return t.loss == Loss::gaussian_nll ? outputs / 2 : outputs;
 }
@@ -133,8 +140,8 @@ __device__ inline int64_t loss_terms(const EnsembleMLPTraining& t, int64_t outpu
 template <class R>
 __global__ void __launch_bounds__(kThreads) weight_sums_kernel(const Arguments a) {
   PYENS_SHARED(double[kThreads], sums);
-  const EnsembleMLPTraining& t = a.training;
-  const int64_t batch = t.forward.batch, m = blockIdx.x;
+  const MLPTrainingCall& t = a.training;
+  const int64_t batch = a.forward.batch, m = blockIdx.x;
   const R* weight = static_cast<const R*>(t.sample_weight);
   if (weight) weight += m * t.sample_weight_member_stride;
   double sum = 0;
@@ -223,22 +230,21 @@ struct Tile {
   int64_t member, first;
   int examples;  // what counts within a tile are 32-bit numbers: a division of 64 bits is a call
 
-  __device__ const EnsembleMLPTraining& training() const { return a.training; }
-  __device__ const EnsembleMLPParams& forward() const { return a.training.forward; }
   __device__ R* reads(int64_t l) const { return shared + a.tile * a.places[l].reads; }
   __device__ R* gradient(int64_t l) const { return shared + a.tile * a.places[l].gradient; }
   __device__ R* example_weights() const { return shared + a.tile * a.example_weights; }
   __device__ R* losses() const { return shared + a.tile * a.losses; }
   __device__ const T* weight(int64_t l) const {
-    return static_cast<const T*>(a.layers[l].weight) + member * a.layers[l].weight_member_stride;
+    return static_cast<const T*>(a.layers[l].weight.data) +
+           member * a.layers[l].weight.member_stride;
   }
 
   // Examples that are left out become zeros, or a NaN in them would meet a gradient of 0.
   __device__ void load() const {
-    const EnsembleMLPParams& p = forward();
-    const R* weights = static_cast<const R*>(training().sample_weight);
-    if (weights) weights += member * training().sample_weight_member_stride + first;
-    const int in = static_cast<int>(a.layers[0].in), row = in | 1;
+    const MLPCall& p = a.forward;
+    const R* weights = static_cast<const R*>(a.training.sample_weight);
+    if (weights) weights += member * a.training.sample_weight_member_stride + first;
+    const int in = static_cast<int>(a.layers[0].in), row = bank_stride(in);
     const T* input = static_cast<const T*>(p.input) + member * p.input_member_stride +
                      first * p.input_row_stride;
     for (int i = threadIdx.x; i < examples * in; i += kThreads) {
@@ -254,9 +260,9 @@ struct Tile {
   __device__ void run_layer(int64_t l) const {
     const MLPLayer& layer = a.layers[l];
     const int in = static_cast<int>(layer.in), out = static_cast<int>(layer.out);
-    const int in_row = in | 1, out_row = out | 1;
-    const T* bias = static_cast<const T*>(layer.bias);
-    if (bias) bias += member * layer.bias_member_stride;
+    const int in_row = bank_stride(in), out_row = bank_stride(out);
+    const T* bias = static_cast<const T*>(layer.bias.data);
+    if (bias) bias += member * layer.bias.member_stride;
     const R* x = reads(l);
     const Side of_examples(examples), of_outputs(out);
     for_each_block(of_examples, of_outputs, [&](int bs, int os) {
@@ -265,7 +271,7 @@ struct Tile {
       R z[kSide][kSide];
       for (int i = 0; i < kSide; ++i) {
         row[i] = of_examples.at(bs, i) * in_row;
-        w[i] = weight(l) + of_outputs.at(os, i) * layer.weight_row_stride;
+        w[i] = weight(l) + of_outputs.at(os, i) * layer.weight.row_stride;
         for (int j = 0; j < kSide; ++j) z[i][j] = bias ? to_real(bias[of_outputs.at(os, j)]) : R(0);
       }
       add_chains(
@@ -277,7 +283,7 @@ struct Tile {
         to[of_examples.at(bs, i) * out_row + of_outputs.at(os, j)] = sum;
       });
       // Now read back one by one: the code that follows is long, and there are 16.
-      if (l + 1 == forward().num_layers) return;
+      if (l + 1 == a.num_layers) return;
 #pragma unroll 1
       for (int i = 0; i < kSide * kSide; ++i) {
         if (!of_examples.has(bs, i / kSide) || !of_outputs.has(os, i % kSide)) continue;
@@ -288,17 +294,16 @@ struct Tile {
 
   // From the output in the place of its gradient to what the next layer reads, and the slope.
   __device__ void activate_output(int64_t l, int b, int o) const {
-    const EnsembleMLPParams& p = forward();
-    const int row = static_cast<int>(a.layers[l].out) | 1;
+    const MLPCall& p = a.forward;
+    const ActivationKind kind = a.layers[l].activation.kind;
+    const int row = bank_stride(static_cast<int>(a.layers[l].out));
     const R z = gradient(l)[b * row + o];
-    R h = activate(p.activation, z), slope = activation_slope(p.activation, z, h);
-    if (p.dropout > 0) {
-      const uint64_t key = dropout_unit_key(dropout_layer_key(p.dropout_seeds[member], l), o);
-      const uint32_t hash = dropout_hash(static_cast<uint32_t>(first + b), key);
-      const bool kept = hash >= dropout_threshold(p.dropout);
-      const R scale = R(1 / (1 - p.dropout));
-      h = kept ? h * scale : R(0);
-      slope = kept ? slope * scale : R(0);
+    R h = activate(kind, z), slope = activation_slope(kind, z, h);
+    if (p.dropout.p > 0) {
+      const uint64_t key = dropout_unit_key(dropout_layer_key(p.dropout.seeds[member], l), o);
+      const ApplyDropout<R> apply_dropout(p.dropout);
+      h = apply_dropout(h, first + b, key);
+      slope = apply_dropout(slope, first + b, key);
     }
     reads(l + 1)[b * row + o] = h;
     gradient(l)[b * row + o] = slope;
@@ -306,23 +311,23 @@ struct Tile {
 
   // Loss::none: the gradient of the output is given.
   __device__ void load_output_gradient() const {
-    const EnsembleMLPTraining& t = training();
-    const int64_t l = forward().num_layers - 1;
+    const MLPTrainingCall& t = a.training;
+    const int64_t l = a.num_layers - 1;
     const int out = static_cast<int>(a.layers[l].out);
     const T* given = static_cast<const T*>(t.target) + member * t.target_member_stride +
                      first * t.target_row_stride;
     for (int i = threadIdx.x; i < examples * out; i += kThreads) {
       const int b = i / out, o = i % out;
-      gradient(l)[b * (out | 1) + o] = to_real(given[b * t.target_row_stride + o]);
+      gradient(l)[b * bank_stride(out) + o] = to_real(given[b * t.target_row_stride + o]);
     }
   }
 
   __device__ void run_loss(R scale) const {
-    const EnsembleMLPTraining& t = training();
-    const int64_t l = forward().num_layers - 1, out = a.layers[l].out;
+    const MLPTrainingCall& t = a.training;
+    const int64_t l = a.num_layers - 1, out = a.layers[l].out;
     for (int b = threadIdx.x; b < examples; b += kThreads) {
       const R w = example_weights()[b], factor = w * scale;
-      R* z = gradient(l) + b * (out | 1);
+      R* z = gradient(l) + b * bank_stride(out);
       if (w == R(0)) {
         for (int64_t f = 0; f < out; ++f) z[f] = 0;
         losses()[b] = 0;
@@ -349,7 +354,7 @@ struct Tile {
   __device__ void add_parameter_gradients(int64_t l, R* sums, bool first_of_span) const {
     const MLPLayer& layer = a.layers[l];
     const int in = static_cast<int>(layer.in), out = static_cast<int>(layer.out);
-    const int in_row = in | 1, out_row = out | 1;
+    const int in_row = bank_stride(in), out_row = bank_stride(out);
     const R *x = reads(l), *g = gradient(l);
     const auto add = [&](R* to, R sum) { *to = first_of_span ? sum : *to + sum; };
     if (a.places[l].weight >= 0) {
@@ -382,13 +387,14 @@ struct Tile {
 
   // The gradient by what layer l reads: in the place of the slopes below, or out to the input's.
   __device__ void run_input_gradient(int64_t l) const {
-    const EnsembleMLPTraining& t = training();
+    const MLPTrainingCall& t = a.training;
     const MLPLayer& layer = a.layers[l];
     const int in = static_cast<int>(layer.in), out = static_cast<int>(layer.out);
-    const int in_row = in | 1, out_row = out | 1;
+    const int in_row = bank_stride(in), out_row = bank_stride(out);
     const T* w = weight(l);
     const R* g = gradient(l);
-    const bool cuts = forward().activation == Activation::relu || forward().dropout > 0;
+    const bool cuts = l > 0 && (a.layers[l - 1].activation.kind == ActivationKind::relu ||
+                                a.forward.dropout.p > 0);
     R* input = static_cast<R*>(t.sum_grad_input ? a.member_inputs : t.grad_input);
     const Side of_examples(examples), of_inputs(in);
     for_each_block(of_inputs, of_examples, [&](int js, int bs) {
@@ -400,7 +406,7 @@ struct Tile {
       R totals[kSide][kSide] = {};
       add_chains(
           out, [&](int i, int o) { return g[row[i] + o]; },
-          [&](int i, int o) { return to_real(w[o * layer.weight_row_stride + j[i]]); }, totals);
+          [&](int i, int o) { return to_real(w[o * layer.weight.row_stride + j[i]]); }, totals);
       for_each_sum(totals, [&](int i, int k, R total) {
         if (!of_examples.has(bs, i) || !of_inputs.has(js, k)) return;
         const int b = of_examples.at(bs, i);
@@ -409,7 +415,7 @@ struct Tile {
           R* below = gradient(l - 1) + b * in_row + j[k];
           *below = cuts && *below == R(0) ? R(0) : *below * total;
         } else {
-          input[(member * forward().batch + first + b) * in + j[k]] = total;
+          input[(member * a.forward.batch + first + b) * in + j[k]] = total;
         }
       });
     });
@@ -421,16 +427,16 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 2)
     training_kernel(const Arguments a) {
   using R = Real<T>;
-  const EnsembleMLPTraining& t = a.training;
-  const EnsembleMLPParams& p = t.forward;
-  const int64_t span = blockIdx.x, member = blockIdx.y, last = p.num_layers - 1;
+  const MLPTrainingCall& t = a.training;
+  const MLPCall& p = a.forward;
+  const int64_t span = blockIdx.x, member = blockIdx.y, last = a.num_layers - 1;
   const double terms = static_cast<double>(loss_terms(t, a.layers[last].out)) *
                        (t.loss == Loss::none ? 1 : a.weight_sums[member]);
   // Without any weight there is no loss. NaN stays.
   R scale = terms == 0 ? R(0) : static_cast<R>(1 / terms);
   if (t.member_scale) scale *= static_cast<const R*>(t.member_scale)[member];
   R* sums =
-      static_cast<R*>(a.span_gradients) + (span * p.ensemble_size + member) * a.member_gradients;
+      static_cast<R*>(a.span_gradients) + (span * a.ensemble_size + member) * a.member_gradients;
   const int64_t first_tile = span * a.tiles_per_span;
   const int64_t end = min(first_tile + a.tiles_per_span, a.tiles);
   double loss = 0;  // thread 0's
@@ -440,7 +446,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 2)
                        static_cast<int>(min(a.tile, p.batch - first))};
     tile.load();
     __syncthreads();
-    for (int64_t l = 0; l < p.num_layers; ++l) {
+    for (int64_t l = 0; l < a.num_layers; ++l) {
       if (l < last || t.loss != Loss::none) tile.run_layer(l);
       __syncthreads();
     }
@@ -467,9 +473,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 2)
 
 template <class R>
 __global__ void __launch_bounds__(kThreads) add_spans_kernel(const Arguments a) {
-  const EnsembleMLPTraining& t = a.training;
-  const EnsembleMLPParams& p = t.forward;
-  const int64_t items = p.ensemble_size * a.member_gradients;
+  const MLPTrainingCall& t = a.training;
+  const int64_t items = a.ensemble_size * a.member_gradients;
   const R* gradients = static_cast<const R*>(a.span_gradients);
   for (int64_t i = first_item(); i < items; i += all_threads()) {
     const int64_t m = i / a.member_gradients, at = i % a.member_gradients;
@@ -478,7 +483,7 @@ __global__ void __launch_bounds__(kThreads) add_spans_kernel(const Arguments a) 
       const R of_span = gradients[s * items + i];
       sum = s == 0 ? of_span : sum + of_span;
     }
-    for (int64_t l = 0; l < p.num_layers; ++l) {
+    for (int64_t l = 0; l < a.num_layers; ++l) {
       const Place& place = a.places[l];
       const int64_t weights = a.layers[l].out * a.layers[l].in, biases = a.layers[l].out;
       if (place.weight >= 0 && at >= place.weight && at < place.weight + weights) {
@@ -489,10 +494,10 @@ __global__ void __launch_bounds__(kThreads) add_spans_kernel(const Arguments a) 
     }
   }
   if (!t.loss_output) return;
-  for (int64_t m = first_item(); m < p.ensemble_size; m += all_threads()) {
+  for (int64_t m = first_item(); m < a.ensemble_size; m += all_threads()) {
     double loss = 0;
     for (int64_t s = 0; s < a.spans; ++s) loss += a.loss_sums[m * a.spans + s];
-    const int64_t outputs = a.layers[p.num_layers - 1].out;
+    const int64_t outputs = a.layers[a.num_layers - 1].out;
     const double terms = a.weight_sums[m] * static_cast<double>(loss_terms(t, outputs));
     static_cast<R*>(t.loss_output)[m] = terms == 0 ? R(0) : static_cast<R>(loss / terms);
   }
@@ -500,12 +505,11 @@ __global__ void __launch_bounds__(kThreads) add_spans_kernel(const Arguments a) 
 
 template <class R>
 __global__ void __launch_bounds__(kThreads) add_members_kernel(const Arguments a) {
-  const EnsembleMLPParams& p = a.training.forward;
-  const int64_t size = p.batch * a.layers[0].in;
+  const int64_t size = a.forward.batch * a.layers[0].in;
   const R* inputs = static_cast<const R*>(a.member_inputs);
   for (int64_t i = first_item(); i < size; i += all_threads()) {
     R sum = inputs[i];
-    for (int64_t m = 1; m < p.ensemble_size; ++m) sum += inputs[m * size + i];
+    for (int64_t m = 1; m < a.ensemble_size; ++m) sum += inputs[m * size + i];
     static_cast<R*>(a.training.grad_input)[i] = sum;
   }
 }
@@ -513,9 +517,8 @@ __global__ void __launch_bounds__(kThreads) add_members_kernel(const Arguments a
 template <class T>
 const char* train_as(const Arguments& a, void* stream) {
   using R = Real<T>;
-  const EnsembleMLPTraining& t = a.training;
-  const EnsembleMLPParams& p = t.forward;
-  const auto members = static_cast<unsigned>(p.ensemble_size);
+  const MLPTrainingCall& t = a.training;
+  const auto members = static_cast<unsigned>(a.ensemble_size);
   const char* error = nullptr;
   if (t.loss != Loss::none) {
     error = launch(weight_sums_kernel<R>, members, kThreads, 0, stream, a);
@@ -525,10 +528,10 @@ const char* train_as(const Arguments& a, void* stream) {
   error = launch(training_kernel<T>, dim3(static_cast<unsigned>(a.spans), members), kThreads, bytes,
                  stream, a);
   if (error) return error;
-  const int64_t items = std::max(p.ensemble_size * a.member_gradients, p.ensemble_size);
+  const int64_t items = std::max(a.ensemble_size * a.member_gradients, a.ensemble_size);
   error = launch(add_spans_kernel<R>, striding_blocks(items, kThreads), kThreads, 0, stream, a);
   if (error || !t.grad_input || !t.sum_grad_input) return error;
-  return launch(add_members_kernel<R>, striding_blocks(p.batch * a.layers[0].in, kThreads),
+  return launch(add_members_kernel<R>, striding_blocks(a.forward.batch * a.layers[0].in, kThreads),
                 kThreads, 0, stream, a);
 }
 
@@ -536,24 +539,24 @@ const char* train_as(const Arguments& a, void* stream) {
 
 namespace ensemble_mlp_cuda {
 
-bool can_train(const EnsembleMLPParams& p) {
+bool training_fits_one_launch(const EnsembleMLP& p) {
   if (p.num_layers > kMaxLayers || p.ensemble_size > 65535) return false;
   int64_t reals = 2;  // of one example
   for (int64_t l = 0; l < p.num_layers; ++l) {
-    reals += odd(p.layers[l].in) + odd(p.layers[l].out);
+    reals += bank_stride(p.layers[l].in) + bank_stride(p.layers[l].out);
   }
   const int64_t real = p.dtype == DType::float64 ? 8 : 4;
   return count_parameters(p) <= kMostParameters && reals * real * kSmallestTile <= kSharedBytes;
 }
 
-size_t partial_bytes(const EnsembleMLPTraining& training) {
-  return make_arguments(training).partial_bytes;
+size_t scratch_bytes(const EnsembleMLPTraining& training) {
+  return make_arguments(training, nullptr).scratch_bytes;
 }
 
-const char* train(const EnsembleMLPTraining& training, void* stream) {
+const char* train(const EnsembleMLPTraining& training, void* scratch, void* stream) {
   if (training.forward.batch == 0) return nullptr;
-  if (!can_train(training.forward)) return "layers too wide to train in one launch";
-  const Arguments a = make_arguments(training);
+  if (!training_fits_one_launch(training.forward)) return "layers too wide to train in one launch";
+  const Arguments a = make_arguments(training, scratch);
   return by_dtype(training.forward.dtype, [&](auto* of) {
     return train_as<std::remove_pointer_t<decltype(of)>>(a, stream);
   });

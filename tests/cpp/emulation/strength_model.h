@@ -6,7 +6,8 @@
 
 namespace emulated_test {
 
-using pyens::Activation;
+using pyens::ActivationKind;
+using pyens::kActivationKinds;
 
 template <class T>
 struct Results {
@@ -22,7 +23,7 @@ struct Model {
   using R = RealFor<T>;
   int64_t members, batch, units = 0;
   std::vector<int64_t> widths;
-  Activation activation;
+  ActivationKind activation;
   std::unique_ptr<Values<T>> input;
   std::vector<std::unique_ptr<Values<T>>> weights, biases;
   std::unique_ptr<Values<R>> mean, std;
@@ -30,7 +31,7 @@ struct Model {
   double dropout = 0;
   std::unique_ptr<Values<int64_t>> seeds;
 
-  Model(int64_t e, int64_t b, std::vector<int64_t> w, Activation act, Statistics statistics)
+  Model(int64_t e, int64_t b, std::vector<int64_t> w, ActivationKind act, Statistics statistics)
       : members(e), batch(b), widths(std::move(w)), activation(act) {
     Random random(e * 1000 + b);
     input = std::make_unique<Values<T>>(random, b * widths[0]);
@@ -68,11 +69,13 @@ struct Model {
     std::vector<pyens::MLPLayer> layers;
     for (size_t l = 0; l + 1 < widths.size(); ++l) {
       pyens::MLPLayer layer{};
-      layer.in = layer.weight_row_stride = widths[l];
-      layer.out = layer.bias_member_stride = widths[l + 1];
-      layer.weight_member_stride = layer.in * layer.out;
-      layer.weight = side(weights[l]);
-      layer.bias = side(biases[l]);
+      layer.weight.format = dtype_of<T>();
+      if (l + 2 < widths.size()) layer.activation.kind = activation;
+      layer.in = layer.weight.row_stride = widths[l];
+      layer.out = layer.bias.member_stride = widths[l + 1];
+      layer.weight.member_stride = layer.in * layer.out;
+      layer.weight.data = side(weights[l]);
+      layer.bias.data = side(biases[l]);
       layers.push_back(layer);
     }
     pyens::ActivationStrengthParams strength{};
@@ -82,10 +85,9 @@ struct Model {
     strength.mean_member_stride = strength.std_member_stride = member_stride;
     strength.value = value;
     strength.active = active;
-    strength.pack = pack;
-    pyens::EnsembleMLPParams p{};
+    strength.bitpack = pack;
+    pyens::ensemble_mlp_cpu::Forward p{};
     p.dtype = dtype_of<T>();
-    p.activation = activation;
     p.ensemble_size = members;
     p.batch = batch;
     p.num_layers = static_cast<int64_t>(layers.size());
@@ -93,9 +95,9 @@ struct Model {
     p.input = side(input);
     p.input_row_stride = widths[0];
     p.output = output;
-    p.dropout = dropout;
-    p.dropout_seeds = static_cast<const int64_t*>(side(seeds));
-    if (value) p.strength = &strength;
+    p.dropout.p = dropout;
+    p.dropout.seeds = static_cast<const int64_t*>(side(seeds));
+    if (value) p.strength = strength;
     run(p);
   }
 

@@ -12,13 +12,14 @@ using namespace emulated_test;
 
 template <class T>
 Results<T> on_gpu(Model<T>& model, bool pack, uint64_t seed, bool with_strength = true) {
-  return model.on_gpu(pack, seed, with_strength,
-                      [](const auto& p) { return pyens::ensemble_mlp_cuda::run(p, nullptr); });
+  return model.on_gpu(pack, seed, with_strength, [](const auto& p) {
+    return pyens::ensemble_mlp_cuda::run(p, /*tf32=*/false, nullptr);
+  });
 }
 
 template <class T>
-void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths, Activation activation,
-          Statistics statistics, bool pack) {
+void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths,
+          ActivationKind activation, Statistics statistics, bool pack) {
   ++problems;
   Model<T> model(members, batch, widths, activation, statistics);
   const Results<T> expected = model.on_cpu(pack), first = on_gpu(model, pack, 1);
@@ -47,7 +48,7 @@ void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths, Ac
 template <class T>
 void test_active(int64_t members, int64_t batch, const std::vector<int64_t>& widths) {
   ++problems;
-  Model<T> model(members, batch, widths, Activation::tanh, Statistics::none);
+  Model<T> model(members, batch, widths, ActivationKind::tanh, Statistics::none);
   const Results<T> got = on_gpu(model, false, 1), packed = on_gpu(model, true, 2);
   check(same_bits(got.value, packed.value), "values beside packed bits");
   int64_t wrong = 0, wrong_bits = 0;
@@ -69,7 +70,7 @@ void test_active(int64_t members, int64_t batch, const std::vector<int64_t>& wid
 // A NaN reaches the values of what is alive, and nothing else.
 void test_nan() {
   ++problems;
-  Model<float> model(1, 2, {3, 7, 2}, Activation::relu, Statistics::shared);
+  Model<float> model(1, 2, {3, 7, 2}, ActivationKind::relu, Statistics::shared);
   model.input->gpu.data()[0] = std::numeric_limits<float>::quiet_NaN();
   const Results<float> got = on_gpu(model, false, 1);
   for (size_t u = 0; u < 7; ++u) {
@@ -85,11 +86,12 @@ void test_nan() {
 int main() {
   const std::vector<std::vector<int64_t>> shapes = {
       {4, 2}, {1, 1, 1}, {5, 3, 2}, {3, 1, 1, 1, 9, 1, 7, 2}, {33, 17, 9, 7}, {129, 16, 8, 5}};
-  const Activation activations[] = {Activation::relu, Activation::gelu, Activation::elu};
+  const ActivationKind activations[] = {ActivationKind::relu, ActivationKind::gelu,
+                                        ActivationKind::elu};
   int i = 0;
   for (const auto& widths : shapes) {
     for (const int64_t batch : {1, 7, 65}) {
-      const Activation activation = activations[i % 3];
+      const ActivationKind activation = activations[i % 3];
       const Statistics statistics = i % 2 ? Statistics::own : Statistics::shared;
       test<float>(1 + i % 3, batch, widths, activation, statistics, i % 4 < 2);
       test<double>(1 + i % 2, batch, widths, activation, statistics, i % 4 >= 2);

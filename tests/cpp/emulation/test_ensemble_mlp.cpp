@@ -9,7 +9,9 @@
 namespace {
 
 using namespace emulated_test;
-using pyens::Activation;
+using pyens::ActivationKind;
+using pyens::kActivationKinds;
+using pyens::kActivations;
 
 // What a view of another tensor brings along.
 struct View {
@@ -21,9 +23,9 @@ struct View {
 // Layer widths, with all that the parameters say about strides: rows lie kPad elements further apart than
 // they are long.
 template <class T, int64_t kPad = 3>
-void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths, Activation activation,
-          bool shared_input, bool with_bias, double dropout, bool tf32 = false,
-          const View& view = {}) {
+void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths,
+          ActivationKind activation, bool shared_input, bool with_bias, double dropout,
+          bool tf32 = false, const View& view = {}) {
   Random random(members * 1000 + batch);
   const size_t layers = widths.size() - 1;
   std::vector<T> inputs =
@@ -44,22 +46,23 @@ void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths, Ac
     weights.push_back(std::make_unique<Values<T>>(random, members * out * row, scale));
     biases.push_back(std::make_unique<Values<T>>(random, members * out, 0.3));
     pyens::MLPLayer layer{};
+    layer.weight.format = dtype_of<T>();
+    if (l + 1 < layers) layer.activation.kind = activation;
     layer.in = in;
     layer.out = out;
-    layer.weight_member_stride = view.shared_weights ? 0 : out * row;
-    layer.weight_row_stride = row;
-    layer.bias_member_stride = view.shared_weights ? 0 : out;
-    layer.weight = weights[l]->cpu.data();
-    layer.bias = with_bias ? biases[l]->cpu.data() : nullptr;
+    layer.weight.member_stride = view.shared_weights ? 0 : out * row;
+    layer.weight.row_stride = row;
+    layer.bias.member_stride = view.shared_weights ? 0 : out;
+    layer.weight.data = weights[l]->cpu.data();
+    layer.bias.data = with_bias ? biases[l]->cpu.data() : nullptr;
     on_cpu.push_back(layer);
-    layer.weight = weights[l]->gpu.data();
-    layer.bias = with_bias ? biases[l]->gpu.data() : nullptr;
+    layer.weight.data = weights[l]->gpu.data();
+    layer.bias.data = with_bias ? biases[l]->gpu.data() : nullptr;
     on_gpu.push_back(layer);
   }
   const size_t outputs = static_cast<size_t>(members * batch * widths.back());
-  pyens::EnsembleMLPParams p{};
+  pyens::ensemble_mlp_cpu::Forward p{};
   p.dtype = dtype_of<T>();
-  p.activation = activation;
   p.ensemble_size = members;
   p.batch = batch;
   p.num_layers = static_cast<int64_t>(layers);
@@ -67,9 +70,8 @@ void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths, Ac
   p.input = input.cpu.data() + view.skipped;
   p.input_row_stride = widths[0] + kPad;
   p.input_member_stride = shared_input ? 0 : batch * p.input_row_stride;
-  p.tf32 = tf32;
-  p.dropout = dropout;
-  p.dropout_seeds = seed_values.data();
+  p.dropout.p = dropout;
+  p.dropout.seeds = seed_values.data();
   std::vector<T> expected(outputs);
   p.output = expected.data();
   {
@@ -79,19 +81,19 @@ void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths, Ac
   }
   p.layers = on_gpu.data();
   p.input = input.gpu.data() + view.skipped;
-  p.dropout_seeds = seeds.data();
+  p.dropout.seeds = seeds.data();
   // What hidden activations are rounded to, the CPU's or the GPU's.
   const double tolerance = std::is_same_v<T, pyens::BFloat16> ? 0.03
                            : sizeof(T) == 2 || tf32           ? 0.004
                                                               : kTight;
   run_all_orders<T>("ensemble_mlp", expected, tolerance, [&](void* output) {
     p.output = output;
-    return pyens::ensemble_mlp_cuda::run(p, nullptr);
+    return pyens::ensemble_mlp_cuda::run(p, tf32, nullptr);
   });
 }
 
 // Weights, biases and an example, against what a block may have.
-void test_in_one_launch() {
+void test_fits_one_launch() {
   ++problems;
   const auto fits = [](const std::vector<int64_t>& widths, pyens::DType dtype, int64_t batch = 1) {
     std::vector<pyens::MLPLayer> layers(widths.size() - 1);
@@ -104,7 +106,7 @@ void test_in_one_launch() {
     p.batch = batch;
     p.num_layers = static_cast<int64_t>(layers.size());
     p.layers = layers.data();
-    return pyens::ensemble_mlp_cuda::in_one_launch(p);
+    return pyens::ensemble_mlp_cuda::fits_one_launch(p, /*tf32=*/false);
   };
   using pyens::DType;
   emulation::device.shared_limit = 4 * 100 * (99 + 1);
@@ -127,15 +129,12 @@ void test_in_one_launch() {
 }  // namespace
 
 int main() {
-  test_in_one_launch();
-  const Activation activations[] = {Activation::relu,    Activation::gelu,     Activation::silu,
-                                    Activation::elu,     Activation::softplus, Activation::tanh,
-                                    Activation::identity};
+  test_fits_one_launch();
   const std::vector<std::vector<int64_t>> shapes = {{1, 1}, {5, 3}, {33, 17, 9, 7}, {129, 13, 5}};
   int i = 0;
   for (const auto& widths : shapes) {
     for (const int64_t batch : {1, 7, 65}) {
-      const Activation activation = activations[i % 7];
+      const ActivationKind activation = kActivationKinds[i % kActivations];
       const bool shared = i % 2 == 0, with_bias = i % 3 != 0;
       const double dropout = i % 4 == 1 ? 0.3 : 0;
       test<float>(1 + i % 3, batch, widths, activation, shared, with_bias, dropout);
@@ -149,7 +148,7 @@ int main() {
   const std::vector<std::vector<int64_t>> wide = {{20, 64, 33, 5}, {7, 100, 18}, {50, 3, 81, 17}};
   for (const auto& widths : wide) {
     for (const int64_t batch : {1, 33, 150}) {
-      const Activation activation = activations[i % 3 == 0 ? i / 3 % 7 : 0];
+      const ActivationKind activation = kActivationKinds[i % 3 == 0 ? i / 3 % kActivations : 0];
       const double dropout = i % 4 == 2 ? 0.4 : 0;
       const bool shared = i % 2 == 0;
       test<pyens::BFloat16, 2>(2, batch, widths, activation, shared, true, dropout);
@@ -161,20 +160,23 @@ int main() {
   // Where words and vectors would be read across their alignment; NaN; weights that members share.
   for (const int64_t skipped : {1, 2, 3, 4}) {
     const View view{skipped, skipped % 2 == 1, true};
-    const auto relu = Activation::relu;
+    const auto relu = ActivationKind::relu;
     test<pyens::BFloat16, 2>(3, 40, {20, 33, 6}, relu, false, true, 0, false, view);
-    test<pyens::Float16, 1>(2, 40, {19, 70, 6}, activations[skipped], true, true, 0, false, view);
+    test<pyens::Float16, 1>(2, 40, {19, 70, 6}, kActivationKinds[skipped], true, true, 0, false,
+                            view);
     test<float, 2>(2, 40, {10, 33, 6}, relu, false, true, 0, true, view);
     test<float, 4>(3, 65, {8, 33, 6}, relu, false, true, 0, false, view);
-    test<float, 3>(2, 65, {9, 17, 6}, activations[skipped], true, true, 0, false, view);
+    test<float, 3>(2, 65, {9, 17, 6}, kActivationKinds[skipped], true, true, 0, false, view);
     test<float, 1>(2, 5, {9, 17, 6}, relu, false, true, 0, false, view);
   }
   // What fits beside the weights: 4, 2 or 1 examples to a lane of plain multiply-adds, or none.
   for (const int kilobytes : {227, 80, 40, 10}) {
     emulation::device.shared_limit = kilobytes * 1024;
     for (const int64_t batch : {64, 333}) {
-      test<float>(2, batch, {33, 17, 9, 7}, activations[i % 7], i % 2 == 0, true, i % 3 * 0.2);
-      test<float, 0>(1, batch, {8, 150, 3}, activations[i % 7], i % 2 == 0, false, 0);
+      test<float>(2, batch, {33, 17, 9, 7}, kActivationKinds[i % kActivations], i % 2 == 0, true,
+                  i % 3 * 0.2);
+      test<float, 0>(1, batch, {8, 150, 3}, kActivationKinds[i % kActivations], i % 2 == 0, false,
+                     0);
       ++i;
     }
   }

@@ -24,9 +24,9 @@ std::vector<RealFor<T>> products(const pyens::MLPLayer& layer, int64_t members, 
       for (int64_t o = 0; o < layer.out; ++o) {
         double sum = 0;
         for (int64_t i = 0; i < layer.in; ++i) {
-          const int64_t w = m * layer.weight_member_stride + o * layer.weight_row_stride + i;
+          const int64_t w = m * layer.weight.member_stride + o * layer.weight.row_stride + i;
           sum += to_double(input[m * member_stride + b * layer.in + i]) *
-                 to_double(element<T>(layer.weight, w));
+                 to_double(element<T>(layer.weight.data, w));
         }
         z.push_back(static_cast<RealFor<T>>(sum));
       }
@@ -75,8 +75,9 @@ const char* forward(const pyens::EnsembleMLPParams& p, int64_t first, int64_t ro
 }
 
 template <class T>
-void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths, Activation activation,
-          Statistics statistics, bool with_strength, bool pack, double dropout) {
+void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths,
+          ActivationKind activation, Statistics statistics, bool with_strength, bool pack,
+          double dropout) {
   ++problems;
   Model<T> model(members, batch, widths, activation, statistics);
   model.dropout = dropout;
@@ -108,14 +109,11 @@ void test_shapes() {
   const std::vector<std::vector<int64_t>> shapes = {
       {4, 2},     {3, 1, 1, 1, 9, 1, 7, 2}, {5, 16, 8, 24, 3}, {5, 16, 3, 8, 2}, {7, 300, 5},
       {6, 280, 8}};
-  const Activation activations[] = {Activation::relu,    Activation::gelu,     Activation::silu,
-                                    Activation::elu,     Activation::softplus, Activation::tanh,
-                                    Activation::identity};
   int i = 0;
   for (const auto& widths : shapes) {
     for (const int64_t batch : {1, 7, 70}) {
       const Statistics statistics = i % 2 ? Statistics::own : Statistics::shared;
-      const Activation activation = activations[i % 7];
+      const ActivationKind activation = pyens::kActivationKinds[i % pyens::kActivations];
       const bool with_strength = widths.size() > 2;
       test<T>(1 + i % 3, batch, widths, activation, statistics, false, false, i % 2 ? 0.3 : 0);
       test<T>(1 + i % 2, batch, widths, activation, statistics, with_strength, i % 3 > 0, 0);
@@ -127,7 +125,7 @@ void test_shapes() {
 // A NaN stays in its example, and reaches the values of what is alive.
 void test_nan() {
   ++problems;
-  Model<float> model(1, 2, {3, 8, 2}, Activation::relu, Statistics::shared);
+  Model<float> model(1, 2, {3, 8, 2}, ActivationKind::relu, Statistics::shared);
   model.input->gpu.data()[0] = std::numeric_limits<float>::quiet_NaN();
   const auto run = [](const auto& p) { return forward<float>(p, 0, 2); };
   const Results<float> got = model.on_gpu(false, 1, true, run);

@@ -10,7 +10,9 @@
 namespace {
 
 using namespace emulated_test;
-using pyens::Activation;
+using pyens::ActivationKind;
+using pyens::kActivationKinds;
+using pyens::kActivations;
 using pyens::Loss;
 namespace cpu = pyens::ensemble_mlp_cpu;
 namespace gpu = pyens::ensemble_mlp_cuda;
@@ -19,7 +21,7 @@ struct Case {
   int64_t members, batch;
   std::vector<int64_t> widths;
   Loss loss;
-  Activation activation;
+  ActivationKind activation;
   bool shared_input, shared_target, with_bias;
   int weighted;  // 0 no, 1 one weight per example, 2 one per member and example
   double dropout;
@@ -91,7 +93,7 @@ struct Problem {
   struct Parameters {
     std::vector<pyens::MLPLayer> layers;
     std::vector<pyens::MLPLayerGradient> gradients;
-    pyens::EnsembleMLPTraining training{};
+    cpu::Training training{};
   };
 
   // at(values): where that side reads them.
@@ -102,18 +104,19 @@ struct Problem {
     p.gradients.resize(n);
     for (size_t l = 0; l < n; ++l) {
       pyens::MLPLayer& layer = p.layers[l];
+      layer.weight.format = dtype_of<T>();
+      if (l + 1 < n) layer.activation.kind = c.activation;
       layer.in = c.widths[l];
       layer.out = c.widths[l + 1];
-      layer.weight = at(*weights[l]);
-      layer.bias = c.with_bias ? at(*biases[l]) : nullptr;
-      layer.weight_member_stride = layer.out * layer.in;
-      layer.weight_row_stride = layer.in;
-      layer.bias_member_stride = layer.out;
+      layer.weight.data = at(*weights[l]);
+      layer.bias.data = c.with_bias ? at(*biases[l]) : nullptr;
+      layer.weight.member_stride = layer.out * layer.in;
+      layer.weight.row_stride = layer.in;
+      layer.bias.member_stride = layer.out;
     }
-    pyens::EnsembleMLPTraining& t = p.training;
+    cpu::Training& t = p.training;
     pyens::EnsembleMLPParams& f = t.forward;
     f.dtype = dtype_of<T>();
-    f.activation = c.activation;
     f.ensemble_size = c.members;
     f.batch = c.batch;
     f.num_layers = static_cast<int64_t>(n);
@@ -121,8 +124,8 @@ struct Problem {
     f.input = at(*input);
     f.input_row_stride = c.widths[0];
     f.input_member_stride = c.shared_input ? 0 : c.batch * c.widths[0];
-    f.dropout = c.dropout;
-    f.dropout_seeds = at(*seeds);
+    f.dropout.p = c.dropout;
+    f.dropout.seeds = at(*seeds);
     t.loss = c.loss;
     t.temperature = c.loss == Loss::cross_entropy ? 0.75 : 1;
     if (c.loss == Loss::none) {
@@ -156,7 +159,7 @@ struct Problem {
     for (const auto& bias : biases) r.emplace_back(bias->cpu.size());
     Parameters p;
     set(p, [](const auto& values) { return values.cpu.data(); });
-    pyens::EnsembleMLPTraining& t = p.training;
+    cpu::Training& t = p.training;
     if (c.loss != Loss::none) t.loss_output = r[0].data();
     t.grad_input = r[1].data();
     for (size_t l = 0; l < weights.size(); ++l) {
@@ -177,7 +180,7 @@ struct Problem {
   Results run_gpu(const std::string& what) const {
     Parameters p;
     set(p, [](const auto& values) { return values.gpu.data(); });
-    pyens::EnsembleMLPTraining& t = p.training;
+    cpu::Training& t = p.training;
     Global<R> loss(static_cast<size_t>(c.members), "loss"), grad_input(input_size(), "grad_input");
     std::vector<std::unique_ptr<Global<R>>> of_weights, of_biases;
     for (size_t l = 0; l < weights.size(); ++l) {
@@ -188,10 +191,9 @@ struct Problem {
     }
     if (c.loss != Loss::none) t.loss_output = loss.data();
     if (c.wanted & 1) t.grad_input = grad_input.data();
-    check(gpu::can_train(t.forward), what + ": can be trained");
-    Global<char> partial(gpu::partial_bytes(t), "partial");
-    t.partial = partial.data();
-    const char* error = gpu::train(t, nullptr);
+    check(gpu::training_fits_one_launch(t.forward), what + ": can be trained");
+    Global<char> scratch(gpu::scratch_bytes(t), "scratch");
+    const char* error = gpu::train(t, scratch.data(), nullptr);
     check(error == nullptr, what + ": " + (error ? error : ""));
     Results r{loss.host(), grad_input.host()};
     for (const auto& g : of_weights) r.push_back(g->host());
@@ -234,9 +236,9 @@ void test(const Case& c) {
   }
 }
 
-// A class that there is not and a negative weight: NaN for those members, and for no others.
+// An out-of-range class and a negative weight: NaN for those members, and for no others.
 void test_wrong_values() {
-  Case c{3, 9, {4, 5, 3}, Loss::cross_entropy, Activation::tanh, true, false, true, 2, 0};
+  Case c{3, 9, {4, 5, 3}, Loss::cross_entropy, ActivationKind::tanh, true, false, true, 2, 0};
   for (const int which : {0, 1, 2}) {
     Problem<float> problem(c);
     const auto right = problem.run_gpu("wrong values");
@@ -261,15 +263,12 @@ void test_wrong_values() {
 
 int main() {
   const Loss losses[] = {Loss::none, Loss::mse, Loss::bce, Loss::gaussian_nll, Loss::cross_entropy};
-  const Activation activations[] = {Activation::relu,    Activation::gelu,     Activation::silu,
-                                    Activation::elu,     Activation::softplus, Activation::tanh,
-                                    Activation::identity};
   const std::vector<std::vector<int64_t>> shapes = {{3, 2}, {5, 7, 4}, {9, 13, 6, 2}};
   int i = 0;
   for (const auto& widths : shapes) {
     for (const int64_t batch : {1, 6, 67}) {
       for (const Loss loss : losses) {
-        Case c{1 + i % 3,  batch,      widths,     loss,      activations[i % 7],
+        Case c{1 + i % 3,  batch,      widths,     loss,      kActivationKinds[i % kActivations],
                i % 2 == 0, i % 3 == 0, i % 4 != 1, i / 2 % 3, i % 3 == 1 ? 0.25 : 0.0};
         if (i % 5 == 4) c.wanted = static_cast<unsigned>(i / 5 % 8);
         test<double>(c);
@@ -279,11 +278,12 @@ int main() {
     }
   }
   // Inputs longer than a block of 128; a tile of fewer than 64 examples.
-  test<float>({2, 70, {131, 140, 5}, Loss::mse, Activation::relu, true, true, true, 0, 0});
+  test<float>({2, 70, {131, 140, 5}, Loss::mse, ActivationKind::relu, true, true, true, 0, 0});
   // More tiles than spans.
-  test<float>({1, 64 * 33 + 5, {1, 1}, Loss::mse, Activation::relu, true, true, true, 1, 0});
-  test<pyens::BFloat16>({2, 6, {5, 4, 2}, Loss::mse, Activation::relu, true, true, true, 0, 0});
-  test<pyens::Float16>({2, 5, {5, 4, 2}, Loss::bce, Activation::relu, false, false, true, 0, 0});
+  test<float>({1, 64 * 33 + 5, {1, 1}, Loss::mse, ActivationKind::relu, true, true, true, 1, 0});
+  test<pyens::BFloat16>({2, 6, {5, 4, 2}, Loss::mse, ActivationKind::relu, true, true, true, 0, 0});
+  test<pyens::Float16>(
+      {2, 5, {5, 4, 2}, Loss::bce, ActivationKind::relu, false, false, true, 0, 0});
   test_wrong_values();
   return finish();
 }
