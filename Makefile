@@ -25,7 +25,7 @@ MAKEFLAGS     += --no-print-directory
 SHELL         := bash
 .SHELLFLAGS   := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help build demo test lint format kernels bench build-cuda test-cuda bench-cuda clean distclean FORCE
+.PHONY: help build demo test lint format kernels cpp bench build-cuda test-cuda bench-cuda clean distclean FORCE
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -52,6 +52,11 @@ kernels: $(filter $(VENV)/%,$(CMAKE)) ## kernels without torch: ctest under sani
 	$(CMAKE) -S . -B build/kernels -DPYENS_SANITIZE=ON
 	$(CMAKE) --build build/kernels --parallel $(JOBS)
 	CTEST_OUTPUT_ON_FAILURE=1 CTEST_PARALLEL_LEVEL=$(JOBS) $(CMAKE) --build build/kernels --target test
+
+cpp: $(BUILT) $(filter $(VENV)/%,$(CMAKE)) ## a C++ program without Python loads the operations and runs one
+	$(CMAKE) -S tests/cpp/torch -B build/cpp -DCMAKE_PREFIX_PATH="$$($(PY) -c 'import torch; print(torch.utils.cmake_prefix_path)')"
+	$(CMAKE) --build build/cpp
+	build/cpp/load_operations pyens/_operations.abi3.so
 
 BENCHMARKS := ensemble_mlp training decorrelation uncertainty masksembles activation_strength serving
 

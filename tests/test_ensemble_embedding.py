@@ -570,8 +570,8 @@ def test_bad_input_to_the_backward_operations():
         ((5, 5), (3, 3), (0, 1)): r"grad: expected at least 6 features, got shape \[2, 3, 5\]",
         ((5, 5), (2,), (0, 1)): r"dims: expected one for each of the 2 tables, got 1",
         ((5, 5), (2, 0), (0, 1)): r"num_embeddings and dims of table 1: expected at least 1, got 5 and 0",
-        ((5, 5), (2, 2), (1, 0)): r"wanted: expected ascending positions from 0 to 2",
-        ((5, 5), (2, 2), (3,)): r"wanted: expected ascending positions from 0 to 2",
+        ((5, 5), (2, 2), (1, 0)): r"needs_grad: expected ascending positions from 0 to 2",
+        ((5, 5), (2, 2), (3,)): r"needs_grad: expected ascending positions from 0 to 2",
     }.items():
         with pytest.raises(ValueError, match=message):
             ops.ensemble_embedding_concat_backward(grad, torch.stack([wrong, wrong], -1), *sizes, False)

@@ -26,16 +26,18 @@ int main(int argc, char** argv) {
   require(argc == 2, "usage: load_operations LIBRARY");
   require(dlsym(RTLD_DEFAULT, "Py_Initialize") == nullptr, "there is no Python in this process");
   if (dlopen(argv[1], RTLD_NOW) == nullptr) require(false, dlerror());
-  require(dlsym(RTLD_DEFAULT, "Py_Initialize") == nullptr, "the operations bring no Python with them");
+  require(dlsym(RTLD_DEFAULT, "Py_Initialize") == nullptr,
+          "the operations bring no Python with them");
 
   // Two members, one of which is twice the other: outputs x W^T and 2 x W^T.
   const at::Tensor weight = at::rand({1, 3, 4});
   const at::Tensor weights = at::cat({weight, 2 * weight}).requires_grad_();
   const at::Tensor input = at::rand({5, 4});
-  const auto op = c10::Dispatcher::singleton()
-                      .findSchemaOrThrow("pyens::ensemble_mlp", "")
-                      .typed<at::Tensor(const at::Tensor&, at::TensorList, at::TensorList,
-                                        std::string_view, double, const std::optional<at::Tensor>&)>();
+  const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("pyens::ensemble_mlp", "")
+          .typed<at::Tensor(const at::Tensor&, at::TensorList, at::TensorList, std::string_view,
+                            double, const std::optional<at::Tensor>&)>();
   const at::Tensor output = op.call(input, {weights}, {}, "relu", 0.0, std::nullopt);
   require(output.sizes() == at::IntArrayRef({2, 5, 3}), "the shape of the outputs");
   require(at::allclose(output[0], at::linear(input, weight[0])), "the outputs of member 0");
