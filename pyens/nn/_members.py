@@ -11,7 +11,7 @@ from pyens.nn.ensemble import Ensemble
 class Members(Ensemble):
     """An ensemble of one kind of layer or stack of layers: `stacked` are all of its parameters."""
 
-    def _parameters_alone(self, function: str) -> tuple[list[Tensor], list[Tensor]]:
+    def _parameters_alone(self, function: str) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """`stacked()` to be written to."""
         weights, biases = self.stacked()
         if not all(isinstance(tensor, nn.Parameter) for tensor in (*weights, *biases)):
@@ -41,7 +41,7 @@ class Members(Ensemble):
             raise ValueError(f"load_stacked: params: expected only weights and biases, got {unknown}")
         given_weights = [t for name, t in params.items() if name.endswith("weight")]
         given_biases = [t for name, t in params.items() if name.endswith("bias")]
-        for own, given_tensor in zip(weights + biases, given_weights + given_biases, strict=True):
+        for own, given_tensor in zip((*weights, *biases), given_weights + given_biases, strict=True):
             own.copy_(given_tensor)
 
     def extra_repr(self) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -56,7 +58,7 @@ class Ensemble(nn.Module):
         """What the members' MLPs take, `[B, I]` or `[E, B, I]`, from the arguments of `forward`."""
         return input
 
-    def stacked(self) -> tuple[list[Tensor], list[Tensor]]:
+    def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Weights `[E, out, in]` and biases `[E, out]` (none: empty) of the members' MLPs, layer by layer."""
         raise NotImplementedError(f"stacked: expected an ensemble of MLPs, got a {type(self).__name__}")
 
@@ -195,6 +197,15 @@ def parameters_of(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
             if isinstance(hook, (BasePruningMethod, SpectralNorm, WeightNorm)):
                 hook(module, None)
         return [getattr(module, name) for name in names]
+
+
+def reader(names: Sequence[str]) -> Callable[[Mapping[str, Tensor]], Sequence[Tensor]]:
+    """The fastest function from a dict to its values of these names; KeyError if one is missing."""
+    return itemgetter(*names) if len(names) > 1 else partial(_values, names)
+
+
+def _values(names: Sequence[str], of: Mapping[str, Tensor]) -> list[Tensor]:
+    return [of[name] for name in names]
 
 
 def chosen_members(ensemble_size: int, indices: Indices) -> Tensor:

@@ -86,7 +86,7 @@ class EnsembleEmbedding(Members):
         new.weight = nn.Parameter(weight)
         return new.train(modules[0].training)
 
-    def stacked(self) -> tuple[list[Tensor], list[Tensor]]:
+    def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """The tables `[E, num_embeddings, embedding_dim]`, and no biases."""
         return parameters_of(self, ("weight",)), []
 

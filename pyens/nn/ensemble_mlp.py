@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from typing_extensions import Self
 
 from pyens import ops
 from pyens.nn import _sequential
 from pyens.nn._members import Members, check_not_empty, check_sizes
-from pyens.nn.ensemble import Indices, chosen_members, parameters_of
+from pyens.nn.ensemble import Indices, chosen_members, parameters_of, reader
 from pyens.ops.ensemble_mlp import ensemble_mlp_packed, prepack
 
 
@@ -162,7 +163,7 @@ class EnsembleLinear(_StackedMLP):
         new.bias = nn.Parameter(biases[0]) if biases else None
         return new.train(modules[0].training)
 
-    def stacked(self) -> tuple[list[Tensor], list[Tensor]]:
+    def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         weight, bias = parameters_of(self, ("weight", "bias"))
         return [weight], [] if bias is None else [bias]
 
@@ -242,6 +243,7 @@ class EnsembleMLP(_StackedMLP):
         self.biases = nn.ParameterList(torch.empty(ensemble_size, o, **factory) for _, o in layers if bias)
         self._names = tuple(str(layer) for layer in range(len(layers)))
         self._bias_names = self._names if bias else ()
+        self._read_weights, self._read_biases = reader(self._names), reader(self._bias_names)
         self.reset_parameters(seeds)
 
     @classmethod
@@ -286,12 +288,15 @@ class EnsembleMLP(_StackedMLP):
         new.weights, new.biases = nn.ParameterList(weights), nn.ParameterList(biases)
         return new
 
-    def stacked(self) -> tuple[list[Tensor], list[Tensor]]:
+    def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         modules = self._modules  # submodules as attributes cost half a microsecond each
-        return (
-            parameters_of(modules["weights"], self._names),
-            parameters_of(modules["biases"], self._bias_names),
-        )
+        weights, biases = modules["weights"], modules["biases"]
+        if not is_dynamo_compiling():  # dynamo does not know what reads them
+            try:
+                return self._read_weights(weights._parameters), self._read_biases(biases._parameters)
+            except KeyError:
+                pass
+        return parameters_of(weights, self._names), parameters_of(biases, self._bias_names)
 
     def config(self) -> dict[str, Any]:
         return {
@@ -341,7 +346,7 @@ class PackedEnsembleMLP(_StackedMLP):
             return ops.ensemble_mlp(input, weights, biases, activation=self.activation)
         return ensemble_mlp_packed(input, packed, weights, biases, activation=self.activation)
 
-    def stacked(self) -> tuple[list[Tensor], list[Tensor]]:
+    def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         _, weights, biases = self._frozen
         return weights, biases
 

@@ -215,7 +215,7 @@ class MaskedMLP(Ensemble):
                 drawn = torch.empty(weight.shape[0], dtype=torch.float32, device="cpu")
                 bias.copy_(nn.init.uniform_(drawn, -bound, bound, generator=generator))
 
-    def stacked(self) -> tuple[list[Tensor], list[Tensor]]:
+    def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """The rows and columns that each mask keeps: the members as MLPs of their own."""
         given = self._arguments()
         plan = plan_masks(given["masks"]) if given["plan"] is None else given["plan"]

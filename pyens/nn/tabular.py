@@ -111,7 +111,7 @@ class TabularEnsemble(Ensemble):
         """Of the MLP."""
         return self.mlp.activation
 
-    def stacked(self) -> tuple[list[Tensor], list[Tensor]]:
+    def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Weights and biases of the MLPs, which take the `features`."""
         return self.mlp.stacked()
 

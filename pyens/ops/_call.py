@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from pyens._library import _C
@@ -46,8 +46,9 @@ def operation(
     names = [argument.name for argument in dispatched._schema.arguments]
 
     def call(*arguments: Any) -> Any:
-        # In this order: while compiling, there is always a transform to peek at.
-        if is_compiling():
+        # In this order: while dynamo compiles, there is always a transform to peek at. Other tracers see the
+        # dispatcher, which the extension calls too.
+        if is_dynamo_compiling():
             return dispatched(*map(_listed, arguments))
         if _peek_transform() is not None and reference is not None:
             given = dict(zip(names, map(_listed, arguments), strict=True))
