@@ -7,7 +7,7 @@ Modules, each imported on first use:
 
     pyens.nn          ensembles as modules; `Ensemble` is what they and one's own have in common
     pyens.training    whole training runs            pyens.optim      optimizers that keep members apart
-    pyens.losses      losses over members            pyens.metrics    what ensembles are judged by
+    pyens.losses      losses over members            pyens.metrics    measures of quality
     pyens.decisions   acting on uncertainty          pyens.variation  members' disagreement from one model
     pyens.masks       masks of Masksembles           pyens.adapters   other libraries' layouts
     pyens.data        data sets                      pyens.plots      pictures

@@ -1,5 +1,6 @@
 """What the ensembles of one kind of `torch.nn` module share."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -44,16 +45,15 @@ class Members(Ensemble):
         for own, given_tensor in zip((*weights, *biases), given_weights + given_biases, strict=True):
             own.copy_(given_tensor)
 
-    def extra_repr(self) -> str:
-        return ", ".join(
-            f"{name}={value}" for name, value in self.config().items() if (name, value) != ("dropout", 0)
-        )
 
-
-def check_sizes(name: str, **sizes: int) -> None:
-    for argument, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name}: {argument}: expected a positive integer, got {size!r}")
+def draw_linear(weight: Tensor, bias: Tensor | None, generator: torch.Generator | None) -> None:
+    """Draws the parameters of one linear layer, in place, as `nn.Linear` does in float32 on the CPU."""
+    bound = 1 / math.sqrt(weight.shape[1])
+    drawn = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
+    weight.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator))
+    if bias is not None:
+        drawn = torch.empty(bias.shape, dtype=torch.float32, device="cpu")
+        bias.copy_(nn.init.uniform_(drawn, -bound, bound, generator=generator))
 
 
 def check_not_empty(modules: Sequence[nn.Module]) -> None:

@@ -171,7 +171,9 @@ class Ensemble(nn.Module):
             raise IndexError(f"member: i: expected below {self.ensemble_size}, got {i}")
 
     def extra_repr(self) -> str:
-        return f"ensemble_size={self.ensemble_size}"
+        defined = type(self).config is not Ensemble.config
+        config = self.config() if defined else {"ensemble_size": self.ensemble_size}
+        return ", ".join(f"{name}={v}" for name, v in config.items() if name != "dropout" or v)
 
 
 def _ensembles(module: nn.Module) -> Iterator[Ensemble]:

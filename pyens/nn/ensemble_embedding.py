@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from pyens import ops
-from pyens.nn._members import Members, check_not_empty, check_sizes
+from pyens.masks import check
+from pyens.nn._members import Members, check_not_empty
 from pyens.nn.ensemble import parameters_of
 
 
@@ -54,7 +55,7 @@ class EnsembleEmbedding(Members):
         seeds: Sequence[int] | Tensor | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(
+        check(
             "EnsembleEmbedding",
             ensemble_size=ensemble_size,
             num_embeddings=num_embeddings,

@@ -1,7 +1,6 @@
 """Ensembles of linear layers and of MLPs."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +10,10 @@ from torch.compiler import is_dynamo_compiling
 from typing_extensions import Self
 
 from pyens import ops
+from pyens.masks import check
 from pyens.nn import _sequential
-from pyens.nn._members import Members, check_not_empty, check_sizes
+from pyens.nn._buffers import BufferList, Derived
+from pyens.nn._members import Members, check_not_empty, draw_linear
 from pyens.nn.ensemble import Indices, chosen_members, parameters_of, reader
 from pyens.ops.ensemble_mlp import ensemble_mlp_packed, prepack
 
@@ -88,14 +89,7 @@ class _StackedMLP(Members):
     def draw(self, member: int, generator: torch.Generator | None) -> None:
         weights, biases = self._parameters_alone("reset_parameters")
         for layer, weight in enumerate(weights):
-            drawn = torch.empty(weight.shape[1:], dtype=torch.float32, device="cpu")
-            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-            weight[member].copy_(drawn)
-            if biases:
-                bound = 1 / math.sqrt(weight.shape[2])
-                drawn = torch.empty(weight.shape[1], dtype=torch.float32, device="cpu")
-                nn.init.uniform_(drawn, -bound, bound, generator=generator)
-                biases[layer][member].copy_(drawn)
+            draw_linear(weight[member], biases[layer][member] if biases else None, generator)
 
     def member(self, i: int) -> nn.Module:
         """Member i as an `nn.Sequential`, with copies of its parameters and without dropout."""
@@ -135,7 +129,7 @@ class EnsembleLinear(_StackedMLP):
         seeds: Sequence[int] | Tensor | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(
+        check(
             "EnsembleLinear", ensemble_size=ensemble_size, in_features=in_features, out_features=out_features
         )
         self.ensemble_size = ensemble_size
@@ -221,7 +215,7 @@ class EnsembleMLP(_StackedMLP):
             raise TypeError(
                 f"EnsembleMLP: hidden_features: expected a sequence of widths, got {hidden_features}"
             )
-        check_sizes(
+        check(
             "EnsembleMLP",
             ensemble_size=ensemble_size,
             in_features=in_features,
@@ -310,7 +304,7 @@ class EnsembleMLP(_StackedMLP):
         }
 
 
-class PackedEnsembleMLP(_StackedMLP):
+class PackedEnsembleMLP(Derived, _StackedMLP):
     """An ensemble frozen for inference: same outputs, bit for bit, sooner for small batches.
 
     Keeps the weights twice: as they were, and in the order in which the kernel reads them for small batches.
@@ -335,19 +329,18 @@ class PackedEnsembleMLP(_StackedMLP):
         self.activation = ensemble.activation
         self.weights = BufferList(weights)
         self.biases = BufferList(biases)
-        self._pack()
-        self.register_load_state_dict_post_hook(_pack_after_loading)
+        self._derive_and_follow()
         self.eval()
 
     def forward(self, input: Tensor) -> Tensor:
         """`[B, in_features]` (shared by all members) or `[E, B, in_features]` -> `[E, B, out_features]`."""
-        packed, weights, biases = self._frozen
+        packed, weights, biases = self._derived
         if packed is None:
             return ops.ensemble_mlp(input, weights, biases, activation=self.activation)
         return ensemble_mlp_packed(input, packed, weights, biases, activation=self.activation)
 
     def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        _, weights, biases = self._frozen
+        _, weights, biases = self._derived
         return weights, biases
 
     def select(self, indices: Indices) -> EnsembleMLP:
@@ -360,37 +353,8 @@ class PackedEnsembleMLP(_StackedMLP):
 
     config = EnsembleMLP.config
 
-    def _pack(self) -> None:
+    def _derive(self) -> None:
         weights, biases = list(self.weights.buffers()), list(self.biases.buffers())
         # The layout is the CPU kernel's; on CUDA the weights are read as they are. Kept as lists, because
         # gathering the buffers costs each call a microsecond.
-        self._frozen = (None if weights[0].is_cuda else prepack(weights, biases), weights, biases)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        self._pack()
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_frozen"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._pack()
-
-
-# Not a lambda, which could not be pickled.
-def _pack_after_loading(module: PackedEnsembleMLP, incompatible_keys: Any) -> None:
-    module._pack()
-
-
-class BufferList(nn.Module):
-    """What `nn.ParameterList` is to parameters."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        super().__init__()
-        for i, tensor in enumerate(tensors):
-            self.register_buffer(str(i), tensor.detach().clone(memory_format=torch.contiguous_format))
-
-    def __len__(self) -> int:
-        return len(self._buffers)
+        self._derived = (None if weights[0].is_cuda else prepack(weights, biases), weights, biases)

@@ -1,7 +1,6 @@
 """One MLP under N masks: the members share its weights."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,13 +11,15 @@ from typing_extensions import Self
 from pyens.masks import check, masks_for_channels
 from pyens.nn import _sequential
 from pyens.nn._assignment import MODES, assign_masks, check_mode
+from pyens.nn._buffers import BufferList, Derived
+from pyens.nn._members import draw_linear
 from pyens.nn.ensemble import Ensemble, Indices, chosen_members, generators, parameters_of
-from pyens.nn.ensemble_mlp import BufferList, EnsembleMLP
+from pyens.nn.ensemble_mlp import EnsembleMLP
 from pyens.nn.masksembles import Masksembles1D
 from pyens.ops.masked_mlp import masked_mlp, masked_mlp_loss, masked_weights, plan_masks
 
 
-class MaskedMLP(Ensemble):
+class MaskedMLP(Derived, Ensemble):
     r"""An MLP with Masksembles on its hidden layers: Linear, activation, mask, ..., Linear.
 
     What `nn.Sequential(nn.Linear, activation, Masksembles1D, ..., nn.Linear)` computes; of each hidden layer
@@ -113,25 +114,12 @@ class MaskedMLP(Ensemble):
         self._names = tuple(str(layer) for layer in range(len(weights)))
         self._bias_names = self._names[: len(biases)]
         self.masks = BufferList(masks)
-        self._plan_masks()
-        self.register_load_state_dict_post_hook(_plan_after_loading)
+        self._derive_and_follow()
 
-    def _plan_masks(self) -> None:
+    def _derive(self) -> None:
         masks = list(self.masks.buffers())
         # Lists, because gathering buffers costs each call a microsecond. On "meta" there is nothing to read.
-        self._planned = (masks, None if masks[0].is_meta else plan_masks(masks), _versions(masks))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        self._plan_masks()
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_planned"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._plan_masks()
+        self._derived = (masks, None if masks[0].is_meta else plan_masks(masks), _versions(masks))
 
     @classmethod
     def from_parameters(
@@ -206,14 +194,7 @@ class MaskedMLP(Ensemble):
         if self.weights[0].is_meta:
             return
         for weight, bias in itertools.zip_longest(self.weights, self.biases):
-            # On the CPU in float32 and then cast: a seed means the same on every device and dtype.
-            drawn = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
-            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-            weight.copy_(drawn)
-            if bias is not None:
-                bound = 1 / math.sqrt(weight.shape[1])
-                drawn = torch.empty(weight.shape[0], dtype=torch.float32, device="cpu")
-                bias.copy_(nn.init.uniform_(drawn, -bound, bound, generator=generator))
+            draw_linear(weight, bias, generator)
 
     def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """The rows and columns that each mask keeps: the members as MLPs of their own."""
@@ -348,13 +329,13 @@ class MaskedMLP(Ensemble):
 
     def _arguments(self) -> dict[str, Any]:
         """What `masked_mlp` takes beside the input."""
-        masks, plan, versions = self._planned
+        masks, plan, versions = self._derived
         if not torch.compiler.is_compiling():
             buffers = list(self._modules["masks"]._buffers.values())
             changed = any(now is not then for now, then in zip(buffers, masks, strict=True))
             if changed or _versions(masks) != versions:
-                self._plan_masks()
-                masks, plan, _ = self._planned
+                self._derive()
+                masks, plan, _ = self._derived
         return {
             "weights": parameters_of(self._modules["weights"], self._names),
             "biases": parameters_of(self._modules["biases"], self._bias_names),
@@ -370,39 +351,8 @@ class MaskedMLP(Ensemble):
         Its hidden layers are as wide as the masks' ones; masks with fewer ones than others, which are not
         drawn but may be loaded, get units without weights.
         """
-        weights, biases = [], []
-        inputs, has_input = None, None  # of all masks: the units left [N, M], and which of them are there
-        for layer, weight in enumerate(self.weights):
-            mask = self._mask_of_outputs(layer)
-            most = max(1, int(mask.sum(1).max()))
-            units = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
-            there = mask.gather(1, units)
-            gathered = weight[units]  # [N, M, in]
-            if inputs is not None:
-                columns = inputs.unsqueeze(1).expand(-1, most, -1)
-                gathered = torch.where(has_input.unsqueeze(1), gathered.gather(2, columns), 0)
-            weights.append(torch.where(there.unsqueeze(2), gathered, 0))
-            if len(self.biases) > 0:
-                biases.append(torch.where(there, self.biases[layer][units], 0))
-            inputs, has_input = units, there
-        ensemble = EnsembleMLP.from_parameters(weights, biases, activation=self.activation)
+        ensemble = EnsembleMLP.from_parameters(*self.stacked(), activation=self.activation)
         return ensemble.train(self.training)
-
-    def _mask_of_outputs(self, layer: int) -> Tensor:
-        masks = list(self.masks.buffers())
-        return masks[layer] if layer < len(masks) else masks[0].new_ones(len(masks[0]), self.out_features)
-
-    def extra_repr(self) -> str:
-        return (
-            f"ensemble_size={self.ensemble_size}, in_features={self.in_features}, "
-            f"hidden_features={list(self.hidden_features)}, out_features={self.out_features}, "
-            f"activation={self.activation}, bias={len(self.biases) > 0}"
-        )
-
-
-# Not a lambda, which could not be pickled.
-def _plan_after_loading(module: MaskedMLP, incompatible_keys: Any) -> None:
-    module._plan_masks()
 
 
 def _versions(masks: Sequence[Tensor]) -> list[int]:

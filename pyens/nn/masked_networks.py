@@ -1,4 +1,4 @@
-"""Masksembles in networks that are there: put in, told who meets which mask, run under all masks."""
+"""Masksembles in existing networks: insert mask layers, set their mode, run under all masks."""
 
 import fnmatch
 from collections.abc import Sequence

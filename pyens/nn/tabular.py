@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyens.nn._members import check_sizes
+from pyens.masks import check
 from pyens.nn.ensemble import Ensemble
 from pyens.nn.ensemble_embedding import EnsembleEmbedding
 from pyens.nn.ensemble_mlp import EnsembleMLP
@@ -61,7 +61,7 @@ class TabularEnsemble(Ensemble):
     ) -> None:
         super().__init__()
         for i, column in enumerate(categorical):
-            check_sizes(
+            check(
                 "TabularEnsemble",
                 **{f"categorical[{i}][0]": column[0], f"categorical[{i}][1]": column[1]},
             )

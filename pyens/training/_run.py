@@ -82,7 +82,7 @@ class Run:
         if early_stopping is not None:
             _checks.count("early_stopping", early_stopping)
             if self.validation_rows == 0:
-                raise ValueError("fit: early_stopping: expected validation rows to judge by, got none")
+                raise ValueError("fit: early_stopping: expected validation rows, got none")
         in_group = None
         if sources.jackknife:
             if self.groups > len(training):

@@ -55,7 +55,7 @@ class VariationEstimator(RegressorMixin, BaseEstimator):
         hidden_features: widths of the MLP's hidden layers.
         batch_size, learning_rate: of Adam.
         max_epochs: the most it trains for.
-        validation: the share of the examples that early stopping judges by; 0: no early stopping.
+        validation: the share of the examples held out for early stopping; 0: no early stopping.
         patience: epochs without a lower validation loss after which it stops. The weights are those of the
             best epoch.
         buckets: how many buckets of equal size the PVs of training fall into, by their percentiles. Bucket 0
