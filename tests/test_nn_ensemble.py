@@ -155,11 +155,24 @@ def test_losses_refuse():
     ):
         NoMembers(E, 4).loss(x, torch.zeros(5, 1), loss="mse")
 
-    class NoEnsembles(Ensemble):
-        ensemble_size = 2
 
-    with pytest.raises(NotImplementedError, match="draw: expected a NoEnsembles to define it"):
-        NoEnsembles().reset_parameters()
+def test_parameters_of_ones_own_are_drawn_by_draw():
+    class Scaled(Residual):
+        def __init__(self) -> None:
+            super().__init__(E, 4)
+            self.scale = nn.Parameter(torch.ones(E, 1, 1))
+
+    class Drawn(Scaled):
+        def draw(self, member: int, generator: torch.Generator | None) -> None:
+            super().draw(member, generator)
+            nn.init.normal_(self.scale[member], generator=generator)
+
+    with pytest.raises(NotImplementedError, match=r"draw: expected a Scaled to define it, .*\['scale'\]"):
+        Scaled().reset_parameters()
+    model = Drawn()
+    model.reset_parameters([5, 5, 6])
+    assert torch.equal(model.scale[0], model.scale[1]) and len(model.scale.unique()) == 2
+    assert torch.equal(model.select([2]).scale, model.scale[2:])
 
 
 # --- training ----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import pyens
 from pyens import _files
-from pyens.nn import TabularEnsemble
+from pyens.nn import MaskedMLP, TabularEnsemble
 from pyens.variation import (
     ActivationStatistics,
     VariationEstimator,
@@ -137,12 +137,13 @@ def test_it_keeps_copies():
 def test_what_is_refused(tmp_path):
     model, estimator, _ = serving("mlp")
     target, mean, std = model.target, model.mean, model.std
-    with pytest.raises(TypeError, match=r"target: expected an ensemble of MLPs, got Sequential"):
+    with pytest.raises(TypeError, match=r"target: expected an ensemble of MLPs .* got Sequential"):
         VariationModel(target.member(0), model.head, mean, std)
     with pytest.raises(ValueError, match=r"target: expected one member, got 2: take select\(\[0\]\)"):
         VariationModel(target.select([0, 0]), model.head, mean, std)
-    with pytest.raises(TypeError, match=r"target: expected an ensemble of MLPs, got EnsembleEmbedding"):
-        VariationModel(pyens.EnsembleEmbedding(1, 3, 2), model.head, mean, std)
+    for other in (pyens.EnsembleEmbedding(1, 3, 2), MaskedMLP(1, 6, [9, 5], 2, scale=1.0)):
+        with pytest.raises(TypeError, match=rf"target: expected an ensemble .* got {type(other).__name__}"):
+            VariationModel(other, model.head, mean, std)
     with pytest.raises(TypeError, match=r"head: expected a VariationHead, .* got VariationEstimator"):
         VariationModel(target, estimator, mean, std)
     for inputs in ((), (torch.zeros(2, 6), torch.zeros(2, 6))):

@@ -124,8 +124,12 @@ class Ensemble(nn.Module):
         """Draws one member anew: on the CPU in float32 and then cast, so that a seed means the same on every
         device and dtype. Here: its parts in every ensemble that this one is made of, in their order."""
         parts = list(_ensembles(self))
-        if not parts:
-            raise NotImplementedError(f"draw: expected a {type(self).__name__} to define it")
+        if type(self).draw is Ensemble.draw:
+            drawn = {id(parameter) for part in parts for parameter in part.parameters()}
+            if left := [name for name, p in self.named_parameters() if id(p) not in drawn]:
+                raise NotImplementedError(
+                    f"draw: expected a {type(self).__name__} to define it, for its parameters {left}"
+                )
         for part in parts:
             part.draw(member, generator)
 

@@ -2,7 +2,7 @@
 
 Eager code calls the extension, compiled code the dispatcher. `torch.func` knows nothing of autograd functions
 written in C++: there the operation computes the outputs, so its checks run, and the reference gives the
-derivatives. An operation without a reference or a rule for vmap raises there, by name.
+derivatives. An operation that is given no reference raises there, by name.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,10 +34,11 @@ def operation(
 
     Args:
         name: in the schema.
-        reference: takes the same arguments by name, and returns a tensor or a tuple of tensors.
-        vmap: from the size n of the mapped dimension, where it is in each argument, and the arguments to
-            `(given, dim, sizes)`: the arguments of one call, and the sizes, n first, into which dimension
-            `dim` of its outputs is to be split.
+        reference: takes the same arguments by name, and returns a tensor or a tuple of tensors. Without one
+            `torch.func` meets the dispatcher's own errors.
+        vmap: the rule, for an operation with a reference: from the size n of the mapped dimension, its place
+            in each argument, and the arguments to `(given, dim, sizes)`: the arguments of one call, and the
+            sizes, n first, into which dimension `dim` of its outputs is to be split.
         constants: arguments that get no gradient and must not require one.
         outputs: how many of the operation's outputs to return; None: all.
         constant_output: the output that has no derivative.
@@ -103,8 +104,6 @@ def operation(
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], spec: Any, *leaves: Any) -> tuple[Any, int]:
-            if vmap is None:
-                raise NotImplementedError(f"{name}: expected no vmap over it, it has no rule for that")
             dims, given = tree_unflatten(in_dims[1:], spec), tree_unflatten(leaves, spec)
             given, dim, sizes = vmap(info.batch_size, dims, given)
             return tree_map(lambda output: output.unflatten(dim, sizes), transformed(given)), dim

@@ -32,7 +32,8 @@ class VariationModel(nn.Module):
         torch.export.export(model, (x,))
 
     Args:
-        target: a `pyens.nn.Ensemble` of MLPs with one member, such as an `EnsembleMLP`.
+        target: a `pyens.nn.Ensemble` of MLPs with one member, such as an `EnsembleMLP`; of a `MaskedMLP` what
+            `compact` gives.
         head: the `head_` of a fitted `VariationEstimator`.
         mean, std: of the target's hidden units over its training data, `[ΣH]` or `[1, ΣH]`: those with which
             the estimator's strengths were made; what `ActivationStatistics` finds.
@@ -50,9 +51,10 @@ class VariationModel(nn.Module):
 
     def __init__(self, target: Ensemble, head: VariationHead, mean: Tensor, std: Tensor) -> None:
         super().__init__()
-        if not isinstance(target, Ensemble) or target.activation is None:
+        if not isinstance(target, Ensemble) or target.activation is None or target.shares_parameters:
             raise TypeError(
-                f"VariationModel: target: expected an ensemble of MLPs, got {type(target).__name__}"
+                "VariationModel: target: expected an ensemble of MLPs with parameters of their own, "
+                f"got {type(target).__name__}"
             )
         if target.ensemble_size != 1:
             raise ValueError(
