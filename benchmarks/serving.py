@@ -18,7 +18,7 @@ from benchmarks import harness
 from benchmarks.peers import Problem, mlp_peers
 from pyens.nn import EnsembleMLP
 from pyens.variation import ActivationStatistics, VariationHead, VariationModel
-from pyens.variation.head import FURTHEST
+from pyens.variation.head import MAX_DEVIATIONS
 
 OURS, COMPILED, ENSEMBLE = "VariationModel", "VariationModel, compiled", "pyens op, 100 members"
 
@@ -68,9 +68,7 @@ def contestants(members: int, batch_size: int, options: harness.Options) -> list
 
 def random_parts(problem: Problem, seed: int) -> tuple[EnsembleMLP, VariationHead, Tensor, Tensor]:
     """Member 0, an estimator for it, and the statistics of its hidden units."""
-    target = EnsembleMLP._from_stack(
-        [w[:1] for w in problem.weights], [b[:1] for b in problem.biases], "relu"
-    )
+    target = EnsembleMLP.from_parameters([w[:1] for w in problem.weights], [b[:1] for b in problem.biases])
     generator = torch.Generator().manual_seed(seed + 1)
     statistics = ActivationStatistics()
     statistics.observe(target, torch.randn(4096, MODEL[0], generator=generator).to(problem.input))
@@ -88,12 +86,13 @@ def compiled_call(served: VariationModel, x: Tensor) -> harness.Run:
 
 def check_served(served: VariationModel, x: Tensor, expected: Tensor, got: tuple[Tensor, Tensor]) -> None:
     """Member 0's output, and the estimate of the plain MLP on the strength that the reference gives."""
-    weights, biases = ([t.double() for t in tensors] for tensors in served.target._stack())
+    weights, biases = ([t.double() for t in tensors] for tensors in served.target.stacked())
     strength = pyens.reference.activation_strength(
         x.double(), weights, biases, served.mean.double(), served.std.double()
     )
     mlp = deepcopy(served.head.mlp).double().member(0)
-    features = torch.cat([strength.value[0].clamp(-FURTHEST, FURTHEST), strength.active[0].double()], 1)
+    value = strength.value[0].clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
+    features = torch.cat([value, strength.active[0].double()], 1)
     estimate = mlp(features)[:, 0].clamp(0, LIMIT)
     harness.agrees_with(expected[0], x.dtype)(got[0])
     harness.agrees_with(estimate, torch.float32)(got[1])

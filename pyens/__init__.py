@@ -3,15 +3,49 @@
     model = pyens.EnsembleMLP(100, in_features=32, hidden_features=[50, 20, 10], out_features=1)
     outputs = model(x)          # [B, 32] -> [100, B, 1], one fused kernel
 
-`pyens.ops` are the operations, `pyens.reference` the same in plain PyTorch, `pyens.nn` the modules,
-`pyens.metrics` what ensembles are judged by, `pyens.select` what is done about their uncertainty,
-`pyens.losses` what keeps their members apart, `pyens.masks` draws the masks of Masksembles, `pyens.training`
-runs whole trainings, `pyens.data` reads data sets, `pyens.variation` reads the members' disagreement off the
-hidden units of one model.
+Modules, each imported on first use:
+
+    pyens.nn          ensembles as modules; `Ensemble` is what they and one's own have in common
+    pyens.training    whole training runs            pyens.optim      optimizers that keep members apart
+    pyens.losses      losses over members            pyens.metrics    measures of quality
+    pyens.decisions   acting on uncertainty          pyens.variation  members' disagreement from one model
+    pyens.masks       masks of Masksembles           pyens.adapters   other libraries' layouts
+    pyens.data        data sets                      pyens.plots      pictures
+    pyens.ops         the operations                 pyens.reference  the same in plain PyTorch
 """
+
+import importlib
+from typing import Any
 
 from pyens._library import build_info
 from pyens._version import __version__
-from pyens.nn import EnsembleEmbedding, EnsembleLinear, EnsembleMLP
+from pyens.nn import Ensemble, EnsembleEmbedding, EnsembleLinear, EnsembleMLP
 
-__all__ = ["EnsembleEmbedding", "EnsembleLinear", "EnsembleMLP", "__version__", "build_info"]
+_MODULES = (
+    "adapters",
+    "data",
+    "decisions",
+    "losses",
+    "masks",
+    "metrics",
+    "nn",
+    "ops",
+    "optim",
+    "plots",
+    "reference",
+    "select",
+    "training",
+    "variation",
+)
+
+__all__ = ["Ensemble", "EnsembleEmbedding", "EnsembleLinear", "EnsembleMLP", "__version__", "build_info"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"pyens.{name}")
+    raise AttributeError(f"module 'pyens' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

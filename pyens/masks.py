@@ -71,10 +71,10 @@ def masks_for_channels(
     )
     counts = _column_counts(channels, num_masks, num_ones, num_masks * (num_masks - 1) * num_ones / scale)
     counts = counts[torch.randperm(channels, generator=generator, device="cpu")]
-    # Zeros are dealt in the same way, and sooner where there are fewer.
+    # Zeros are placed in the same way, and sooner where there are fewer.
     if 2 * num_ones > channels:
-        return ~_deal(num_masks - counts, num_masks, channels - num_ones, generator)
-    return _deal(counts, num_masks, num_ones, generator)
+        return ~_place(num_masks - counts, num_masks, channels - num_ones, generator)
+    return _place(counts, num_masks, num_ones, generator)
 
 
 def expected_iou(scale: float) -> float:
@@ -222,28 +222,28 @@ def _nearest_counts(start: list[int], largest: int, target: float) -> list[int]:
     return best
 
 
-def _deal(counts: Tensor, num_masks: int, num_ones: int, generator: torch.Generator | None) -> Tensor:
+def _place(counts: Tensor, num_masks: int, num_ones: int, generator: torch.Generator | None) -> Tensor:
     """bool `[N, C]` with counts[c] ones in column c and `num_ones` in each row; these agree in sum.
 
-    Like cards: `num_ones` shuffled decks of the masks, one after the other, and every column takes its count
-    off the top. A column that comes to the end of a deck takes the rest from the next one, passing over the
-    masks that it holds. That never fails, and every mask is dealt once from each deck.
+    All masks stand in a queue `num_ones` times over, each time in a new random order, and every column takes
+    its count from the front. A column that comes to the end of one order takes the rest from the next one,
+    passing over the masks that it has already. That never fails, and every order is used up.
     """
     keys = torch.rand(num_ones, num_masks, generator=generator, dtype=torch.float64, device="cpu")
-    decks = iter(keys.argsort(1).tolist())
-    dealt: list[int] = []
-    deck: list[int] = []
+    orders = iter(keys.argsort(1).tolist())
+    rows: list[int] = []
+    queue: list[int] = []
     for count in counts.tolist():
-        if count > len(deck):
-            held, deck = set(deck), next(decks)
-            taken = [mask for mask in deck if mask not in held][: count - len(held)]
-            dealt += [*held, *taken]
+        if count > len(queue):
+            held, queue = set(queue), next(orders)
+            taken = [mask for mask in queue if mask not in held][: count - len(held)]
+            rows += [*held, *taken]
             gone = set(taken)
-            deck = [mask for mask in deck if mask not in gone]
+            queue = [mask for mask in queue if mask not in gone]
         else:
-            dealt += deck[:count]
-            deck = deck[count:]
+            rows += queue[:count]
+            queue = queue[count:]
     masks = torch.zeros(num_masks, len(counts), dtype=torch.bool, device="cpu")
     columns = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
-    masks[torch.tensor(dealt, dtype=torch.int64, device="cpu"), columns] = True
+    masks[torch.tensor(rows, dtype=torch.int64, device="cpu"), columns] = True
     return masks

@@ -15,10 +15,10 @@ SomeOptimizer = TypeVar("SomeOptimizer", bound=torch.optim.Optimizer)
 def fused(kind: type[SomeOptimizer], parameters: Iterable[Tensor], **options: Any) -> SomeOptimizer:
     """`kind(parameters, fused=True, **options)` under which a member's bits do not depend on the others.
 
-    torch's fused CPU optimizers round the last numbers of a tensor, too few to fill a vector, in another way
-    than those before them, so the last bits of a member depend on where the tensor ends: on how many members
-    there are. Here the optimizer sees each parameter without that rest, as a view of the same memory, and the
-    rest as the beginning of a vector of its own. Speed and memory are those of the fused optimizer.
+    torch's fused CPU optimizers round the last numbers of a tensor, those that do not fill a vector,
+    differently from the others. So the bits of a member depend on where the tensor ends, that is on how many
+    members there are. Here the optimizer sees each parameter as a view without these last numbers, and them
+    as the beginning of a vector of its own. Speed and memory are those of the fused optimizer.
 
     Args:
         kind: Adam, AdamW, Adagrad or SGD of `torch.optim`, or another that takes `fused=True`.

@@ -46,7 +46,7 @@ def assert_same_state(got: nn.Module, expected: nn.Module) -> None:
 
 def assert_member_is(model: EnsembleMLP | EnsembleLinear, i: int, module: nn.Module) -> None:
     """Member i has the bits of `module`."""
-    weights, biases = model._stack()
+    weights, biases = model.stacked()
     linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     assert len(linears) == len(weights)
     for layer, linear in enumerate(linears):

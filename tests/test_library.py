@@ -2,6 +2,7 @@
 
 import json
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,25 @@ def test_the_copy_itself_works(package):
     result = python(package, "import pyens; print(pyens.__file__)")
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == str(package / "__init__.py")
+
+
+def test_modules_are_there_without_an_import_of_their_own(package):
+    public = sorted(
+        m.name for m in pkgutil.iter_modules([str(PACKAGE)]) if m.name not in ("demo",) and m.name[0] != "_"
+    )
+    code = (
+        "import sys, pyens\n"
+        "heavy = ('sklearn', 'matplotlib', 'pandas', 'pyens.training', 'pyens.metrics', 'pyens.plots')\n"
+        "assert not [name for name in heavy if name in sys.modules]\n"
+        f"for name in {public}:\n"
+        "    assert name in dir(pyens), name\n"
+        "    assert getattr(pyens, name).__name__ == f'pyens.{name}'\n"
+        "assert pyens.optim.fused and pyens.nn.EnsembleMLP is pyens.EnsembleMLP\n"
+        "assert not hasattr(pyens, 'demos')\n"
+    )
+    assert len(public) > 10
+    result = python(package, code)
+    assert result.returncode == 0, result.stderr
 
 
 def test_another_torch(package):

@@ -33,7 +33,7 @@ def test_from_a_network_with_mask_layers(activation, bias):
     assert not model.training and model.activation == activation
     x = torch.randn(9, 6).double()
     close(model(x), forward_tiled(network, x))
-    for mode in ("grouped", "dealt", "drawn"):
+    for mode in ("grouped", "round_robin", "random"):
         set_mask_mode_(network, mode, seed=2)
         close(model(x, mode=mode, seed=2), network(x))
     # A copy.
@@ -60,7 +60,7 @@ def test_from_other_networks():
         return nn.Linear(8, 8)
 
     for layers, message in (
-        ([linear(), nn.ReLU(), linear()], "expected Masksembles1D layers of one n, got none"),
+        ([linear(), nn.ReLU(), linear()], "expected Masksembles1D layers of one num_masks, got none"),
         (
             [
                 linear(),
@@ -71,7 +71,7 @@ def test_from_other_networks():
                 Masksembles1D(8, 3, 2.0),
                 linear(),
             ],
-            r"expected Masksembles1D layers of one n, got \[2, 3\]",
+            r"expected Masksembles1D layers of one num_masks, got \[2, 3\]",
         ),
         ([Masksembles1D(8, 2, 2.0), linear()], "expected Masksembles1D between an activation and"),
         ([linear(), Masksembles1D(8, 2, 2.0), nn.Softplus(), linear()], "expected Masksembles1D between"),
@@ -137,7 +137,7 @@ def test_a_trained_model_compacts():
     losses = []
     for step in range(40):
         optimizer.zero_grad()
-        loss = nn.functional.mse_loss(model(x, mode="drawn", seed=step), y)
+        loss = nn.functional.mse_loss(model(x, mode="random", seed=step), y)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -149,7 +149,7 @@ def test_a_trained_model_compacts():
 
 
 def test_masked_conv_masks_its_input():
-    layer = MaskedConv2d(12, 5, 3, 4, 2.0, stride=2, padding=1, bias=False, mode="dealt")
+    layer = MaskedConv2d(12, 5, 3, 4, 2.0, stride=2, padding=1, bias=False, mode="round_robin")
     assert [name for name, _ in layer.named_children()] == ["mask", "conv"]
     assert list(layer.state_dict()) == ["mask.masks", "conv.weight"]
     x = torch.randn(7, 12, 6, 5)
@@ -273,7 +273,7 @@ def test_mc_dropout_compacts():
 def test_mc_dropout_refuses():
     network = sequential()
     for args, message in (
-        ((network, 0, 0.1), "num_samples: expected a positive integer, got 0"),
+        ((network, 0, 0.1), "num_masks: expected a positive integer, got 0"),
         ((network, 4, 1.0), "p: expected 0 <= p < 1, got 1.0"),
         ((network, 4, -0.1), "p: expected 0 <= p < 1, got -0.1"),
         ((network, 4, float("nan")), "p: expected 0 <= p < 1, got nan"),

@@ -158,7 +158,7 @@ def test_equal_masks_and_permuted_masks():
 @given(
     st.integers(0, 13),
     st.integers(1, 6),
-    st.sampled_from(["grouped", "dealt", "drawn"]),
+    st.sampled_from(["grouped", "round_robin", "random"]),
     st.integers(0, 2**32 - 1),
 )
 def test_each_example_meets_the_mask_that_a_layer_gives_it(b, n, mode, seed):
@@ -179,7 +179,7 @@ def test_on_devices(device):
     there = copy.deepcopy(model).to(device)
     close(there.compact()(x.to(device)).cpu(), model(x))
     close(there(x.to(device)).cpu(), model(x))
-    for mode in ("grouped", "dealt", "drawn"):
+    for mode in ("grouped", "round_robin", "random"):
         close(there(x.to(device), mode=mode, seed=5).cpu(), model(x, mode=mode, seed=5))
 
 
@@ -188,7 +188,7 @@ def test_gradients_with_a_mask_each():
     x = torch.randn(7, 6).double().requires_grad_()
     grad = torch.randn(7, 3).double()
     parameters = [x, *model.parameters()]
-    got = torch.autograd.grad(model(x, mode="dealt"), parameters, grad)
+    got = torch.autograd.grad(model(x, mode="round_robin"), parameters, grad)
     met, rows = torch.arange(7) % 4, torch.arange(7)
     expected = torch.autograd.grad(dense(model, x)[met, rows], parameters, grad)
     for a, b in zip(got, expected, strict=True):
@@ -203,7 +203,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("mode", ["tiled", "grouped", "dealt", "drawn"])
+@pytest.mark.parametrize("mode", ["tiled", "grouped", "round_robin", "random"])
 def test_loss_is_the_mean_over_the_examples(loss, mode):
     model = mlp(activation="silu", dtype=torch.float64)
     draw, function = LOSSES[loss]
@@ -219,7 +219,7 @@ def test_loss_is_the_mean_over_the_examples(loss, mode):
             close(a, b_)
 
 
-@pytest.mark.parametrize("mode", ["tiled", "grouped", "dealt", "drawn"])
+@pytest.mark.parametrize("mode", ["tiled", "grouped", "round_robin", "random"])
 def test_loss_with_weights(mode):
     model = mlp(dtype=torch.float64)
     x, y = torch.randn(11, 6).double(), torch.randint(3, (11,))
@@ -245,7 +245,7 @@ def test_loss_of_other_dtypes(dtype):
     model = mlp(dtype=dtype)
     x, y = torch.randn(11, 6).to(dtype), torch.randn(11, 3).to(dtype)
     weight = torch.rand(11).to(dtype)
-    for mode in ("tiled", "dealt"):
+    for mode in ("tiled", "round_robin"):
         got = model.loss(x, y, loss="mse", mode=mode, sample_weight=weight)
         exact = copy.deepcopy(model).double()
         expected = exact.loss(x.double(), y.double(), loss="mse", mode=mode, sample_weight=weight.double())
@@ -263,10 +263,10 @@ def test_bad_losses():
             {"sample_weight": torch.ones(4, 5)},
             "sample_weight: expected the 5 examples of the input first, got shape [4, 5]",
         ),
-        ({"mode": "all"}, "mode: expected one of tiled, grouped, dealt, drawn, got 'all'"),
+        ({"mode": "all"}, "mode: expected one of tiled, grouped, round_robin, random, got 'all'"),
     ):
         with pytest.raises(ValueError, match=re.escape(f"MaskedMLP: {message}")):
-            model.loss(**({"input": x, "target": y, "loss": "mse", "mode": "dealt"} | arguments))
+            model.loss(**({"input": x, "target": y, "loss": "mse", "mode": "round_robin"} | arguments))
     with pytest.raises(ValueError, match=r'loss: expected .*, got "mae"'):
         model.loss(x, y, loss="mae")
 
@@ -276,8 +276,8 @@ def test_training_in_one_pass_is_training():
     x, y = torch.randn(30, 6), torch.randint(3, (30,))
     for step in range(5):
         losses = (
-            together.loss(x, y, loss="cross_entropy", mode="drawn", seed=step),
-            nn.functional.cross_entropy(apart(x, mode="drawn", seed=step), y),
+            together.loss(x, y, loss="cross_entropy", mode="random", seed=step),
+            nn.functional.cross_entropy(apart(x, mode="random", seed=step), y),
         )
         for model, loss in zip((together, apart), losses, strict=True):
             loss.backward()
@@ -297,7 +297,7 @@ def test_the_search_for_what_masks_keep_is_made_once(monkeypatch):
     plan = module.plan_masks
     monkeypatch.setattr(module, "plan_masks", lambda masks: calls.append(1) or plan(masks))
     x = torch.randn(5, 6)
-    for mode in ("tiled", "dealt"):
+    for mode in ("tiled", "round_robin"):
         model(x, mode=mode)
         model.loss(x, torch.zeros(5, 3), loss="mse", mode=mode).sum().backward()
     assert not calls
@@ -348,7 +348,7 @@ def test_copies_have_plans_of_their_own():
     assert torch.equal(there(x), model(x))
 
 
-@pytest.mark.parametrize("mode", ["tiled", "grouped", "dealt", "drawn"])
+@pytest.mark.parametrize("mode", ["tiled", "grouped", "round_robin", "random"])
 def test_compiles(mode):
     torch._dynamo.reset()
     model = mlp()
@@ -394,6 +394,8 @@ def test_bad_inputs():
         with pytest.raises(ValueError, match=re.escape(message)):
             model(x)
     with pytest.raises(ValueError, match=re.escape("input: expected [B, 6], got shape [4, 5, 6]")):
-        model(torch.zeros(4, 5, 6), mode="dealt")
-    with pytest.raises(ValueError, match="mode: expected one of tiled, grouped, dealt, drawn, got 'all'"):
+        model(torch.zeros(4, 5, 6), mode="round_robin")
+    with pytest.raises(
+        ValueError, match="mode: expected one of tiled, grouped, round_robin, random, got 'all'"
+    ):
         model(torch.zeros(5, 6), mode="all")

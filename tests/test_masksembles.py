@@ -24,7 +24,7 @@ from pyens.nn import (
     insert_masksembles_,
     set_mask_mode_,
 )
-from pyens.nn._rows import cards
+from pyens.nn._assignment import assign_masks
 
 LAYERS = {
     "1d": (Masksembles1D, (12,)),
@@ -32,7 +32,7 @@ LAYERS = {
     "2d": (Masksembles2D, (12, 3, 2)),
     "3d": (Masksembles3D, (12, 3, 2, 2)),
 }
-MODES = ["grouped", "dealt", "drawn"]
+MODES = ["grouped", "round_robin", "random"]
 layers = pytest.mark.parametrize("kind", LAYERS)
 
 
@@ -163,7 +163,7 @@ def test_any_batch_size_in_the_groups_of_tensor_split(kind, b):
 
 @given(st.integers(0, 40), st.integers(1, 9), st.integers(0, 2**32 - 1))
 def test_which_row_meets_which_mask(b, n, seed):
-    layer = Masksembles1D(n, n, 1.0, mode="dealt")
+    layer = Masksembles1D(n, n, 1.0, mode="round_robin")
     layer.masks.copy_(torch.eye(n))
     ones = torch.ones(b, n)
 
@@ -173,10 +173,10 @@ def test_which_row_meets_which_mask(b, n, seed):
     assert met() == [row % n for row in range(b)]
     layer.mode = "grouped"
     assert met() == [k for k, part in enumerate(torch.arange(b).tensor_split(n)) for _ in part]
-    set_mask_mode_(layer, "drawn", seed=seed)
-    drawn = met()
-    assert drawn == met()
-    counts = [drawn.count(k) for k in range(n)]
+    set_mask_mode_(layer, "random", seed=seed)
+    assigned = met()
+    assert assigned == met()
+    counts = [assigned.count(k) for k in range(n)]
     assert max(counts) <= -(-b // n) and sum(counts) == b
     if b % n == 0:
         assert min(counts) == b // n
@@ -184,12 +184,12 @@ def test_which_row_meets_which_mask(b, n, seed):
     assert layer(ones, index).argmax(1).tolist() == index.tolist()
 
 
-def test_drawn_rows_meet_every_mask_equally_often():
+def test_random_rows_meet_every_mask_equally_often():
     layer = Masksembles1D(3, 3, 1.0)
     layer.masks.copy_(torch.eye(3))
     met = torch.zeros(4, 3)
     for seed in range(900):
-        met += set_mask_mode_(layer, "drawn", seed=seed)(torch.ones(4, 3))
+        met += set_mask_mode_(layer, "random", seed=seed)(torch.ones(4, 3))
     assert (met / 900 - 1 / 3).abs().max() < 0.08  # five standard errors
 
 
@@ -197,7 +197,8 @@ def test_drawn_rows_meet_every_mask_equally_often():
 def test_rows_meet_the_same_masks_on_every_device(device, mode):
     seed = torch.tensor(5)
     for b in (0, 1, 7, 12):
-        assert torch.equal(cards(mode, b, 4, seed.to(device)).cpu(), cards(mode, b, 4, seed))
+        there, here = assign_masks(mode, b, 4, seed.to(device)), assign_masks(mode, b, 4, seed)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(there, here, strict=True))
 
 
 @pytest.mark.cuda
@@ -292,7 +293,7 @@ def test_masks_come_from_the_generator():
     assert torch.equal(a.masks, b.masks) and not torch.equal(a.masks, c.masks)
     assert a.masks.dtype == torch.bool and a.masks.any(0).all()
     assert len(list(a.parameters())) == 0
-    assert "64, n=4, scale=2.0, mode=grouped" in repr(a)
+    assert "64, num_masks=4, scale=2.0, mode=grouped" in repr(a)
 
 
 @layers
@@ -315,7 +316,7 @@ def test_from_a_live_official_layer(parameter):
     layer = Masksembles2D.from_masksembles(official)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(layer.masks, masks) and layer.masks.data_ptr() != masks.data_ptr()
-    assert (layer.channels, layer.n, layer.scale, layer.training) == (12, 4, 2.0, False)
+    assert (layer.channels, layer.num_masks, layer.scale, layer.training) == (12, 4, 2.0, False)
     assert len(list(layer.parameters())) == 0
     x = data("2d", 8)
     assert torch.equal(layer(x), published(x, masks))
@@ -355,12 +356,12 @@ def test_loading_refuses_what_are_no_masks():
 def test_bad_arguments():
     for kwargs, message in (
         ({"channels": 0}, "channels: expected a positive integer, got 0"),
-        ({"n": 0}, "n: expected a positive integer, got 0"),
+        ({"num_masks": 0}, "num_masks: expected a positive integer, got 0"),
         ({"scale": 0.9}, "scale: expected at least 1, got 0.9"),
-        ({"mode": "each"}, "mode: expected one of grouped, dealt, drawn, tiled, got 'each'"),
+        ({"mode": "each"}, "mode: expected one of grouped, round_robin, random, tiled, got 'each'"),
     ):
         with pytest.raises(ValueError, match=f"Masksembles3D: {message}"):
-            Masksembles3D(**({"channels": 8, "n": 4, "scale": 2.0} | kwargs))
+            Masksembles3D(**({"channels": 8, "num_masks": 4, "scale": 2.0} | kwargs))
 
 
 def test_bad_inputs():
@@ -460,12 +461,12 @@ def test_insert_refuses():
         ({"include": ["heads"]}, "include: expected names of .*head.*, got 'heads'"),
         ({"exclude": ["attention.*"]}, "exclude: expected names of .* layers"),
         ({"include": ["head"], "exclude": ["head"]}, "module: expected layers to put masks before"),
-        ({"n": 0}, "n: expected a positive integer"),
+        ({"num_masks": 0}, "num_masks: expected a positive integer"),
         ({"scale": 0.5}, "scale: expected at least 1, got 0.5"),
-        ({"mode": "tiled"}, "mode: expected one of grouped, dealt, drawn, got 'tiled'"),
+        ({"mode": "tiled"}, "mode: expected one of grouped, round_robin, random, got 'tiled'"),
     ):
         with pytest.raises(ValueError, match=f"insert_masksembles_: {message}"):
-            insert_masksembles_(model, **({"n": 4, "scale": 2.0} | kwargs))
+            insert_masksembles_(model, **({"num_masks": 4, "scale": 2.0} | kwargs))
         assert repr(model) == before
     with pytest.raises(ValueError, match="module: expected layers to put masks before, got none"):
         insert_masksembles_(nn.Linear(3, 3), 4, 2.0)
@@ -487,7 +488,7 @@ def test_inserted_network_trains_and_reloads():
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []
     for step in range(60):
-        set_mask_mode_(model, "drawn", seed=step)
+        set_mask_mode_(model, "random", seed=step)
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(model(x), y)
         loss.backward()
@@ -528,21 +529,23 @@ def test_network_helpers_refuse():
     with pytest.raises(ValueError, match="forward_tiled: module: expected one with Masksembles layers"):
         forward_tiled(plain, torch.zeros(2, 3))
     with pytest.raises(ValueError, match="set_mask_mode_: module: expected one with Masksembles layers"):
-        set_mask_mode_(plain, "dealt")
+        set_mask_mode_(plain, "round_robin")
     mixed = nn.Sequential(Masksembles1D(6, 2, 2.0), Masksembles1D(6, 3, 2.0))
     with pytest.raises(
         ValueError, match=r"forward_tiled: module: expected one number of masks, got \[2, 3\]"
     ):
         forward_tiled(mixed, torch.zeros(2, 6))
-    with pytest.raises(ValueError, match="set_mask_mode_: mode: expected one of grouped, dealt, drawn"):
+    with pytest.raises(
+        ValueError, match="set_mask_mode_: mode: expected one of grouped, round_robin, random"
+    ):
         set_mask_mode_(mixed, "tiled")
 
 
 def test_forward_tiled_restores_the_modes_after_an_error():
-    layer = Masksembles1D(6, 2, 2.0, mode="dealt")
+    layer = Masksembles1D(6, 2, 2.0, mode="round_robin")
     with pytest.raises(ValueError, match="Masksembles1D: input"):
         forward_tiled(layer, torch.zeros(2, 5))
-    assert layer.mode == "dealt"
+    assert layer.mode == "round_robin"
 
 
 # --- torch-uncertainty -------------------------------------------------------------------------------

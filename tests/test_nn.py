@@ -176,7 +176,7 @@ def test_reset_parameters(kind):
         p is q for p, q in zip(model.parameters(), own, strict=True)
     )  # an optimizer keeps its parameters
     model.reset_parameters()
-    assert not torch.equal(model._stack()[0][0], expected._stack()[0][0])
+    assert not torch.equal(model.stacked()[0][0], expected.stacked()[0][0])
 
 
 @given(

@@ -396,7 +396,7 @@ def test_loss_trains_to_the_same_bits_whichever_members_are_beside():
     ],
 )
 def test_bad_sizes(build, message):
-    with pytest.raises(ValueError, match="^TabularEnsemble: " + message):
+    with pytest.raises(ValueError, match="^(TabularEnsemble|EnsembleMLP): " + message):
         build()
 
 
@@ -426,7 +426,7 @@ def test_forward_refuses_what_does_not_fit(sparse):
             lambda inputs=inputs: model(*inputs),
             lambda inputs=inputs: model.loss(*inputs, torch.zeros(B, OUT), loss="mse"),
         ):
-            with pytest.raises(ValueError, match="^TabularEnsemble: " + message):
+            with pytest.raises(ValueError, match="^(TabularEnsemble|EnsembleMLP): " + message):
                 call()
     with pytest.raises(ValueError, match=r"expected 0 to 6, got 9"):
         model(x + torch.tensor([0, 0, 9, 0]) * (x[:, 2:3] == 0), y)

@@ -435,7 +435,7 @@ def test_the_mode_of_the_model_is_left_as_it_was() -> None:
         ({"data": (table()[0], table()[1][:, 1:], table()[2])}, ValueError, "TabularEnsemble: numeric"),
         ({"data": (*table()[:2], table()[2].long())}, TypeError, "target"),
         ({"randomness": Randomness(init=True), "loss": "cross_entropy"}, TypeError, "target"),
-        ({"model": nn.Linear(3, 3)}, TypeError, "fit: model: expected an ensemble, got a Linear without"),
+        ({"model": nn.Linear(3, 3)}, TypeError, "fit: model: expected a pyens.nn.Ensemble, got Linear"),
     ],
 )
 def test_bad_arguments_change_nothing(change: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import pyens
-from pyens.nn import MaskedMLP, TabularEnsemble
+from pyens.nn import EnsembleEmbedding, MaskedMLP, TabularEnsemble
 from pyens.ops import activation_strength
 from pyens.reference.activation_strength import pack_bits
 from pyens.variation import ActivationStatistics, ActivationStrength, strength_of
@@ -120,10 +120,15 @@ def test_no_hook_stays_behind_an_error():
     assert not any(m._forward_hooks for m in model.modules())
 
 
+def test_masked_members_are_those_of_the_compact_ensemble():
+    model, x = MaskedMLP(3, 4, [8, 6], 2, scale=2.0), torch.randn(5, 4)
+    assert all(map(torch.equal, strength_of(model, x), strength_of(model.compact(), x)))
+
+
 SEQUENTIAL = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
 BAD = {
     "no activation": (nn.Linear(3, 4), {}, r"expected one that calls ReLU, .*got Linear"),
-    "fused": (MaskedMLP(2, 3, [8], 1, scale=2.0), {}, r"expected one that calls ReLU, .*got MaskedMLP"),
+    "no MLP": (EnsembleEmbedding(2, 3, 4), {}, r"expected one that calls ReLU, .*got EnsembleEmbedding"),
     "mean alone": (SEQUENTIAL, {"mean": torch.zeros(4)}, r"std: expected both of mean and std, or neither"),
     "std alone": (SEQUENTIAL, {"std": torch.ones(4)}, r"mean: expected both of mean and std, or neither"),
     "length": (
@@ -142,8 +147,9 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case):
     module, arguments, message = BAD[case]
+    x = torch.tensor([0, 2]) if isinstance(module, EnsembleEmbedding) else torch.randn(2, 3)
     with pytest.raises(ValueError, match=f"^strength_of: .*{message}"):
-        strength_of(module, torch.randn(2, 3), **arguments)
+        strength_of(module, x, **arguments)
 
 
 # --- ActivationStatistics ----------------------------------------------------------------------------------

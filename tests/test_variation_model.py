@@ -9,7 +9,7 @@ from torch import Tensor
 
 import pyens
 from pyens import _files
-from pyens.nn import TabularEnsemble
+from pyens.nn import MaskedMLP, TabularEnsemble
 from pyens.variation import (
     ActivationStatistics,
     VariationEstimator,
@@ -44,7 +44,7 @@ def serving(kind: str, **params: Any) -> tuple[VariationModel, VariationEstimato
     strength = strength_of(target, *inputs, mean=mean, std=std)
     pv = 0.3 + 0.1 * strength.value[0].tanh().mean(1)
     estimator = VariationEstimator(**SMALL | params).fit(strength, pv)
-    return VariationModel(target, estimator, mean, std), estimator, inputs
+    return VariationModel(target, estimator.head_, mean, std), estimator, inputs
 
 
 @pytest.mark.parametrize("features", ["binary", "value", "both"])
@@ -120,8 +120,8 @@ def test_one_file_holds_all(kind, task, tmp_path):
 
 
 def test_a_target_in_float64():
-    model, estimator, (x,) = serving("mlp")
-    wide = VariationModel(model.target.double(), estimator, model.mean.double(), model.std.double())
+    model, _, (x,) = serving("mlp")
+    wide = VariationModel(model.target.double(), model.head, model.mean.double(), model.std.double())
     output, variation = wide(x.double())
     assert output.dtype == torch.float64 and variation.dtype == torch.float32
     torch.testing.assert_close(variation, serving("mlp")[0](x)[1], rtol=1e-4, atol=1e-4)
@@ -137,28 +137,36 @@ def test_it_keeps_copies():
 def test_what_is_refused(tmp_path):
     model, estimator, _ = serving("mlp")
     target, mean, std = model.target, model.mean, model.std
-    with pytest.raises(TypeError, match=r"target: expected an EnsembleMLP, .* got Sequential"):
-        VariationModel(target.member(0), estimator, mean, std)
+    with pytest.raises(TypeError, match=r"target: expected an ensemble of MLPs .* got Sequential"):
+        VariationModel(target.member(0), model.head, mean, std)
     with pytest.raises(ValueError, match=r"target: expected one member, got 2: take select\(\[0\]\)"):
-        VariationModel(target.select([0, 0]), estimator, mean, std)
-    with pytest.raises(ValueError, match=r"estimator: expected a fitted one"):
-        VariationModel(target, VariationEstimator(), mean, std)
-    with pytest.raises(TypeError, match=r"estimator: expected a VariationEstimator, got Linear"):
-        VariationModel(target, torch.nn.Linear(3, 1), mean, std)
+        VariationModel(target.select([0, 0]), model.head, mean, std)
+    for other in (pyens.EnsembleEmbedding(1, 3, 2), MaskedMLP(1, 6, [9, 5], 2, scale=1.0)):
+        with pytest.raises(TypeError, match=rf"target: expected an ensemble .* got {type(other).__name__}"):
+            VariationModel(other, model.head, mean, std)
+    with pytest.raises(TypeError, match=r"head: expected a VariationHead, .* got VariationEstimator"):
+        VariationModel(target, estimator, mean, std)
     for inputs in ((), (torch.zeros(2, 6), torch.zeros(2, 6))):
-        with pytest.raises(TypeError, match=rf"inputs: expected one tensor, .* got {len(inputs)}"):
+        with pytest.raises(TypeError, match=r"features\(\) .*positional argument"):
             model(*inputs)
     other = pyens.EnsembleMLP(1, 6, [9, 6], 2)
     with pytest.raises(
         ValueError, match=r"fitted on the 15 hidden units of target, 30 columns, got one of 28"
     ):
-        VariationModel(other, estimator, torch.zeros(15), torch.ones(15))
+        VariationModel(other, model.head, torch.zeros(15), torch.ones(15))
     for name, statistics in (("mean", (mean[1:], std)), ("std", (mean, std.view(2, 7)))):
         with pytest.raises(ValueError, match=rf"{name}: expected \[14\], a number for each hidden unit, got"):
-            VariationModel(target, estimator, *statistics)
+            VariationModel(target, model.head, *statistics)
     _files.save({"format": "another"}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other\.pt: expected a file of VariationModel\.save"):
         VariationModel.load(tmp_path / "other.pt")
+
+    class Own(pyens.EnsembleMLP):
+        pass
+
+    own = VariationModel(Own(1, 6, [9, 5], 2), model.head, mean, std)
+    with pytest.raises(ValueError, match=r"^VariationModel.save: .* a class of pyens.nn, got Own"):
+        own.save(tmp_path / "own.pt")
 
 
 def test_a_head_alone_is_enough():

@@ -77,7 +77,7 @@ class Estimation:
                 [sources[name].pv[first] for name in missing],
             )
             for name, estimator in zip(missing, estimators, strict=True):
-                VariationModel(targets[name], estimator, *statistics[name]).save(paths[name])
+                VariationModel(targets[name], estimator.head_, *statistics[name]).save(paths[name])
         models = {name: VariationModel.load(path) for name, path in paths.items()}
         for name, model in models.items():
             expected = VariationEstimator(**params, progress=True).get_params()

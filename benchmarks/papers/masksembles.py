@@ -159,7 +159,7 @@ def train_masksembles(model: MaskedMLP, data: Split, settings: Settings) -> floa
     """As in the paper: each example meets one mask, here another one each time that it comes."""
 
     def loss(images: Tensor, labels: Tensor, step: int) -> Tensor:
-        return model.loss(images, labels, loss="cross_entropy", mode="drawn", seed=step)
+        return model.loss(images, labels, loss="cross_entropy", mode="random", seed=step)
 
     orders = generators(settings.seed)
     return train(list(model.parameters()), loss, data, orders, settings.epochs, "Masksembles")
@@ -368,7 +368,7 @@ def _fit(model: EnsembleMLP | MaskedMLP, x: Tensor, y: Tensor, steps: int, name:
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, fused=True)
     for step in tqdm(range(steps), desc=f"Figure 4, {name}", leave=False, disable=None):
         if isinstance(model, MaskedMLP):
-            loss = model.loss(x, y, loss="cross_entropy", mode="drawn", seed=step)
+            loss = model.loss(x, y, loss="cross_entropy", mode="random", seed=step)
         else:
             loss = model.loss(x, y, loss="cross_entropy").sum()
         optimizer.zero_grad()

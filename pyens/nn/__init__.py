@@ -1,5 +1,6 @@
 """Modules: thin Python over `pyens.ops`."""
 
+from pyens.nn.ensemble import Ensemble
 from pyens.nn.ensemble_embedding import EnsembleEmbedding
 from pyens.nn.ensemble_mlp import EnsembleLinear, EnsembleMLP, PackedEnsembleMLP
 from pyens.nn.masked_conv import MaskedConv2d
@@ -10,6 +11,7 @@ from pyens.nn.mc_dropout import mc_dropout
 from pyens.nn.tabular import TabularEnsemble
 
 __all__ = [
+    "Ensemble",
     "EnsembleEmbedding",
     "EnsembleLinear",
     "EnsembleMLP",

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from pyens import ops
-from pyens.nn._members import Members, check_not_empty, check_sizes
+from pyens.masks import check
+from pyens.nn._members import Members, check_not_empty
+from pyens.nn.ensemble import parameters_of
 
 
 class EnsembleEmbedding(Members):
@@ -53,7 +55,7 @@ class EnsembleEmbedding(Members):
         seeds: Sequence[int] | Tensor | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(
+        check(
             "EnsembleEmbedding",
             ensemble_size=ensemble_size,
             num_embeddings=num_embeddings,
@@ -81,24 +83,27 @@ class EnsembleEmbedding(Members):
             _check_module(module, modules[0], f"from_modules: modules[{i}]")
         with torch.no_grad():
             weight = torch.stack([module.weight for module in modules])
-        return cls._from_weight(weight, modules[0].sparse).train(modules[0].training)
-
-    @classmethod
-    def _from_weight(cls, weight: Tensor, sparse: bool) -> Self:
-        new = cls(*weight.shape, sparse=sparse, device="meta", dtype=weight.dtype)
+        new = cls(*weight.shape, sparse=modules[0].sparse, device="meta", dtype=weight.dtype)
         new.weight = nn.Parameter(weight)
-        return new
+        return new.train(modules[0].training)
 
-    def _with(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Self:
-        return self._from_weight(weights[0], self.sparse).train(self.training)
+    def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The tables `[E, num_embeddings, embedding_dim]`, and no biases."""
+        return parameters_of(self, ("weight",)), []
 
-    def _stack(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [self.weight], []
-
-    def _draw(self, member: int, generator: torch.Generator | None) -> None:
-        drawn = torch.empty(self.weight.shape[1:], dtype=torch.float32, device="cpu")
+    def draw(self, member: int, generator: torch.Generator | None) -> None:
+        ((weight,), _) = self._parameters_alone("reset_parameters")
+        drawn = torch.empty(weight.shape[1:], dtype=torch.float32, device="cpu")
         nn.init.normal_(drawn, generator=generator)
-        self.weight[member].copy_(drawn)
+        weight[member].copy_(drawn)
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "ensemble_size": self.ensemble_size,
+            "num_embeddings": self.num_embeddings,
+            "embedding_dim": self.embedding_dim,
+            "sparse": self.sparse,
+        }
 
     def forward(self, index: Tensor) -> Tensor:
         """int64 `[B]` (shared by all members) or `[E, B]` -> `[E, B, embedding_dim]`."""
@@ -116,12 +121,6 @@ class EnsembleEmbedding(Members):
         )
         module.weight = nn.Parameter(self.weight[i].detach().clone())
         return module.train(self.training)
-
-    def extra_repr(self) -> str:
-        return (
-            f"ensemble_size={self.ensemble_size}, num_embeddings={self.num_embeddings}, "
-            f"embedding_dim={self.embedding_dim}, sparse={self.sparse}"
-        )
 
 
 def _check_module(module: nn.Module, first: nn.Embedding, argument: str) -> None:

@@ -1,37 +1,41 @@
 """Ensembles of linear layers and of MLPs."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from typing_extensions import Self
 
 from pyens import ops
+from pyens.masks import check
 from pyens.nn import _sequential
-from pyens.nn._members import Members, check_not_empty, check_sizes
+from pyens.nn._buffers import BufferList, Derived
+from pyens.nn._members import Members, check_not_empty, draw_linear
+from pyens.nn.ensemble import Indices, chosen_members, parameters_of, reader
 from pyens.ops.ensemble_mlp import ensemble_mlp_packed, prepack
 
 
-class _Stacked(Members):
-    """What `EnsembleLinear` and `EnsembleMLP` share: a stack of linear layers per member.
-
-    A subclass says where the parameters live (`_stack`, `_set_stack`) and what a member looks like.
-    """
+class _StackedMLP(Members):
+    """What `EnsembleLinear`, `EnsembleMLP` and `PackedEnsembleMLP` share: a stack of linear layers each."""
 
     activation: str
 
-    def _set_stack(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
-        raise NotImplementedError
-
-    def forward(self, input: Tensor, *, dropout: float = 0.0, dropout_seeds: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, *, dropout: float | None = None, dropout_seeds: Tensor | None = None
+    ) -> Tensor:
         """`[B, in_features]` (shared by all members) or `[E, B, in_features]` -> `[E, B, out_features]`.
 
-        Dropout on the hidden activations, in training and in eval mode alike: see `pyens.ops.ensemble_mlp`.
+        Args:
+            dropout: of the hidden activations; None: that of the ensemble.
+            dropout_seeds: int64 `[E]`, see `pyens.ops.ensemble_mlp`. Dropout is applied if and only if they
+                are given, also in evaluation (for MC dropout); training with dropout needs them.
         """
-        weights, biases = self._stack()
+        if dropout is None:
+            dropout = self.dropout and self._dropout(dropout_seeds)
+        weights, biases = self.stacked()
         return ops.ensemble_mlp(
             input,
             weights,
@@ -49,14 +53,16 @@ class _Stacked(Members):
         loss: str,
         temperature: float = 1.0,
         sample_weight: Tensor | None = None,
-        dropout: float = 0.0,
+        dropout: float | None = None,
         dropout_seeds: Tensor | None = None,
     ) -> Tensor:
         """Each member's mean loss `[E]`, its gradient computed in the same pass; train on its sum.
 
-        mse, bce, gaussian_nll or cross_entropy: see `pyens.ops.ensemble_mlp_loss`.
+        mse, bce, gaussian_nll or cross_entropy: see `pyens.ops.ensemble_mlp_loss`. Dropout as in `forward`.
         """
-        weights, biases = self._stack()
+        if dropout is None:
+            dropout = self.dropout and self._dropout(dropout_seeds)
+        weights, biases = self.stacked()
         return ops.ensemble_mlp_loss(
             input,
             target,
@@ -70,28 +76,35 @@ class _Stacked(Members):
             dropout_seeds=dropout_seeds,
         )
 
-    def _draw(self, member: int, generator: torch.Generator | None) -> None:
-        weights, biases = self._stack()
-        for layer, weight in enumerate(weights):
-            drawn = torch.empty(weight.shape[1:], dtype=torch.float32, device="cpu")
-            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-            weight[member].copy_(drawn)
-            if biases:
-                bound = 1 / math.sqrt(weight.shape[2])
-                drawn = torch.empty(weight.shape[1], dtype=torch.float32, device="cpu")
-                nn.init.uniform_(drawn, -bound, bound, generator=generator)
-                biases[layer][member].copy_(drawn)
+    def _dropout(self, seeds: Tensor | None) -> float:
+        if seeds is not None:
+            return self.dropout
+        if self.training:
+            raise ValueError(
+                f"{type(self).__name__}: dropout_seeds: expected int64 [{self.ensemble_size}], new in every "
+                f"step of training with dropout {self.dropout}, got None"
+            )
+        return 0.0
 
-    def _member_layers(self, i: int) -> list[nn.Linear]:
+    def draw(self, member: int, generator: torch.Generator | None) -> None:
+        weights, biases = self._parameters_alone("reset_parameters")
+        for layer, weight in enumerate(weights):
+            draw_linear(weight[member], biases[layer][member] if biases else None, generator)
+
+    def member(self, i: int) -> nn.Module:
+        """Member i as an `nn.Sequential`, with copies of its parameters and without dropout."""
         self._check_member(i)
-        return _sequential.unstack(*self._stack(), i)
+        layers: list[nn.Module] = []
+        for linear in _sequential.unstack(*self.stacked(), i):
+            layers += [linear, _sequential.activation_module(self.activation)]
+        return nn.Sequential(*layers[:-1]).train(self.training)
 
     def packed(self) -> "PackedEnsembleMLP":
         """A frozen copy for inference that is faster for small batches. See `PackedEnsembleMLP`."""
         return PackedEnsembleMLP(self)
 
 
-class EnsembleLinear(_Stacked):
+class EnsembleLinear(_StackedMLP):
     r"""`ensemble_size` copies of `nn.Linear` that run as one: output[m] = x W[m]^T + b[m].
 
     Args:
@@ -116,7 +129,7 @@ class EnsembleLinear(_Stacked):
         seeds: Sequence[int] | Tensor | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(
+        check(
             "EnsembleLinear", ensemble_size=ensemble_size, in_features=in_features, out_features=out_features
         )
         self.ensemble_size = ensemble_size
@@ -137,38 +150,32 @@ class EnsembleLinear(_Stacked):
                     f"from_modules: modules[{i}]: expected nn.Linear, got {type(module).__name__}"
                 )
         weights, biases = _sequential.stack([[module] for module in modules])
-        return cls._from_stack(weights, biases).train(modules[0].training)
-
-    @classmethod
-    def _from_stack(cls, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Self:
         (weight,) = weights
         ensemble_size, out_features, in_features = weight.shape
         new = cls(ensemble_size, in_features, out_features, bool(biases), device="meta", dtype=weight.dtype)
-        new._set_stack(weights, biases)
-        return new
+        new.weight = nn.Parameter(weight)
+        new.bias = nn.Parameter(biases[0]) if biases else None
+        return new.train(modules[0].training)
 
-    def _with(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Self:
-        return self._from_stack(weights, biases).train(self.training)
-
-    def _stack(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [self.weight], [] if self.bias is None else [self.bias]
-
-    def _set_stack(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
-        self.weight = nn.Parameter(weights[0])
-        self.bias = nn.Parameter(biases[0]) if biases else None
+    def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        weight, bias = parameters_of(self, ("weight", "bias"))
+        return [weight], [] if bias is None else [bias]
 
     def member(self, i: int) -> nn.Linear:
         """Member i as an `nn.Linear`, with copies of its parameters."""
-        return self._member_layers(i)[0].train(self.training)
+        self._check_member(i)
+        return _sequential.unstack(*self.stacked(), i)[0].train(self.training)
 
-    def extra_repr(self) -> str:
-        return (
-            f"ensemble_size={self.ensemble_size}, in_features={self.in_features}, "
-            f"out_features={self.out_features}, bias={self.bias is not None}"
-        )
+    def config(self) -> dict[str, Any]:
+        return {
+            "ensemble_size": self.ensemble_size,
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+        }
 
 
-class EnsembleMLP(_Stacked):
+class EnsembleMLP(_StackedMLP):
     r"""`ensemble_size` MLPs that run as one: Linear, activation, ..., Linear.
 
     Args:
@@ -177,6 +184,7 @@ class EnsembleMLP(_Stacked):
         hidden_features: widths of the hidden layers; empty for a linear model.
         activation: relu, gelu, silu, elu, softplus, tanh or identity, as in `pyens.ops.ensemble_mlp`.
         bias: whether the layers have biases.
+        dropout: p in [0, 1), the probability of dropping a hidden activation in training.
         device, dtype: of the parameters.
         seeds: one per member, see `reset_parameters`.
 
@@ -197,6 +205,7 @@ class EnsembleMLP(_Stacked):
         *,
         activation: str = "relu",
         bias: bool = True,
+        dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         seeds: Sequence[int] | Tensor | None = None,
@@ -206,7 +215,7 @@ class EnsembleMLP(_Stacked):
             raise TypeError(
                 f"EnsembleMLP: hidden_features: expected a sequence of widths, got {hidden_features}"
             )
-        check_sizes(
+        check(
             "EnsembleMLP",
             ensemble_size=ensemble_size,
             in_features=in_features,
@@ -214,18 +223,21 @@ class EnsembleMLP(_Stacked):
             **{f"hidden_features[{i}]": width for i, width in enumerate(hidden_features)},
         )
         _sequential.activation_module(activation)  # raises if there is none of this name
+        if not 0 <= dropout < 1:
+            raise ValueError(f"EnsembleMLP: dropout: expected 0 <= dropout < 1, got {dropout}")
         self.ensemble_size = ensemble_size
         self.in_features = in_features
         self.hidden_features = tuple(hidden_features)
         self.out_features = out_features
         self.activation = activation
+        self.dropout = dropout
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weights = nn.ParameterList()
-        self.biases = nn.ParameterList()
-        for fan_in, fan_out in itertools.pairwise([in_features, *hidden_features, out_features]):
-            self.weights.append(nn.Parameter(torch.empty(ensemble_size, fan_out, fan_in, **factory)))
-            if bias:
-                self.biases.append(nn.Parameter(torch.empty(ensemble_size, fan_out, **factory)))
+        layers = list(itertools.pairwise([in_features, *hidden_features, out_features]))
+        self.weights = nn.ParameterList(torch.empty(ensemble_size, o, i, **factory) for i, o in layers)
+        self.biases = nn.ParameterList(torch.empty(ensemble_size, o, **factory) for _, o in layers if bias)
+        self._names = tuple(str(layer) for layer in range(len(layers)))
+        self._bias_names = self._names if bias else ()
+        self._read_weights, self._read_biases = reader(self._names), reader(self._bias_names)
         self.reset_parameters(seeds)
 
     @classmethod
@@ -247,10 +259,14 @@ class EnsembleMLP(_Stacked):
                     f"got {activation}"
                 )
         weights, biases = _sequential.stack([linears for linears, _ in parsed])
-        return cls._from_stack(weights, biases, parsed[0][1]).train(modules[0].training)
+        new = cls.from_parameters(weights, biases, activation=parsed[0][1])
+        return new.train(modules[0].training)
 
     @classmethod
-    def _from_stack(cls, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str) -> Self:
+    def from_parameters(
+        cls, weights: Sequence[Tensor], biases: Sequence[Tensor], *, activation: str = "relu"
+    ) -> Self:
+        """An ensemble of weights `[E, out, in]` and biases `[E, out]` (none: empty), used as they are."""
         first = weights[0]
         *hidden, out = (w.shape[1] for w in weights)
         new = cls(
@@ -263,37 +279,32 @@ class EnsembleMLP(_Stacked):
             device="meta",
             dtype=first.dtype,
         )
-        new._set_stack(weights, biases)
+        new.weights, new.biases = nn.ParameterList(weights), nn.ParameterList(biases)
         return new
 
-    def _with(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Self:
-        return self._from_stack(weights, biases, self.activation).train(self.training)
+    def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        modules = self._modules  # submodules as attributes cost half a microsecond each
+        weights, biases = modules["weights"], modules["biases"]
+        if not is_dynamo_compiling():  # dynamo does not know what reads them
+            try:
+                return self._read_weights(weights._parameters), self._read_biases(biases._parameters)
+            except KeyError:
+                pass
+        return parameters_of(weights, self._names), parameters_of(biases, self._bias_names)
 
-    def _stack(self) -> tuple[list[Tensor], list[Tensor]]:
-        # Iterating a ParameterList costs 5 µs, more than a forward pass of a small ensemble.
-        modules = self._modules
-        return list(modules["weights"]._parameters.values()), list(modules["biases"]._parameters.values())
-
-    def _set_stack(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
-        self.weights = nn.ParameterList(weights)
-        self.biases = nn.ParameterList(biases)
-
-    def member(self, i: int) -> nn.Sequential:
-        """Member i as an `nn.Sequential`, with copies of its parameters."""
-        layers: list[nn.Module] = []
-        for linear in self._member_layers(i):
-            layers += [linear, _sequential.activation_module(self.activation)]
-        return nn.Sequential(*layers[:-1]).train(self.training)
-
-    def extra_repr(self) -> str:
-        return (
-            f"ensemble_size={self.ensemble_size}, in_features={self.in_features}, "
-            f"hidden_features={list(self.hidden_features)}, out_features={self.out_features}, "
-            f"activation={self.activation}, bias={len(self.biases) > 0}"
-        )
+    def config(self) -> dict[str, Any]:
+        return {
+            "ensemble_size": self.ensemble_size,
+            "in_features": self.in_features,
+            "hidden_features": list(self.hidden_features),
+            "out_features": self.out_features,
+            "activation": self.activation,
+            "bias": len(self.biases) > 0,
+            "dropout": self.dropout,
+        }
 
 
-class PackedEnsembleMLP(nn.Module):
+class PackedEnsembleMLP(Derived, _StackedMLP):
     """An ensemble frozen for inference: same outputs, bit for bit, sooner for small batches.
 
     Keeps the weights twice: as they were, and in the order in which the kernel reads them for small batches.
@@ -302,63 +313,48 @@ class PackedEnsembleMLP(nn.Module):
     parameters: it does not train, and under autocast it computes in its own dtype. The buffers must not be
     changed in place or exchanged (`torch.func.functional_call`). On CUDA it reads the weights as they are.
 
+    As an ensemble it gives losses without gradients for its weights, `select` gives an `EnsembleMLP`, and
+    `config` is that of one.
+
     Made by `EnsembleMLP.packed()` and `EnsembleLinear.packed()` (an `EnsembleMLP` of one layer then).
     """
 
-    def __init__(self, ensemble: _Stacked) -> None:
+    def __init__(self, ensemble: _StackedMLP) -> None:
         super().__init__()
-        weights, biases = ensemble._stack()
+        weights, biases = ensemble.stacked()
         *hidden, self.out_features = (weight.shape[1] for weight in weights)
         self.ensemble_size = ensemble.ensemble_size
         self.in_features = weights[0].shape[2]
         self.hidden_features = tuple(hidden)
         self.activation = ensemble.activation
-        self.weights = _BufferList(weights)
-        self.biases = _BufferList(biases)
-        self._pack()
-        self.register_load_state_dict_post_hook(_pack_after_loading)
+        self.weights = BufferList(weights)
+        self.biases = BufferList(biases)
+        self._derive_and_follow()
         self.eval()
 
     def forward(self, input: Tensor) -> Tensor:
         """`[B, in_features]` (shared by all members) or `[E, B, in_features]` -> `[E, B, out_features]`."""
-        packed, weights, biases = self._frozen
+        packed, weights, biases = self._derived
         if packed is None:
             return ops.ensemble_mlp(input, weights, biases, activation=self.activation)
         return ensemble_mlp_packed(input, packed, weights, biases, activation=self.activation)
 
-    def _pack(self) -> None:
+    def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        _, weights, biases = self._derived
+        return weights, biases
+
+    def select(self, indices: Indices) -> EnsembleMLP:
+        weights, biases = self.stacked()
+        members = chosen_members(self.ensemble_size, indices).to(weights[0].device)
+        chosen = EnsembleMLP.from_parameters(
+            [w[members] for w in weights], [b[members] for b in biases], activation=self.activation
+        )
+        return chosen.train(self.training)
+
+    config = EnsembleMLP.config
+
+    def _derive(self) -> None:
         weights, biases = list(self.weights.buffers()), list(self.biases.buffers())
         # The layout is the CPU kernel's; on CUDA the weights are read as they are. Kept as lists, because
         # gathering the buffers costs each call a microsecond.
-        self._frozen = (None if weights[0].is_cuda else prepack(weights, biases), weights, biases)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        self._pack()
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_frozen"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._pack()
-
-    extra_repr = EnsembleMLP.extra_repr
-
-
-# Not a lambda, which could not be pickled.
-def _pack_after_loading(module: PackedEnsembleMLP, incompatible_keys: Any) -> None:
-    module._pack()
-
-
-class _BufferList(nn.Module):
-    """What `nn.ParameterList` is to parameters."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        super().__init__()
-        for i, tensor in enumerate(tensors):
-            self.register_buffer(str(i), tensor.detach().clone(memory_format=torch.contiguous_format))
-
-    def __len__(self) -> int:
-        return len(self._buffers)
+        self._derived = (None if weights[0].is_cuda else prepack(weights, biases), weights, biases)

@@ -16,12 +16,12 @@ class MaskedConv2d(nn.Sequential):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, bias, padding_mode, device, dtype:
             as for `nn.Conv2d`.
-        n, scale, mode, generator: as for `Masksembles2D`.
+        num_masks, scale, mode, generator: as for `Masksembles2D`.
 
     Children: `mask` and `conv`. The state dict of torch-uncertainty's `MaskedConv2d` has the same names.
 
     Raises:
-        ValueError: n or scale below 1, an unknown mode.
+        ValueError: num_masks or scale below 1, an unknown mode.
     """
 
     mask: Masksembles2D
@@ -32,7 +32,7 @@ class MaskedConv2d(nn.Sequential):
         in_channels: int,
         out_channels: int,
         kernel_size: _Size,
-        n: int,
+        num_masks: int,
         scale: float,
         *,
         stride: _Size = 1,
@@ -46,8 +46,10 @@ class MaskedConv2d(nn.Sequential):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check("MaskedConv2d", scale, in_channels=in_channels, out_channels=out_channels, n=n)
-        self.mask = Masksembles2D(in_channels, n, scale, mode=mode, generator=generator, device=device)
+        check("MaskedConv2d", scale, in_channels=in_channels, out_channels=out_channels, num_masks=num_masks)
+        self.mask = Masksembles2D(
+            in_channels, num_masks, scale, mode=mode, generator=generator, device=device
+        )
         self.conv = nn.Conv2d(
             in_channels,
             out_channels,
@@ -65,7 +67,7 @@ class MaskedConv2d(nn.Sequential):
     def from_conv(
         cls,
         conv: nn.Conv2d,
-        n: int,
+        num_masks: int,
         scale: float,
         *,
         mode: str = "grouped",
@@ -74,14 +76,14 @@ class MaskedConv2d(nn.Sequential):
         """Masks before an existing convolution, which is used as it is, not copied.
 
         Raises:
-            ValueError: a convolution with groups; n or scale below 1; an unknown mode.
+            ValueError: a convolution with groups; num_masks or scale below 1; an unknown mode.
         """
         if conv.groups != 1:
             raise ValueError(f"from_conv: conv: expected groups = 1, got {conv.groups}")
         new = cls.__new__(cls)
         nn.Sequential.__init__(new)
         new.mask = Masksembles2D(
-            conv.in_channels, n, scale, mode=mode, generator=generator, device=conv.weight.device
+            conv.in_channels, num_masks, scale, mode=mode, generator=generator, device=conv.weight.device
         )
         new.conv = conv
         return new.train(conv.training)
@@ -102,7 +104,7 @@ class MaskedConv2d(nn.Sequential):
         Raises:
             TypeError, ValueError: out_masks of another dtype or shape.
         """
-        expected = (self.mask.n, self.conv.out_channels)
+        expected = (self.mask.num_masks, self.conv.out_channels)
         if out_masks is not None and out_masks.dtype != torch.bool:
             dtype = str(out_masks.dtype).removeprefix("torch.")
             raise TypeError(f"compact: out_masks: expected bool, got {dtype}")

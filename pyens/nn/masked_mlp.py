@@ -1,7 +1,6 @@
 """One MLP under N masks: the members share its weights."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,17 +10,21 @@ from typing_extensions import Self
 
 from pyens.masks import check, masks_for_channels
 from pyens.nn import _sequential
-from pyens.nn._rows import MODES, cards, check_mode
-from pyens.nn.ensemble_mlp import EnsembleMLP, _BufferList
+from pyens.nn._assignment import MODES, assign_masks, check_mode
+from pyens.nn._buffers import BufferList, Derived
+from pyens.nn._members import draw_linear
+from pyens.nn.ensemble import Ensemble, Indices, chosen_members, generators, parameters_of
+from pyens.nn.ensemble_mlp import EnsembleMLP
 from pyens.nn.masksembles import Masksembles1D
-from pyens.ops.masked_mlp import masked_mlp, masked_mlp_loss, plan_masks
+from pyens.ops.masked_mlp import masked_mlp, masked_mlp_loss, masked_weights, plan_masks
 
 
-class MaskedMLP(nn.Module):
+class MaskedMLP(Derived, Ensemble):
     r"""An MLP with Masksembles on its hidden layers: Linear, activation, mask, ..., Linear.
 
     What `nn.Sequential(nn.Linear, activation, Masksembles1D, ..., nn.Linear)` computes; of each hidden layer
-    only the units that the mask leaves take part.
+    only the units that the mask leaves take part. The members share the parameters, so `pyens.training.fit`
+    keeps and stops all of them together.
 
     Args:
         ensemble_size: N, the number of masks.
@@ -44,9 +47,11 @@ class MaskedMLP(nn.Module):
 
     Example:
         >>> model = MaskedMLP(4, 32, [64, 64], 1, scale=2.0)
-        >>> model(torch.randn(8, 32)).shape, model(torch.randn(8, 32), mode="dealt").shape
+        >>> model(torch.randn(8, 32)).shape, model(torch.randn(8, 32), mode="random").shape
         (torch.Size([4, 8, 1]), torch.Size([8, 1]))
     """
+
+    shares_parameters = True
 
     def __init__(
         self,
@@ -82,11 +87,16 @@ class MaskedMLP(nn.Module):
         weights = [torch.empty(fan_out, fan_in, **factory) for fan_in, fan_out in layers]
         biases = [torch.empty(fan_out, **factory) for _, fan_out in layers] if bias else []
         masks = [torch.empty(m.shape, dtype=torch.bool, device=device).copy_(m) for m in masks]
-        self._set(weights, biases, masks, activation)
+        self._set(weights, biases, masks, activation, scale)
         self.reset_parameters(seed)
 
     def _set(
-        self, weights: Sequence[Tensor], biases: Sequence[Tensor], masks: Sequence[Tensor], activation: str
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        masks: Sequence[Tensor],
+        activation: str,
+        scale: float | None,
     ) -> None:
         """Everything that this module consists of."""
         super().__init__()
@@ -98,28 +108,18 @@ class MaskedMLP(nn.Module):
         self.hidden_features = tuple(mask.shape[1] for mask in masks)
         self.out_features = weights[-1].shape[0]
         self.activation = activation
+        self.scale = scale
         self.weights = nn.ParameterList(weights)
         self.biases = nn.ParameterList(biases)
-        self.masks = _BufferList(masks)
-        self._plan_masks()
-        self.register_load_state_dict_post_hook(_plan_after_loading)
+        self._names = tuple(str(layer) for layer in range(len(weights)))
+        self._bias_names = self._names[: len(biases)]
+        self.masks = BufferList(masks)
+        self._derive_and_follow()
 
-    def _plan_masks(self) -> None:
+    def _derive(self) -> None:
         masks = list(self.masks.buffers())
         # Lists, because gathering buffers costs each call a microsecond. On "meta" there is nothing to read.
-        self._planned = (masks, None if masks[0].is_meta else plan_masks(masks), _versions(masks))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        self._plan_masks()
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_planned"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._plan_masks()
+        self._derived = (masks, None if masks[0].is_meta else plan_masks(masks), _versions(masks))
 
     @classmethod
     def from_parameters(
@@ -135,7 +135,7 @@ class MaskedMLP(nn.Module):
         Masks are bool `[N, H_l]`, one for each hidden layer, and copied.
         """
         new = cls.__new__(cls)
-        new._set(weights, biases, masks, activation)
+        new._set(weights, biases, masks, activation, None)
         return new
 
     @classmethod
@@ -165,11 +165,12 @@ class MaskedMLP(nn.Module):
         sizes = {len(mask) for mask in masks if mask is not None}
         if len(sizes) != 1:
             raise ValueError(
-                f"from_module: module: expected Masksembles1D layers of one n, got {sorted(sizes) or 'none'}"
+                "from_module: module: expected Masksembles1D layers of one num_masks, "
+                f"got {sorted(sizes) or 'none'}"
             )
-        (n,) = sizes
+        (num_masks,) = sizes
         hidden = [
-            linear.weight.new_ones(n, linear.out_features, dtype=torch.bool) if mask is None else mask
+            linear.weight.new_ones(num_masks, linear.out_features, dtype=torch.bool) if mask is None else mask
             for linear, mask in zip(linears[:-1], masks[:-1], strict=True)
         ]
         stacked = _sequential.stack([linears])
@@ -177,29 +178,70 @@ class MaskedMLP(nn.Module):
         return cls.from_parameters(weights, biases, hidden, activation=activation).train(module.training)
 
     @torch.no_grad()
-    def reset_parameters(self, seed: int | None = None) -> None:
-        """Draws the weights anew, exactly as `nn.Linear` does; the masks stay."""
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
+    def reset_parameters(self, seeds: int | Sequence[int] | Tensor | None = None) -> None:
+        """Draws the weights anew, exactly as `nn.Linear` does; the masks stay.
+
+        `seeds` is one number, or as for every ensemble one per member: then all the same, for the members
+        share the weights.
+        """
+        each = [seeds] * self.ensemble_size if isinstance(seeds, int) else seeds
+        generator, *_ = generators(self.ensemble_size, each)
+        if each is not None and len({int(seed) for seed in each}) > 1:
+            raise ValueError(
+                "reset_parameters: seeds: expected the same for all members, which share their weights, "
+                f"got {list(each)}"
+            )
         if self.weights[0].is_meta:
             return
-        for layer, weight in enumerate(self.weights):
-            # On the CPU in float32 and then cast: a seed means the same on every device and dtype.
-            drawn = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
-            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-            weight.copy_(drawn)
-            if len(self.biases) > 0:
-                bound = 1 / math.sqrt(weight.shape[1])
-                drawn = torch.empty(weight.shape[0], dtype=torch.float32, device="cpu")
-                self.biases[layer].copy_(nn.init.uniform_(drawn, -bound, bound, generator=generator))
+        for weight, bias in itertools.zip_longest(self.weights, self.biases):
+            draw_linear(weight, bias, generator)
+
+    def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The rows and columns that each mask keeps: the members as MLPs of their own."""
+        given = self._arguments()
+        plan = plan_masks(given["masks"]) if given["plan"] is None else given["plan"]
+        return masked_weights(given["weights"], given["biases"], self.ensemble_size, plan)
+
+    def select(self, indices: Indices) -> Self:
+        """A new model with copies of the chosen masks and of the weights, see `Ensemble.select`."""
+        members = chosen_members(self.ensemble_size, indices).to(self.weights[0].device)
+        new = type(self).from_parameters(
+            [weight.detach().clone() for weight in self.weights],
+            [bias.detach().clone() for bias in self.biases],
+            [mask[members] for mask in self.masks.buffers()],
+            activation=self.activation,
+        )
+        new.scale = self.scale
+        return new.train(self.training)
+
+    def member(self, i: int) -> nn.Sequential:
+        """Member i as an `nn.Sequential` of the units that its mask keeps, with copies of their weights."""
+        self._check_member(i)
+        return self.compact().member(i)
+
+    def to_modules(self) -> list[nn.Sequential]:
+        return self.compact().to_modules()
+
+    def config(self) -> dict[str, Any]:
+        """See `Ensemble.config`. The masks are in the state dict; those that are built are others."""
+        return {
+            "ensemble_size": self.ensemble_size,
+            "in_features": self.in_features,
+            "hidden_features": list(self.hidden_features),
+            "out_features": self.out_features,
+            "scale": 1.0 if self.scale is None else self.scale,
+            "activation": self.activation,
+            "bias": len(self.biases) > 0,
+        }
 
     def forward(self, input: Tensor, *, mode: str = "tiled", seed: int | Tensor = 0) -> Tensor:
         """Each example under each mask, or under one.
 
         Args:
             input: `[B, in_features]`; with "tiled" also `[N, B, in_features]`, the examples of each mask.
-            mode: "tiled": every mask on every example. "grouped", "dealt" or "drawn": each example meets one
-                mask, see `Masksembles1D`.
-            seed: with "drawn", says which (int64, if a tensor). A training loop passes a new one each step.
+            mode: "tiled": every mask on every example. "grouped", "round_robin" or "random": each example
+                meets one mask, see `Masksembles1D`.
+            seed: with "random", says which (int64, if a tensor). A training loop passes a new one each step.
 
         Returns:
             `[N, B, out_features]` with "tiled", else `[B, out_features]`.
@@ -210,10 +252,9 @@ class MaskedMLP(nn.Module):
         self._check(input, mode)
         if mode == "tiled":
             return masked_mlp(input, **self._arguments())
-        n = self.ensemble_size
-        place, rows = self._deal(input.shape[0], mode, seed, input.device)
-        dealt = _put(input, place, n, rows)
-        return masked_mlp(dealt, **self._arguments()).flatten(0, 1).index_select(0, place)
+        place, rows = self._assign(input.shape[0], mode, seed, input.device)
+        per_mask = _put(input, place, self.ensemble_size, rows)
+        return masked_mlp(per_mask, **self._arguments()).flatten(0, 1).index_select(0, place)
 
     def loss(
         self,
@@ -256,7 +297,7 @@ class MaskedMLP(nn.Module):
                     f"MaskedMLP: {name}: expected the {b} examples of the input first, "
                     f"got shape {list(tensor.shape)}"
                 )
-        place, rows = self._deal(b, mode, seed, input.device)
+        place, rows = self._assign(b, mode, seed, input.device)
         # Rows that are there to fill up have weight 0.
         weights = _put(sample_weight.float() if _is_half(sample_weight) else sample_weight, place, n, rows)
         losses = masked_mlp_loss(
@@ -277,27 +318,27 @@ class MaskedMLP(nn.Module):
                 f"MaskedMLP: input: expected [B, {self.in_features}]{also}, got shape {list(input.shape)}"
             )
 
-    def _deal(
+    def _assign(
         self, batch_size: int, mode: str, seed: int | Tensor, device: torch.device
     ) -> tuple[Tensor, int]:
         """Where each row goes among N times `rows` rows, mask by mask, int64 `[B]`; and `rows`."""
-        n = self.ensemble_size
-        rows = -(-batch_size // n)
-        card = cards(mode, batch_size, n, torch.as_tensor(seed, device=device))
-        return card % n * rows + card // n, rows
+        rows = -(-batch_size // self.ensemble_size)
+        seed = torch.as_tensor(seed, device=device)
+        mask, number = assign_masks(mode, batch_size, self.ensemble_size, seed)
+        return mask * rows + number, rows
 
     def _arguments(self) -> dict[str, Any]:
         """What `masked_mlp` takes beside the input."""
-        masks, plan, versions = self._planned
+        masks, plan, versions = self._derived
         if not torch.compiler.is_compiling():
             buffers = list(self._modules["masks"]._buffers.values())
             changed = any(now is not then for now, then in zip(buffers, masks, strict=True))
             if changed or _versions(masks) != versions:
-                self._plan_masks()
-                masks, plan, _ = self._planned
+                self._derive()
+                masks, plan, _ = self._derived
         return {
-            "weights": list(self._modules["weights"]._parameters.values()),
-            "biases": list(self._modules["biases"]._parameters.values()),
+            "weights": parameters_of(self._modules["weights"], self._names),
+            "biases": parameters_of(self._modules["biases"], self._bias_names),
             "masks": masks,
             "activation": self.activation,
             "plan": plan,
@@ -310,38 +351,8 @@ class MaskedMLP(nn.Module):
         Its hidden layers are as wide as the masks' ones; masks with fewer ones than others, which are not
         drawn but may be loaded, get units without weights.
         """
-        weights, biases = [], []
-        inputs, has_input = None, None  # of all masks: the units left [N, M], and which of them are there
-        for layer, weight in enumerate(self.weights):
-            mask = self._mask_of_outputs(layer)
-            most = max(1, int(mask.sum(1).max()))
-            units = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
-            there = mask.gather(1, units)
-            gathered = weight[units]  # [N, M, in]
-            if inputs is not None:
-                columns = inputs.unsqueeze(1).expand(-1, most, -1)
-                gathered = torch.where(has_input.unsqueeze(1), gathered.gather(2, columns), 0)
-            weights.append(torch.where(there.unsqueeze(2), gathered, 0))
-            if len(self.biases) > 0:
-                biases.append(torch.where(there, self.biases[layer][units], 0))
-            inputs, has_input = units, there
-        return EnsembleMLP._from_stack(weights, biases, self.activation).train(self.training)
-
-    def _mask_of_outputs(self, layer: int) -> Tensor:
-        masks = list(self.masks.buffers())
-        return masks[layer] if layer < len(masks) else masks[0].new_ones(len(masks[0]), self.out_features)
-
-    def extra_repr(self) -> str:
-        return (
-            f"ensemble_size={self.ensemble_size}, in_features={self.in_features}, "
-            f"hidden_features={list(self.hidden_features)}, out_features={self.out_features}, "
-            f"activation={self.activation}, bias={len(self.biases) > 0}"
-        )
-
-
-# Not a lambda, which could not be pickled.
-def _plan_after_loading(module: MaskedMLP, incompatible_keys: Any) -> None:
-    module._plan_masks()
+        ensemble = EnsembleMLP.from_parameters(*self.stacked(), activation=self.activation)
+        return ensemble.train(self.training)
 
 
 def _versions(masks: Sequence[Tensor]) -> list[int]:
@@ -349,10 +360,10 @@ def _versions(masks: Sequence[Tensor]) -> list[int]:
     return [0 if mask.is_inference() else mask._version for mask in masks]
 
 
-def _put(values: Tensor, place: Tensor, n: int, rows: int) -> Tensor:
-    """`[B, ...]` -> `[n, rows, ...]`, value b at place[b] and zeros in the rest."""
-    zeros = values.new_zeros(n * rows, *values.shape[1:])
-    return zeros.index_copy(0, place, values).unflatten(0, (n, rows))
+def _put(values: Tensor, place: Tensor, num_masks: int, rows: int) -> Tensor:
+    """`[B, ...]` -> `[num_masks, rows, ...]`, value b at place[b] and zeros in the rest."""
+    zeros = values.new_zeros(num_masks * rows, *values.shape[1:])
+    return zeros.index_copy(0, place, values).unflatten(0, (num_masks, rows))
 
 
 def _is_half(values: Tensor) -> bool:

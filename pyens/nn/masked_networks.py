@@ -1,4 +1,4 @@
-"""Masksembles in networks that are there: put in, told who meets which mask, run under all masks."""
+"""Masksembles in existing networks: insert mask layers, set their mode, run under all masks."""
 
 import fnmatch
 from collections.abc import Sequence
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from pyens.masks import check
-from pyens.nn._rows import MODES, check_mode
+from pyens.nn._assignment import MODES, check_mode
 from pyens.nn.masked_conv import MaskedConv2d
 from pyens.nn.masksembles import Masksembles1D, Masksembles2D, Masksembles3D, _Masksembles
 
 
 def insert_masksembles_(
     module: nn.Module,
-    n: int,
+    num_masks: int,
     scale: float,
     *,
     include: Sequence[str] | None = None,
@@ -31,7 +31,7 @@ def insert_masksembles_(
 
     Args:
         module: the network, which holds the layers.
-        n, scale, mode, generator: of the masks, see `Masksembles1D`.
+        num_masks, scale, mode, generator: of the masks, see `Masksembles1D`.
         include: names of layers, as `module.named_modules()` gives them, with `*` and `?` as in the shell.
             None: all but the first, which sees the data.
         exclude: layers to leave out of these, in the same way. Layers that have masks already stay as they
@@ -41,10 +41,10 @@ def insert_masksembles_(
         `module`.
 
     Raises:
-        ValueError: n or scale below 1, an unknown mode, a pattern that names no layer, no layer left. Nothing
-            is changed then.
+        ValueError: num_masks or scale below 1, an unknown mode, a pattern that names no layer, no layer left.
+            Nothing is changed then.
     """
-    check("insert_masksembles_", scale, n=n)
+    check("insert_masksembles_", scale, num_masks=num_masks)
     check_mode("insert_masksembles_", mode, MODES)
     layers: dict[str, nn.Module] = {}
     for name, layer in module.named_modules(remove_duplicate=False):
@@ -71,36 +71,38 @@ def insert_masksembles_(
     for name, layer in layers.items():
         if name in chosen:
             if layer not in masked:
-                masked[layer] = _masked(layer, n, scale, mode, generator)
+                masked[layer] = _masked(layer, num_masks, scale, mode, generator)
             parent_name, _, child_name = name.rpartition(".")
             setattr(module.get_submodule(parent_name), child_name, masked[layer])
     return module
 
 
 def _masked(
-    layer: nn.Module, n: int, scale: float, mode: str, generator: torch.Generator | None
+    layer: nn.Module, num_masks: int, scale: float, mode: str, generator: torch.Generator | None
 ) -> nn.Sequential:
     device = layer.weight.device
     masked = nn.Sequential()
     if isinstance(layer, nn.Linear):
-        mask = Masksembles1D(layer.in_features, n, scale, mode=mode, generator=generator, device=device)
+        mask = Masksembles1D(
+            layer.in_features, num_masks, scale, mode=mode, generator=generator, device=device
+        )
         masked.add_module("mask", mask)
         masked.add_module("linear", layer)
     elif isinstance(layer, nn.Conv2d) and layer.groups == 1:
-        masked = MaskedConv2d.from_conv(layer, n, scale, mode=mode, generator=generator)
+        masked = MaskedConv2d.from_conv(layer, num_masks, scale, mode=mode, generator=generator)
     else:
         kind = Masksembles2D if isinstance(layer, nn.Conv2d) else Masksembles3D
-        mask = kind(layer.in_channels, n, scale, mode=mode, generator=generator, device=device)
+        mask = kind(layer.in_channels, num_masks, scale, mode=mode, generator=generator, device=device)
         masked.add_module("mask", mask)
         masked.add_module("conv", layer)
     return masked.train(layer.training)
 
 
 def set_mask_mode_(module: nn.Module, mode: str, *, seed: int = 0) -> nn.Module:
-    """Sets which row meets which mask, grouped, dealt or drawn, in all mask layers of a network.
+    """Sets which row meets which mask (grouped, round_robin or random) in all mask layers of a network.
 
     Every layer then has the same masks for the same rows, so that mask n of all of them is one member. With
-    "drawn", pass a new seed each step. See `Masksembles1D`.
+    "random", pass a new seed each step. See `Masksembles1D`.
 
     Raises:
         ValueError: another mode, or a module without mask layers.
@@ -118,21 +120,22 @@ def forward_tiled(module: nn.Module, input: Tensor) -> Tensor:
     Gives the network the batch N times over, whatever the mode of its mask layers.
 
     Raises:
-        ValueError: a module without mask layers, or with layers of different n.
+        ValueError: a module without mask layers, or with layers of different numbers of masks.
     """
     layers = _mask_layers("forward_tiled", module)
-    n, *others = {layer.n for layer in layers}
+    num_masks, *others = {layer.num_masks for layer in layers}
     if others:
-        raise ValueError(f"forward_tiled: module: expected one number of masks, got {sorted([n, *others])}")
+        found = sorted([num_masks, *others])
+        raise ValueError(f"forward_tiled: module: expected one number of masks, got {found}")
     modes = [layer.mode for layer in layers]
     try:
         for layer in layers:
             layer.mode = "grouped"
-        output: Tensor = module(input.expand(n, *input.shape).flatten(0, 1))
+        output: Tensor = module(input.expand(num_masks, *input.shape).flatten(0, 1))
     finally:
         for layer, mode in zip(layers, modes, strict=True):
             layer.mode = mode
-    return output.unflatten(0, (n, input.shape[0]))
+    return output.unflatten(0, (num_masks, input.shape[0]))
 
 
 def _mask_layers(function: str, module: nn.Module) -> list[_Masksembles]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from pyens.masks import check, masks_for_channels
-from pyens.nn._rows import MODES, cards, check_mode
+from pyens.nn._assignment import MODES, assign_masks, check_mode
 from pyens.ops import mask_channels
 
 
@@ -21,7 +21,7 @@ class _Masksembles(nn.Module):
     def __init__(
         self,
         channels: int,
-        n: int,
+        num_masks: int,
         scale: float,
         *,
         mode: str = "grouped",
@@ -30,13 +30,13 @@ class _Masksembles(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        check(name, scale, channels=channels, n=n)
+        check(name, scale, channels=channels, num_masks=num_masks)
         check_mode(name, mode, (*MODES, "tiled"))
         self.channels = channels
-        self.n = n
+        self.num_masks = num_masks
         self.scale = scale
         self.mode = mode
-        masks = masks_for_channels(channels, n, scale, generator=generator)
+        masks = masks_for_channels(channels, num_masks, scale, generator=generator)
         self.register_buffer("masks", torch.empty(masks.shape, dtype=torch.bool, device=device))
         self.register_buffer("seed", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
         self.masks.copy_(masks)
@@ -70,9 +70,9 @@ class _Masksembles(nn.Module):
         """`input` with channels kept or zeroed, row by row as `mode` says, or by mask index[b] for row b."""
         self._check(input)
         if index is None and self.mode == "tiled":
-            input = input.expand(self.n, *input.shape).flatten(0, 1)
+            input = input.expand(self.num_masks, *input.shape).flatten(0, 1)
         elif index is None and self.mode != "grouped":
-            index = cards(self.mode, input.shape[0], self.n, self.seed) % self.n
+            index, _ = assign_masks(self.mode, input.shape[0], self.num_masks, self.seed)
         return self._mask(input, index)
 
     def _mask(self, input: Tensor, index: Tensor | None) -> Tensor:
@@ -92,7 +92,7 @@ class _Masksembles(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, n={self.n}, scale={self.scale}, mode={self.mode}"
+        return f"{self.channels}, num_masks={self.num_masks}, scale={self.scale}, mode={self.mode}"
 
 
 class Masksembles1D(_Masksembles):
@@ -104,17 +104,18 @@ class Masksembles1D(_Masksembles):
 
     Args:
         channels: C.
-        n: N, the number of masks.
+        num_masks: N.
         scale: S >= 1; the masks' overlap is about 1 / (2 S - 1). See `pyens.masks.masks_for_channels`.
         mode: which row meets which mask, also as an attribute:
 
-            grouped  N groups of rows one after the other, as equal as can be (`torch.tensor_split`): the
-                     official layer's. To predict, give the batch N times over (`pyens.nn.forward_tiled`).
-            dealt    row b meets mask b mod N: each example one mask, in turn.
-            drawn    each row draws its mask, without replacement from ceil(B / N) times all N: a pure
-                     function of (`seed`, B, row), so that all layers of a network draw the same.
-            tiled    every mask on every row: `[B, ...]` -> `[N B, ...]`, mask by mask. For the first mask
-                     layer that the data meets; the others stay grouped.
+            grouped      N groups of rows one after the other, as equal as can be (`torch.tensor_split`):
+                         the official layer's. To predict, give the batch N times over
+                         (`pyens.nn.forward_tiled`).
+            round_robin  row b meets mask b mod N.
+            random       each row gets a mask at random, without replacement from ceil(B / N) times all N: a
+                         pure function of (`seed`, B, row), so that all layers of a network agree.
+            tiled        every mask on every row: `[B, ...]` -> `[N B, ...]`, mask by mask. For the first
+                         mask layer that the data meets; the others stay grouped.
         generator: to draw the masks from; they are drawn on the CPU.
         device: of the masks.
 
@@ -123,8 +124,8 @@ class Masksembles1D(_Masksembles):
     `mask` and a `linear` or a `conv` has the keys that `insert_masksembles_` and `MaskedConv2d` give.
 
     Raises:
-        ValueError: channels, n or scale below 1, an unknown mode, an input of another shape, an empty mask
-            loaded.
+        ValueError: channels, num_masks or scale below 1, an unknown mode, an input of another shape, an empty
+            mask loaded.
 
     Source: "Masksembles for Uncertainty Estimation", 3.1 to 3.3.
     """
@@ -140,7 +141,7 @@ class Masksembles1D(_Masksembles):
         if input.dim() == 2:
             return super()._mask(input, index)
         if index is None:
-            index = cards("grouped", input.shape[0], self.n, self.seed) % self.n
+            index, _ = assign_masks("grouped", input.shape[0], self.num_masks, self.seed)
         # Every position as a row of its own, so that the channels come second.
         rows = input.flatten(0, -2)
         index = index.repeat_interleave(rows.shape[0] // max(input.shape[0], 1), output_size=rows.shape[0])

@@ -11,9 +11,9 @@ from pyens.nn.masked_mlp import MaskedMLP
 
 @torch.no_grad()
 def mc_dropout(
-    model: nn.Sequential, num_samples: int, p: float | None = None, generator: torch.Generator | None = None
+    model: nn.Sequential, num_masks: int, p: float | None = None, generator: torch.Generator | None = None
 ) -> MaskedMLP:
-    """`num_samples` passes of Monte Carlo dropout through an MLP, as one model: `[B, I]` -> `[N, B, O]`.
+    """`num_masks` passes of Monte Carlo dropout through an MLP, as one model: `[B, I]` -> `[N, B, O]`.
 
     Each pass has its own mask, drawn once: every unit is kept with probability 1 - p and then multiplied by
     1 / (1 - p), by the weights that follow it. All examples of a pass meet the same mask, so a pass is one
@@ -23,17 +23,17 @@ def mc_dropout(
     Args:
         model: Linear, activation, ..., Linear, with or without `nn.Dropout` after activations. Where there is
             one, units are dropped; if there is none at all, after every activation. It is copied.
-        num_samples: N >= 1.
+        num_masks: N >= 1.
         p: in [0, 1), for all places; None: the rates of the model's own dropout layers.
         generator: to draw from, on the CPU.
 
     Raises:
-        ValueError: another kind of model, num_samples or p out of range, p None without dropout layers.
+        ValueError: another kind of model, num_masks or p out of range, p None without dropout layers.
 
     Source: the paper's 3.4, "Dropout".
     """
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"mc_dropout: num_samples: expected a positive integer, got {num_samples!r}")
+    if not isinstance(num_masks, int) or num_masks < 1:
+        raise ValueError(f"mc_dropout: num_masks: expected a positive integer, got {num_masks!r}")
     layers = list(_sequential.flatten(model))
     rates: list[float | None] = []  # of each linear layer's outputs
     for layer, following in itertools.pairwise([*layers, None]):
@@ -63,7 +63,7 @@ def mc_dropout(
     weights, biases = ([tensor[0] for tensor in tensors] for tensors in stacked)
     masks: list[Tensor] = []
     for layer, rate in enumerate(rates):
-        shape = (num_samples, linears[layer].out_features)
+        shape = (num_masks, linears[layer].out_features)
         kept = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu") >= (rate or 0)
         masks.append(kept.to(weights[0].device))
         weights[layer + 1] /= 1 - (rate or 0)

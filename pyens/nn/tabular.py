@@ -5,15 +5,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
-from pyens.nn._members import Indices, check_sizes, generators
+from pyens.masks import check
+from pyens.nn.ensemble import Ensemble
 from pyens.nn.ensemble_embedding import EnsembleEmbedding
 from pyens.nn.ensemble_mlp import EnsembleMLP
 from pyens.ops.ensemble_embedding import ensemble_embedding_concat
 
 
-class TabularEnsemble(nn.Module):
+class TabularEnsemble(Ensemble):
     r"""`ensemble_size` models that each embed categorical columns, append numeric ones, and apply an MLP.
 
     For every member m and example b, with a table of its own for each categorical column:
@@ -61,7 +61,7 @@ class TabularEnsemble(nn.Module):
     ) -> None:
         super().__init__()
         for i, column in enumerate(categorical):
-            check_sizes(
+            check(
                 "TabularEnsemble",
                 **{f"categorical[{i}][0]": column[0], f"categorical[{i}][1]": column[1]},
             )
@@ -73,15 +73,12 @@ class TabularEnsemble(nn.Module):
             raise ValueError(
                 "TabularEnsemble: numeric_features: expected 1 or more without categorical, got 0"
             )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"TabularEnsemble: dropout: expected 0 <= dropout < 1, got {dropout}")
         if not embedding_std > 0:
             raise ValueError(
                 f"TabularEnsemble: embedding_std: expected a positive number, got {embedding_std}"
             )
         self.ensemble_size = ensemble_size
         self.numeric_features = numeric_features
-        self.dropout = dropout
         self.embedding_std = embedding_std
         self.sparse = sparse
         # Without memory at first, so that nothing is drawn but what reset_parameters draws.
@@ -97,53 +94,44 @@ class TabularEnsemble(nn.Module):
             out_features,
             activation=activation,
             bias=bias,
+            dropout=dropout,
             device="meta",
             dtype=dtype,
         )
         self.to_empty(device=torch.get_default_device() if device is None else device)
         self.reset_parameters(seeds)
 
-    @torch.no_grad()
-    def reset_parameters(self, seeds: Sequence[int] | Tensor | None = None) -> None:
-        """Draws every member anew, exactly as `nn.Embedding` and `nn.Linear` draw their parameters.
+    @property
+    def dropout(self) -> float:
+        """Of the MLP."""
+        return self.mlp.dropout
 
-        `seeds[m] = s` gives member m bit for bit the parameters of a model that is built under
-        `torch.manual_seed(s)` with float32 on the CPU and makes its `nn.Embedding`s in order and then its
-        `nn.Linear`s in order; the tables are then multiplied by `embedding_std`. Without seeds the members
-        are drawn one after the other from torch's default generator.
-        """
-        drawn_from = generators(self.ensemble_size, seeds)
-        if self.mlp.weights[0].is_meta:
-            return
-        for member, generator in enumerate(drawn_from):
-            for module in (*self.embeddings, self.mlp):
-                module._draw(member, generator)
+    @property
+    def activation(self) -> str:
+        """Of the MLP."""
+        return self.mlp.activation
+
+    def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Weights and biases of the MLPs, which take the `features`."""
+        return self.mlp.stacked()
+
+    def draw(self, member: int, generator: torch.Generator | None) -> None:
+        """As `EnsembleMLP` and `EnsembleEmbedding` do; the tables are then multiplied by `embedding_std`."""
+        super().draw(member, generator)
         if self.embedding_std != 1:
             for embedding in self.embeddings:
-                embedding.weight.mul_(self.embedding_std)
+                embedding.weight[member].mul_(self.embedding_std)
 
-    def select(self, indices: Indices) -> Self:
-        """A new ensemble of copies of the chosen members, in the order of `indices` (ints, slice or mask).
-
-        Raises:
-            ValueError: no member chosen, or indices of another kind.
-            IndexError: an index out of range, or a mask that is not `[E]`.
-        """
-        mlp = self.mlp.select(indices)
-        new = type(self)(
-            mlp.ensemble_size,
-            [(embedding.num_embeddings, embedding.embedding_dim) for embedding in self.embeddings],
-            self.numeric_features,
-            mlp.hidden_features,
-            mlp.out_features,
-            dropout=self.dropout,
-            embedding_std=self.embedding_std,
-            sparse=self.sparse,
-            device="meta",
-        )
-        new.embeddings = nn.ModuleList(embedding.select(indices) for embedding in self.embeddings)
-        new.mlp = mlp
-        return new.train(self.training)
+    def config(self) -> dict[str, Any]:
+        own = {
+            "categorical": [[e.num_embeddings, e.embedding_dim] for e in self.embeddings],
+            "numeric_features": self.numeric_features,
+            "embedding_std": self.embedding_std,
+            "sparse": self.sparse,
+        }
+        of_mlp = self.mlp.config()
+        del of_mlp["in_features"]
+        return of_mlp | own
 
     def forward(
         self,
@@ -165,7 +153,7 @@ class TabularEnsemble(nn.Module):
             ValueError: columns missing or not expected, shapes that do not fit, a category out of range, no
                 dropout_seeds in training with dropout.
         """
-        return self.mlp(self._features(categorical, numeric), **self._dropout(dropout_seeds))
+        return self.mlp(self.features(categorical, numeric), dropout_seeds=dropout_seeds)
 
     def loss(
         self,
@@ -184,29 +172,16 @@ class TabularEnsemble(nn.Module):
         those of `pyens.ops.ensemble_mlp_loss`.
         """
         return self.mlp.loss(
-            self._features(categorical, numeric),
+            self.features(categorical, numeric),
             target,
             loss=loss,
             temperature=temperature,
             sample_weight=sample_weight,
-            **self._dropout(dropout_seeds),
+            dropout_seeds=dropout_seeds,
         )
 
-    def _dropout(self, seeds: Tensor | None) -> dict[str, Any]:
-        """The arguments of the operations: none for no dropout."""
-        if self.dropout == 0:
-            return {}
-        if seeds is not None:
-            return {"dropout": self.dropout, "dropout_seeds": seeds}
-        if self.training:
-            raise ValueError(
-                f"TabularEnsemble: dropout_seeds: expected int64 [{self.ensemble_size}], new in every step "
-                f"of training with dropout {self.dropout}, got None"
-            )
-        return {}
-
-    def _features(self, categorical: Tensor | None, numeric: Tensor | None) -> Tensor:
-        """`[E, B, I]`, or `[B, I]` where nothing differs between the members."""
+    def features(self, categorical: Tensor | None = None, numeric: Tensor | None = None) -> Tensor:
+        """What the MLPs take: `[E, B, I]`, or `[B, I]` where nothing differs between the members."""
         columns = len(self.embeddings)
         _check_columns("categorical", categorical, columns, self.ensemble_size)
         _check_columns("numeric", numeric, self.numeric_features, self.ensemble_size)
@@ -219,7 +194,7 @@ class TabularEnsemble(nn.Module):
                 f"got shape {list(numeric.shape)}"
             )
         if not self.sparse:
-            tables = [embedding.weight for embedding in self.embeddings]
+            tables = [embedding.stacked()[0][0] for embedding in self.embeddings]
             return ensemble_embedding_concat(categorical, tables, numeric)
         blocks = [embedding(categorical[..., t]) for t, embedding in enumerate(self.embeddings)]
         if numeric is not None:

@@ -2,7 +2,7 @@
 
 Eager code calls the extension, compiled code the dispatcher. `torch.func` knows nothing of autograd functions
 written in C++: there the operation computes the outputs, so its checks run, and the reference gives the
-derivatives. An operation without a reference or a rule for vmap raises there, by name.
+derivatives. An operation that is given no reference raises there, by name.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from pyens._library import _C
@@ -34,10 +34,11 @@ def operation(
 
     Args:
         name: in the schema.
-        reference: takes the same arguments by name, and returns a tensor or a tuple of tensors.
-        vmap: from the size n of the mapped dimension, where it is in each argument, and the arguments to
-            `(given, dim, sizes)`: the arguments of one call, and the sizes, n first, into which dimension
-            `dim` of its outputs is to be split.
+        reference: takes the same arguments by name, and returns a tensor or a tuple of tensors. Without one
+            `torch.func` meets the dispatcher's own errors.
+        vmap: the rule, for an operation with a reference: from the size n of the mapped dimension, its place
+            in each argument, and the arguments to `(given, dim, sizes)`: the arguments of one call, and the
+            sizes, n first, into which dimension `dim` of its outputs is to be split.
         constants: arguments that get no gradient and must not require one.
         outputs: how many of the operation's outputs to return; None: all.
         constant_output: the output that has no derivative.
@@ -46,8 +47,9 @@ def operation(
     names = [argument.name for argument in dispatched._schema.arguments]
 
     def call(*arguments: Any) -> Any:
-        # In this order: while compiling, there is always a transform to peek at.
-        if is_compiling():
+        # In this order: while dynamo compiles, there is always a transform to peek at. Other tracers see the
+        # dispatcher, which the extension calls too.
+        if is_dynamo_compiling():
             return dispatched(*map(_listed, arguments))
         if _peek_transform() is not None and reference is not None:
             given = dict(zip(names, map(_listed, arguments), strict=True))
@@ -102,8 +104,6 @@ def operation(
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], spec: Any, *leaves: Any) -> tuple[Any, int]:
-            if vmap is None:
-                raise NotImplementedError(f"{name}: expected no vmap over it, it has no rule for that")
             dims, given = tree_unflatten(in_dims[1:], spec), tree_unflatten(leaves, spec)
             given, dim, sizes = vmap(info.batch_size, dims, given)
             return tree_map(lambda output: output.unflatten(dim, sizes), transformed(given)), dim

@@ -50,7 +50,7 @@ def kept_by_dropout(seeds: Tensor, layer: int, batch_size: int, features: int, d
     low = (1 << 32) - 1
     rows = torch.arange(batch_size, device=seeds.device).unsqueeze(1)
     units = torch.arange(features, device=seeds.device)
-    key = _splitmix(_splitmix(_splitmix(seeds) + layer).unsqueeze(1) + units).unsqueeze(1)  # [E, 1, units]
+    key = splitmix(splitmix(splitmix(seeds) + layer).unsqueeze(1) + units).unsqueeze(1)  # [E, 1, units]
     x = (rows + (key & low)) & low
     x = ((x ^ x >> 16) * 0x21F0AAAD) & low
     x = x ^ x >> 15 ^ _shift_right(key, 32)
@@ -62,7 +62,8 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _splitmix(x: Tensor) -> Tensor:
+def splitmix(x: Tensor) -> Tensor:
+    """A bijection of 64-bit numbers whose values look random: the finalizer of splitmix64."""
     x = x + (0x9E3779B97F4A7C15 - (1 << 64))
     x = (x ^ _shift_right(x, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
     x = (x ^ _shift_right(x, 27)) * (0x94D049BB133111EB - (1 << 64))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from pyens.nn import Ensemble
 from pyens.training.randomness import Randomness
 
 
@@ -15,14 +16,11 @@ def count(argument: str, value: int) -> None:
 
 
 def model(model: nn.Module) -> int:
-    missing = [
-        name for name in ("ensemble_size", "loss", "select", "reset_parameters") if not hasattr(model, name)
-    ]
-    if missing:
-        raise TypeError(f"fit: model: expected an ensemble, got a {type(model).__name__} without {missing}")
+    if not isinstance(model, Ensemble):
+        raise TypeError(f"fit: model: expected a pyens.nn.Ensemble, got {type(model).__name__}")
     members = model.ensemble_size
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 0 or parameter.shape[0] != members:
+        if not model.shares_parameters and (parameter.dim() == 0 or parameter.shape[0] != members):
             raise ValueError(
                 f"fit: model: expected parameters [{members}, ...], got {name} of shape "
                 f"{list(parameter.shape)}"

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from pyens.nn import Ensemble
 from pyens.training import _checks
 from pyens.training import checkpoint as checkpoints
 from pyens.training._run import MakeOptimizer, Run
@@ -17,7 +18,7 @@ from pyens.training.randomness import Randomness
 
 
 def fit(
-    model: nn.Module,
+    model: Ensemble,
     data: Sequence[Tensor],
     *,
     loss: str,
@@ -45,8 +46,9 @@ def fit(
     `pyens.optim`.)
 
     Args:
-        model: an ensemble with `ensemble_size`, `loss`, `select` and `reset_parameters`: `EnsembleMLP`,
-            `EnsembleLinear`, `pyens.nn.TabularEnsemble`. Its members have their trained weights afterwards.
+        model: any `pyens.nn.Ensemble`. Its members have their trained weights afterwards. Members that share
+            their parameters (`pyens.nn.MaskedMLP`) are one model to this function: they stop together, by the
+            mean of their validation losses.
         data: the training rows `[N, ...]`, in the order in which `model.loss` takes them: `(input, target)`,
             for a `TabularEnsemble` `(categorical, numeric, target)`. On the model's device.
         loss, temperature: see `pyens.ops.ensemble_mlp_loss`. Each member minimises its own mean loss.
@@ -117,7 +119,7 @@ def fit(
             if not run.active:
                 break
             run.train(bar.update)
-            run.judge()
+            run.end_epoch()
             bar.set_postfix_str(run.summary())
             if path is not None and (epoch + 1) % checkpoint_every == 0:
                 checkpoints.save(path, described, run.state())

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyens.nn import Ensemble
 from pyens.optim import load_member_state, member_state
 from pyens.reference.ensemble_mlp_loss import LOSSES
 from pyens.training import _checks
@@ -28,7 +29,7 @@ class Run:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Ensemble,
         data: tuple[Tensor, ...],
         *,
         loss: str,
@@ -54,6 +55,8 @@ class Run:
         own_seeds = member_seeds(seed, members) if seeds is None else [int(s) for s in seeds]
         if len(own_seeds) != members:
             raise ValueError(f"fit: seeds: expected one for each of {members} members, got {len(own_seeds)}")
+        if model.shares_parameters and sources.init:
+            raise ValueError("fit: randomness: expected no R for members that share their parameters, got it")
         self.groups, self.left_out = _checks.jackknife(sources, members, groups, left_out)
 
         self.model = self.working = model
@@ -79,7 +82,7 @@ class Run:
         if early_stopping is not None:
             _checks.count("early_stopping", early_stopping)
             if self.validation_rows == 0:
-                raise ValueError("fit: early_stopping: expected validation rows to judge by, got none")
+                raise ValueError("fit: early_stopping: expected validation rows, got none")
         in_group = None
         if sources.jackknife:
             if self.groups > len(training):
@@ -195,17 +198,23 @@ class Run:
         self.train_loss = (total / order.shape[-1]).cpu().numpy()
 
     @torch.no_grad()
-    def judge(self) -> None:
+    def end_epoch(self) -> None:
         """Validation after an epoch: who is best now, who stops, who has diverged."""
         members, active = self.model.ensemble_size, np.array(self.active)
         losses = np.full((2, members), np.nan)
         losses[0, active] = self.train_loss
-        healthy = np.isfinite(self.train_loss) & _finite(self.working)
-        improved = healthy.copy()
+        healthy = np.isfinite(self.train_loss) & self._finite()
         if self.validation_rows > 0:
             losses[1, active] = validation = self._validate()
             healthy &= np.isfinite(validation)
-            improved = healthy if self.patience is None else healthy & (validation < self.best[active])
+        if self.model.shares_parameters:
+            healthy[:] = healthy.all()
+        improved = healthy.copy()
+        if self.validation_rows > 0:
+            if self.model.shares_parameters:
+                validation = np.full_like(validation, validation.mean())
+            if self.patience is not None:
+                improved &= validation < self.best[active]
             self.best[active[improved]] = validation[improved]
         self.losses.append(losses)
         self.best_epoch[active[improved]] = self.epoch
@@ -258,7 +267,7 @@ class Run:
 
     def _dropout_seeds(self) -> Tensor | None:
         """int64 `[steps, members]` for this epoch; None for a model without dropout."""
-        if not getattr(self.working, "dropout", 0):
+        if not self.working.dropout:
             return None
         drawn = [
             torch.randint(
@@ -268,8 +277,19 @@ class Run:
         ]
         return torch.stack(drawn, 1).to(self.data[0].device)
 
+    def _finite(self) -> np.ndarray:
+        """bool, of each active member: whether it has no NaN or infinite parameter."""
+        if self.model.shares_parameters:
+            return np.array(all(parameter.isfinite().all() for parameter in self.working.parameters()))
+        flags = [parameter.isfinite().flatten(1).all(1) for parameter in self.working.parameters()]
+        return torch.stack(flags).all(0).cpu().numpy()
+
     def _keep(self, chosen: np.ndarray) -> None:
         """Remembers the present weights of some of the active members (bool) as the ones to end with."""
+        if self.model.shares_parameters:
+            if chosen.all():
+                self.kept = {name: p.detach().clone() for name, p in self.working.named_parameters()}
+            return
         places = torch.from_numpy(np.flatnonzero(chosen)).to(self.data[0].device)
         members = torch.tensor(self.active, device=places.device)[places]
         for name, parameter in self.working.named_parameters():
@@ -297,12 +317,6 @@ def _rows(tensors: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
     """`[..., *]` of each tensor `[N, *]`."""
     flat = rows.reshape(-1)
     return [t.index_select(0, flat).view(*rows.shape, *t.shape[1:]) for t in tensors]
-
-
-def _finite(model: nn.Module) -> np.ndarray:
-    """bool `[E]`: which members have no NaN or infinite parameter."""
-    flags = [parameter.isfinite().flatten(1).all(1) for parameter in model.parameters()]
-    return torch.stack(flags).all(0).cpu().numpy()
 
 
 @torch.no_grad()

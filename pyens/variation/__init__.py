@@ -5,7 +5,7 @@
     statistics.observe(model, x_train)                           # or batch by batch
     strength = strength_of(model, x, mean=statistics.mean, std=statistics.std)
     estimator = VariationEstimator().fit(strength, value_variation(ensemble(x)[..., 0]))
-    serving = VariationModel(model, estimator, *statistics.compute())
+    serving = VariationModel(model, estimator.head_, *statistics.compute())
     output, variation = serving(x_new)
 
 `VariationEstimator` and `fit_together` need scikit-learn; the rest, serving included, does not.

@@ -13,7 +13,6 @@ from typing_extensions import Self
 
 try:
     from sklearn.base import BaseEstimator, RegressorMixin
-    from sklearn.metrics import accuracy_score, r2_score
     from sklearn.utils import Tags, assert_all_finite
     from sklearn.utils.metaestimators import available_if
     from sklearn.utils.validation import check_is_fitted, validate_data
@@ -22,11 +21,12 @@ except ImportError as error:
         "pyens.variation.VariationEstimator needs scikit-learn 1.6 or later: pip install pyens[variation]"
     ) from error
 
+from pyens import metrics
 from pyens._types import ActivationStrength
 from pyens.nn import EnsembleMLP
 from pyens.optim import fused
 from pyens.training import fit
-from pyens.variation.head import FEATURES, FURTHEST, TASKS, VariationHead, strength_features
+from pyens.variation.head import FEATURES, MAX_DEVIATIONS, TASKS, VariationHead, strength_features
 from pyens.variation.model import VariationModel
 
 Strength = ActivationStrength | Tensor | np.ndarray
@@ -55,7 +55,7 @@ class VariationEstimator(RegressorMixin, BaseEstimator):
         hidden_features: widths of the MLP's hidden layers.
         batch_size, learning_rate: of Adam.
         max_epochs: the most it trains for.
-        validation: the share of the examples that early stopping judges by; 0: no early stopping.
+        validation: the share of the examples held out for early stopping; 0: no early stopping.
         patience: epochs without a lower validation loss after which it stops. The weights are those of the
             best epoch.
         buckets: how many buckets of equal size the PVs of training fall into, by their percentiles. Bucket 0
@@ -145,8 +145,10 @@ class VariationEstimator(RegressorMixin, BaseEstimator):
         pv = np.asarray(_array(y))
         assert_all_finite(pv, input_name="y")
         if self.task == "classification":
-            return float(accuracy_score(self._bucket(pv), self.predict_bucket(X)))
-        return float(r2_score(pv, self.predict(X)))
+            probabilities, bucket = self._estimate(X), self._bucket(pv)
+            return metrics.accuracy(torch.from_numpy(probabilities), torch.from_numpy(bucket)).item()
+        predicted, expected = (torch.from_numpy(np.float64(values)) for values in (self.predict(X), pv))
+        return metrics.r_squared(predicted, expected).item()
 
     def _bucket(self, pv: np.ndarray) -> np.ndarray:
         check_is_fitted(self)
@@ -243,7 +245,7 @@ def fit_together(
                 f"fit_together: strengths[{i}]: expected the shape of the first, {list(columns[0].shape)}, "
                 f"got {list(columns[i].shape)}"
             )
-    _train(estimators, torch.stack(columns).clamp_(-FURTHEST, FURTHEST), torch.stack(pvs), params)
+    _train(estimators, torch.stack(columns).clamp_(-MAX_DEVIATIONS, MAX_DEVIATIONS), torch.stack(pvs), params)
     return list(estimators)
 
 

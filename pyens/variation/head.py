@@ -14,7 +14,7 @@ FEATURES = ("binary", "value", "both")
 TASKS = ("regression", "classification")
 # Values count up to this many deviations. A unit that was all but silent in training has a tiny deviation:
 # where it does fire it is thousands of them away, and one such example outweighs all others.
-FURTHEST = 10.0
+MAX_DEVIATIONS = 10.0
 
 
 def strength_features(strength: ActivationStrength) -> Tensor:
@@ -69,10 +69,10 @@ class VariationHead(nn.Module):
 
     def forward(self, value: Tensor, active: Tensor) -> Tensor:
         """`[B, ΣH]` or `[1, B, ΣH]` each -> `[B]`, or of a classification `[B, buckets]`."""
-        dtype = self.mlp._stack()[0][0].dtype
+        dtype = self.mlp.stacked()[0][0].dtype
         parts = []
         if self.features != "binary":
-            parts.append(value.to(dtype).clamp(-FURTHEST, FURTHEST))
+            parts.append(value.to(dtype).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS))
         if self.features != "value":
             # Eager torch turns bytes to numbers by the vector, and bools one by one; in compiled code bytes
             # would cost five times as much as bools.
@@ -82,7 +82,7 @@ class VariationHead(nn.Module):
 
     def estimate(self, features: Tensor) -> Tensor:
         """The same from the columns that the MLP takes, `[B, in_features]`."""
-        return self._answer(features.clamp(-FURTHEST, FURTHEST))
+        return self._answer(features.clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS))
 
     def _answer(self, columns: Tensor) -> Tensor:
         output = self.mlp(columns)  # [1, B, 1 or buckets]

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyens._types import ActivationStrength
-from pyens.nn import EnsembleMLP, TabularEnsemble
-from pyens.nn.ensemble_mlp import PackedEnsembleMLP
+from pyens.nn import Ensemble
 from pyens.ops.activation_strength import activation_strength
 from pyens.reference.activation_strength import pack_bits, strength
 
@@ -35,7 +34,7 @@ def strength_of(
 ) -> ActivationStrength:
     """Runs `module(*args, **kwargs)` and tells how strongly each of its units was active.
 
-    An `EnsembleMLP`, a `TabularEnsemble` or what `packed()` makes of one goes through
+    A `pyens.nn.Ensemble` of MLPs, such as `EnsembleMLP` or `TabularEnsemble`, goes through
     `pyens.ops.activation_strength` and gives its `[E, B, ΣH]`, without dropout. For any other module forward
     hooks collect what its activation modules return, in the order of their calls and each flattened to
     `[B, units]`: slower, and for an `nn.Sequential` of linear layers and activations the same numbers without
@@ -61,11 +60,17 @@ def strength_of(
     if (mean is None) != (std is None):
         missing = "mean" if mean is None else "std"
         raise ValueError(f"strength_of: {missing}: expected both of mean and std, or neither, got None")
-    if isinstance(module, TabularEnsemble):
-        features = module._features(*args, **kwargs)
-        return _of_ensemble(module.mlp, features, mean, std, bitpack)
-    if isinstance(module, (EnsembleMLP, PackedEnsembleMLP)):
-        return _of_ensemble(module, *args, mean=mean, std=std, bitpack=bitpack, **kwargs)
+    if isinstance(module, Ensemble) and module.activation is not None:
+        weights, biases = module.stacked()
+        if mean is None or std is None:
+            dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
+            units = sum(weight.shape[1] for weight in weights[:-1])
+            mean = torch.zeros(units, dtype=dtype, device=weights[0].device)
+            std = torch.ones_like(mean)
+        features = module.features(*args, **kwargs)
+        return activation_strength(
+            features, weights, biases, mean, std, activation=module.activation, bitpack=bitpack
+        )
     output, h = _hooked(module, activations, args, kwargs)
     if mean is None or std is None:
         value, active = h, h > 0
@@ -78,27 +83,6 @@ def strength_of(
                 )
         value, active = strength(h, mean, std)
     return ActivationStrength(output, value, pack_bits(active) if bitpack else active)
-
-
-def _of_ensemble(
-    ensemble: EnsembleMLP | PackedEnsembleMLP,
-    input: Tensor,
-    mean: Tensor | None,
-    std: Tensor | None,
-    bitpack: bool,
-) -> ActivationStrength:
-    if isinstance(ensemble, EnsembleMLP):
-        weights, biases = ensemble._stack()
-    else:
-        _, weights, biases = ensemble._frozen
-    if mean is None or std is None:
-        dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
-        units = sum(weight.shape[1] for weight in weights[:-1])
-        mean = torch.zeros(units, dtype=dtype, device=weights[0].device)
-        std = torch.ones_like(mean)
-    return activation_strength(
-        input, weights, biases, mean, std, activation=ensemble.activation, bitpack=bitpack
-    )
 
 
 def _hooked(

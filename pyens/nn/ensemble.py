@@ -1,0 +1,239 @@
+"""What every ensemble is: the one thing that `fit`, `variation` and other code know of a model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from typing_extensions import Self
+
+from pyens.reference.ensemble_mlp_loss import LOSSES, mean_losses
+
+Indices = Sequence[int] | slice | Tensor
+
+
+class Ensemble(nn.Module):
+    r"""`ensemble_size` members that run as one: inputs `[B, ...]` or `[E, B, ...]` to outputs `[E, B, O]`.
+
+    A class of one's own that is made of ensembles needs no more than this to be trained by
+    `pyens.training.fit`, and it can be taken apart:
+
+        class Residual(pyens.nn.Ensemble):
+            def __init__(self, ensemble_size, width):
+                super().__init__()
+                self.ensemble_size = ensemble_size
+                self.block = pyens.EnsembleMLP(ensemble_size, width, [64], width)
+                self.head = pyens.EnsembleLinear(ensemble_size, width, 1)
+
+            def forward(self, x):
+                return self.head(x + self.block(x))
+
+    Parameters are `[E, ...]`, member first, unless the class sets `shares_parameters`. A class that has
+    parameters beside those of ensembles also defines `draw`.
+
+    Attributes:
+        ensemble_size: E, the number of members.
+        dropout: p. Where it is not 0, `forward` and `loss` take `dropout_seeds`, int64 `[E]`, see
+            `pyens.ops.ensemble_mlp`: dropout is applied if and only if they are given, also in evaluation
+            (for MC dropout), and training needs them.
+        activation: of the hidden layers, where the members are MLPs on top of `features`; None for others.
+        shares_parameters: whether all members have the same parameters, without a member axis. `fit` then
+            keeps and stops all of them together.
+    """
+
+    ensemble_size: int
+    dropout: float = 0.0
+    activation: str | None = None
+    shares_parameters: bool = False
+
+    def features(self, input: Tensor) -> Tensor:
+        """What the members' MLPs take, `[B, I]` or `[E, B, I]`, from the arguments of `forward`."""
+        return input
+
+    def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Weights `[E, out, in]` and biases `[E, out]` (none: empty) of the members' MLPs, layer by layer."""
+        raise NotImplementedError(f"stacked: expected an ensemble of MLPs, got a {type(self).__name__}")
+
+    def loss(
+        self,
+        *batch: Tensor,
+        loss: str,
+        temperature: float = 1.0,
+        sample_weight: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Each member's mean loss `[E]`; train on its sum.
+
+        Args:
+            batch: what `forward` takes, then the target.
+            loss, temperature, sample_weight: see `pyens.ops.ensemble_mlp_loss`.
+            options: of `forward`, such as `dropout_seeds`.
+
+        Raises:
+            ValueError: an unknown loss; outputs or a target of another shape.
+        """
+        *inputs, target = batch
+        output = self(*inputs, **options)
+        if loss not in LOSSES:
+            raise ValueError(f'loss: loss: expected one of {", ".join(LOSSES)}, got "{loss}"')
+        if output.dim() != 3 or len(output) != self.ensemble_size:
+            raise ValueError(
+                f"loss: output: expected [{self.ensemble_size}, B, O] from forward, "
+                f"got shape {list(output.shape)}"
+            )
+        each = {"cross_entropy": (), "gaussian_nll": (output.shape[2] // 2,)}.get(loss, output.shape[2:])
+        shape = (*output.shape[:2], *each)
+        if target.shape not in (shape, shape[1:]):
+            raise ValueError(
+                f"loss: target: expected shape {list(shape[1:])} or {list(shape)}, "
+                f"got shape {list(target.shape)}"
+            )
+        return mean_losses(lambda output: output, output, target, loss, temperature, sample_weight)
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments as JSON knows them: `type(model)(**model.config())` is built alike.
+
+        Device and dtype are not among them; the parameters and buffers are in the state dict.
+        """
+        raise NotImplementedError(f"config: expected a {type(self).__name__} to define it")
+
+    @torch.no_grad()
+    def reset_parameters(self, seeds: Sequence[int] | Tensor | None = None) -> None:
+        """Draws every member anew, exactly as the modules of `torch.nn` draw (fan-in of one member).
+
+        `seeds[m] = s` gives member m bit for bit the parameters of the same modules (`nn.Linear`,
+        `nn.Embedding`, `nn.Sequential`) built in order under `torch.manual_seed(s)` with float32 on the CPU,
+        whatever the other members are. Without seeds the members are drawn one after the other from torch's
+        default generator.
+        """
+        drawn_from = generators(self.ensemble_size, seeds)
+        if any(parameter.is_meta for parameter in self.parameters()):
+            return
+        for member, generator in enumerate(drawn_from):
+            self.draw(member, generator)
+
+    def draw(self, member: int, generator: torch.Generator | None) -> None:
+        """Draws one member anew: on the CPU in float32 and then cast, so that a seed means the same on every
+        device and dtype. Here: its parts in every ensemble that this one is made of, in their order."""
+        parts = list(_ensembles(self))
+        if type(self).draw is Ensemble.draw:
+            drawn = {id(parameter) for part in parts for parameter in part.parameters()}
+            if left := [name for name, p in self.named_parameters() if id(p) not in drawn]:
+                raise NotImplementedError(
+                    f"draw: expected a {type(self).__name__} to define it, for its parameters {left}"
+                )
+        for part in parts:
+            part.draw(member, generator)
+
+    def select(self, indices: Indices) -> Self:
+        """A new ensemble of copies of the chosen members, in the order of `indices` (ints, slice or mask).
+
+        Buffers are copied as they are, but for the masks of `torch.nn.utils.prune`.
+
+        Raises:
+            ValueError: no member chosen, or indices of another kind.
+            IndexError: an index out of range, or a mask that is not `[E]`.
+        """
+        members = chosen_members(self.ensemble_size, indices)
+        copies: dict[int, Any] = {}  # by id, of what deepcopy is to leave alone
+        for module in self.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    chosen = parameter.detach()[members.to(parameter.device)]
+                    copies[id(parameter)] = nn.Parameter(chosen, parameter.requires_grad)
+                    mask = module._buffers.get(name.removesuffix("_orig") + "_mask")
+                    if mask is not None:
+                        copies[id(mask)] = mask[members.to(mask.device)]
+            for value in vars(module).values():  # what pruning computed last, which deepcopy would refuse
+                if isinstance(value, Tensor):
+                    copies[id(value)] = value.detach().clone()
+        new = copy.deepcopy(self, copies)
+        for module in new.modules():
+            if isinstance(module, Ensemble):
+                module.ensemble_size = len(members)
+        return new
+
+    def member(self, i: int) -> nn.Module:
+        """Member i alone, with copies of its parameters: a plain module, or here an ensemble of one."""
+        self._check_member(i)
+        return self.select([i])
+
+    def to_modules(self) -> list[Any]:
+        """All members as `member(i)` gives them."""
+        return [self.member(i) for i in range(self.ensemble_size)]
+
+    def _check_member(self, i: int) -> None:
+        if not -self.ensemble_size <= i < self.ensemble_size:
+            raise IndexError(f"member: i: expected below {self.ensemble_size}, got {i}")
+
+    def extra_repr(self) -> str:
+        defined = type(self).config is not Ensemble.config
+        config = self.config() if defined else {"ensemble_size": self.ensemble_size}
+        return ", ".join(f"{name}={v}" for name, v in config.items() if name != "dropout" or v)
+
+
+def _ensembles(module: nn.Module) -> Iterator[Ensemble]:
+    """The ensembles in it that are not part of another one, in their order."""
+    for child in module.children():
+        if isinstance(child, Ensemble):
+            yield child
+        else:
+            yield from _ensembles(child)
+
+
+def parameters_of(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
+    """The module's parameters of these names, as its attributes are.
+
+    What pruning, weight norm and parametrizations compute from other parameters is computed here, because
+    nobody calls a list of parameters, or a `loss`, through the hooks that would do so.
+    """
+    own = module._parameters
+    try:
+        return [own[name] for name in names]  # a quarter of what attributes of a module cost
+    except KeyError:
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, (BasePruningMethod, SpectralNorm, WeightNorm)):
+                hook(module, None)
+        return [getattr(module, name) for name in names]
+
+
+def reader(names: Sequence[str]) -> Callable[[Mapping[str, Tensor]], Sequence[Tensor]]:
+    """The fastest function from a dict to its values of these names; KeyError if one is missing."""
+    return itemgetter(*names) if len(names) > 1 else partial(_values, names)
+
+
+def _values(names: Sequence[str], of: Mapping[str, Tensor]) -> list[Tensor]:
+    return [of[name] for name in names]
+
+
+def chosen_members(ensemble_size: int, indices: Indices) -> Tensor:
+    """int64: the members that `select` is asked for."""
+    index: Any = indices
+    if not isinstance(index, slice):
+        index = torch.as_tensor(index, device="cpu")
+        if index.is_floating_point() and len(index) > 0:  # torch takes [] for floats
+            raise ValueError(f"select: indices: expected ints, a slice or a boolean mask, got {indices}")
+        index = index if index.dtype == torch.bool else index.long()
+    chosen = torch.arange(ensemble_size, device="cpu")[index]
+    if chosen.dim() != 1 or len(chosen) == 0:
+        raise ValueError(f"select: indices: expected at least one member, got {indices}")
+    return chosen
+
+
+def generators(ensemble_size: int, seeds: Sequence[int] | Tensor | None) -> list[torch.Generator | None]:
+    """A generator for each member: its own under its seed, without seeds torch's default one (None)."""
+    if seeds is None:
+        return [None] * ensemble_size
+    if len(seeds) != ensemble_size:
+        raise ValueError(
+            f"reset_parameters: seeds: expected one for each of the {ensemble_size} members, got {len(seeds)}"
+        )
+    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]

@@ -1,0 +1,376 @@
+"""pyens.nn.Ensemble: what every ensemble promises, and what a class of one's own has to say."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nn_models import assert_same_state
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from pyens import EnsembleEmbedding, EnsembleLinear, EnsembleMLP
+from pyens.nn import Ensemble, MaskedMLP, TabularEnsemble
+from pyens.optim import fused
+from pyens.training import Randomness, fit
+
+E, ROWS = 3, 40
+
+
+class Residual(Ensemble):
+    """As in the docstring of `Ensemble`."""
+
+    def __init__(self, ensemble_size: int, width: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.ensemble_size = ensemble_size
+        self.dropout = dropout
+        self.block = EnsembleMLP(ensemble_size, width, [6], width, activation="tanh", dropout=dropout)
+        self.head = nn.ModuleList([EnsembleLinear(ensemble_size, width, 1)])
+
+    def forward(self, x: Tensor, dropout_seeds: Tensor | None = None) -> Tensor:
+        return self.head[0](x + self.block(x, dropout_seeds=dropout_seeds))
+
+
+ENSEMBLES: dict[str, tuple[Ensemble, tuple[Tensor, ...]]] = {
+    "linear": (EnsembleLinear(E, 4, 2, bias=False), (torch.randn(5, 4),)),
+    "mlp": (EnsembleMLP(E, 4, [6, 5], 2, activation="gelu", dropout=0.25), (torch.randn(5, 4),)),
+    "embedding": (EnsembleEmbedding(E, 7, 4, sparse=True), (torch.tensor([0, 6, 2]),)),
+    "tabular": (
+        TabularEnsemble(E, [(7, 3), (4, 2)], 2, [6], 1, bias=False, dropout=0.1, embedding_std=0.5),
+        (torch.tensor([[0, 3], [6, 1]]), torch.randn(2, 2)),
+    ),
+    "masked": (MaskedMLP(E, 4, [8, 6], 2, scale=2.0, activation="silu"), (torch.randn(5, 4),)),
+}
+kinds = pytest.mark.parametrize("kind", ENSEMBLES)
+
+
+def table() -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(ROWS, 4, generator=draw)
+    return x, (x[:, :1] * x[:, 1:2]).tanh() + 0.1 * torch.randn(ROWS, 1, generator=draw)
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return fused(torch.optim.Adam, parameters, lr=0.02)
+
+
+def train(model: Ensemble, **changes: Any) -> Any:
+    arguments: dict[str, Any] = {
+        "loss": "mse",
+        "epochs": 4,
+        "batch_size": 8,
+        "optimizer": adam,
+        "progress": False,
+    }
+    return fit(model, table(), **arguments | changes)
+
+
+@kinds
+def test_config_rebuilds_it(kind):
+    model, inputs = ENSEMBLES[kind]
+    model.eval()
+    rebuilt = type(model)(**json.loads(json.dumps(model.config()))).eval()
+    assert rebuilt.config() == model.config() and str(rebuilt) == str(model)
+    rebuilt.load_state_dict(model.state_dict())
+    assert torch.equal(rebuilt(*inputs), model(*inputs))
+
+
+@kinds
+def test_chosen_members(kind):
+    model, inputs = ENSEMBLES[kind]
+    model.eval()
+    chosen, whole = model.select([2, 0]), model(*inputs)
+    assert type(chosen) is type(model) and chosen.ensemble_size == 2 and not chosen.training
+    assert torch.equal(chosen(*inputs), whole[[2, 0]])
+    own = {p.data_ptr() for p in model.parameters()}
+    assert not any(p.data_ptr() in own or not p.requires_grad for p in chosen.parameters())
+    assert chosen.config() == model.config() | {"ensemble_size": 2}
+    for i, member in enumerate(model.to_modules()):
+        torch.testing.assert_close(member(*inputs).reshape(whole[i].shape), whole[i])
+        torch.testing.assert_close(model.member(i)(*inputs).reshape(whole[i].shape), whole[i])
+    for bad in (E, -E - 1):
+        with pytest.raises(IndexError, match="member: i: expected below 3"):
+            model.member(bad)
+
+
+# --- a class of one's own ----------------------------------------------------------------------------------
+
+
+def test_a_class_of_ones_own():
+    model, x = Residual(E, 4), torch.randn(5, 4)
+    model.reset_parameters([5, 6, 7])
+    for i, seed in enumerate((5, 6, 7)):
+        torch.manual_seed(seed)
+        block, head = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)), nn.Linear(4, 1)
+        torch.testing.assert_close(model(x)[i], head(x + block(x)))
+    alone = model.member(1)
+    assert isinstance(alone, Residual) and alone.block.ensemble_size == alone.head[0].ensemble_size == 1
+    assert torch.equal(alone(x)[0], model(x)[1])
+    with pytest.raises(NotImplementedError, match="config: expected a Residual to define it"):
+        model.config()
+    with pytest.raises(NotImplementedError, match="stacked: expected an ensemble of MLPs, got a Residual"):
+        model.stacked()
+
+
+@pytest.mark.parametrize("loss", ["mse", "bce", "gaussian_nll", "cross_entropy"])
+def test_losses_are_those_of_the_operation(loss):
+    class Plain(EnsembleMLP):
+        loss = Ensemble.loss
+
+    model = EnsembleMLP(E, 4, [6], 4, dtype=torch.float64)
+    plain = Plain(**model.config(), dtype=torch.float64)
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(7, 4, dtype=torch.float64)
+    target = {
+        "cross_entropy": torch.randint(4, (7,)),
+        "gaussian_nll": torch.randn(E, 7, 2, dtype=torch.float64),
+    }.get(loss, torch.rand(7, 4, dtype=torch.float64))
+    options: dict[str, Any] = {"loss": loss, "sample_weight": torch.rand(E, 7).double().round(decimals=1)}
+    if loss == "cross_entropy":
+        options["temperature"] = 2.0
+    got, expected = plain.loss(x, target, **options), model.loss(x, target, **options)
+    torch.testing.assert_close(got, expected)
+    gradients = [
+        torch.autograd.grad(values.sum(), list(m.parameters()))
+        for values, m in ((got, plain), (expected, model))
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_losses_refuse():
+    model, x = Residual(E, 4), torch.randn(5, 4)
+    with pytest.raises(ValueError, match=r'loss: loss: expected one of mse, .*, got "l1"'):
+        model.loss(x, torch.zeros(5, 1), loss="l1")
+    for target in (torch.zeros(5), torch.zeros(1, 5, 1), torch.zeros(5, 2)):
+        with pytest.raises(ValueError, match=r"loss: target: expected shape \[5, 1\] or \[3, 5, 1\], got"):
+            model.loss(x, target, loss="mse")
+
+    class NoMembers(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).mean(0)
+
+    with pytest.raises(
+        ValueError, match=r"loss: output: expected \[3, B, O\] from forward, got shape \[5, 1\]"
+    ):
+        NoMembers(E, 4).loss(x, torch.zeros(5, 1), loss="mse")
+
+
+def test_parameters_of_ones_own_are_drawn_by_draw():
+    class Scaled(Residual):
+        def __init__(self) -> None:
+            super().__init__(E, 4)
+            self.scale = nn.Parameter(torch.ones(E, 1, 1))
+
+    class Drawn(Scaled):
+        def draw(self, member: int, generator: torch.Generator | None) -> None:
+            super().draw(member, generator)
+            nn.init.normal_(self.scale[member], generator=generator)
+
+    with pytest.raises(NotImplementedError, match=r"draw: expected a Scaled to define it, .*\['scale'\]"):
+        Scaled().reset_parameters()
+    model = Drawn()
+    model.reset_parameters([5, 5, 6])
+    assert torch.equal(model.scale[0], model.scale[1]) and len(model.scale.unique()) == 2
+    assert torch.equal(model.select([2]).scale, model.scale[2:])
+
+
+# --- training ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["own", "own with dropout", "mlp with dropout"])
+def test_members_train_as_if_alone(kind):
+    def make(members: int) -> Ensemble:
+        if kind == "mlp with dropout":
+            return EnsembleMLP(members, 4, [6], 1, dropout=0.3)
+        return Residual(members, 4, dropout=0.3 if "dropout" in kind else 0.0)
+
+    settings: dict[str, Any] = {
+        "randomness": Randomness(init=True, shuffle=True),
+        "early_stopping": 1,
+        "epochs": 20,
+    }
+    model = make(E)
+    history = train(model, seeds=[4, 5, 6], validation=0.2, **settings)
+    assert len(set(history.epochs)) > 1  # so that members were left behind on the way
+    for i in range(E):
+        alone = make(1)
+        train(alone, seeds=[4 + i], validation=0.2, **settings)
+        assert_same_state(alone, model.select([i]))
+    assert (np.nanmin(history.train_loss, 0) < history.train_loss[0]).all()
+
+
+def test_dropout_is_for_training_alone():
+    dropped, plain = (EnsembleMLP(E, 4, [6], 1, dropout=p, seeds=[1, 2, 3]) for p in (0.5, 0.0))
+    for model in (dropped, plain):
+        history = train(model, validation=table())
+        x, y = table()
+        with torch.no_grad():
+            expected = model.eval().loss(x, y, loss="mse")
+        torch.testing.assert_close(torch.from_numpy(history.validation_loss[-1]).float(), expected)
+    assert not torch.equal(dropped.weights[0], plain.weights[0])
+
+
+def test_dropout_of_an_mlp_guesses_nothing():
+    model, plain = (EnsembleMLP(E, 4, [6], 2, dropout=p, seeds=[1, 2, 3]) for p in (0.5, 0.0))
+    x, y, seeds = torch.randn(5, 4), torch.randn(5, 2), torch.arange(E)
+    for call in (lambda m, **kw: m(x, **kw), lambda m, **kw: m.loss(x, y, loss="mse", **kw)):
+        with pytest.raises(
+            ValueError, match=r"EnsembleMLP: dropout_seeds: expected int64 \[3\], new .* None"
+        ):
+            call(model.train())
+        expected = call(plain, dropout=0.5, dropout_seeds=seeds)
+        assert not torch.equal(expected, call(plain))
+        for mode in (True, False):  # Monte Carlo dropout
+            assert torch.equal(call(model.train(mode), dropout_seeds=seeds), expected)
+        assert torch.equal(call(model.eval()), call(plain))
+        assert torch.equal(call(model.train(), dropout=0.0), call(plain))
+    assert "dropout=0.5" in repr(model) and "dropout" not in repr(plain)
+    assert model.select([1]).dropout == 0.5
+
+
+def test_members_that_share_their_parameters_train_as_one(tmp_path):
+    def make() -> MaskedMLP:
+        return MaskedMLP(E, 4, [12], 1, scale=2.0, seed=3, generator=torch.Generator().manual_seed(0))
+
+    settings: dict[str, Any] = {"validation": 0.25, "early_stopping": 2, "epochs": 40}
+    model = make()
+    history = train(model, **settings)
+    means = history.validation_loss.mean(1)
+    best = int(means.argmin())
+    assert set(history.best_epoch) == {best} and set(history.epochs) == {best + 3} and best > 0
+    assert set(history.status) == {"stopped"}
+    # The weights are those of that epoch, and a run that was interrupted ends with the same.
+    shorter = make()
+    train(shorter, **settings | {"epochs": best + 1})
+    assert_same_state(shorter, model)
+    resumed, path = make(), tmp_path / "run.pt"
+    train(resumed, **settings | {"epochs": best}, checkpoint=path)
+    train(resumed, **settings, checkpoint=path)
+    assert_same_state(resumed, model)
+    # One step by hand: the weights go by the sum of the masks' gradients.
+    model, start = make(), make()
+    one_step = {"epochs": 1, "batch_size": ROWS, "validation": 0, "randomness": Randomness(), "seed": 3}
+    train(model, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), **one_step)
+    start.loss(*table(), loss="mse").sum().backward()
+    for ours, theirs in zip(model.parameters(), start.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs - 0.1 * theirs.grad)
+    with pytest.raises(ValueError, match="randomness: expected no R for members that share"):
+        train(make(), randomness=Randomness(init=True))
+
+
+def test_members_that_share_their_parameters_diverge_together():
+    model = MaskedMLP(E, 4, [12], 1, scale=2.0, seed=3)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.warns(UserWarning, match=r"members \[0, 1, 2\] diverged in epoch 0"):
+        history = train(model, optimizer=lambda p: torch.optim.SGD(p, lr=1e30))
+    assert set(history.status) == {"diverged"}
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+# --- parameters that others compute ------------------------------------------------------------------------
+
+
+class Half(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+def holder(model: Ensemble) -> tuple[nn.Module, str]:
+    """Who has the weight of the first layer, and its name."""
+    return (model, "weight") if isinstance(model, EnsembleLinear) else (model.weights, "0")
+
+
+def models() -> list[Ensemble]:
+    return [
+        EnsembleLinear(E, 4, 2),
+        EnsembleMLP(E, 4, [6, 5, 4], 2, seeds=[1, 2, 3]),
+        EnsembleMLP(E, 4, [], 2, bias=False),
+        MaskedMLP(E, 4, [8], 2, scale=2.0),
+    ]
+
+
+def compute(way: str, module: nn.Module, name: str) -> None:
+    if way == "prune":
+        prune.random_unstructured(module, name, amount=0.5)
+    elif way == "parametrize":
+        parametrize.register_parametrization(module, name, Half())
+    elif way == "weight norm":
+        parametrizations.weight_norm(module, name, dim=None)
+        with torch.no_grad():
+            getattr(module.parametrizations, name).original0.mul_(3)
+    else:
+        torch.nn.utils.weight_norm(module, name, dim=None)
+        with torch.no_grad():
+            getattr(module, f"{name}_g").mul_(3)
+
+
+@pytest.mark.parametrize("way", ["prune", "parametrize", "weight norm", "weight norm of old"])
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_computed_weights_are_used(way, place):
+    model, x, y = models()[place], torch.randn(7, 4), torch.randn(7, 2)
+    plain = type(model)(**model.config())
+    plain.load_state_dict(model.state_dict())
+    module, name = holder(model)
+    compute(way, module, name)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):  # what is computed follows the parameters
+        if way == "prune":
+            weight = getattr(module, f"{name}_orig") * getattr(module, f"{name}_mask")
+        elif way == "weight norm of old":
+            direction = getattr(module, f"{name}_v")
+            weight = getattr(module, f"{name}_g") * direction / direction.norm()
+        else:
+            weight = getattr(module, name)
+        with torch.no_grad():
+            expected = dict(plain.named_parameters())
+            for key, value in model.named_parameters():
+                if key in expected:
+                    expected[key].copy_(value)
+            first = expected["weight" if module is model else f"weights.{name}"]
+            assert not torch.equal(first, weight)
+            first.copy_(weight)
+        torch.testing.assert_close(model(x), plain(x))
+        torch.testing.assert_close(model.loss(x, y, loss="mse"), plain.loss(x, y, loss="mse"))
+        torch.testing.assert_close(model.member(1)(x), plain.member(1)(x))
+        if way in ("prune", "parametrize"):  # the others have parameters without a member axis here
+            torch.testing.assert_close(model.select([2, 0])(x), plain.select([2, 0])(x))
+        optimizer.zero_grad()
+        model.loss(x, y, loss="mse").sum().backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.numel() > 1)
+        optimizer.step()
+    if not isinstance(model, MaskedMLP):
+        with pytest.raises(
+            ValueError, match="reset_parameters: expected parameters, got a weight that is comp"
+        ):
+            model.reset_parameters()
+
+
+def test_pruned_members_are_chosen_and_made_permanent():
+    model, x = EnsembleMLP(E, 4, [6], 2), torch.randn(7, 4)
+    for layer in ("0", "1"):
+        prune.random_unstructured(model.weights, layer, amount=0.5)
+    before = model(x)
+    chosen = model.select([2, 0])
+    torch.testing.assert_close(chosen(x), before[[2, 0]])
+    model.load_state_dict(model.state_dict())
+    prune.remove(model.weights, "0")  # now the last of the list's parameters
+    assert torch.equal(model(x), before)
+    prune.remove(model.weights, "1")
+    assert torch.equal(model(x), before) and set(EnsembleMLP(E, 4, [6], 2).state_dict()) == set(
+        model.state_dict()
+    )
+
+
+def test_parametrized_ensembles_compile_and_work_with_functional_call():
+    model, x = EnsembleMLP(E, 4, [6], 2), torch.randn(7, 4)
+    parametrize.register_parametrization(model.weights, "0", Half())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+    parameters = {name: 2 * p.detach() for name, p in model.named_parameters()}
+    got = torch.func.functional_call(model, parameters, x)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(parameters[name])
+    assert torch.equal(got, model(x))
