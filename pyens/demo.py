@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pyens
-from pyens import metrics, ops, plots, select
+from pyens import decisions, metrics, ops, plots
 from pyens.data import Digits, Split, load_digits
 
 UNKNOWN = (8, 9)
@@ -299,13 +299,13 @@ def _selective(predictions: Predictions, names: str) -> str:
         p.mean(0) for p in (predictions.validation, predictions.known, predictions.unknown)
     )
     wrong = validation.argmax(-1) != predictions.validation_labels
-    threshold = select.risk_threshold(validation.amax(-1), wrong, RISK)
+    threshold = decisions.risk_threshold(validation.amax(-1), wrong, RISK)
     if threshold.isinf():
         return f"No confidence keeps its errors on the validation digits within {RISK:.0%}."
-    answers = select.predict_or_abstain(known, threshold)
-    answered = answers != select.ABSTAIN
+    answers = decisions.predict_or_abstain(known, threshold)
+    answered = answers != decisions.ABSTAIN
     wrong = (answers != predictions.labels) & answered
-    fooled = select.predict_or_abstain(unknown, threshold) != select.ABSTAIN
+    fooled = decisions.predict_or_abstain(unknown, threshold) != decisions.ABSTAIN
     return (
         f"From a confidence of {threshold:.3f} on, at most {RISK:.0%} of the answers on validation digits "
         f"are wrong; so it answers {answered.double().mean():.1%} of the test digits, {wrong.sum()} of them "

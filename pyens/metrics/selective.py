@@ -70,7 +70,8 @@ def risk_coverage_curve(confidence: Tensor, losses: Tensor) -> RiskCoverageCurve
     """Mean loss of the i most confident examples, for i = 1..B: ``risk_i = 1/i Σ_{j <= i} loss_(j)``.
 
     Examples that tie count with their mean loss: what any order among them gives on average, so that the
-    order of the input changes nothing. (One threshold cannot part them: `pyens.select` answers all or none.)
+    order of the input changes nothing. (One threshold cannot separate them: `pyens.decisions` answers all or
+    none.)
 
     Args:
         confidence: ``[B]``, higher where an answer is more trusted: max p, the negative of an entropy or of a
