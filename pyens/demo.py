@@ -7,6 +7,8 @@ meets, and compares the ensemble with its single members: a table on the termina
 folder, and what the numbers say. The data comes with scikit-learn, so nothing is downloaded.
 """
 
+from __future__ import annotations
+
 import argparse
 import importlib.util
 import math
@@ -16,14 +18,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pyens
+import pyens.optim
 from pyens import decisions, metrics, ops, plots
 from pyens.data import Digits, Split, load_digits
+from pyens.training import fit
+from pyens.training.randomness import Order, member_seeds, split_rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure, SubFigure
 
 UNKNOWN = (8, 9)
 BATCH_SIZE = 64
@@ -95,40 +104,28 @@ class Predictions:
 # Training
 
 
-def member_seeds(seed: int, members: int) -> tuple[list[int], list[int]]:
-    """For every member a seed for its initial weights and one for the order in which it meets the data."""
-    drawn = torch.randint(2**62, (members, 2), generator=torch.Generator().manual_seed(seed))
-    return drawn[:, 0].tolist(), drawn[:, 1].tolist()
-
-
-def train_together(model: pyens.EnsembleMLP, data: Split, order_seeds: Sequence[int], epochs: int) -> None:
+def train_together(model: pyens.EnsembleMLP, data: Split, seed: int, epochs: int) -> None:
     """All members in one batched run, each in its own order of the data."""
-    from tqdm import tqdm
-
-    generators = [torch.Generator().manual_seed(seed) for seed in order_seeds]
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
-    with tqdm(range(epochs), desc=f"training {len(generators)} members", unit="epoch") as progress:
-        for _ in progress:
-            order = torch.stack([torch.randperm(len(data.labels), generator=g) for g in generators])  # [E, N]
-            history = []
-            for rows in order.to(data.labels.device).split(BATCH_SIZE, dim=1):  # [E, b]
-                losses = model.loss(data.images[rows], data.labels[rows], loss="cross_entropy")  # [E]
-                optimizer.zero_grad()
-                losses.sum().backward()  # the sum, so that every member steps as it would alone
-                optimizer.step()
-                history.append(losses.detach())
-            epoch = torch.stack(history).mean(0)  # [E]
-            progress.set_postfix_str(f"loss {epoch.mean():.3f} ± {epoch.std(correction=0):.3f} over members")
+    fit(
+        model,
+        (data.images, data.labels),
+        loss="cross_entropy",
+        epochs=epochs,
+        batch_size=BATCH_SIZE,
+        optimizer=lambda parameters: pyens.optim.fused(torch.optim.Adam, parameters, lr=LEARNING_RATE),
+        seed=seed,
+        validation=0,
+    )
 
 
-def train_alone(module: nn.Module, data: Split, order_seed: int, epochs: int) -> None:
-    """The same training for one member by itself."""
-    generator = torch.Generator().manual_seed(order_seed)
+def train_alone(module: nn.Module, data: Split, seed: int, member: int, epochs: int) -> None:
+    """The same training for one member by itself, in plain PyTorch."""
+    rows, _ = split_rows(len(data.labels), 0, seed)
+    order = Order(rows, tuple(member_seeds(seed, member + 1)), shuffle=True, groups=None, left_out=())
     optimizer = torch.optim.Adam(module.parameters(), lr=LEARNING_RATE, fused=True)
-    for _ in range(epochs):
-        order = torch.randperm(len(data.labels), generator=generator)
-        for rows in order.to(data.labels.device).split(BATCH_SIZE):
-            loss = F.cross_entropy(module(data.images[rows]), data.labels[rows])
+    for epoch in range(epochs):
+        for batch in order.epoch(epoch, [member])[0].to(data.labels.device).split(BATCH_SIZE):
+            loss = F.cross_entropy(module(data.images[batch]), data.labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -136,29 +133,29 @@ def train_alone(module: nn.Module, data: Split, order_seed: int, epochs: int) ->
 
 def train(settings: Settings, digits: Digits) -> tuple[pyens.EnsembleMLP, Timing]:
     """The trained ensemble, and what it cost against training its members one after another."""
-    init_seeds, order_seeds = member_seeds(settings.seed, settings.members)
-    data, test = digits.train, digits.test
+    data, test, seed = digits.train, digits.test, settings.seed
     model = pyens.EnsembleMLP(
         settings.members,
         in_features=data.images.shape[1],
         hidden_features=settings.hidden,
         out_features=len(digits.classes),
-        seeds=init_seeds,
+        seeds=member_seeds(seed, settings.members),
         device=settings.device,
     )
-    # Copies, taken now: the same initial weights.
+    # Copies, taken before training: the same initial weights.
     alone = [model.member(m) for m in range(min(TRAINED_ALONE, settings.members))]
 
-    # A process's first step imports parts of torch and starts its threads; neither side is to pay for that.
-    train_alone(model.member(0), Split(data.images[:BATCH_SIZE], data.labels[:BATCH_SIZE]), 0, epochs=1)
+    # The first step of a process imports parts of torch and starts its threads: not part of either time.
+    warm_up = Split(data.images[:BATCH_SIZE], data.labels[:BATCH_SIZE])
+    train_alone(model.member(0), warm_up, seed, 0, epochs=1)
 
     start = _now(settings.device)
-    train_together(model, data, order_seeds, settings.epochs)
+    train_together(model, data, seed, settings.epochs)
     together = _now(settings.device) - start
 
     start = _now(settings.device)
-    for module, order_seed in zip(alone, order_seeds, strict=False):
-        train_alone(module, data, order_seed, settings.epochs)
+    for m, module in enumerate(alone):
+        train_alone(module, data, seed, m, settings.epochs)
     seconds_alone = _now(settings.device) - start
 
     batched = predict(model, test.images)[: len(alone)]
@@ -328,7 +325,7 @@ def _score(measure: Measure) -> str:
 # Picture
 
 
-def draw(predictions: Predictions, digits: Digits, path: Path) -> Path:
+def draw(predictions: Predictions, digits: Digits) -> Figure:
     """Calibration, confidence and uncertainty in four panels, below them the digits behind the extremes."""
     known, unknown = predictions.known, predictions.unknown
     members = len(known)
@@ -376,10 +373,12 @@ def draw(predictions: Predictions, digits: Digits, path: Path) -> Path:
     _draw_digits(
         rows[1], "Unknown digits it is most sure of", digits, digits.unknown, unknown.mean(0), fooled
     )
-    return plots.save_figure(figure, path)
+    return figure
 
 
-def _draw_digits(figure, title: str, digits: Digits, split: Split, mean: Tensor, order: Tensor) -> None:
+def _draw_digits(
+    figure: SubFigure, title: str, digits: Digits, split: Split, mean: Tensor, order: Tensor
+) -> None:
     """A strip of the first images in `order`, each with the answer and its confidence."""
     figure.suptitle(title, fontsize="medium")
     for ax, row in zip(figure.subplots(1, 12), order.tolist(), strict=False):
@@ -406,7 +405,7 @@ def run(settings: Settings) -> Result:
         validation_labels=digits.validation.labels,
     )
     measures = evaluate(predictions)
-    picture = draw(predictions, digits, settings.output / PICTURE)
+    picture = plots.save_figure(draw(predictions, digits), settings.output / PICTURE)
     return Result(measures, timing, summarise(measures, predictions), picture)
 
 
