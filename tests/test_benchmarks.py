@@ -11,7 +11,16 @@ import pytest
 import torch
 
 import pyens
-from benchmarks import ensemble_mlp, harness, masksembles, peers, table_peers, training, training_peers
+from benchmarks import (
+    ensemble_mlp,
+    harness,
+    masksembles,
+    peers,
+    results_page,
+    table_peers,
+    training,
+    training_peers,
+)
 from benchmarks.harness import Case, Contestant, Options, Peaks, Report, Result, Target, Timing
 from benchmarks.papers import masksembles as masksembles_paper
 
@@ -273,6 +282,27 @@ def test_markdown_gives_speedups_targets_and_provenance():
     assert row.startswith("| B 1 | b, 4 ms | **2.00×** 1 ms (20 GF/s, 20%) | ours at least 1.5×")
     assert "ours at least 9× a: MISSED, 2.00×" in row
     assert "0123456789 with changes" in notes and "2020-01-02" in notes and "3 interleaved rounds" in notes
+
+
+def test_the_page_of_results_is_what_the_command_gives():
+    assert results_page.PAGE.read_text(encoding="utf-8") == results_page.page()
+
+
+def test_every_saved_report_is_on_the_page():
+    saved = [path for path in harness.RESULTS.glob("*.json") if "benchmark" in json.loads(path.read_text())]
+    assert {path.stem for path in saved} == set(results_page.SECTIONS)
+
+
+def test_the_page_counts_what_was_met_and_lists_what_was_missed(tmp_path, monkeypatch):
+    report().save(tmp_path / "op.json")
+    monkeypatch.setattr(results_page, "RESULTS", tmp_path)
+    monkeypatch.setattr(results_page, "SECTIONS", {"op": ("A title", "What it is.", "Why.")})
+    page = results_page.page()
+    assert "1 of 2 targets met. Missed:" in page
+    assert "\n- A title, B 1: ours at least 9× a: MISSED, 2.00×\n" in page
+    for part in ("\n## A title\n\nWhat it is.\n", harness.markdown(report()), "\nWhy.\n", "results/op.png"):
+        assert part in page
+    assert "| E 100, B 16, 32-50-20-10-1 | bfloat16 | pyens op, graph at least 4×" in page
 
 
 def test_plot_writes_a_picture(tmp_path):
