@@ -21,8 +21,8 @@ SECTIONS = {
     "ensemble_mlp-cpu-float32": (
         "Forward pass",
         "Peers: a loop over modules, `torch.func.vmap`, `baddbmm` in two layouts, the same compiled, `tabm`.",
-        "From B 64 on the operation runs at 87–94 % of the peak: the missed targets are above the peak against "
-        "these peers. They were set against fewer; the transposed `baddbmm` was not among them. At B 1 the "
+        "From B 64 on the operation runs at 87–94 % of the peak: against these peers the missed targets are "
+        "above the peak. They were set against fewer; the transposed `baddbmm` was not among them. At B 1 the "
         "operation transposes the weights, `packed()` reads them from L2, and both pay for what a call costs "
         "before the kernel starts: pybind11, dispatcher, checks, `nn.Module`.",
     ),
@@ -42,8 +42,8 @@ SECTIONS = {
     "masksembles-cpu-float32": (
         "Masksembles",
         "Peers: the layers of the `masksembles` package, and weights gathered by hand.",
-        "The layer multiplies whole matrices in float32, 20 % of the peak in useful operations; at 83 % there "
-        "is no 10× left.",
+        "The layer multiplies whole matrices in float32, 20 % of the peak in useful operations; at 83 % "
+        "there is no 10× left.",
     ),
     "activation_strength-cpu-float32": (
         "Activation strength",
