@@ -22,7 +22,7 @@ SECTIONS = {
         "Forward pass",
         "Peers: a loop over modules, `torch.func.vmap`, `baddbmm` in two layouts, the same compiled, `tabm`.",
         "From B 64 on the operation runs at 87–94 % of the peak: against these peers the missed targets are "
-        "above the peak. They were set against fewer; the transposed `baddbmm` was not among them. At B 1 the "
+        "above the peak. They were set without the transposed `baddbmm` among the peers. At B 1 the "
         "operation transposes the weights, `packed()` reads them from L2, and both pay for what a call costs "
         "before the kernel starts: pybind11, dispatcher, checks, `nn.Module`.",
     ),
