@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import ensemble_mlp, training
 from benchmarks.harness import RESULTS, Options, Report, markdown, replacing, verdicts
+from benchmarks.harness.tables import duration
 
 PAGE = RESULTS.parent / "RESULTS.md"
 
@@ -57,6 +58,35 @@ SECTIONS = {
         "6.4 and 7.1 ms, ours between 337 and 350 µs.",
     ),
 }
+
+# README's table: saved result, case, whose time, in words.
+SHOWN = (
+    (
+        "ensemble_mlp-cpu-float32",
+        "paper-1",
+        "pyens packed()",
+        "forward, 100 members 32-50-20-10-1, 1 example",
+    ),
+    ("ensemble_mlp-cpu-float32", "paper-1024", "pyens op", "the same, 1024 examples"),
+    (
+        "ensemble_mlp-cpu-float32",
+        "wide-1200",
+        "pyens op",
+        "forward, 5 members 784-1200-1200-10, 1024 examples",
+    ),
+    (
+        "training-cpu-float32",
+        "paper-1024",
+        "pyens loss",
+        "forward, loss, backward, 100 members, 1024 examples",
+    ),
+    (
+        "uncertainty-cpu-float32",
+        "classes-10",
+        "pyens op",
+        "entropies of 100 members, 8192 examples, 10 classes",
+    ),
+)
 
 EARLIER = """\
 ## Earlier forward pass
@@ -103,6 +133,18 @@ def page() -> str:
             lines += ["", _drawing(json.loads((RESULTS / f"{stem}-scale.json").read_text("utf-8"))["draw"])]
         lines += ["", f"[Picture](results/{stem}.png)"]
     return "\n".join([*lines, "", *_cuda(), "", EARLIER])
+
+
+def shown() -> list[str]:
+    """The rows of README's table."""
+    rows = []
+    for stem, name, ours, words in SHOWN:
+        (result,) = [r for r in Report.load(RESULTS / f"{stem}.json").results if r.name == name]
+        (mine,) = [t for t in result.timed() if t.name == ours]
+        best, ratio = result.best_peer(), result.speedup(ours)
+        times = f"{best.name}, {duration(best.median)} | {duration(mine.median)}"
+        rows.append(f"| {words} | {times} | {ratio:.2f}× |")
+    return rows
 
 
 def _drawing(draw: dict) -> str:

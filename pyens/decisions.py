@@ -39,7 +39,7 @@ def coverage_threshold(confidence: Tensor, coverage: float) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: glossary page "Deep Ensemble", Selective Classification.
+    Source: "Deep Ensemble", Selective Classification.
     """
     _checks.number("coverage_threshold", "coverage", coverage, 0, 1)
     _checks.floats("coverage_threshold", "confidence", confidence, "[B]")
@@ -68,7 +68,7 @@ def risk_threshold(confidence: Tensor, losses: Tensor, risk: float) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: glossary page "Deep Ensemble", Selective Classification.
+    Source: "Deep Ensemble", Selective Classification.
     """
     _checks.number("risk_threshold", "risk", risk, -torch.inf)
     checked_losses("risk_threshold", confidence, losses)
@@ -96,7 +96,7 @@ def predict_or_abstain(
     Raises:
         TypeError, ValueError: for input that is not as above, or for a NaN threshold.
 
-    Source: glossary page "Deep Ensemble", Selective Classification.
+    Source: "Deep Ensemble", Selective Classification.
     """
     function = "predict_or_abstain"
     _checks.probabilities(function, "probabilities", probabilities, "[B, K]", empty_batch=True)
@@ -165,7 +165,7 @@ def uncertainty_sampling(
     Raises:
         TypeError, ValueError: for input that is not as above.
 
-    Source: glossary page "Deep Ensemble", Active & Efficient Learning.
+    Source: "Deep Ensemble", Active & Efficient Learning.
     """
     function = "uncertainty_sampling"
     _checks.choice(function, "by", by, *_SCORES)
@@ -189,7 +189,7 @@ def most_uncertain(scores: Tensor, count: int, *, generator: torch.Generator | N
     Raises:
         TypeError, ValueError: for input that is not as above.
 
-    Source: glossary page "Deep Ensemble", Active & Efficient Learning.
+    Source: "Deep Ensemble", Active & Efficient Learning.
     """
     _checks.floats("most_uncertain", "scores", scores, "[B]", empty_batch=True)
     return _highest("most_uncertain", scores.detach(), count, generator)

@@ -17,8 +17,8 @@ def table(result: Result, peaks: Peaks) -> str:
         rows.append(
             (
                 ("* " if t.ours else "- " if t.yardstick else "  ") + t.name,
-                _time(t.median),
-                " – ".join(_time(q) for q in t.quartiles),
+                duration(t.median),
+                " – ".join(duration(q) for q in t.quartiles),
                 f"{rate:.4g} {unit}",
                 f"{rate / peak:.0%}" if peak else "",
                 "" if speedup is None else f"{speedup:.2f}×",
@@ -96,7 +96,7 @@ def markdown(report: Report) -> str:
     ]
     for result in report.results:
         best, peak = result.best_peer(), result.peak(report.peaks)
-        cells = [result.title, f"{best.name}, {_time(best.median)}" if best else "none"]
+        cells = [result.title, f"{best.name}, {duration(best.median)}" if best else "none"]
         timed = {t.name: t for t in result.timed(ours=True)}
         for name in ours:
             if name not in timed:
@@ -106,7 +106,7 @@ def markdown(report: Report) -> str:
             of_peak = f", {rate / peak:.0%}" if peak else ""
             speedup = result.speedup(name)
             ratio = "" if speedup is None else f"**{speedup:.2f}×** "
-            cells.append(f"{ratio}{_time(timed[name].median)} ({rate:.3g} {unit}{of_peak})")
+            cells.append(f"{ratio}{duration(timed[name].median)} ({rate:.3g} {unit}{of_peak})")
         cells.append("; ".join(verdicts(result, report.peaks)) or "none")
         lines.append("| " + " | ".join(cells) + " |")
     machine, peaks = report.machine, report.peaks
@@ -122,7 +122,7 @@ def markdown(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"

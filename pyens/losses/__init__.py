@@ -2,7 +2,7 @@
 
 The J components of a model are trained side by side, each on its own label loss; a loss of this module,
 times a strength λ, is added; `decorrelation_loss` is `pyens.ops.decorrelation_loss`. All of it is from
-"Anti-Distillation: Improving Reproducibility of Deep Networks" ("the paper" below).
+"Anti-Distillation" (docs/references.md), "the paper" below.
 
 Outputs z are ``[J, B]`` (one output, such as a binary logit), ``[J, B, K]``, or ``[M, J, B, K]`` for M
 independent models that are trained together. A loss is computed for each of the K labels; with

@@ -45,7 +45,7 @@ def confidence_curve(
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: the compressed deep ensemble paper (pruning and quantization), section 3.4 and Figure 1.
+    Source: "Sparsity", section 3.4 and Figure 1.
     """
     _checks.probabilities("confidence_curve", "probabilities", probabilities, "[B, K]")
     if labels is not None:
@@ -85,7 +85,7 @@ def risk_coverage_curve(confidence: Tensor, losses: Tensor) -> RiskCoverageCurve
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: glossary page "Deep Ensemble", Selective Classification.
+    Source: "Deep Ensemble", Selective Classification.
     """
     return _risk_coverage("risk_coverage_curve", confidence, losses)
 
@@ -105,7 +105,7 @@ def aurc(confidence: Tensor, losses: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: glossary page "Deep Ensemble", Selective Classification; the area as Geifman, Uziel and El-Yaniv
+    Source: "Deep Ensemble", Selective Classification; the area as Geifman, Uziel and El-Yaniv
     (2019) define it.
     """
     return _risk_coverage("aurc", confidence, losses).risk.mean()

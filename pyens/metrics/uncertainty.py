@@ -23,8 +23,7 @@ def predictive_entropy(probabilities: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above.
 
-    Source: glossary page "Deep Ensemble", Predictive Entropy for Total Uncertainty; "Masksembles for
-    Uncertainty Estimation", section 4.1, ENT.
+    Source: "Deep Ensemble", Predictive Entropy for Total Uncertainty; "Masksembles", section 4.1, ENT.
     """
     _checks.probabilities(
         "predictive_entropy", "probabilities", probabilities, "[B, K]", "[E, B, K]", empty_batch=True
@@ -45,7 +44,7 @@ def expected_entropy(probabilities: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above.
 
-    Source: glossary page "Deep Ensemble", second term of the formula for Mutual Information.
+    Source: "Deep Ensemble", second term of the formula for Mutual Information.
     """
     _checks.probabilities("expected_entropy", "probabilities", probabilities, "[E, B, K]", empty_batch=True)
     return entropy(probabilities.double()).mean(0).to(probabilities.dtype)
@@ -66,7 +65,7 @@ def mutual_information(probabilities: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above.
 
-    Source: glossary page "Deep Ensemble", Mutual Information for Purely Epistemic Uncertainty.
+    Source: "Deep Ensemble", Mutual Information for Purely Epistemic Uncertainty.
     """
     _checks.probabilities("mutual_information", "probabilities", probabilities, "[E, B, K]", empty_batch=True)
     members = probabilities.double()
@@ -87,7 +86,7 @@ def predictive_variance(outputs: Tensor, *, unbiased: bool = False) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above.
 
-    Source: glossary page "Deep Ensemble", Predictive Variance as Epistemic Uncertainty, which divides by E.
+    Source: "Deep Ensemble", Predictive Variance as Epistemic Uncertainty, which divides by E.
     """
     _checks.floats("predictive_variance", "outputs", outputs, "[E, B]", "[E, B, K]", empty_batch=True)
     members = outputs.double()
