@@ -35,6 +35,7 @@ from pyens.masks import masks_for_channels
 from pyens.nn import MaskedMLP
 from pyens.ops import mask_channels, masked_mlp
 from pyens.ops.masked_mlp import plan_masks
+from pyens.plots import new_figure, save_figure
 
 OP, MODULE, COMPACT = "pyens op", "pyens MaskedMLP", "pyens compact()"
 LAYER, GATHERED = "layer", "hand-gathered"
@@ -420,9 +421,7 @@ def scale_curve(options: Options) -> dict[str, list[float]]:
 
 
 def plot_curve(rows: dict[str, list[float]], options: Options, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    figure = new_figure(6, 4.2)
     ax = figure.subplots()
     for (name, seconds), marker in zip(
         ((k, v) for k, v in rows.items() if k != "scale"), ("o", "s", "^"), strict=True
@@ -433,8 +432,7 @@ def plot_curve(rows: dict[str, list[float]], options: Options, path: Path) -> No
     ax.set_title(f"Cost against S, {options.threads} threads")
     ax.grid(alpha=0.3, which="both")
     ax.legend(frameon=False)
-    with harness.replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def extras(options: Options, output: Path, stem: str) -> int:
@@ -456,8 +454,7 @@ def extras(options: Options, output: Path, stem: str) -> int:
         print(f"S {scale:g}: {cells}")
     content = {"machine": harness.machine_info(options), "draw": drawn, "curve": curve}
     path = output / f"{stem}-scale.json"
-    with harness.replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    harness.write(path, json.dumps(content, indent=1) + "\n")
     plot_curve(curve, options, path.with_suffix(".png"))
     print(f"wrote {path} and {path.with_suffix('.png').name}")
     return int(bool(drawn["failed"]))

@@ -12,7 +12,7 @@ import json
 import torch
 
 from benchmarks import ensemble_mlp, training
-from benchmarks.harness import RESULTS, Options, Report, markdown, replacing, verdicts
+from benchmarks.harness import RESULTS, Options, Report, markdown, verdicts, write
 from benchmarks.harness.tables import duration
 
 PAGE = RESULTS.parent / "RESULTS.md"
@@ -182,8 +182,7 @@ def _cuda() -> list[str]:
 
 
 def main() -> int:
-    with replacing(PAGE) as temporary:
-        temporary.write_text(page(), encoding="utf-8")
+    write(PAGE, page())
     print(f"wrote {PAGE}")
     return 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from benchmarks.harness.cases import Target
 from benchmarks.harness.results import Peaks, Report, Result
 
@@ -111,15 +113,20 @@ def markdown(report: Report) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     machine, peaks = report.machine, report.peaks
     tf32 = " (TF32)" if machine.get("float32_products") == "tf32" else ""
-    commit = (machine["commit"] or "no commit")[:10] + (" with changes" if machine["dirty"] else "")
     lines += [
         "",
         f"{report.dtype}{tf32} on {machine['gpu'] or machine['cpu']}, {machine['threads']} threads, "
         f"{peaks.kind} peak {peaks.gflops:.0f} GF/s, copy {peaks.copy_gbs:.0f} GB/s, "
-        f"torch {machine['torch']}, commit {commit}, {machine['date'][:10]}. "
+        f"{versions(machine)}. "
         f"Median of {report.method['rounds']} interleaved rounds; percentages are of the measured peak.",
     ]
     return "\n".join(lines)
+
+
+def versions(machine: dict[str, Any]) -> str:
+    """Of torch and of this project, and the day, from `machine_info`."""
+    commit = (machine["commit"] or "no commit")[:10] + (" with changes" if machine["dirty"] else "")
+    return f"torch {machine['torch']}, commit {commit}, {machine['date'][:10]}"
 
 
 def duration(seconds: float) -> str:
