@@ -31,11 +31,11 @@ import pyens
 from benchmarks import harness
 from benchmarks.harness import Case, Contestant, Options, Target, agrees_with
 from benchmarks.peers import mlp_flops
+from pyens import plots
 from pyens.masks import masks_for_channels
 from pyens.nn import MaskedMLP
 from pyens.ops import mask_channels, masked_mlp
 from pyens.ops.masked_mlp import plan_masks
-from pyens.plots import new_figure, save_figure
 
 OP, MODULE, COMPACT = "pyens op", "pyens MaskedMLP", "pyens compact()"
 LAYER, GATHERED = "layer", "hand-gathered"
@@ -421,7 +421,7 @@ def scale_curve(options: Options) -> dict[str, list[float]]:
 
 
 def plot_curve(rows: dict[str, list[float]], options: Options, path: Path) -> None:
-    figure = new_figure(6, 4.2)
+    figure = plots.new_figure(6, 4.2)
     ax = figure.subplots()
     for (name, seconds), marker in zip(
         ((k, v) for k, v in rows.items() if k != "scale"), ("o", "s", "^"), strict=True
@@ -432,7 +432,7 @@ def plot_curve(rows: dict[str, list[float]], options: Options, path: Path) -> No
     ax.set_title(f"Cost against S, {options.threads} threads")
     ax.grid(alpha=0.3, which="both")
     ax.legend(frameon=False)
-    save_figure(figure, path, dpi=120)
+    plots.save_figure(figure, path, dpi=120)
 
 
 def extras(options: Options, output: Path, stem: str) -> int:

@@ -25,7 +25,7 @@ from benchmarks import (
 )
 from benchmarks.harness import Case, Contestant, Options, Peaks, Report, Result, Target, Timing, measuring
 from benchmarks.harness.pictures import draw
-from tests.pictures import same_pixels
+from tests.pictures import same_pixels, saved_figures
 
 PEAKS = Peaks(gflops=100.0, kind="float32 FMA", copy_gbs=10.0)
 
@@ -561,8 +561,9 @@ def test_the_published_layer_takes_given_masks():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_quick_run_of_masksembles(tmp_path, capsys, dtype):
+def test_quick_run_of_masksembles(tmp_path, capsys, monkeypatch, dtype):
     pytest.importorskip("masksembles")
+    figures = saved_figures(monkeypatch)
     command = ["--quick", "--threads", "1", "--dtype", dtype, "--output", str(tmp_path)]
     assert masksembles.main(command) == 0
     shown = capsys.readouterr().out
@@ -578,6 +579,11 @@ def test_quick_run_of_masksembles(tmp_path, capsys, dtype):
     content = json.loads((tmp_path / f"{stem}-scale.json").read_text())
     assert content["draw"]["failed"] == [] and content["draw"]["settings"] == 12
     assert all(0 < s < math.inf for seconds in content["curve"].values() for s in seconds)
+    (ax,) = figures[f"{stem}-scale.png"].axes
+    scales, *times = content["curve"].values()
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_yscale()) == ("scale S", "ms", "log")
+    assert [line.get_xdata().tolist() for line in ax.lines] == [scales] * 3
+    assert [line.get_ydata().tolist() for line in ax.lines] == [[1e3 * s for s in row] for row in times]
     assert "draw: 12 of 12 settings" in shown
     assert masksembles.main([*command, "--markdown"]) == 0
     assert capsys.readouterr().out.startswith("| work | best peer |")
