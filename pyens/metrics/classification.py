@@ -168,8 +168,7 @@ def confusion_matrix(probabilities: Tensor, labels: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above.
 
-    Source: "Beyond Point Estimate", Figure 5, which shows it
-    divided by its row sums.
+    Source: "Beyond Point Estimate", Figure 5, which shows it divided by its row sums.
     """
     _checks.probabilities("confusion_matrix", "probabilities", probabilities, "[B, K]", empty_batch=True)
     _checks.labels("confusion_matrix", labels, probabilities)

@@ -78,9 +78,9 @@ def label_prediction_difference(probabilities: Tensor, labels: Tensor) -> Tensor
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: "Anti-Distillation", section 3, PD of the observed
-    label. The available scan is damaged at the divisor; it is read as P_b(y_b), but a constant factor of ½
-    would fit as well, so compare values of this function with each other rather than with the printed ones.
+    Source: "Anti-Distillation", section 3, PD of the observed label. The available scan is damaged at the
+    divisor; it is read as P_b(y_b), but a constant factor of ½ would fit as well, so compare values of this
+    function with each other rather than with the printed ones.
     """
     function = "label_prediction_difference"
     _checks.probabilities(function, "probabilities", probabilities, "[M, B, K]")

@@ -78,8 +78,7 @@ def mixture_interval(means: Tensor, variances: Tensor, *, coverage: float = 0.9)
     Raises:
         TypeError, ValueError: for input that is not as above.
 
-    Source: "Masksembles", section 2: for regression, the uncertainty is a variance
-    or a confidence interval.
+    Source: "Masksembles", section 2: for regression, the uncertainty is a variance or a confidence interval.
     """
     _checks.share("mixture_interval", "coverage", coverage)
     lower, upper = (

@@ -13,7 +13,7 @@ def ood_auroc(scores_in: Tensor, scores_out: Tensor) -> Tensor:
 
     Args:
         scores_in: ``[B_in]``, uncertainties of in-distribution examples: an entropy, 1 - max p, ...
-        scores_out: ``[B_out]``, uncertainties of out-of-distribution examples. Infinite scores are in order.
+        scores_out: ``[B_out]``, uncertainties of out-of-distribution examples. Scores may be infinite.
 
     Returns:
         0-dim float64: 1 separates perfectly, 0.5 is chance.

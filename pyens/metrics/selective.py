@@ -75,7 +75,7 @@ def risk_coverage_curve(confidence: Tensor, losses: Tensor) -> RiskCoverageCurve
 
     Args:
         confidence: ``[B]``, higher where an answer is more trusted: max p, the negative of an entropy or of a
-            variance, ... Infinite ones are in order.
+            variance, ... May be infinite.
         losses: ``[B]`` finite floats, in any unit; or bool, True where the answer is wrong: then the risk is
             the error rate.
 
@@ -105,8 +105,8 @@ def aurc(confidence: Tensor, losses: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: "Deep Ensemble", Selective Classification; the area as Geifman, Uziel and El-Yaniv
-    (2019) define it.
+    Source: "Deep Ensemble", Selective Classification; the area as Geifman, Uziel and El-Yaniv (2019) define
+    it.
     """
     return _risk_coverage("aurc", confidence, losses).risk.mean()
 
