@@ -15,10 +15,10 @@ import math
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -420,50 +420,33 @@ def _to_device(digits: Digits, device: str) -> Digits:
 def parse(arguments: Sequence[str] | None = None) -> Settings:
     defaults = Settings()
     parser = argparse.ArgumentParser(prog="python -m pyens.demo", description=__doc__.split("\n\n")[2])
-    parser.add_argument("--members", type=_positive, default=defaults.members, help="size of the ensemble")
-    parser.add_argument(
-        "--hidden", type=_positive, nargs="+", default=defaults.hidden, help="hidden layer sizes"
-    )
-    parser.add_argument("--epochs", type=_positive, default=defaults.epochs, help="passes over the data")
-    parser.add_argument("--seed", type=_seed, default=defaults.seed, help="of split, weights and data orders")
-    parser.add_argument("--device", type=_device, default=defaults.device, help="cpu, cuda or cuda:N")
-    parser.add_argument("--output", type=_folder, default=defaults.output, help="folder for the picture")
+
+    def flag(name: str, convert: Callable, fits: Callable[[Any], bool], expected: str, what: str, **options):
+        def checked(text: str) -> Any:
+            try:
+                if fits(value := convert(text)):
+                    return value
+            except ValueError:
+                pass
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+
+        parser.add_argument(f"--{name}", type=checked, default=getattr(defaults, name), help=what, **options)
+
+    positive = int, lambda n: n >= 1, "a whole number from 1"
+    flag("members", *positive, "size of the ensemble")
+    flag("hidden", *positive, "hidden layer sizes", nargs="+")
+    flag("epochs", *positive, "passes over the data")
+    seed = "a whole number from 0 to 2^63 - 1"
+    flag("seed", int, lambda n: 0 <= n < 2**63, seed, "of split, weights and data orders")
+    flag("device", str, _present, "cpu, or a cuda or cuda:N that torch sees", "cpu, cuda or cuda:N")
+    flag("output", Path, lambda path: not path.is_file(), "a folder", "folder for the picture")
     flags = parser.parse_args(arguments)
-    return Settings(flags.members, tuple(flags.hidden), flags.epochs, flags.seed, flags.device, flags.output)
+    return Settings(**vars(flags) | {"hidden": tuple(flags.hidden)})
 
 
-def _positive(text: str) -> int:
-    return _integer(text, "a whole number from 1", 1)
-
-
-def _seed(text: str) -> int:
-    return _integer(text, "a whole number from 0 to 2^63 - 1", 0, 2**63 - 1)
-
-
-def _integer(text: str, expected: str, low: int, high: float = math.inf) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = low - 1
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-    return value
-
-
-def _device(text: str) -> str:
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
-    device = torch.device(text)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"got {text!r}, but torch sees {torch.cuda.device_count()} GPUs")
-    return text
-
-
-def _folder(text: str) -> Path:
-    path = Path(text)
-    if path.exists() and not path.is_dir():
-        raise argparse.ArgumentTypeError(f"expected a folder, got the file {text!r}")
-    return path
+def _present(device: str) -> bool:
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    return bool(found) and (device == "cpu" or int(found[1] or 0) < torch.cuda.device_count())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

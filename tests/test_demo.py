@@ -231,9 +231,12 @@ def test_flags_become_settings(tmp_path):
         (["--hidden"], "argument --hidden: expected at least one argument"),
         (["--epochs", "1.5"], "argument --epochs: expected a whole number from 1, got '1.5'"),
         (["--seed", "-1"], "argument --seed: expected a whole number from 0 to 2^63 - 1, got '-1'"),
-        (["--device", "toaster"], "argument --device: expected cpu, cuda or cuda:N, got 'toaster'"),
-        (["--device", "cuda:99"], "argument --device: got 'cuda:99', but torch sees"),
-        (["--output", __file__], "argument --output: expected a folder, got the file"),
+        (
+            ["--device", "toaster"],
+            "argument --device: expected cpu, or a cuda or cuda:N that torch sees, got",
+        ),
+        (["--device", "cuda:99"], "that torch sees, got 'cuda:99'"),
+        (["--output", __file__], "argument --output: expected a folder, got '"),
         (["--depth", "3"], "unrecognized arguments: --depth 3"),
     ],
 )
