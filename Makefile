@@ -62,6 +62,7 @@ BENCHMARKS := ensemble_mlp training decorrelation uncertainty masksembles activa
 
 bench: $(BUILT) $(VENV)/peers ## compare every operation with its peers
 	for name in $(BENCHMARKS); do $(PY) -m benchmarks.$$name $(ARGS); done
+	$(PY) -m benchmarks.results_page
 
 # On a GPU machine: the interpreter that is already there, with its torch; nothing is installed.
 # Only what a GPU can change: tests marked cuda, and what nvcc makes of the kernels.

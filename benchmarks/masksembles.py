@@ -31,6 +31,7 @@ import pyens
 from benchmarks import harness
 from benchmarks.harness import Case, Contestant, Options, Target, agrees_with
 from benchmarks.peers import mlp_flops
+from pyens import plots
 from pyens.masks import masks_for_channels
 from pyens.nn import MaskedMLP
 from pyens.ops import mask_channels, masked_mlp
@@ -130,9 +131,14 @@ class Problem:
     def gathered(self) -> tuple[list[Tensor], list[Tensor]]:
         """The rows and columns that the masks keep: weights [N, out, in], biases [N, out]."""
         kept = [plan.clamp_min(0) for plan in plan_masks(self.masks)]  # all masks have the same size
-        n = self.num_masks
-        rows = [*kept, torch.arange(self.weights[-1].shape[0], device=self.input.device).expand(n, -1)]
-        columns = [torch.arange(self.weights[0].shape[1], device=self.input.device).expand(n, -1), *kept]
+        rows = [
+            *kept,
+            torch.arange(self.weights[-1].shape[0], device=self.input.device).expand(self.num_masks, -1),
+        ]
+        columns = [
+            torch.arange(self.weights[0].shape[1], device=self.input.device).expand(self.num_masks, -1),
+            *kept,
+        ]
         weights = [
             w[r.unsqueeze(2), c.unsqueeze(1)] for w, r, c in zip(self.weights, rows, columns, strict=True)
         ]
@@ -140,10 +146,10 @@ class Problem:
 
 
 def cases(options: Options) -> list[Case]:
-    n, b, features, scale = (4, 1024, (256, 512, 512, 10), 2.0)
+    num_masks, b, features, scale = (4, 1024, (256, 512, 512, 10), 2.0)
     maps = (64, 64, 32, 32)
     if options.quick:
-        n, b, features, maps = 2, 8, (5, 12, 8, 3), (4, 6, 3, 3)
+        num_masks, b, features, maps = 2, 8, (5, 12, 8, 3), (4, 6, 3, 3)
     with_targets = (options.device.type, options.dtype, options.threads, options.quick) == (
         "cpu",
         torch.float32,
@@ -155,9 +161,9 @@ def cases(options: Options) -> list[Case]:
         return tuple(Target(*target) for target in them) if with_targets else ()
 
     def problem() -> Problem:
-        return Problem.random(n, b, features, scale, options)
+        return Problem.random(num_masks, b, features, scale, options)
 
-    title = f"{'-'.join(map(str, features))}, N {n}, S {scale:g}, B {b}"
+    title = f"{'-'.join(map(str, features))}, N {num_masks}, S {scale:g}, B {b}"
     useful = problem().flops(b)
     map_bytes = 2.0 * options.dtype.itemsize * torch.Size(maps).numel()
     return [
@@ -175,14 +181,14 @@ def cases(options: Options) -> list[Case]:
             "training",
             f"a mask for each example, forward and backward, {title}",
             lambda: training_contestants(problem(), options),
-            flops=3 * useful / n,
+            flops=3 * useful / num_masks,
             targets=targets(("pyens MaskedMLP.loss", 2.0, (LAYER,))),
             grad=True,
         ),
         Case(
             "channels",
-            f"{'×'.join(map(str, maps))}, N {n}",
-            lambda: channels_contestants(maps, n, scale, options),
+            f"{'×'.join(map(str, maps))}, N {num_masks}",
+            lambda: channels_contestants(maps, num_masks, scale, options),
             bytes=map_bytes,
             targets=targets((OP, 1 / 1.15, ("clone",)), (OP, 1 / 1.15, ("copy_",))),
         ),
@@ -191,7 +197,7 @@ def cases(options: Options) -> list[Case]:
 
 def forward_contestants(problem: Problem, options: Options) -> list[Contestant]:
     x, weights, biases, masks = problem.input, problem.weights, problem.biases, problem.masks
-    n = problem.num_masks
+    num_masks = problem.num_masks
     exact = problem.double()
     expected = pyens.reference.masked_mlp(exact.input, exact.weights, exact.biases, masks)
     check = agrees_with(expected, options.dtype)
@@ -207,7 +213,7 @@ def forward_contestants(problem: Problem, options: Options) -> list[Contestant]:
         network = problem.sequential().requires_grad_(False)
 
         def forward(x: Tensor) -> Tensor:
-            return network(x.repeat(n, 1)).unflatten(0, (n, -1))
+            return network(x.repeat(num_masks, 1)).unflatten(0, (num_masks, -1))
 
         return _bound(forward, x, compile=compile)
 
@@ -217,7 +223,7 @@ def forward_contestants(problem: Problem, options: Options) -> list[Contestant]:
         vectors = [v.unsqueeze(1) for v in vectors]
 
         def forward(x: Tensor) -> Tensor:
-            hidden = x.expand(n, *x.shape)
+            hidden = x.expand(num_masks, *x.shape)
             for layer, (weight, bias) in enumerate(zip(stacked, vectors, strict=True)):
                 hidden = torch.baddbmm(bias, hidden.relu_() if layer else hidden, weight)
             return hidden
@@ -229,7 +235,7 @@ def forward_contestants(problem: Problem, options: Options) -> list[Contestant]:
         vectors = [v.unsqueeze(2) for v in vectors]
 
         def forward(x: Tensor) -> Tensor:
-            hidden = x.T.expand(n, *x.T.shape)
+            hidden = x.T.expand(num_masks, *x.T.shape)
             for layer, (weight, bias) in enumerate(zip(stacked, vectors, strict=True)):
                 hidden = torch.baddbmm(bias, weight, hidden.relu_() if layer else hidden)
             return hidden.transpose(1, 2)
@@ -249,11 +255,11 @@ def forward_contestants(problem: Problem, options: Options) -> list[Contestant]:
 
 def training_contestants(problem: Problem, options: Options) -> list[Contestant]:
     """The loss of a batch in which each example meets one mask, and its gradients. N divides B here."""
-    x, y, n = problem.input, problem.target, problem.num_masks
+    x, y, num_masks = problem.input, problem.target, problem.num_masks
     exact = problem.double()
     leaves = [t.requires_grad_() for t in (*exact.weights, *exact.biases)]
     outputs = pyens.reference.masked_mlp(
-        exact.input.unflatten(0, (n, -1)), exact.weights, exact.biases, problem.masks
+        exact.input.unflatten(0, (num_masks, -1)), exact.weights, exact.biases, problem.masks
     )
     loss = F.cross_entropy(outputs.flatten(0, 1), y)
     check = agrees_with(
@@ -293,10 +299,10 @@ def training_contestants(problem: Problem, options: Options) -> list[Contestant]
         kept = [plan.clamp_min(0) for plan in plan_masks(problem.masks)]
 
         def loss() -> Tensor:
-            hidden = x.unflatten(0, (n, -1))
+            hidden = x.unflatten(0, (num_masks, -1))
             for layer, (weight, bias) in enumerate(zip(mine.weights, mine.biases, strict=True)):
-                stacked = weight.expand(n, *weight.shape)
-                vectors = bias.expand(n, -1)
+                stacked = weight.expand(num_masks, *weight.shape)
+                vectors = bias.expand(num_masks, -1)
                 if layer > 0:
                     columns = kept[layer - 1].unsqueeze(1)
                     stacked = stacked.gather(2, columns.expand(-1, weight.shape[0], -1))
@@ -318,10 +324,12 @@ def training_contestants(problem: Problem, options: Options) -> list[Contestant]
     ]
 
 
-def channels_contestants(shape: tuple[int, ...], n: int, scale: float, options: Options) -> list[Contestant]:
+def channels_contestants(
+    shape: tuple[int, ...], num_masks: int, scale: float, options: Options
+) -> list[Contestant]:
     generator = torch.Generator().manual_seed(options.seed)
     x = torch.randn(shape, generator=generator).to(options.device, options.dtype)
-    masks = masks_for_channels(shape[1], n, scale, generator=generator).to(options.device)
+    masks = masks_for_channels(shape[1], num_masks, scale, generator=generator).to(options.device)
     check = agrees_with(pyens.reference.mask_channels(x, masks).double(), options.dtype)
     copied = agrees_with(x.double(), options.dtype)
     into = torch.empty_like(x)
@@ -364,14 +372,14 @@ def draw_masks(options: Options) -> dict[str, Any]:
     settings = list(itertools.product(*DRAWN))
     settings = settings[::25] if options.quick else settings
     seconds, failed = [], []
-    for channels, n, scale in tqdm(settings, desc="drawing masks", leave=False, disable=None):
+    for channels, num_masks, scale in tqdm(settings, desc="drawing masks", leave=False, disable=None):
         generator = torch.Generator().manual_seed(options.seed)
         start = time.perf_counter()
-        masks = masks_for_channels(channels, n, scale, generator=generator)
+        masks = masks_for_channels(channels, num_masks, scale, generator=generator)
         seconds.append(time.perf_counter() - start)
         ones = masks.sum(1)
-        if masks.shape != (n, channels) or not masks.any(0).all() or ones.min() != ones.max():
-            failed.append((channels, n, scale))
+        if masks.shape != (num_masks, channels) or not masks.any(0).all() or ones.min() != ones.max():
+            failed.append((channels, num_masks, scale))
     worst = max(range(len(seconds)), key=seconds.__getitem__)
     return {
         "settings": len(settings),
@@ -386,12 +394,12 @@ def draw_masks(options: Options) -> dict[str, Any]:
 
 def scale_curve(options: Options) -> dict[str, list[float]]:
     """Seconds against S: forward and training step of a MaskedMLP, the layer's forward, an ensemble's."""
-    n, b, features = (2, 8, (5, 12, 8, 3)) if options.quick else (4, 1024, (256, 512, 512, 10))
+    num_masks, b, features = (2, 8, (5, 12, 8, 3)) if options.quick else (4, 1024, (256, 512, 512, 10))
     scales = SCALES[::4] if options.quick else SCALES
     rows: dict[str, list[float]] = {"scale": [], "forward": [], "training step": [], "layer": []}
     runs: list[tuple[str, int, Timer]] = []
     for i, scale in enumerate(scales):
-        problem = Problem.random(n, b, features, scale, options)
+        problem = Problem.random(num_masks, b, features, scale, options)
         model, network = problem.model(), problem.sequential().requires_grad_(False)
         x, y = problem.input, problem.target
 
@@ -405,7 +413,7 @@ def scale_curve(options: Options) -> dict[str, list[float]]:
 
         def layer(network: nn.Module = network, x: Tensor = x) -> None:
             with torch.inference_mode():
-                network(x.repeat(n, 1))
+                network(x.repeat(num_masks, 1))
 
         rows["scale"].append(scale)
         for name, run in (("forward", forward), ("training step", step), ("layer", layer)):
@@ -420,9 +428,7 @@ def scale_curve(options: Options) -> dict[str, list[float]]:
 
 
 def plot_curve(rows: dict[str, list[float]], options: Options, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    figure = plots.new_figure(6, 4.2)
     ax = figure.subplots()
     for (name, seconds), marker in zip(
         ((k, v) for k, v in rows.items() if k != "scale"), ("o", "s", "^"), strict=True
@@ -433,8 +439,7 @@ def plot_curve(rows: dict[str, list[float]], options: Options, path: Path) -> No
     ax.set_title(f"Cost against S, {options.threads} threads")
     ax.grid(alpha=0.3, which="both")
     ax.legend(frameon=False)
-    with harness.replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    plots.save_figure(figure, path, dpi=120)
 
 
 def extras(options: Options, output: Path, stem: str) -> int:
@@ -456,8 +461,7 @@ def extras(options: Options, output: Path, stem: str) -> int:
         print(f"S {scale:g}: {cells}")
     content = {"machine": harness.machine_info(options), "draw": drawn, "curve": curve}
     path = output / f"{stem}-scale.json"
-    with harness.replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    harness.write(path, json.dumps(content, indent=1) + "\n")
     plot_curve(curve, options, path.with_suffix(".png"))
     print(f"wrote {path} and {path.with_suffix('.png').name}")
     return int(bool(drawn["failed"]))

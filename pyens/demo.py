@@ -7,23 +7,32 @@ meets, and compares the ensemble with its single members: a table on the termina
 folder, and what the numbers say. The data comes with scikit-learn, so nothing is downloaded.
 """
 
+from __future__ import annotations
+
 import argparse
 import importlib.util
 import math
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pyens
-from pyens import metrics, ops, plots, select
+import pyens.optim
+from pyens import decisions, metrics, ops, plots
 from pyens.data import Digits, Split, load_digits
+from pyens.training import fit
+from pyens.training.randomness import Order, member_seeds, split_rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure, SubFigure
 
 UNKNOWN = (8, 9)
 BATCH_SIZE = 64
@@ -95,40 +104,28 @@ class Predictions:
 # Training
 
 
-def member_seeds(seed: int, members: int) -> tuple[list[int], list[int]]:
-    """For every member a seed for its initial weights and one for the order in which it meets the data."""
-    drawn = torch.randint(2**62, (members, 2), generator=torch.Generator().manual_seed(seed))
-    return drawn[:, 0].tolist(), drawn[:, 1].tolist()
-
-
-def train_together(model: pyens.EnsembleMLP, data: Split, order_seeds: Sequence[int], epochs: int) -> None:
+def train_together(model: pyens.EnsembleMLP, data: Split, seed: int, epochs: int) -> None:
     """All members in one batched run, each in its own order of the data."""
-    from tqdm import tqdm
-
-    generators = [torch.Generator().manual_seed(seed) for seed in order_seeds]
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
-    with tqdm(range(epochs), desc=f"training {len(generators)} members", unit="epoch") as progress:
-        for _ in progress:
-            order = torch.stack([torch.randperm(len(data.labels), generator=g) for g in generators])  # [E, N]
-            history = []
-            for rows in order.to(data.labels.device).split(BATCH_SIZE, dim=1):  # [E, b]
-                losses = model.loss(data.images[rows], data.labels[rows], loss="cross_entropy")  # [E]
-                optimizer.zero_grad()
-                losses.sum().backward()  # the sum, so that every member steps as it would alone
-                optimizer.step()
-                history.append(losses.detach())
-            epoch = torch.stack(history).mean(0)  # [E]
-            progress.set_postfix_str(f"loss {epoch.mean():.3f} ± {epoch.std(correction=0):.3f} over members")
+    fit(
+        model,
+        (data.images, data.labels),
+        loss="cross_entropy",
+        epochs=epochs,
+        batch_size=BATCH_SIZE,
+        optimizer=lambda parameters: pyens.optim.fused(torch.optim.Adam, parameters, lr=LEARNING_RATE),
+        seed=seed,
+        validation=0,
+    )
 
 
-def train_alone(module: nn.Module, data: Split, order_seed: int, epochs: int) -> None:
-    """The same training for one member by itself."""
-    generator = torch.Generator().manual_seed(order_seed)
+def train_alone(module: nn.Module, data: Split, seed: int, member: int, epochs: int) -> None:
+    """The same training for one member by itself, in plain PyTorch."""
+    rows, _ = split_rows(len(data.labels), 0, seed)
+    order = Order(rows, tuple(member_seeds(seed, member + 1)), shuffle=True, groups=None, left_out=())
     optimizer = torch.optim.Adam(module.parameters(), lr=LEARNING_RATE, fused=True)
-    for _ in range(epochs):
-        order = torch.randperm(len(data.labels), generator=generator)
-        for rows in order.to(data.labels.device).split(BATCH_SIZE):
-            loss = F.cross_entropy(module(data.images[rows]), data.labels[rows])
+    for epoch in range(epochs):
+        for batch in order.epoch(epoch, [member])[0].to(data.labels.device).split(BATCH_SIZE):
+            loss = F.cross_entropy(module(data.images[batch]), data.labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -136,29 +133,29 @@ def train_alone(module: nn.Module, data: Split, order_seed: int, epochs: int) ->
 
 def train(settings: Settings, digits: Digits) -> tuple[pyens.EnsembleMLP, Timing]:
     """The trained ensemble, and what it cost against training its members one after another."""
-    init_seeds, order_seeds = member_seeds(settings.seed, settings.members)
-    data, test = digits.train, digits.test
+    data, test, seed = digits.train, digits.test, settings.seed
     model = pyens.EnsembleMLP(
         settings.members,
         in_features=data.images.shape[1],
         hidden_features=settings.hidden,
         out_features=len(digits.classes),
-        seeds=init_seeds,
+        seeds=member_seeds(seed, settings.members),
         device=settings.device,
     )
-    # Copies, taken now: the same initial weights.
+    # Copies, taken before training: the same initial weights.
     alone = [model.member(m) for m in range(min(TRAINED_ALONE, settings.members))]
 
-    # A process's first step imports parts of torch and starts its threads; neither side is to pay for that.
-    train_alone(model.member(0), Split(data.images[:BATCH_SIZE], data.labels[:BATCH_SIZE]), 0, epochs=1)
+    # The first step of a process imports parts of torch and starts its threads: not part of either time.
+    warm_up = Split(data.images[:BATCH_SIZE], data.labels[:BATCH_SIZE])
+    train_alone(model.member(0), warm_up, seed, 0, epochs=1)
 
     start = _now(settings.device)
-    train_together(model, data, order_seeds, settings.epochs)
+    train_together(model, data, seed, settings.epochs)
     together = _now(settings.device) - start
 
     start = _now(settings.device)
-    for module, order_seed in zip(alone, order_seeds, strict=False):
-        train_alone(module, data, order_seed, settings.epochs)
+    for m, module in enumerate(alone):
+        train_alone(module, data, seed, m, settings.epochs)
     seconds_alone = _now(settings.device) - start
 
     batched = predict(model, test.images)[: len(alone)]
@@ -299,13 +296,13 @@ def _selective(predictions: Predictions, names: str) -> str:
         p.mean(0) for p in (predictions.validation, predictions.known, predictions.unknown)
     )
     wrong = validation.argmax(-1) != predictions.validation_labels
-    threshold = select.risk_threshold(validation.amax(-1), wrong, RISK)
+    threshold = decisions.risk_threshold(validation.amax(-1), wrong, RISK)
     if threshold.isinf():
         return f"No confidence keeps its errors on the validation digits within {RISK:.0%}."
-    answers = select.predict_or_abstain(known, threshold)
-    answered = answers != select.ABSTAIN
+    answers = decisions.predict_or_abstain(known, threshold)
+    answered = answers != decisions.ABSTAIN
     wrong = (answers != predictions.labels) & answered
-    fooled = select.predict_or_abstain(unknown, threshold) != select.ABSTAIN
+    fooled = decisions.predict_or_abstain(unknown, threshold) != decisions.ABSTAIN
     return (
         f"From a confidence of {threshold:.3f} on, at most {RISK:.0%} of the answers on validation digits "
         f"are wrong; so it answers {answered.double().mean():.1%} of the test digits, {wrong.sum()} of them "
@@ -328,7 +325,7 @@ def _score(measure: Measure) -> str:
 # Picture
 
 
-def draw(predictions: Predictions, digits: Digits, path: Path) -> Path:
+def draw(predictions: Predictions, digits: Digits) -> Figure:
     """Calibration, confidence and uncertainty in four panels, below them the digits behind the extremes."""
     known, unknown = predictions.known, predictions.unknown
     members = len(known)
@@ -376,10 +373,12 @@ def draw(predictions: Predictions, digits: Digits, path: Path) -> Path:
     _draw_digits(
         rows[1], "Unknown digits it is most sure of", digits, digits.unknown, unknown.mean(0), fooled
     )
-    return plots.save_figure(figure, path)
+    return figure
 
 
-def _draw_digits(figure, title: str, digits: Digits, split: Split, mean: Tensor, order: Tensor) -> None:
+def _draw_digits(
+    figure: SubFigure, title: str, digits: Digits, split: Split, mean: Tensor, order: Tensor
+) -> None:
     """A strip of the first images in `order`, each with the answer and its confidence."""
     figure.suptitle(title, fontsize="medium")
     for ax, row in zip(figure.subplots(1, 12), order.tolist(), strict=False):
@@ -406,7 +405,7 @@ def run(settings: Settings) -> Result:
         validation_labels=digits.validation.labels,
     )
     measures = evaluate(predictions)
-    picture = draw(predictions, digits, settings.output / PICTURE)
+    picture = plots.save_figure(draw(predictions, digits), settings.output / PICTURE)
     return Result(measures, timing, summarise(measures, predictions), picture)
 
 
@@ -421,50 +420,33 @@ def _to_device(digits: Digits, device: str) -> Digits:
 def parse(arguments: Sequence[str] | None = None) -> Settings:
     defaults = Settings()
     parser = argparse.ArgumentParser(prog="python -m pyens.demo", description=__doc__.split("\n\n")[2])
-    parser.add_argument("--members", type=_positive, default=defaults.members, help="size of the ensemble")
-    parser.add_argument(
-        "--hidden", type=_positive, nargs="+", default=defaults.hidden, help="hidden layer sizes"
-    )
-    parser.add_argument("--epochs", type=_positive, default=defaults.epochs, help="passes over the data")
-    parser.add_argument("--seed", type=_seed, default=defaults.seed, help="of split, weights and data orders")
-    parser.add_argument("--device", type=_device, default=defaults.device, help="cpu, cuda or cuda:N")
-    parser.add_argument("--output", type=_folder, default=defaults.output, help="folder for the picture")
+
+    def flag(name: str, convert: Callable, fits: Callable[[Any], bool], expected: str, what: str, **options):
+        def checked(text: str) -> Any:
+            try:
+                if fits(value := convert(text)):
+                    return value
+            except ValueError:
+                pass
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+
+        parser.add_argument(f"--{name}", type=checked, default=getattr(defaults, name), help=what, **options)
+
+    positive = int, lambda n: n >= 1, "a whole number from 1"
+    flag("members", *positive, "size of the ensemble")
+    flag("hidden", *positive, "hidden layer sizes", nargs="+")
+    flag("epochs", *positive, "passes over the data")
+    seed = "a whole number from 0 to 2^63 - 1"
+    flag("seed", int, lambda n: 0 <= n < 2**63, seed, "of split, weights and data orders")
+    flag("device", str, _present, "cpu, or a cuda or cuda:N that torch sees", "cpu, cuda or cuda:N")
+    flag("output", Path, lambda path: not path.is_file(), "a folder", "folder for the picture")
     flags = parser.parse_args(arguments)
-    return Settings(flags.members, tuple(flags.hidden), flags.epochs, flags.seed, flags.device, flags.output)
+    return Settings(**vars(flags) | {"hidden": tuple(flags.hidden)})
 
 
-def _positive(text: str) -> int:
-    return _integer(text, "a whole number from 1", 1)
-
-
-def _seed(text: str) -> int:
-    return _integer(text, "a whole number from 0 to 2^63 - 1", 0, 2**63 - 1)
-
-
-def _integer(text: str, expected: str, low: int, high: float = math.inf) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = low - 1
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-    return value
-
-
-def _device(text: str) -> str:
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
-    device = torch.device(text)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"got {text!r}, but torch sees {torch.cuda.device_count()} GPUs")
-    return text
-
-
-def _folder(text: str) -> Path:
-    path = Path(text)
-    if path.exists() and not path.is_dir():
-        raise argparse.ArgumentTypeError(f"expected a folder, got the file {text!r}")
-    return path
+def _present(device: str) -> bool:
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    return bool(found) and (device == "cpu" or int(found[1] or 0) < torch.cuda.device_count())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

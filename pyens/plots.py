@@ -10,10 +10,10 @@ own (``ax.figure``). There is no pyplot in here: a figure belongs to the caller 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -72,18 +72,14 @@ def reliability_diagram(curves: Mapping[str, ReliabilityCurve], ax: Axes | None 
     """
     ax = _prepare("reliability_diagram", "curves", curves, ReliabilityCurve, ax)
     ax.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":", label="perfectly calibrated")
-    for (name, curve), colour, line, marker in zip(
-        curves.items(), cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False
-    ):
+    for curve, style, marker in _styled(curves):
         count = _array(curve.count)
         filled = count > 0
         confidence, accuracy = _array(curve.confidence)[filled], _array(curve.accuracy)[filled]
-        ax.plot(confidence, accuracy, color=colour, linestyle=line, linewidth=1.5, label=name)
+        ax.plot(confidence, accuracy, **style)
         area = 12 + 120 * count[filled] / count.sum()
-        ax.scatter(confidence, accuracy, s=area, color=colour, marker=marker, alpha=0.8, linewidths=0)
-    ax.set(xlabel="confidence (max p)", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
-    ax.legend(frameon=False, fontsize="small")
-    return ax
+        ax.scatter(confidence, accuracy, s=area, color=style["color"], marker=marker, alpha=0.8, linewidths=0)
+    return _labelled(ax, xlabel="confidence (max p)", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
 
 
 def confidence_curves(curves: Mapping[str, ConfidenceCurve], ax: Axes | None = None) -> Axes:
@@ -94,20 +90,12 @@ def confidence_curves(curves: Mapping[str, ConfidenceCurve], ax: Axes | None = N
         ax: axes to draw on; None for a new figure.
     """
     ax = _prepare("confidence_curves", "curves", curves, ConfidenceCurve, ax)
-    for (name, curve), colour, line in zip(curves.items(), cycle(COLOURS), cycle(LINES), strict=False):
+    for curve, style, _ in _styled(curves):
         threshold = _array(curve.threshold)
         order = threshold.argsort()
-        ax.plot(
-            threshold[order],
-            _array(curve.answered)[order],
-            color=colour,
-            linestyle=line,
-            linewidth=1.5,
-            label=name,
-        )
-    ax.set(xlabel="confidence threshold τ", ylabel="share answered (max p ≥ τ)", xlim=(0, 1), ylim=(0, 1.02))
-    ax.legend(frameon=False, fontsize="small")
-    return ax
+        ax.plot(threshold[order], _array(curve.answered)[order], **style)
+    labels = {"xlabel": "confidence threshold τ", "ylabel": "share answered (max p ≥ τ)"}
+    return _labelled(ax, **labels, xlim=(0, 1), ylim=(0, 1.02))
 
 
 def risk_coverage_curves(
@@ -124,12 +112,9 @@ def risk_coverage_curves(
         ylabel: which risk it is, with its unit.
     """
     ax = _prepare("risk_coverage_curves", "curves", curves, RiskCoverageCurve, ax)
-    for (name, curve), colour, line in zip(curves.items(), cycle(COLOURS), cycle(LINES), strict=False):
-        coverage, risk = _array(curve.coverage), _array(curve.risk)
-        ax.plot(coverage, risk, color=colour, linestyle=line, linewidth=1.5, label=name)
-    ax.set(xlabel="coverage (share answered)", ylabel=ylabel, xlim=(0, 1))
-    ax.legend(frameon=False, fontsize="small")
-    return ax
+    for curve, style, _ in _styled(curves):
+        ax.plot(_array(curve.coverage), _array(curve.risk), **style)
+    return _labelled(ax, xlabel="coverage (share answered)", ylabel=ylabel, xlim=(0, 1))
 
 
 def uncertainty_histograms(
@@ -156,13 +141,11 @@ def uncertainty_histograms(
                 f"with B >= 1, got shape {list(values.shape)}"
             )
     edges = np.histogram_bin_edges(np.concatenate(list(groups.values())), bins=bins)
-    for (name, values), colour, line in zip(groups.items(), cycle(COLOURS), cycle(LINES), strict=False):
+    for values, style, _ in _styled(groups):
         share = np.full(len(values), 1 / len(values))
-        ax.hist(values, edges, weights=share, color=colour, alpha=0.35, label=name)
-        ax.hist(values, edges, weights=share, color=colour, histtype="step", linestyle=line, linewidth=1.5)
-    ax.set(xlabel=xlabel, ylabel="share of examples", xlim=(edges[0], edges[-1]))
-    ax.legend(frameon=False, fontsize="small")
-    return ax
+        ax.hist(values, edges, weights=share, color=style["color"], alpha=0.35, label=style.pop("label"))
+        ax.hist(values, edges, weights=share, histtype="step", **style)
+    return _labelled(ax, xlabel=xlabel, ylabel="share of examples", xlim=(edges[0], edges[-1]))
 
 
 def confusion(matrix: Tensor, names: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
@@ -248,23 +231,17 @@ def prediction_differences(
     if strengths.ndim != 1 or strengths.size == 0 or not (np.isfinite(strengths) & (strengths >= 0)).all():
         raise ValueError("prediction_differences: strengths: expected one or more finite numbers >= 0")
     order = strengths.argsort()
-    for (name, values), colour, line, marker in zip(
-        differences.items(), cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False
-    ):
-        heights = _array(values)
+    for values, style, marker in _styled(differences):
+        heights, name = _array(values), style["label"]
         if heights.shape != strengths.shape or not (np.isfinite(heights) & (heights > 0)).all():
             raise ValueError(
                 f"prediction_differences: differences[{name!r}]: expected finite values > 0 of shape "
                 f"[{len(strengths)}], got shape {list(heights.shape)}"
             )
-        style = {"color": colour, "linestyle": line, "marker": marker}
-        ax.plot(strengths[order], heights[order], **style, linewidth=1.5, label=name)
+        ax.plot(strengths[order], heights[order], **style, marker=marker)
     positive = strengths[strengths > 0]
     ax.set_xscale("symlog", linthresh=positive.min() if positive.size else 1.0)
-    ax.set_yscale("log")
-    ax.set(xlabel=xlabel, ylabel="prediction difference")
-    ax.legend(frameon=False, fontsize="small")
-    return ax
+    return _labelled(ax, xlabel=xlabel, ylabel="prediction difference", yscale="log")
 
 
 def _table(
@@ -307,6 +284,20 @@ def _prepare(function: str, argument: str, items: Mapping, kind: type, ax: Axes 
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(color="#E5E5E5", linewidth=0.6)
     ax.set_axisbelow(True)
+    return ax
+
+
+def _styled(items: Mapping[str, Any]) -> Iterator[tuple[Any, dict[str, Any], str]]:
+    """Each item with the style of its line, its label included, and with a marker."""
+    for (name, item), colour, line, marker in zip(
+        items.items(), cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False
+    ):
+        yield item, {"color": colour, "linestyle": line, "linewidth": 1.5, "label": name}, marker
+
+
+def _labelled(ax: Axes, **settings: Any) -> Axes:
+    ax.set(**settings)
+    ax.legend(frameon=False, fontsize="small")
     return ax
 
 

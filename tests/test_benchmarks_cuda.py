@@ -1,13 +1,13 @@
 """The benchmarks on CUDA: graphs, yardsticks, floors, precision, and the cases that are promised."""
 
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_benchmarks import PEAKS, accept, options, result
 
 from benchmarks import ensemble_mlp, harness, peers, training, training_peers
-from benchmarks.harness import Case, Contestant, Target, Timing
+from benchmarks.harness import Case, Contestant, Target, Timing, measuring
 
 
 def test_a_yardstick_is_no_peer_but_may_be_a_target():
@@ -48,13 +48,33 @@ def test_float32_with_tf32_allowed_is_as_rough_as_float16():
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def test_seconds_are_those_of_one_of_several_calls():
-    def contestant(name, calls):
-        return Contestant(name, lambda: lambda: time.sleep(0.002), accept, ours=True, calls=calls)
+def test_seconds_are_those_of_one_of_several_calls(monkeypatch):
+    class Clock:
+        """In place of the Timer: every run takes 2 ms."""
 
+        now = 0.0
+
+        def __init__(self, statement, globals, num_threads):
+            self.run = globals["run"]
+
+        def timeit(self, calls):
+            start = Clock.now
+            for _ in range(calls):
+                self.run()
+            return SimpleNamespace(mean=(Clock.now - start) / calls)
+
+    def work():
+        Clock.now += 0.002
+
+    def contestant(name, calls):
+        return Contestant(name, lambda: work, accept, ours=True, calls=calls)
+
+    monkeypatch.setattr(measuring, "Timer", Clock)
     case = Case("calls", "", lambda: [contestant("one", 1), contestant("ten", 10)])
-    one, ten = harness.run_interleaved(case, options(), block_seconds=0.0).timings
-    assert 5 < one.median / ten.median < 20
+    one, ten = harness.run_interleaved(case, options()).timings
+    assert one.seconds == pytest.approx([0.002] * 4) and ten.seconds == pytest.approx([0.0002] * 4)
+    # Each is checked once; then blocks of at least 20 ms, for 3 measurements at least and in 4 rounds.
+    assert Clock.now > 2 * 4 * 0.02
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

@@ -1,13 +1,12 @@
-"""Loaders of idx files and the two sinusoids, on small made-up files of the same format."""
+"""Loaders of idx files, on small made-up files of the same format."""
 
 import gzip
-import math
 import struct
 
 import pytest
 import torch
 
-from pyens.data import load_idx, load_mnist, read_idx, two_sinusoids
+from pyens.data import load_idx, load_mnist, read_idx
 
 
 def idx(array: torch.Tensor, kind: int = 8) -> bytes:
@@ -94,32 +93,6 @@ def test_missing_files_and_labels(tmp_path):
         ValueError, match=r"labels-idx1-ubyte: expected a label for each of the 2 images, got"
     ):
         load_idx(tmp_path)
-
-
-def test_two_sinusoids():
-    points = two_sinusoids(1001, noise=0.0, gap=3.0, generator=torch.Generator().manual_seed(1))
-    x, y = points.positions.T
-    assert points.labels.bincount().tolist() == [501, 500]
-    assert -5 <= x.min() < -4.9 and 4.9 < x.max() <= 5
-    torch.testing.assert_close(y, x.sin() + torch.where(points.labels == 1, 1.5, -1.5))
-    noisy = two_sinusoids(1001, noise=0.5, gap=3.0, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(noisy.positions[:, 0], x) and torch.equal(noisy.labels, points.labels)
-    assert abs((noisy.positions[:, 1] - y).std().item() - 0.5) < 0.05
-    again = two_sinusoids(1001, noise=0.5, gap=3.0, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(again.positions, noisy.positions)
-
-
-def test_two_sinusoids_that_cross():
-    points = two_sinusoids(500, noise=0.0, gap=0.0, phase=math.pi, generator=torch.Generator().manual_seed(1))
-    x, y = points.positions.T
-    torch.testing.assert_close(y, torch.where(points.labels == 1, -x.sin(), x.sin()), atol=1e-5, rtol=0)
-
-
-def test_two_sinusoids_refuse():
-    with pytest.raises(ValueError, match="two_sinusoids: num_points: expected at least 1, got 0"):
-        two_sinusoids(0)
-    with pytest.raises(ValueError, match="two_sinusoids: noise: expected at least 0, got nan"):
-        two_sinusoids(5, noise=math.nan)
 
 
 def test_real_files(data_dir):

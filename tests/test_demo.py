@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import pyens
-from pyens import demo
+from pyens import demo, metrics
 from pyens.data import load_digits
+from pyens.training import member_seeds
 
 SMALL = {"members": 4, "hidden": (16,), "epochs": 2}
+KINDS = ("known", "unknown")
 FLAGS = ["--members", "4", "--hidden", "16", "--epochs", "2"]
 
 
@@ -67,6 +69,48 @@ def test_the_table_holds_the_measures(result):
         assert single in row
 
 
+def test_the_picture_shows_the_predictions():
+    digits = load_digits(unknown=demo.UNKNOWN)
+    model = pyens.EnsembleMLP(3, 64, (16,), 8, seeds=[1, 2, 3])
+    known, unknown, validation = (
+        demo.predict(model, part.images) for part in (digits.test, digits.unknown, digits.validation)
+    )
+    labels = digits.test.labels
+    figure = demo.draw(demo.Predictions(known, labels, unknown, validation, digits.validation.labels), digits)
+    panels, strips = figure.subfigs
+    assert "3 networks" in figure.get_suptitle() and "8 and 9 are unknown" in figure.get_suptitle()
+    reliability, confidence, total, disagreement = panels.axes
+    drawn = {
+        ax.get_title(): {line.get_label(): line.get_xydata() for line in ax.lines}
+        for ax in (reliability, confidence)
+    }
+    curve = metrics.reliability_curve(known.mean(0), labels)
+    filled = curve.count > 0
+    expected = torch.stack([curve.confidence, curve.accuracy], 1)[filled].numpy()
+    assert (drawn["Reliability"]["ensemble"] == expected).all()
+    assert set(drawn["Confidence"]) == {f"{who}, {what}" for who in ("ensemble", "single") for what in KINDS}
+    answered = metrics.confidence_curve(unknown.mean(0)).answered.numpy()
+    assert (drawn["Confidence"]["ensemble, unknown"][:, 1] == answered).all()
+    for ax, title, measure in (
+        (total, "Total uncertainty", metrics.predictive_entropy),
+        (disagreement, "Disagreement", metrics.mutual_information),
+    ):
+        assert ax.get_title() == title and "[nats]" in ax.get_xlabel()
+        assert [text.get_text() for text in ax.get_legend().get_texts()] == list(KINDS)
+        values = torch.cat([measure(known), measure(unknown)])
+        assert ax.get_xlim() == (values.min(), values.max())
+    least_sure, most_sure = (
+        [(ax.images[0].get_array().data.flatten().tolist(), ax.get_title()) for ax in strip.axes]
+        for strip in strips.subfigs
+    )
+    row = metrics.predictive_entropy(known).argmax()
+    highest, answer = known.mean(0)[row].max(-1)
+    assert len(least_sure) == 12
+    assert least_sure[0] == (digits.test.images[row].tolist(), f"{digits.classes[answer]}? {highest:.2f}")
+    row = unknown.mean(0).amax(-1).argmax()
+    assert len(most_sure) == 12 and most_sure[0][0] == digits.unknown.images[row].tolist()
+
+
 def test_the_picture_is_a_png(result):
     assert result.picture.name == "ensemble_digits.png"
     assert result.picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -90,23 +134,16 @@ def test_the_seed_decides_the_table(result, tmp_path):
     assert values(other) != values(result)
 
 
-def test_a_members_seeds_do_not_depend_on_how_many_there_are():
-    few, many = demo.member_seeds(3, 2), demo.member_seeds(3, 50)
-    assert few == tuple(seeds[:2] for seeds in many)
-    assert len({*many[0], *many[1]}) == 100
-
-
 def test_members_train_in_the_batch_as_they_do_alone():
     data = load_digits().train
-    init_seeds, order_seeds = demo.member_seeds(0, 3)
-    model = pyens.EnsembleMLP(3, 64, (16,), 8, seeds=init_seeds)
+    model = pyens.EnsembleMLP(3, 64, (16,), 8, seeds=member_seeds(7, 3))
     modules = model.to_modules()
     untrained = demo.predict(model, data.images)
-    demo.train_together(model, data, order_seeds, epochs=3)
+    demo.train_together(model, data, seed=7, epochs=3)
     together = demo.predict(model, data.images)
     for m, module in enumerate(modules):
         torch.testing.assert_close(demo.predict(module, data.images), untrained[m], rtol=0, atol=1e-6)
-        demo.train_alone(module, data, order_seeds[m], epochs=3)
+        demo.train_alone(module, data, seed=7, member=m, epochs=3)
         torch.testing.assert_close(demo.predict(module, data.images), together[m], rtol=0, atol=1e-3)
     assert (together - untrained).abs().max() > 0.1
 
@@ -164,7 +201,7 @@ def test_main_prints_table_times_summary_and_picture(tmp_path, capsys):
     for text in ("ensemble of 4", "one after another as nn.Sequential", "test digits it knows", "Picture: "):
         assert text in out
     assert (folder / "ensemble_digits.png").is_file()
-    assert "training 4 members" in err and "over members" in err  # the progress bar
+    assert "4 members" in err and "train " in err  # the progress bar
 
 
 @pytest.mark.parametrize("members", [1, 2])
@@ -194,9 +231,12 @@ def test_flags_become_settings(tmp_path):
         (["--hidden"], "argument --hidden: expected at least one argument"),
         (["--epochs", "1.5"], "argument --epochs: expected a whole number from 1, got '1.5'"),
         (["--seed", "-1"], "argument --seed: expected a whole number from 0 to 2^63 - 1, got '-1'"),
-        (["--device", "toaster"], "argument --device: expected cpu, cuda or cuda:N, got 'toaster'"),
-        (["--device", "cuda:99"], "argument --device: got 'cuda:99', but torch sees"),
-        (["--output", __file__], "argument --output: expected a folder, got the file"),
+        (
+            ["--device", "toaster"],
+            "argument --device: expected cpu, or a cuda or cuda:N that torch sees, got",
+        ),
+        (["--device", "cuda:99"], "that torch sees, got 'cuda:99'"),
+        (["--output", __file__], "argument --output: expected a folder, got '"),
         (["--depth", "3"], "unrecognized arguments: --depth 3"),
     ],
 )

@@ -44,7 +44,7 @@ def test_as_a_command():
     assert re.search(r"threads +\d+\n", result.stdout)
     assert verdicts(result.stdout) == dict.fromkeys(main.CHECKS, "ok")
     for match in LINE.finditer(result.stdout):
-        exact = match["name"] == "mask_channels"  # it copies
+        exact = match["name"] in ("mask_channels", "activation_strength, active")  # copies, and bits
         assert int(match["problems"]) > 50 and 0 <= float(match["error"]) <= 1
         assert (float(match["error"]) == 0) == exact
 
@@ -173,10 +173,14 @@ def test_finds_a_wrong_gradient_of_the_loss(monkeypatch, capsys):
 def test_finds_a_wrong_embedding(monkeypatch, capsys, name):
     module = ops if name in ops.__all__ else main
     right = getattr(module, name)
+    only(monkeypatch, "ensemble_embedding", "ensemble_embedding, concatenated")
     monkeypatch.setattr(module, name, lambda *a, **k: right(*a, **k) * (1 + 3e-6))
     assert main.main() == 1
-    expected = {**dict.fromkeys(main.CHECKS, "ok"), "ensemble_embedding": "FAILED"}
-    assert verdicts(capsys.readouterr().out) == expected
+    verdict = {True: "FAILED", False: "ok"}
+    assert verdicts(capsys.readouterr().out) == {
+        "ensemble_embedding": verdict[module is ops],
+        "ensemble_embedding, concatenated": verdict[module is main],
+    }
 
 
 @pytest.mark.parametrize("name", ["mask_channels", "masked_mlp", "masked_mlp_loss"])
@@ -206,10 +210,14 @@ def other_bits(active):
 @pytest.mark.parametrize("how", WRONG_STRENGTH)
 def test_finds_a_wrong_activation_strength(monkeypatch, capsys, how):
     wrong, right = WRONG_STRENGTH[how], ops.activation_strength
-    only(monkeypatch, "ensemble_mlp", "activation_strength")
+    only(monkeypatch, "activation_strength", "activation_strength, active")
     monkeypatch.setattr(ops, "activation_strength", lambda *a, **k: wrong(right(*a, **k)))
     assert main.main() == 1
-    assert verdicts(capsys.readouterr().out) == {"ensemble_mlp": "ok", "activation_strength": "FAILED"}
+    numbers, bits = ("FAILED", "ok") if how in ("a little", "output") else ("ok", "FAILED")
+    assert verdicts(capsys.readouterr().out) == {
+        "activation_strength": numbers,
+        "activation_strength, active": bits,
+    }
 
 
 def test_relative_error():

@@ -1,16 +1,20 @@
 """The reproductions of prediction variation, small and on made-up data."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from benchmarks.papers import criteo, movielens
-from benchmarks.papers.ensembles import Results, Study
+from benchmarks.papers.ensembles import Study
+from benchmarks.papers.pages import Results
 from pyens import metrics
 from pyens.data import load_movielens
 from tests.made_up_data import write_criteo, write_movielens
+from tests.pictures import saved_figures
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +27,20 @@ def arguments(data: Path, tmp_path: Path, *more: str) -> list[str]:
     return [*folders, "--members", "5", *more]
 
 
-def test_movielens(ratings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def shows_correlations(ax: Axes, pairs: dict[str, float], names: list[str]) -> None:
+    """The matrix of `pairs` for these settings, symmetric and with ones on the diagonal."""
+    (image,) = ax.get_images()
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == names
+    shown = image.get_array()
+    for (i, one), (j, other) in itertools.product(enumerate(names), repeat=2):
+        expected = 1 if i == j else pairs[f"{min(one, other)}-{max(one, other)}"]
+        assert shown[i, j] == pytest.approx(expected, abs=1e-6)
+
+
+def test_movielens(
+    ratings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = saved_figures(monkeypatch)
     command = arguments(ratings, tmp_path, "--epochs", "1")
     assert movielens.main([*command, "--settings", "R0,R3,R7"]) == 0
     page = (tmp_path / "results" / "movielens-5.md").read_text(encoding="utf-8")
@@ -38,8 +55,17 @@ def test_movielens(ratings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     ):
         assert text in page
     assert "R1 R" not in page
-    assert (tmp_path / "results" / "movielens-5-correlations.png").stat().st_size > 10_000
     saved = json.loads((tmp_path / "results" / "movielens-5.json").read_text())
+    correlations = {key: entry["values"] for key, entry in saved["correlations"].items()}
+    regression, classification, between, *_ = figures["movielens-5-correlations.png"].axes
+    assert "MovieLens-R" in regression.get_title() and "MovieLens-C" in classification.get_title()
+    shows_correlations(regression, correlations["R"], ["R3", "R7"])
+    shows_correlations(classification, correlations["C"], ["R3", "R7"])
+    heights = {
+        label.get_text(): bar.get_height()
+        for label, bar in zip(between.get_xticklabels(), between.patches, strict=True)
+    }
+    assert heights == pytest.approx(correlations["R-C"]) and set(heights) == {"R3", "R7"}
     for task in ("movielens-r", "movielens-c"):
         pv = {setting: entry["measures"]["PV mean"] for setting, entry in saved[task].items()}
         assert pv["R0"] < 1e-6 * 5 < pv["R3"]
@@ -95,13 +121,18 @@ def test_a_killed_unit_goes_on(ratings: Path, tmp_path: Path, monkeypatch: pytes
     assert resumed.training_seconds > 0
 
 
-def test_criteo(tmp_path: Path) -> None:
+def test_criteo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = saved_figures(monkeypatch)
     data = write_criteo(tmp_path)
     assert criteo.main(arguments(data, tmp_path, "--settings", "R0,R1,R2")) == 0
     page = (tmp_path / "results" / "criteo-5.md").read_text(encoding="utf-8")
     assert "A sample: 270 rows for training, 30 for testing" in page
     assert "Lowest correlation" in page and "R2 S" in page
     assert (tmp_path / "results" / "criteo-5-correlations.png").exists()
+    ax, *_ = figures["criteo-5-correlations.png"].axes
+    assert ax.get_title() == "Figure 2: PV between settings, Criteo sample"
+    lowest = float(page.split("Lowest correlation ")[1].split(" ")[0])
+    shows_correlations(ax, {"R1-R2": pytest.approx(lowest, abs=1e-3)}, ["R1", "R2"])
 
 
 @pytest.mark.parametrize("command", [movielens.main, criteo.main])

@@ -20,8 +20,8 @@ from benchmarks.harness.command import main, select
 from benchmarks.harness.graphs import EMPTY_KERNEL, empty_kernel, graphed, with_graphs
 from benchmarks.harness.measuring import machine_info, measure_peaks, peak_memory, run_interleaved
 from benchmarks.harness.pictures import plot
-from benchmarks.harness.results import RESULTS, Peaks, Report, Result, Timing, replacing
-from benchmarks.harness.tables import losses, markdown, table, unsteady, verdict, verdicts
+from benchmarks.harness.results import RESULTS, Peaks, Report, Result, Timing, write
+from benchmarks.harness.tables import losses, markdown, table, unsteady, verdict, verdicts, versions
 
 __all__ = [
     "EMPTY_KERNEL",
@@ -46,12 +46,13 @@ __all__ = [
     "measure_peaks",
     "peak_memory",
     "plot",
-    "replacing",
     "run_interleaved",
     "select",
     "table",
     "unsteady",
     "verdict",
     "verdicts",
+    "versions",
     "with_graphs",
+    "write",
 ]

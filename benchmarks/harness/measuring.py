@@ -164,10 +164,11 @@ def _copy_gbs(options: Options) -> float:
     return 2 * source.numel() / min(timer.timeit(3).mean for _ in range(3)) / 1e9
 
 
-def machine_info(options: Options) -> dict[str, Any]:
+def machine_info(options: Options | None = None) -> dict[str, Any]:
     """What one must know to read the numbers: processor, threads, versions, commit."""
     import pyens
 
+    cuda = options is not None and options.device.type == "cuda"
     cpu = platform.processor() or platform.machine()
     if (cpuinfo := Path("/proc/cpuinfo")).exists():
         models = (line for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
@@ -175,10 +176,10 @@ def machine_info(options: Options) -> dict[str, Any]:
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
-        "threads": options.threads,
-        "gpu": torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else None,
-        "float32_products": options.precision if options.device.type == "cuda" else None,
-        "driver": _driver() if options.device.type == "cuda" else None,
+        "threads": options.threads if options else torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(options.device) if cuda else None,
+        "float32_products": options.precision if cuda else None,
+        "driver": _driver() if cuda else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "pyens": pyens.build_info(),

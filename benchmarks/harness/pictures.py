@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from benchmarks.harness.results import Report, replacing
+from benchmarks.harness.results import Report
+from pyens.plots import new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def plot(report: Report, path: Path) -> None:
+    """Draws a report into a file."""
+    save_figure(draw(report), path, dpi=120)
+
+
+def draw(report: Report) -> Figure:
     """Grouped bars of the rate with the peak as a line; below, our speed-up over the best peer.
 
     Where units are mixed, the bars are shares of the peak.
     """
     from matplotlib import colormaps
-    from matplotlib.figure import Figure  # without pyplot: no global state, no display
     from matplotlib.ticker import LogLocator
 
     results = report.results
@@ -24,7 +33,7 @@ def plot(report: Report, path: Path) -> None:
     colors = {name: blues(0.95 - 0.5 * i / max(len(ours), 1)) for i, name in enumerate(ours)}
     colors |= {name: greys(0.15 + 0.5 * i / max(len(peers), 1)) for i, name in enumerate(peers)}
 
-    figure = Figure(figsize=(5 + 1.7 * len(results), 8.5), layout="constrained")
+    figure = new_figure(5 + 1.7 * len(results), 8.5)
     bars, ratios = figure.subplots(2, height_ratios=(3, 2))
     units = list(dict.fromkeys(r.rate(1.0)[1] for r in results))
     peaks = [r.peak(report.peaks) for r in results]
@@ -72,5 +81,4 @@ def plot(report: Report, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    return figure

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.cases import Target
+from pyens._files import write_atomically
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -128,9 +126,7 @@ class Report:
                         "unit": unit,
                         "speedup_over_best_peer": result.speedup(timing.name),
                     }
-        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Report:
@@ -155,16 +151,7 @@ class Report:
         return cls(**content)
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write to: takes `path`'s place when the block ends well, disappears when it does not."""
+def write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all, in a folder that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, text.encode())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from benchmarks.harness.cases import Target
 from benchmarks.harness.results import Peaks, Report, Result
 
@@ -17,8 +19,8 @@ def table(result: Result, peaks: Peaks) -> str:
         rows.append(
             (
                 ("* " if t.ours else "- " if t.yardstick else "  ") + t.name,
-                _time(t.median),
-                " – ".join(_time(q) for q in t.quartiles),
+                duration(t.median),
+                " – ".join(duration(q) for q in t.quartiles),
                 f"{rate:.4g} {unit}",
                 f"{rate / peak:.0%}" if peak else "",
                 "" if speedup is None else f"{speedup:.2f}×",
@@ -96,7 +98,7 @@ def markdown(report: Report) -> str:
     ]
     for result in report.results:
         best, peak = result.best_peer(), result.peak(report.peaks)
-        cells = [result.title, f"{best.name}, {_time(best.median)}" if best else "none"]
+        cells = [result.title, f"{best.name}, {duration(best.median)}" if best else "none"]
         timed = {t.name: t for t in result.timed(ours=True)}
         for name in ours:
             if name not in timed:
@@ -106,23 +108,28 @@ def markdown(report: Report) -> str:
             of_peak = f", {rate / peak:.0%}" if peak else ""
             speedup = result.speedup(name)
             ratio = "" if speedup is None else f"**{speedup:.2f}×** "
-            cells.append(f"{ratio}{_time(timed[name].median)} ({rate:.3g} {unit}{of_peak})")
+            cells.append(f"{ratio}{duration(timed[name].median)} ({rate:.3g} {unit}{of_peak})")
         cells.append("; ".join(verdicts(result, report.peaks)) or "none")
         lines.append("| " + " | ".join(cells) + " |")
     machine, peaks = report.machine, report.peaks
     tf32 = " (TF32)" if machine.get("float32_products") == "tf32" else ""
-    commit = (machine["commit"] or "no commit")[:10] + (" with changes" if machine["dirty"] else "")
     lines += [
         "",
         f"{report.dtype}{tf32} on {machine['gpu'] or machine['cpu']}, {machine['threads']} threads, "
         f"{peaks.kind} peak {peaks.gflops:.0f} GF/s, copy {peaks.copy_gbs:.0f} GB/s, "
-        f"torch {machine['torch']}, commit {commit}, {machine['date'][:10]}. "
+        f"{versions(machine)}. "
         f"Median of {report.method['rounds']} interleaved rounds; percentages are of the measured peak.",
     ]
     return "\n".join(lines)
 
 
-def _time(seconds: float) -> str:
+def versions(machine: dict[str, Any]) -> str:
+    """Of torch and of this project, and the day, from `machine_info`."""
+    commit = (machine["commit"] or "no commit")[:10] + (" with changes" if machine["dirty"] else "")
+    return f"torch {machine['torch']}, commit {commit}, {machine['date'][:10]}"
+
+
+def duration(seconds: float) -> str:
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"

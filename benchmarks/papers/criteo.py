@@ -20,16 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.papers.ensembles import (
-    SETTINGS,
-    Results,
-    Study,
-    Task,
-    correlations,
-    publish,
-    settings_matrix,
-    table_1,
-)
+from benchmarks.papers.ensembles import SETTINGS, Study, Task, correlations, settings_matrix, table_1
+from benchmarks.papers.pages import Results, publish
 from pyens import plots
 from pyens.data import load_criteo
 

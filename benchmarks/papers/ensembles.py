@@ -8,7 +8,6 @@ working folder for the commands that need them.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchmarks import harness
+from benchmarks.papers.pages import markdown_table, provenance
 from pyens import _files, metrics, ops, plots
 from pyens.data.table import Table
 from pyens.nn import TabularEnsemble
@@ -315,49 +314,6 @@ def _plain_steps(task: Task, table: Table, data: Sequence[Tensor], seed: int, st
     return (time.perf_counter() - start) / steps
 
 
-class Results:
-    """Aggregates of several runs in one JSON file: what a run did not make anew stays as it was."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-
-    def merge(self, section: str, entries: dict[str, Any]) -> None:
-        """Puts entries into a section and saves the file.
-
-        An entry that does not say by what machine and commit it was `made`, and when, was made here and now.
-        """
-        stamp = provenance()
-        for name, entry in entries.items():
-            self.content.setdefault(section, {})[name] = {"made": stamp, **entry}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.content, indent=1, sort_keys=True) + "\n"
-        _files.write_atomically(self.path, text.encode())
-
-    def section(self, name: str) -> dict[str, Any]:
-        return self.content.get(name, {})
-
-
-def provenance() -> str:
-    """Machine, torch, commit and date, for a page of results."""
-    machine = harness.machine_info(
-        harness.Options(
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            threads=torch.get_num_threads(),
-            rounds=1,
-            seed=0,
-            quick=False,
-            compile=False,
-        )
-    )
-    commit = (machine["commit"] or "no commit")[:10] + (" with changes" if machine["dirty"] else "")
-    return (
-        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, commit {commit}, "
-        f"{machine['date'][:10]}"
-    )
-
-
 def table_1(entries: dict[str, Any], columns: Sequence[str], paper: Sequence[Sequence[float]]) -> list[str]:
     """The document's Table 1 of one task: our measures, and small beside them the document's."""
     rows = []
@@ -393,14 +349,3 @@ def settings_matrix(pairs: dict[str, float], ax: Axes) -> None:
     for i, j in combinations(range(len(names)), 2):
         matrix[i, j] = matrix[j, i] = pairs[f"{names[i]}-{names[j]}"]
     plots.correlation_matrix(matrix, names, ax=ax)
-
-
-def publish(text: str, path: Path) -> None:
-    """Writes a result page, atomically, and prints it."""
-    with harness.replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    print(text)
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]

@@ -38,8 +38,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks import harness
+from benchmarks.papers.pages import markdown_table, provenance
+from benchmarks.papers.sinusoids import two_sinusoids
 from pyens import metrics, plots
-from pyens.data import Split, load_idx, load_mnist, two_sinusoids
+from pyens.data import Split, load_idx, load_mnist
 from pyens.masks import expected_iou, generate_masks, mask_iou, masks_for_channels, model_size
 from pyens.nn import EnsembleMLP, MaskedMLP, mc_dropout
 
@@ -240,7 +242,7 @@ def table_1(methods: Sequence[Method], test: Split, outside: dict[str, Tensor]) 
     header = ["", "accuracy", "ECE", "size", "training"]
     header += [f"{name} {curve}" for name in names for curve in ("ROC", "PR")]
     header += ["paper: accuracy", "ECE", "size", "time", "SVHN ROC", "PR"]
-    lines = [_row(header), "|" + "---|" * len(header)]
+    lines = []
     for method in methods:
         known = predict(method.model, test.images)
         entropy = metrics.predictive_entropy(known)
@@ -257,12 +259,8 @@ def table_1(methods: Sequence[Method], test: Split, outside: dict[str, Tensor]) 
             cells.append(f"{metrics.ood_aupr(entropy, scores):.4f}")
         accuracy, ece, size, minutes, roc, pr = PAPER_TABLE[method.name]
         cells += [f"{accuracy:.2f}", f"{ece:.2f}", f"{size:g}×", f"{minutes} m", f"{roc:.2f}", f"{pr:.2f}"]
-        lines.append(_row(cells))
-    return lines
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+        lines.append(cells)
+    return markdown_table(header, lines)
 
 
 def noise_table(methods: Sequence[Method], test: Split, seed: int, path: Path) -> list[str]:
@@ -281,10 +279,10 @@ def noise_table(methods: Sequence[Method], test: Split, seed: int, path: Path) -
             metrics.expected_calibration_error(p, test.labels).item() for p in predicted
         ]
     header = ["", *(f"severity {i}, σ {level:g}" if i else "clean" for i, level in enumerate(levels))]
-    lines = [_row(header), "|" + "---|" * len(header)]
+    lines = []
     for measure, of_method in found.items():
         for name, values in of_method.items():
-            lines.append(_row([f"{measure}, {name}", *(f"{value:.4f}" for value in values)]))
+            lines.append([f"{measure}, {name}", *(f"{value:.4f}" for value in values)])
 
     figure = plots.new_figure(9, 3.6)
     for ax, (measure, of_method) in zip(figure.subplots(1, 2), found.items(), strict=True):
@@ -293,7 +291,7 @@ def noise_table(methods: Sequence[Method], test: Split, seed: int, path: Path) -
         ax.set(xlabel="severity of the noise", ylabel=measure)
         ax.legend(frameon=False)
     plots.save_figure(figure, path)
-    return lines
+    return markdown_table(header, lines)
 
 
 # --- Figure 4, IoU and size ------------------------------------------------------------------------------
@@ -337,14 +335,14 @@ def figure_4(settings: Settings, path: Path) -> list[str]:
     figure.colorbar(mesh, ax=figure.axes, label="predictive entropy [nats]")
     plots.save_figure(figure, path)
     header = ["", "entropy at the data", "entropy far from it", "far points on which members disagree"]
-    lines = [_row(header), "|" + "---|" * len(header)]
+    lines = []
     for name, values in found.items():
         near, away, disagree = (torch.tensor(v) for v in zip(*values, strict=True))
         cells = [f"{near.mean():.3f}", f"{away.mean():.3f}", f"{disagree.mean():.0%}"]
         if len(values) > 1:
             cells[1] += f" ± {away.std():.3f}"
-        lines.append(_row([name, *cells]))
-    return lines
+        lines.append([name, *cells])
+    return markdown_table(header, lines)
 
 
 def _figure_models(settings: Settings, seed: int) -> dict[str, EnsembleMLP | MaskedMLP]:
@@ -384,7 +382,7 @@ def iou_and_size(settings: Settings, path: Path) -> list[str]:
     single = model_size(features, hidden, classes, 1, 1.0)
     names = f"generate_masks({m}, {N}, S)", f"masks_for_channels({channels}, {N}, S)"
     header = ["S", "1/(2S-1)", *(f"IoU, {name}" for name in names), "size, expected", "size, drawn"]
-    lines = [_row(header), "|" + "---|" * len(header)]
+    lines = []
     rows = []
     for scale in scales:
         generator = torch.Generator().manual_seed(settings.seed)
@@ -400,7 +398,7 @@ def iou_and_size(settings: Settings, path: Path) -> list[str]:
         ious = expected_iou(scale), mean(drawn), mean(fitted)
         sizes = expected, parameter_count(model) / single
         rows.append((scale, *ious, *sizes))
-        lines.append(_row([f"{scale:g}", *(f"{v:.3f}" for v in ious), *(f"{v:.2f}×" for v in sizes)]))
+        lines.append([f"{scale:g}", *(f"{v:.3f}" for v in ious), *(f"{v:.2f}×" for v in sizes)])
     columns = list(zip(*rows, strict=True))
     figure = plots.new_figure(9, 3.6)
     left, right = figure.subplots(1, 2)
@@ -416,7 +414,7 @@ def iou_and_size(settings: Settings, path: Path) -> list[str]:
     for ax in (left, right):
         ax.legend(frameon=False)
     plots.save_figure(figure, path)
-    return lines
+    return markdown_table(header, lines)
 
 
 # --- the job ---------------------------------------------------------------------------------------------
@@ -457,7 +455,7 @@ def run(settings: Settings) -> Path:
         "",
         "Made by `python -m benchmarks.papers.masksembles`, which says what differs from the paper, and why.",
         "",
-        _provenance(settings),
+        f"float32, seed {settings.seed}, on {provenance()}.",
         "",
         f"## Table 1: MNIST, MLPs {widths}, N = {N}, {settings.epochs} epochs",
         "",
@@ -500,8 +498,7 @@ def run(settings: Settings) -> Path:
         "",
     ]
     path = settings.output / f"{stem}.md"
-    with harness.replacing(path) as temporary:
-        temporary.write_text("\n".join(page), encoding="utf-8")
+    harness.write(path, "\n".join(page))
     return path
 
 
@@ -513,27 +510,6 @@ SPEED_NOTES = (
     "is there already; `mask_channels` makes a new tensor, whose pages the system has to provide first, as "
     "`clone` does: it is slower than the one and faster than the other."
 )
-
-
-def _options(settings: Settings) -> harness.Options:
-    return harness.Options(
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        threads=torch.get_num_threads(),
-        rounds=1,
-        seed=settings.seed,
-        quick=settings.quick,
-        compile=False,
-    )
-
-
-def _provenance(settings: Settings) -> str:
-    machine = harness.machine_info(_options(settings))
-    commit = (machine["commit"] or "no commit")[:10] + (" with changes" if machine["dirty"] else "")
-    return (
-        f"float32 on {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
-        f"commit {commit}, seed {settings.seed}, {machine['date'][:10]}."
-    )
 
 
 def _speed(settings: Settings) -> list[str]:

@@ -30,18 +30,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.papers.ensembles import (
-    SETTINGS,
-    Results,
-    Study,
-    Task,
-    correlations,
-    markdown_table,
-    number,
-    publish,
-    settings_matrix,
-    table_1,
-)
+from benchmarks.papers.ensembles import SETTINGS, Study, Task, correlations, number, settings_matrix, table_1
+from benchmarks.papers.pages import Results, markdown_table, publish
 from pyens import metrics, plots
 from pyens.data import load_movielens
 

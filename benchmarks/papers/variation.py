@@ -34,8 +34,9 @@ from matplotlib.axes import Axes
 
 from benchmarks import harness
 from benchmarks.papers import criteo, estimation, movielens
-from benchmarks.papers.ensembles import SETTINGS, Results, Study, markdown_table, publish
+from benchmarks.papers.ensembles import SETTINGS, Study
 from benchmarks.papers.estimation import Estimation, Source
+from benchmarks.papers.pages import Results, markdown_table, publish
 from pyens import metrics, plots
 from pyens.data import load_criteo, load_movielens
 from pyens.variation import VariationEstimator, fit_together

@@ -4,7 +4,6 @@ from pyens.data.criteo import Criteo, load_criteo
 from pyens.data.digits import Digits, Split, load_digits
 from pyens.data.idx import Mnist, load_idx, load_mnist, read_idx
 from pyens.data.movielens import MovieLens, load_movielens
-from pyens.data.sinusoids import Points, two_sinusoids
 from pyens.data.table import Rows, Table
 
 __all__ = [
@@ -12,7 +11,6 @@ __all__ = [
     "Digits",
     "Mnist",
     "MovieLens",
-    "Points",
     "Rows",
     "Split",
     "Table",
@@ -22,5 +20,4 @@ __all__ = [
     "load_mnist",
     "load_movielens",
     "read_idx",
-    "two_sinusoids",
 ]

@@ -61,9 +61,9 @@ def load_criteo(
         ValueError: for a line of another form, naming file and line: another number of fields, a label that
             is not 0 or 1, what is not an integer or not 8 hex digits; for a damaged gzip file, naming it.
 
-    Source: data set of "prediction variation and activation strength", sections 3 and 4, with 37 million rows
-    for training and 4.4 million for testing; 90 % and 10 % is that ratio. How numbers are transformed and
-    categories hashed is not said there: the logarithm is customary for this data, the rest is ours.
+    Source: data set of "Beyond Point Estimate", sections 3 and 4, with 37 million rows for training and 4.4
+    million for testing; 90 % and 10 % is that ratio. How numbers are transformed and categories hashed is not
+    said there: the logarithm is customary for this data, the rest is ours.
     """
     sizes = _sizes(buckets)
     columns = [

@@ -85,10 +85,10 @@ def load_movielens(folder: str | os.PathLike[str], *, seed: int = 0) -> MovieLen
         FileNotFoundError: without one of the files.
         ValueError: for a line of another form, naming file and line: another number of fields, no integer
             where one is expected, an unknown gender, age, occupation, genre, user or movie, a rating outside
-            1..5, a user or movie that is there twice; for a damaged gzip file, naming it.
+            1..5, a user or movie listed twice; for a damaged gzip file, naming it.
 
     Source: F. Maxwell Harper and Joseph A. Konstan, "The MovieLens Datasets: History and Context", 2015;
-    features and split of "prediction variation and activation strength", sections 3 and 4.
+    features and split of "Beyond Point Estimate", sections 3 and 4.
     """
     folder = Path(folder)
     _check_files(folder)

@@ -36,7 +36,7 @@ def reliability_curve(
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: the bins behind the expected calibration error as the glossary page "Deep Ensemble" describes it.
+    Source: the bins behind the expected calibration error as "Deep Ensemble" describes it.
     """
     return _curve(_sums("reliability_curve", probabilities, labels, bins, binning, classwise=False))
 
@@ -60,8 +60,8 @@ def expected_calibration_error(
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: glossary page "Deep Ensemble", Expected Calibration Error; the binned estimate of the discrepancy
-    that "Masksembles for Uncertainty Estimation", section 4.1, defines as an expectation.
+    Source: "Deep Ensemble", Expected Calibration Error; the binned estimate of the discrepancy that
+    "Masksembles", section 4.1, defines as an expectation.
     """
     return _error(_sums("expected_calibration_error", probabilities, labels, bins, binning, classwise=False))
 
@@ -87,8 +87,8 @@ def classwise_calibration_error(
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: "Masksembles for Uncertainty Estimation", section 4.1, defines the discrepancy over all classes,
-    not over the predicted one alone; the binned estimate is that of Kull et al. (2019), classwise ECE.
+    Source: "Masksembles", section 4.1, defines the discrepancy over all classes, not over the predicted one
+    alone; the binned estimate is that of Kull et al. (2019), classwise ECE.
     """
     return _error(_sums("classwise_calibration_error", probabilities, labels, bins, binning, classwise=True))
 

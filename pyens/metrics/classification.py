@@ -31,7 +31,7 @@ def accuracy(probabilities: Tensor, labels: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: "Masksembles for Uncertainty Estimation", section 4.1.
+    Source: "Masksembles", section 4.1.
     """
     _checks.probabilities("accuracy", "probabilities", probabilities, "[B, K]")
     _checks.labels("accuracy", labels, probabilities)
@@ -53,7 +53,7 @@ def nll(probabilities: Tensor, labels: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: the compressed deep ensemble paper (pruning and quantization), sections 3.2 and 3.4.
+    Source: "Sparsity", sections 3.2 and 3.4.
     """
     _checks.probabilities("nll", "probabilities", probabilities, "[B, K]")
     _checks.labels("nll", labels, probabilities)
@@ -75,7 +75,7 @@ def brier_score(probabilities: Tensor, labels: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: the compressed deep ensemble paper (pruning and quantization), sections 3.2 and 3.4.
+    Source: "Sparsity", sections 3.2 and 3.4.
     """
     _checks.probabilities("brier_score", "probabilities", probabilities, "[B, K]")
     _checks.labels("brier_score", labels, probabilities)
@@ -109,7 +109,7 @@ def brier_decomposition(probabilities: Tensor, labels: Tensor, *, bins: int = 15
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
     Source: Murphy (1973), with the terms within bins of Stephenson, Coelho and Jolliffe (2008); the score is
-    that of the compressed deep ensemble paper (pruning and quantization), section 3.4.
+    that of "Sparsity", section 3.4.
     """
     _checks.bins("brier_decomposition", bins)
     _checks.probabilities("brier_decomposition", "probabilities", probabilities, "[B, K]")
@@ -146,7 +146,7 @@ def auroc(scores: Tensor, positive: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above.
 
-    Source: "Beyond Point Estimate" (prediction variation and activation strength), Criteo AUC in Table 1.
+    Source: "Beyond Point Estimate", Criteo AUC in Table 1.
     """
     _checks.floats("auroc", "scores", scores, "[B]")
     _checks.mask("auroc", "positive", positive, "scores", scores)
@@ -168,8 +168,7 @@ def confusion_matrix(probabilities: Tensor, labels: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above.
 
-    Source: "Beyond Point Estimate" (prediction variation and activation strength), Figure 5, which shows it
-    divided by its row sums.
+    Source: "Beyond Point Estimate", Figure 5, which shows it divided by its row sums.
     """
     _checks.probabilities("confusion_matrix", "probabilities", probabilities, "[B, K]", empty_batch=True)
     _checks.labels("confusion_matrix", labels, probabilities)

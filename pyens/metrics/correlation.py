@@ -18,7 +18,7 @@ def pearson(x: Tensor, y: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: "Beyond Point Estimate" (prediction variation and activation strength), Figures 2 and 3.
+    Source: "Beyond Point Estimate", Figures 2 and 3.
     """
     _check("pearson", x, y)
     return _pearson(x.double(), y.double())

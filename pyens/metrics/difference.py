@@ -25,7 +25,7 @@ def prediction_difference(probabilities: Tensor, *, norm: int = 1) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: "Anti-Distillation: Improving Reproducibility of Deep Networks", section 3, equation (1).
+    Source: "Anti-Distillation", section 3, equation (1).
     """
     if norm not in (1, 2):
         raise ValueError(f"prediction_difference: norm: expected 1 or 2, got {norm!r}")
@@ -50,7 +50,7 @@ def relative_prediction_difference(probabilities: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: "Anti-Distillation: Improving Reproducibility of Deep Networks", section 3, relative PD.
+    Source: "Anti-Distillation", section 3, relative PD.
     """
     function = "relative_prediction_difference"
     _checks.floats(function, "probabilities", probabilities, "[M, B]", "[M, B, K]")
@@ -78,9 +78,9 @@ def label_prediction_difference(probabilities: Tensor, labels: Tensor) -> Tensor
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: "Anti-Distillation: Improving Reproducibility of Deep Networks", section 3, PD of the observed
-    label. The available scan is damaged at the divisor; it is read as P_b(y_b), but a constant factor of ½
-    would fit as well, so compare values of this function with each other rather than with the printed ones.
+    Source: "Anti-Distillation", section 3, PD of the observed label. The available scan is damaged at the
+    divisor; it is read as P_b(y_b), but a constant factor of ½ would fit as well, so compare values of this
+    function with each other rather than with the printed ones.
     """
     function = "label_prediction_difference"
     _checks.probabilities(function, "probabilities", probabilities, "[M, B, K]")
@@ -105,7 +105,7 @@ def hamming_prediction_difference(probabilities: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: "Anti-Distillation: Improving Reproducibility of Deep Networks", section 3, Hamming PD.
+    Source: "Anti-Distillation", section 3, Hamming PD.
     """
     _checks.probabilities("hamming_prediction_difference", "probabilities", probabilities, "[M, B, K]")
     models, examples, _ = probabilities.shape

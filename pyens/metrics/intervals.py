@@ -34,7 +34,7 @@ def mixture_cdf(means: Tensor, variances: Tensor, values: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above.
 
-    Source: the predictive distribution behind the glossary page "Deep Ensemble", Financial Risk Modeling.
+    Source: the predictive distribution behind "Deep Ensemble", Financial Risk Modeling.
     """
     _check("mixture_cdf", means, variances)
     _checks.floats("mixture_cdf", "values", values, "[B]", empty_batch=True)
@@ -58,7 +58,7 @@ def mixture_quantile(means: Tensor, variances: Tensor, probability: float) -> Te
     Raises:
         TypeError, ValueError: for input that is not as above.
 
-    Source: glossary page "Deep Ensemble", Financial Risk Modeling, dynamic decision thresholds.
+    Source: "Deep Ensemble", Financial Risk Modeling, dynamic decision thresholds.
     """
     _checks.share("mixture_quantile", "probability", probability)
     return _quantile("mixture_quantile", means, variances, probability)
@@ -78,8 +78,7 @@ def mixture_interval(means: Tensor, variances: Tensor, *, coverage: float = 0.9)
     Raises:
         TypeError, ValueError: for input that is not as above.
 
-    Source: "Masksembles for Uncertainty Estimation", section 2: for regression, the uncertainty is a variance
-    or a confidence interval.
+    Source: "Masksembles", section 2: for regression, the uncertainty is a variance or a confidence interval.
     """
     _checks.share("mixture_interval", "coverage", coverage)
     lower, upper = (
@@ -106,7 +105,7 @@ def value_at_risk(means: Tensor, variances: Tensor, *, level: float = 0.05) -> T
     Raises:
         TypeError, ValueError: for input that is not as above.
 
-    Source: glossary page "Deep Ensemble", Financial Risk Modeling.
+    Source: "Deep Ensemble", Financial Risk Modeling.
     """
     _checks.share("value_at_risk", "level", level)
     return -_quantile("value_at_risk", means, variances, level)
@@ -126,7 +125,7 @@ def interval_coverage(lower: Tensor, upper: Tensor, targets: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: the check on the intervals of the glossary page "Deep Ensemble", Financial Risk Modeling.
+    Source: the check on the intervals of "Deep Ensemble", Financial Risk Modeling.
     """
     for name, value in (("lower", lower), ("upper", upper), ("targets", targets)):
         _checks.floats("interval_coverage", name, value, "[B]")

@@ -13,7 +13,7 @@ def ood_auroc(scores_in: Tensor, scores_out: Tensor) -> Tensor:
 
     Args:
         scores_in: ``[B_in]``, uncertainties of in-distribution examples: an entropy, 1 - max p, ...
-        scores_out: ``[B_out]``, uncertainties of out-of-distribution examples. Infinite scores are in order.
+        scores_out: ``[B_out]``, uncertainties of out-of-distribution examples. Scores may be infinite.
 
     Returns:
         0-dim float64: 1 separates perfectly, 0.5 is chance.
@@ -21,7 +21,7 @@ def ood_auroc(scores_in: Tensor, scores_out: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above, for an empty side, or for two devices.
 
-    Source: "Masksembles for Uncertainty Estimation", section 4.1, OOD ROC.
+    Source: "Masksembles", section 4.1, OOD ROC.
     """
     _check("ood_auroc", scores_in, scores_out)
     return _ranks.auroc(scores_in, scores_out)
@@ -45,7 +45,7 @@ def ood_aupr(scores_in: Tensor, scores_out: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above, for an empty side, or for two devices.
 
-    Source: "Masksembles for Uncertainty Estimation", section 4.1, OOD PR.
+    Source: "Masksembles", section 4.1, OOD PR.
     """
     _check("ood_aupr", scores_in, scores_out)
     detected = _ranks.at_least(scores_out, scores_out)
@@ -70,7 +70,7 @@ def ood_fpr95(scores_in: Tensor, scores_out: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above, for an empty side, or for two devices.
 
-    Source: a point of the ROC curve of "Masksembles for Uncertainty Estimation", section 4.1.
+    Source: a point of the ROC curve of "Masksembles", section 4.1.
     """
     _check("ood_fpr95", scores_in, scores_out)
     rank = -(-95 * len(scores_out) // 100)

@@ -26,7 +26,7 @@ def rmse(predictions: Tensor, targets: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: the compressed deep ensemble paper (pruning and quantization), section 3.2.
+    Source: "Sparsity", section 3.2.
     """
     _checks.floats("rmse", "predictions", predictions, "[B]", "[B, K]")
     _check_targets("rmse", targets, "predictions", predictions)
@@ -47,7 +47,7 @@ def r_squared(predictions: Tensor, targets: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: "Beyond Point Estimate" (prediction variation and activation strength), Table 2.
+    Source: "Beyond Point Estimate", Table 2.
     """
     _checks.floats("r_squared", "predictions", predictions, "[B]")
     _check_targets("r_squared", targets, "predictions", predictions)
@@ -73,8 +73,8 @@ def gaussian_nll(means: Tensor, variances: Tensor, targets: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: the compressed deep ensemble paper (pruning and quantization), section 3.2: NLL as a proper score
-    of regression, and the members as a uniformly weighted mixture.
+    Source: "Sparsity", section 3.2: NLL as a proper score of regression, and the members as a uniformly
+    weighted mixture.
     """
     means, variances, targets = _distributions("gaussian_nll", means, variances, targets)
     log_density = -0.5 * ((2 * math.pi * variances).log() + (targets - means).square() / variances)
@@ -100,8 +100,8 @@ def gaussian_crps(means: Tensor, variances: Tensor, targets: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: a proper score of the predictive distributions that the glossary page "Deep Ensemble" takes risks
-    from; the forms of Gneiting and Raftery (2007) and of Grimit et al. (2006).
+    Source: a proper score of the predictive distributions that "Deep Ensemble" takes risks from; the forms of
+    Gneiting and Raftery (2007) and of Grimit et al. (2006).
     """
     means, variances, targets = _distributions("gaussian_crps", means, variances, targets)
     to_target = _mean_distance(targets - means, variances).mean(0)

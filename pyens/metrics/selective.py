@@ -45,7 +45,7 @@ def confidence_curve(
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: the compressed deep ensemble paper (pruning and quantization), section 3.4 and Figure 1.
+    Source: "Sparsity", section 3.4 and Figure 1.
     """
     _checks.probabilities("confidence_curve", "probabilities", probabilities, "[B, K]")
     if labels is not None:
@@ -70,11 +70,12 @@ def risk_coverage_curve(confidence: Tensor, losses: Tensor) -> RiskCoverageCurve
     """Mean loss of the i most confident examples, for i = 1..B: ``risk_i = 1/i Σ_{j <= i} loss_(j)``.
 
     Examples that tie count with their mean loss: what any order among them gives on average, so that the
-    order of the input changes nothing. (One threshold cannot part them: `pyens.select` answers all or none.)
+    order of the input changes nothing. (One threshold cannot separate them: `pyens.decisions` answers all or
+    none.)
 
     Args:
         confidence: ``[B]``, higher where an answer is more trusted: max p, the negative of an entropy or of a
-            variance, ... Infinite ones are in order.
+            variance, ... May be infinite.
         losses: ``[B]`` finite floats, in any unit; or bool, True where the answer is wrong: then the risk is
             the error rate.
 
@@ -84,7 +85,7 @@ def risk_coverage_curve(confidence: Tensor, losses: Tensor) -> RiskCoverageCurve
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: glossary page "Deep Ensemble", Selective Classification.
+    Source: "Deep Ensemble", Selective Classification.
     """
     return _risk_coverage("risk_coverage_curve", confidence, losses)
 
@@ -104,8 +105,8 @@ def aurc(confidence: Tensor, losses: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: glossary page "Deep Ensemble", Selective Classification; the area as Geifman, Uziel and El-Yaniv
-    (2019) define it.
+    Source: "Deep Ensemble", Selective Classification; the area as Geifman, Uziel and El-Yaniv (2019) define
+    it.
     """
     return _risk_coverage("aurc", confidence, losses).risk.mean()
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyens.ops.uncertainty import Moments, Uncertainty
+from pyens.reference.uncertainty import entropy
 
 
 class PredictiveUncertainty:
@@ -86,8 +87,7 @@ class PredictiveUncertainty:
         _check_count("PredictiveUncertainty.compute", self.count)
         mean = self._probabilities / self.count
         both = torch.stack([1 - mean, mean], -1) if mean.dim() == 1 else mean
-        smallest = torch.finfo(torch.float64).tiny  # 0 log 0 is 0, with a finite derivative
-        total = (-both * both.clamp_min(smallest).log()).sum(-1)
+        total = entropy(both)
         expected = self._entropies / self.count
         information = (total - expected).clamp_min(0)
         disagreement = 1 - self._votes.amax(-1).double() / self.count

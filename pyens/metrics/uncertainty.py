@@ -4,10 +4,10 @@ The total, the entropy of the mean prediction, splits into what every member is 
 entropy) and what they disagree on (mutual information).
 """
 
-import torch
 from torch import Tensor
 
 from pyens.metrics import _checks
+from pyens.reference.uncertainty import entropy
 
 
 def predictive_entropy(probabilities: Tensor) -> Tensor:
@@ -23,14 +23,13 @@ def predictive_entropy(probabilities: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above.
 
-    Source: glossary page "Deep Ensemble", Predictive Entropy for Total Uncertainty; "Masksembles for
-    Uncertainty Estimation", section 4.1, ENT.
+    Source: "Deep Ensemble", Predictive Entropy for Total Uncertainty; "Masksembles", section 4.1, ENT.
     """
     _checks.probabilities(
         "predictive_entropy", "probabilities", probabilities, "[B, K]", "[E, B, K]", empty_batch=True
     )
     mean = probabilities.double() if probabilities.ndim == 2 else probabilities.double().mean(0)
-    return _entropy(mean).to(probabilities.dtype)
+    return entropy(mean).to(probabilities.dtype)
 
 
 def expected_entropy(probabilities: Tensor) -> Tensor:
@@ -45,10 +44,10 @@ def expected_entropy(probabilities: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above.
 
-    Source: glossary page "Deep Ensemble", second term of the formula for Mutual Information.
+    Source: "Deep Ensemble", second term of the formula for Mutual Information.
     """
     _checks.probabilities("expected_entropy", "probabilities", probabilities, "[E, B, K]", empty_batch=True)
-    return _entropy(probabilities.double()).mean(0).to(probabilities.dtype)
+    return entropy(probabilities.double()).mean(0).to(probabilities.dtype)
 
 
 def mutual_information(probabilities: Tensor) -> Tensor:
@@ -66,11 +65,11 @@ def mutual_information(probabilities: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above.
 
-    Source: glossary page "Deep Ensemble", Mutual Information for Purely Epistemic Uncertainty.
+    Source: "Deep Ensemble", Mutual Information for Purely Epistemic Uncertainty.
     """
     _checks.probabilities("mutual_information", "probabilities", probabilities, "[E, B, K]", empty_batch=True)
     members = probabilities.double()
-    difference = _entropy(members.mean(0)) - _entropy(members).mean(0)
+    difference = entropy(members.mean(0)) - entropy(members).mean(0)
     return difference.clamp_min(0.0).to(probabilities.dtype)
 
 
@@ -87,13 +86,9 @@ def predictive_variance(outputs: Tensor, *, unbiased: bool = False) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above.
 
-    Source: glossary page "Deep Ensemble", Predictive Variance as Epistemic Uncertainty, which divides by E.
+    Source: "Deep Ensemble", Predictive Variance as Epistemic Uncertainty, which divides by E.
     """
     _checks.floats("predictive_variance", "outputs", outputs, "[E, B]", "[E, B, K]", empty_batch=True)
     members = outputs.double()
     squares = (members - members.mean(0)).square().sum(0)
     return (squares / (len(members) - int(unbiased))).to(outputs.dtype)
-
-
-def _entropy(probabilities: Tensor) -> Tensor:
-    return torch.special.entr(probabilities).sum(-1)  # entr(0) = 0

@@ -33,8 +33,7 @@ def value_variation(outputs: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above.
 
-    Source: "prediction variation and activation strength", section 4; computed by
-    `pyens.ops.predictive_moments`, whose `std` it is.
+    Source: "Beyond Point Estimate", section 4; computed by `pyens.ops.predictive_moments`, whose `std` it is.
     """
     _checks.floats("value_variation", "outputs", outputs, "[E, B]", "[E, B, K]", empty_batch=True)
     return predictive_moments(outputs).std
@@ -55,8 +54,8 @@ def distribution_variation(probabilities: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above.
 
-    Source: "prediction variation and activation strength", section 4; computed by
-    `pyens.ops.predictive_uncertainty`, which also takes logits: `distribution_pv` there.
+    Source: "Beyond Point Estimate", section 4; computed by `pyens.ops.predictive_uncertainty`, which also
+    takes logits: `distribution_pv` there.
     """
     _checks.probabilities(
         "distribution_variation", "probabilities", probabilities, "[E, B, K]", empty_batch=True
@@ -79,7 +78,7 @@ def variation_coefficient(variation: Tensor, mean: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: "prediction variation and activation strength", Table 1, where all means are above 0.
+    Source: "Beyond Point Estimate", Table 1, where all means are above 0.
     """
     for name, value in (("variation", variation), ("mean", mean)):
         _checks.floats("variation_coefficient", name, value, "[B]")
@@ -125,8 +124,8 @@ def delta_ratio(
     Raises:
         TypeError, ValueError: for input that is not as above, for B = 0, or for PV_gt 0 everywhere.
 
-    Source: "prediction variation and activation strength", Appendix A.1, Definition A.1 and Figure 6, which
-    have value PV and E = 1000.
+    Source: "Beyond Point Estimate", Appendix A.1, Definition A.1 and Figure 6, which have value PV and E =
+    1000.
     """
     _checks.choice("delta_ratio", "variation", variation, "value", "distribution")
     shape = "[E, B]" if variation == "value" else "[E, B, K]"

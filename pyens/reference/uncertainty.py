@@ -18,7 +18,7 @@ def predictive_uncertainty(logits: Tensor, *, from_probabilities: bool = False) 
         members = torch.stack([torch.zeros_like(logits), certain], -1)
     p = members if from_probabilities else members.softmax(-1)
     mean = p.mean(0)
-    total, expected = _entropy(mean), _entropy(p).mean(0)
+    total, expected = entropy(mean), entropy(p).mean(0)
     information = (total - expected).clamp_min(0)
     classes = torch.arange(members.shape[-1], device=members.device)
     votes = (members.argmax(-1, keepdim=True) == classes).sum(0)  # [B, K]; the first of classes that tie
@@ -33,9 +33,9 @@ def predictive_uncertainty(logits: Tensor, *, from_probabilities: bool = False) 
     )
 
 
-def _entropy(p: Tensor) -> Tensor:
-    # 0 log 0 is 0, with a finite derivative.
-    return -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(-1)
+def entropy(p: Tensor) -> Tensor:
+    """``-Σ_k p_k log p_k`` over the last axis, in nats; 0 log 0 is 0, with a finite derivative."""
+    return (-p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(-1)
 
 
 def predictive_moments(outputs: Tensor, *, variances: Tensor | None = None) -> Moments:

@@ -35,7 +35,7 @@ def two_sinusoids(
     Raises:
         ValueError: num_points below 1, noise below 0.
 
-    Source: "Masksembles for Uncertainty Estimation", Figure 4, which gives the range of x and no more.
+    Source: "Masksembles", Figure 4, which gives the range of x and no more.
     """
     if num_points < 1:
         raise ValueError(f"two_sinusoids: num_points: expected at least 1, got {num_points}")

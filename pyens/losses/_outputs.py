@@ -1,0 +1,50 @@
+"""What the losses share: their outputs checked, by label, in full precision, and reduced over the labels."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def in_full_precision(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Runs it outside of autocast, on at least float32, after the checks on shape and dtype of `outputs`."""
+
+    @functools.wraps(function)
+    def wrapper(outputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        check_outputs(function.__name__, outputs)
+        with torch.autocast(outputs.device.type, enabled=False):
+            wide = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
+            return function(wide, *args, **kwargs)
+
+    return wrapper
+
+
+def by_label(outputs: Tensor) -> Tensor:
+    """[J, B] as it is, [J, B, K] as [K, J, B], [M, J, B, K] as [M, K, J, B]."""
+    return outputs if outputs.ndim == 2 else outputs.movedim(-1, -3)
+
+
+def reduce_labels(losses: Tensor, outputs: Tensor, reduction: str) -> Tensor:
+    """Over the labels, the last axis of the losses; those of [J, B] outputs have none."""
+    return losses.sum(-1) if reduction == "sum" and outputs.ndim > 2 else losses
+
+
+def check_outputs(function: str, outputs: Tensor) -> None:
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"{function}: outputs: expected a tensor, got {type(outputs).__name__}")
+    if not outputs.is_floating_point():
+        raise TypeError(f"{function}: outputs: expected a floating dtype, got {outputs.dtype}")
+    if outputs.ndim not in (2, 3, 4):
+        raise ValueError(
+            f"{function}: outputs: expected shape [J, B], [J, B, K] or [M, J, B, K], "
+            f"got {list(outputs.shape)}"
+        )
+    if outputs.shape[-3 if outputs.ndim > 2 else 0] == 0:
+        raise ValueError(f"{function}: outputs: expected J >= 1, got {list(outputs.shape)}")
+
+
+def check_positive(function: str, argument: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{function}: {argument}: expected a number > 0, got {value}")
