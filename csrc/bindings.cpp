@@ -224,7 +224,7 @@ double fma_peak_cuda([[maybe_unused]] const Tensor& sink, [[maybe_unused]] bool 
 
 // What only the extension knows; the rest of pyens.build_info() is in the file that setup.py writes.
 std::map<std::string, std::string> build_info() {
-  return {{"cpu_capability", pyens::isa_name(pyens::chosen_isa())}, {"compiler", __VERSION__}};
+  return {{"cpu_capability", pyens::cpu_capability()}, {"compiler", __VERSION__}};
 }
 
 }  // namespace

@@ -10,7 +10,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "kernels/masksembles.h"
+#include "kernels/mask_channels.h"
+#include "kernels/masked_weights.h"
 #include "ops/checks.h"
 #include "ops/dispatch.h"
 #include "ops/launch.h"
@@ -67,7 +68,7 @@ Tensor mask_channels(const Tensor& input, const Tensor& masks, const OptionalTen
   }
   if (x.is_cuda()) {
     launch_cuda(kMaskChannels, x,
-                [&](void* stream) { return masksembles_cuda::mask_channels(params, stream); });
+                [&](void* stream) { return mask_channels_cuda::run(params, stream); });
     return output;
   }
   if (index) {
@@ -80,7 +81,7 @@ Tensor mask_channels(const Tensor& input, const Tensor& masks, const OptionalTen
   constexpr int64_t kWorthAThread = 65536;  // elements
   launch_cpu(params.rows, std::max<int64_t>(1, kWorthAThread / (params.channels * params.inner)), 0,
              [&](int64_t begin, int64_t end, void* /*scratch*/) {
-               masksembles_cpu::mask_channels(params, begin, end);
+               mask_channels_cpu::run(params, begin, end);
              });
   return output;
 }
@@ -204,14 +205,13 @@ Tensor masked_weights(const Tensor& weight, const OptionalTensor& rows,
   void* to = output.mutable_data_ptr();
   if (w.is_cuda()) {
     launch_cuda(kMaskedWeights, w, [&](void* stream) {
-      return masksembles_cuda::masked_weights(p, w.element_size(), w.const_data_ptr(), to, stream);
+      return masked_weights_cuda::run(p, w.element_size(), w.const_data_ptr(), to, stream);
     });
     return output;
   }
   launch_cpu(num_masks * p.kept_rows, kWorthAThread / std::max<int64_t>(1, p.kept_columns) + 1, 0,
              [&](int64_t begin, int64_t end, void* /*scratch*/) {
-               masksembles_cpu::masked_weights(p, w.element_size(), w.const_data_ptr(), to, begin,
-                                               end);
+               masked_weights_cpu::run(p, w.element_size(), w.const_data_ptr(), to, begin, end);
              });
   return output;
 }
@@ -243,22 +243,21 @@ Tensor masked_weights_backward(const Tensor& grad, const OptionalTensor& rows,
                                const OptionalTensor& columns, int64_t num_rows,
                                int64_t num_columns) {
   check_masked_weights_backward(grad, rows, columns, num_rows, num_columns);
-  const bool wide = grad.scalar_type() == at::kDouble;
-  const Tensor g = grad.to(wide ? at::kDouble : at::kFloat).contiguous();
+  const Tensor g = grad.to(accumulation_type(grad.scalar_type())).contiguous();
+  const DType dtype = kernel_dtype(g.scalar_type());
   const MaskedWeightsProblem problem(g.size(0), num_rows, num_columns, rows, columns);
   const MaskedWeightsParams& p = problem.params;
   Tensor weight = at::empty({num_rows, num_columns}, g.options());
   void* to = weight.mutable_data_ptr();
   if (g.is_cuda()) {
     launch_cuda(kMaskedWeights, g, [&](void* stream) {
-      return masksembles_cuda::masked_weights_backward(p, wide, g.const_data_ptr(), to, stream);
+      return masked_weights_cuda::run_backward(p, dtype, g.const_data_ptr(), to, stream);
     });
     return weight.to(grad.scalar_type());
   }
   launch_cpu(num_rows, kWorthAThread / std::max<int64_t>(1, p.num_masks * p.kept_columns) + 1, 0,
              [&](int64_t begin, int64_t end, void* /*scratch*/) {
-               masksembles_cpu::masked_weights_backward(p, wide, g.const_data_ptr(), to, begin,
-                                                        end);
+               masked_weights_cpu::run_backward(p, dtype, g.const_data_ptr(), to, begin, end);
              });
   return weight.to(grad.scalar_type());
 }
