@@ -29,8 +29,9 @@ struct DecorrelationParams {
   void* correlations;  // Real [M, K, J, J], diagonal 0
   void* centre;        // Real [2, M, J, K], covariance only: mean = centre[0] + centre[1]
 
-  void* partials;  // Real [partials_size]: of each chunk of the batch, between run() and finish()
-  void* loss;      // Real [M] or [M, K]
+  void*
+      partials;  // CPU: Real [partials_size], of each chunk of the batch, between run() and finish()
+  void* loss;    // Real [M] or [M, K]
 
   const void* grad_loss;  // Real [M] or [M, K]
   void* grad_outputs;     // [M, J, B, K], contiguous
@@ -51,12 +52,12 @@ void run_backward(const DecorrelationParams& params, int64_t begin, int64_t end,
 }  // namespace decorrelation_cpu
 
 // CUDA: launches on `stream` (a cudaStream_t) of the current device and returns nullptr, or says in a
-// phrase why it did not. `partials` is scratch for either, of that many Real.
+// phrase why it did not. Scratch is global memory, 256-byte aligned.
 namespace decorrelation_cuda {
-int64_t forward_scratch(const DecorrelationParams& params);
-int64_t backward_scratch(const DecorrelationParams& params);
-const char* run(const DecorrelationParams& params, void* stream);
-const char* run_backward(const DecorrelationParams& params, void* stream);
+size_t scratch_bytes(const DecorrelationParams& params);           // of run
+size_t backward_scratch_bytes(const DecorrelationParams& params);  // of run_backward
+const char* run(const DecorrelationParams& params, void* scratch, void* stream);
+const char* run_backward(const DecorrelationParams& params, void* scratch, void* stream);
 }  // namespace decorrelation_cuda
 
 }  // namespace pyens

@@ -9,11 +9,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define PYENS_HOST_DEVICE __host__ __device__
-#else
-#define PYENS_HOST_DEVICE
-#endif
+#include "kernels/types.h"
 
 namespace pyens {
 

@@ -100,18 +100,9 @@ struct EnsembleMLPTraining : MLPTrainingCall {
 // CPU. The caller splits [0, work_items) among its threads as it likes and gives each call scratch
 // of its own, 64-byte aligned: no split changes a bit of the output.
 namespace ensemble_mlp_cpu {
-struct Forward : EnsembleMLPParams {
-  const void* prepacked;  // what `prepack` made of the layers, for small batches; or nullptr
-};
-int64_t work_items(const Forward& params);
-// Below this many items in one thread, starting it costs more than it saves.
-int64_t grain_size(const Forward& params);
-size_t scratch_bytes(const Forward& params);
-void run(const Forward& params, int64_t begin, int64_t end, void* scratch);
-
 // The weights in the order in which the small-batch kernel reads them: member by member and layer by
 // layer all stripes of neurons, then the biases, zeros in the gaps. The sizes belong to the
-// instruction set of this process: prepacking is done at run time and never stored.
+// instruction set of this process.
 struct PrepackedLayout {
   int64_t neurons_per_stripe, inputs_per_unit, unit_bytes;
 
@@ -121,9 +112,39 @@ struct PrepackedLayout {
     const Int units = (in + (inputs_per_unit - 1)) / inputs_per_unit;
     return stripes * (units + 1) * (neurons_per_stripe * unit_bytes);
   }
+  bool operator!=(const PrepackedLayout& other) const {
+    return neurons_per_stripe != other.neurons_per_stripe ||
+           inputs_per_unit != other.inputs_per_unit || unit_bytes != other.unit_bytes;
+  }
 };
+
+// They say what they are, and then follow.
+struct PrepackedWeights {
+  uint32_t magic = 0x4b435050;  // "PPCK"
+  DType format;                 // of the weights that they were made of
+  PrepackedLayout layout;
+  int64_t ensemble_size, num_layers;
+  uint64_t widths;  // a hash of all layers' sizes
+  int64_t bytes;    // with these
+};
+static_assert(sizeof(PrepackedWeights) == 64, "whole cache lines, no gaps");
+
+struct Forward : EnsembleMLPParams {
+  const PrepackedWeights* prepacked;  // of these layers, for small batches; or nullptr
+};
+int64_t work_items(const Forward& params);
+// Below this many items in one thread, starting it costs more than it saves.
+int64_t grain_size(const Forward& params);
+size_t scratch_bytes(const Forward& params);
+void run(const Forward& params, int64_t begin, int64_t end, void* scratch);
+
 PrepackedLayout prepacked_layout(DType format);
-void prepack(const EnsembleMLP& mlp, int64_t member_begin, int64_t member_end, void* prepacked);
+// `prepacked`: as many bytes as `describe_prepacked(mlp).bytes`.
+PrepackedWeights describe_prepacked(const EnsembleMLP& mlp);
+void prepack(const EnsembleMLP& mlp, PrepackedWeights* prepacked);
+// Whether these bytes are what `prepack` would make of weights like these here: nullptr, or what they
+// are instead.
+const char* check_prepacked(const EnsembleMLP& mlp, const void* prepacked, int64_t bytes);
 
 // Training is three rounds over items, each split among threads like `run`. `prepare_training` sums
 // the sample weights of a range of members and tells whether what it reads can be trained on.

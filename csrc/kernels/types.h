@@ -4,9 +4,17 @@
 #include <cstddef>
 #include <cstdint>
 
+// Of functions for both.
+#if defined(__CUDACC__)
+#define PYENS_HOST_DEVICE __host__ __device__
+#else
+#define PYENS_HOST_DEVICE
+#endif
+
 namespace pyens {
 
 enum class DType : int { float32, float64, bfloat16, float16 };
+constexpr int kDTypes = 4;
 
 inline size_t element_size(DType dtype) {
   switch (dtype) {

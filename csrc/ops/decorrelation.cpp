@@ -123,10 +123,9 @@ std::tuple<Tensor, Tensor, Tensor> decorrelation_loss_forward(const Tensor& outp
   p.centre = result.centre.mutable_data_ptr();
   if (z.is_cuda()) {
     launch_cuda(kOp, z, [&](void* stream) {
-      const Tensor scratch =
-          at::empty({decorrelation_cuda::forward_scratch(p)}, result.correlations.options());
-      p.partials = scratch.mutable_data_ptr();
-      return decorrelation_cuda::run(p, stream);
+      const auto bytes = static_cast<int64_t>(decorrelation_cuda::scratch_bytes(p));
+      const Tensor scratch = at::empty({bytes}, z.options().dtype(at::kByte));
+      return decorrelation_cuda::run(p, scratch.mutable_data_ptr(), stream);
     });
     return {result.loss.to(outputs.scalar_type()), result.correlations, result.centre};
   }
@@ -187,10 +186,9 @@ Tensor decorrelation_loss_backward(const Tensor& grad, const Tensor& outputs,
   p.grad_outputs = grad_outputs.mutable_data_ptr();
   if (z.is_cuda()) {
     launch_cuda(kOp, z, [&](void* stream) {
-      const Tensor scratch =
-          at::empty({decorrelation_cuda::backward_scratch(p)}, correlations.options());
-      p.partials = scratch.mutable_data_ptr();
-      return decorrelation_cuda::run_backward(p, stream);
+      const auto bytes = static_cast<int64_t>(decorrelation_cuda::backward_scratch_bytes(p));
+      const Tensor scratch = at::empty({bytes}, z.options().dtype(at::kByte));
+      return decorrelation_cuda::run_backward(p, scratch.mutable_data_ptr(), stream);
     });
     return grad_outputs;
   }

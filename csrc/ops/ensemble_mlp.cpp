@@ -57,30 +57,25 @@ Tensor ensemble_mlp_meta(const MLPOptions& options, const Tensor& input, TensorL
 
 // --- prepacked weights ---------------------------------------------------------------------------
 
-// `size` is TensorBase::size, or sym_size for fake tensors.
-template <class Int>
-Int packed_bytes_per_member(TensorList weights, Int (at::TensorBase::*size)(int64_t) const) {
-  const auto layout = ensemble_mlp_cpu::prepacked_layout(kernel_dtype(weights[0].scalar_type()));
-  Int bytes = 0;
-  for (const Tensor& w : weights) bytes += layout.layer_bytes((w.*size)(1), (w.*size)(2));
-  return bytes;
-}
+using ensemble_mlp_cpu::PrepackedWeights;
 
 Tensor ensemble_mlp_prepack(TensorList weights, TensorList biases) {
   check_layers(kOp, weights, biases);
-  ForwardCall call(weights, biases);
-  const int64_t members = call.params.ensemble_size;
-  const int64_t bytes = packed_bytes_per_member(weights, &at::TensorBase::size);
-  Tensor packed = at::empty({members, bytes}, weights[0].options().dtype(at::kByte));
-  ensemble_mlp_cpu::prepack(call.params, 0, members, packed.mutable_data_ptr());
+  const ForwardCall call(weights, biases);
+  const int64_t bytes = ensemble_mlp_cpu::describe_prepacked(call.params).bytes;
+  Tensor packed = at::empty({bytes}, weights[0].options().dtype(at::kByte));
+  auto* const to = static_cast<PrepackedWeights*>(packed.mutable_data_ptr());
+  ensemble_mlp_cpu::prepack(call.params, to);
   return packed;
 }
 
 Tensor ensemble_mlp_prepack_meta(TensorList weights, TensorList biases) {
   check_layers(kOp, weights, biases);
-  return at::empty_symint(
-      {weights[0].sym_size(0), packed_bytes_per_member(weights, &at::TensorBase::sym_size)},
-      weights[0].options().dtype(at::kByte));
+  const auto layout = ensemble_mlp_cpu::prepacked_layout(kernel_dtype(weights[0].scalar_type()));
+  c10::SymInt bytes = 0;
+  for (const Tensor& w : weights) bytes += layout.layer_bytes(w.sym_size(1), w.sym_size(2));
+  bytes = bytes * weights[0].sym_size(0) + static_cast<int64_t>(sizeof(PrepackedWeights));
+  return at::empty_symint({bytes}, weights[0].options().dtype(at::kByte));
 }
 
 Tensor ensemble_mlp_packed(const Tensor& input, const Tensor& packed, TensorList weights,
@@ -90,15 +85,15 @@ Tensor ensemble_mlp_packed(const Tensor& input, const Tensor& packed, TensorList
   check_mlp(kOp, network, options);
   ForwardCall call(weights, biases);
   call.set_options(kOp, options);
-  const int64_t members = call.params.ensemble_size;
-  const int64_t bytes = packed_bytes_per_member(weights, &at::TensorBase::size);
-  PYENS_CHECK_VALUE(packed.scalar_type() == at::kByte && packed.is_contiguous() &&
-                        packed.dim() == 2 && packed.size(0) == members && packed.size(1) == bytes,
-                    kOp, "packed",
-                    c10::str("what ensemble_mlp_prepack makes of these weights (uint8 [", members,
-                             ", ", bytes, "])"),
-                    packed.scalar_type(), " of shape ", packed.sizes());
-  call.params.prepacked = packed.const_data_ptr();
+  const bool is_bytes =
+      packed.scalar_type() == at::kByte && packed.dim() == 1 && packed.is_contiguous();
+  const char* const found = is_bytes ? ensemble_mlp_cpu::check_prepacked(
+                                           call.params, packed.const_data_ptr(), packed.numel())
+                                     : "something else";
+  PYENS_CHECK_VALUE(found == nullptr, kOp, "packed",
+                    "what ensemble_mlp_prepack makes of these weights (uint8, one dimension)",
+                    found, ": ", packed.scalar_type(), " of shape ", packed.sizes());
+  call.params.prepacked = static_cast<const PrepackedWeights*>(packed.const_data_ptr());
   return run(call, network);
 }
 

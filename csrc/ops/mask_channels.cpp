@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "kernels/masksembles.h"
+#include "kernels/mask_channels.h"
 #include "ops/checks.h"
 #include "ops/launch.h"
 #include "ops/operation.h"
@@ -56,8 +56,7 @@ Tensor mask_channels(const Tensor& input, const Tensor& masks, const OptionalTen
     params.index = chosen.const_data_ptr<int64_t>();
   }
   if (x.is_cuda()) {
-    launch_cuda(kOp, x,
-                [&](void* stream) { return masksembles_cuda::mask_channels(params, stream); });
+    launch_cuda(kOp, x, [&](void* stream) { return mask_channels_cuda::run(params, stream); });
     return output;
   }
   if (index) {
@@ -70,7 +69,7 @@ Tensor mask_channels(const Tensor& input, const Tensor& masks, const OptionalTen
   constexpr int64_t kWorthAThread = 65536;  // elements
   launch_cpu(params.rows, std::max<int64_t>(1, kWorthAThread / (params.channels * params.inner)), 0,
              [&](int64_t begin, int64_t end, void* /*scratch*/) {
-               masksembles_cpu::mask_channels(params, begin, end);
+               mask_channels_cpu::run(params, begin, end);
              });
   return output;
 }

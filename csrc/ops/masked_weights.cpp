@@ -10,7 +10,7 @@
 
 #include <algorithm>
 
-#include "kernels/masksembles.h"
+#include "kernels/masked_weights.h"
 #include "ops/checks.h"
 #include "ops/launch.h"
 #include "ops/operation.h"
@@ -106,14 +106,13 @@ Tensor masked_weights(const Tensor& weight, const OptionalTensor& rows,
   void* to = output.mutable_data_ptr();
   if (w.is_cuda()) {
     launch_cuda(kOp, w, [&](void* stream) {
-      return masksembles_cuda::masked_weights(p, w.element_size(), w.const_data_ptr(), to, stream);
+      return masked_weights_cuda::run(p, w.element_size(), w.const_data_ptr(), to, stream);
     });
     return output;
   }
   launch_cpu(num_masks * p.kept_rows, kWorthAThread / std::max<int64_t>(1, p.kept_columns) + 1, 0,
              [&](int64_t begin, int64_t end, void* /*scratch*/) {
-               masksembles_cpu::masked_weights(p, w.element_size(), w.const_data_ptr(), to, begin,
-                                               end);
+               masked_weights_cpu::run(p, w.element_size(), w.const_data_ptr(), to, begin, end);
              });
   return output;
 }
@@ -145,22 +144,21 @@ Tensor masked_weights_backward(const Tensor& grad, const OptionalTensor& rows,
                                const OptionalTensor& columns, int64_t num_rows,
                                int64_t num_columns) {
   check_masked_weights_backward(grad, rows, columns, num_rows, num_columns);
-  const bool wide = grad.scalar_type() == at::kDouble;
-  const Tensor g = grad.to(wide ? at::kDouble : at::kFloat).contiguous();
+  const Tensor g = grad.to(accumulation_type(grad.scalar_type())).contiguous();
+  const DType dtype = kernel_dtype(g.scalar_type());
   const MaskedWeightsCall call(g.size(0), num_rows, num_columns, rows, columns);
   const MaskedWeightsParams& p = call.params;
   Tensor weight = at::empty({num_rows, num_columns}, g.options());
   void* to = weight.mutable_data_ptr();
   if (g.is_cuda()) {
     launch_cuda(kOp, g, [&](void* stream) {
-      return masksembles_cuda::masked_weights_backward(p, wide, g.const_data_ptr(), to, stream);
+      return masked_weights_cuda::run_backward(p, dtype, g.const_data_ptr(), to, stream);
     });
     return weight.to(grad.scalar_type());
   }
   launch_cpu(num_rows, kWorthAThread / std::max<int64_t>(1, p.num_masks * p.kept_columns) + 1, 0,
              [&](int64_t begin, int64_t end, void* /*scratch*/) {
-               masksembles_cpu::masked_weights_backward(p, wide, g.const_data_ptr(), to, begin,
-                                                        end);
+               masked_weights_cpu::run_backward(p, dtype, g.const_data_ptr(), to, begin, end);
              });
   return weight.to(grad.scalar_type());
 }

@@ -57,18 +57,14 @@ double measure_cuda([[maybe_unused]] const at::Tensor& sink, [[maybe_unused]] bo
 #endif
 }
 
-std::string cpu_capability() { return isa_name(chosen_isa()); }
-
-std::string compiler() { return __VERSION__; }
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(pyens, m) {
   // Of no device: they have one implementation, whatever their arguments.
   m.def("fma_peak(float milliseconds) -> float", measure_cpu);
   m.def("fma_peak_cuda(Tensor sink, bool tf32, int rounds) -> float", measure_cuda);
-  m.def("cpu_capability() -> str", cpu_capability);
-  m.def("compiler() -> str", compiler);
+  m.def("cpu_capability() -> str", [] { return std::string(cpu_capability()); });
+  m.def("compiler() -> str", [] { return std::string(__VERSION__); });
 }
 
 }  // namespace pyens

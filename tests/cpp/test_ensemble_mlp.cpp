@@ -154,13 +154,13 @@ void test(int64_t e, int64_t b, const std::vector<int64_t>& widths, ActivationKi
   check(error <= tolerance, "values", e, b, widths.size() - 1);  // a NaN fails too
   check(model.run(1) == output, "same bits for any split of the work", e, b, widths.size() - 1);
 
-  const auto layout = pyens::ensemble_mlp_cpu::prepacked_layout(model.params.dtype);
-  int64_t bytes = 0;
-  for (const auto& layer : model.layers) bytes += layout.layer_bytes(layer.out, layer.in);
-  std::vector<T> packed(static_cast<size_t>(bytes * e) / sizeof(T));
-  pyens::ensemble_mlp_cpu::prepack(model.params, 0, e, packed.data());
-  model.params.prepacked = packed.data();
-  check(model.run(1 << 20) == output, "same bits when packed", e, b, widths.size() - 1);
+  namespace cpu = pyens::ensemble_mlp_cpu;
+  const auto bytes = static_cast<size_t>(cpu::describe_prepacked(model.params).bytes);
+  std::vector<int64_t> prepacked(bytes / sizeof(int64_t));
+  auto* const weights = reinterpret_cast<cpu::PrepackedWeights*>(prepacked.data());
+  cpu::prepack(model.params, weights);
+  model.params.prepacked = weights;
+  check(model.run(1 << 20) == output, "same bits when prepacked", e, b, widths.size() - 1);
 }
 
 // An empty batch has no work, and its scratch can be asked for with every option.
@@ -174,9 +174,39 @@ void test_empty(ActivationKind activation, double dropout) {
   check(model.run(1).empty(), "no outputs", 3, 0, 2);
 }
 
+// What was not made for these layers is told from what was.
+void test_prepacked_is_checked() {
+  namespace cpu = pyens::ensemble_mlp_cpu;
+  const auto prepacked_of = [](const auto& model) {
+    std::vector<int64_t> data(static_cast<size_t>(cpu::describe_prepacked(model.params).bytes / 8));
+    cpu::prepack(model.params, reinterpret_cast<cpu::PrepackedWeights*>(data.data()));
+    return data;
+  };
+  const auto relu = ActivationKind::relu;
+  const Model<float> model(3, 1, {8, 16, 8}, relu, true, true);
+  const auto refuses = [&](const std::vector<int64_t>& data) {
+    return cpu::check_prepacked(model.params, data.data(), static_cast<int64_t>(data.size() * 8));
+  };
+  const std::vector<int64_t> right = prepacked_of(model);
+  check(refuses(right) == nullptr, "the right weights", 3, 1, 2);
+  check(refuses(prepacked_of(Model<double>(3, 1, {8, 16, 8}, relu, true, true))), "dtype", 3, 1, 2);
+  check(refuses(prepacked_of(Model<float>(3, 1, {16, 8, 8}, relu, true, true))), "sizes", 3, 1, 2);
+  check(refuses(prepacked_of(Model<float>(2, 1, {8, 16, 8}, relu, true, true))), "members", 3, 1,
+        2);
+  for (const size_t word : {0, 1, 2, 3, 4, 5, 6, 7}) {
+    std::vector<int64_t> wrong = right;
+    wrong[word] ^= 64;
+    check(refuses(wrong), "a word of the description", 3, 1, 2);
+  }
+  std::vector<int64_t> shorter = right;
+  shorter.pop_back();
+  check(refuses(shorter) && refuses({}), "the number of bytes", 3, 1, 2);
+}
+
 }  // namespace
 
 int main() {
+  test_prepacked_is_checked();
   const std::vector<std::vector<int64_t>> shapes = {
       {1, 1}, {5, 3}, {8, 8, 8}, {33, 17, 9, 7}, {32, 50, 20, 10, 1}, {129, 13, 16}, {140, 200, 3}};
   for (const ActivationKind activation : kActivationKinds) {

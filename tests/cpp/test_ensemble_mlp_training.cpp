@@ -185,18 +185,18 @@ struct Model {
     return c.loss == Loss::gaussian_nll ? c.widths.back() / 2 : c.widths.back();
   }
 
-  // Runs the three rounds with their items cut into pieces of `step`. `wanted`: bit 0 the input's
+  // Runs the three rounds with their items cut into pieces of `step`. `needs_grad`: bit 0 the input's
   // gradient, bits 1 and 2 those of weights and biases of even layers, bits 3 and 4 of odd ones.
-  Results<T> run(int64_t step, int threads, unsigned wanted = 31) {
+  Results<T> run(int64_t step, int threads, unsigned needs_grad = 31) {
     const int64_t e = c.ensemble_size, b = c.batch;
     const DType dtype = sizeof(T) == 4 ? DType::float32 : DType::float64;
     std::vector<pyens::MLPLayer> parameters(layers);
     std::vector<pyens::MLPLayerGradient> gradients(layers);
     Results<T> results{
         std::vector<T>(c.loss == Loss::none ? 0 : index(e)),
-        std::vector<T>((wanted & 1) ? index((shared_gradient ? 1 : e) * b * c.widths[0]) : 0)};
+        std::vector<T>((needs_grad & 1) ? index((shared_gradient ? 1 : e) * b * c.widths[0]) : 0)};
     for (size_t l = 0; l < layers; ++l) {
-      const unsigned bits = wanted >> (l % 2 == 0 ? 1 : 3);
+      const unsigned bits = needs_grad >> (l % 2 == 0 ? 1 : 3);
       results.emplace_back((bits & 1) ? weights[l].size() : 0);
       results.emplace_back((bits & 2) ? biases[l].size() : 0);
     }
@@ -237,7 +237,7 @@ struct Model {
     t.sample_weight_member_stride = c.weighted == 2 ? b : 0;
     if (!member_scale.empty()) t.member_scale = member_scale.data();
     t.gradients = gradients.data();
-    if (wanted & 1) t.grad_input = results[1].data();
+    if (needs_grad & 1) t.grad_input = results[1].data();
     t.sum_grad_input = shared_gradient;
     if (c.loss != Loss::none) t.loss_output = results[0].data();
     t.threads = threads;
@@ -385,11 +385,11 @@ void test(const Case& c) {
   check(model.run(3, 64) == got, "same bits for many threads", c);
 
   // Each gradient is the same whatever else is asked for.
-  for (const unsigned wanted : {1u, 2u, 4u, 8u, 16u, 6u, 0u}) {
+  for (const unsigned needs_grad : {1u, 2u, 4u, 8u, 16u, 6u, 0u}) {
     if (c.batch > 100) break;
-    const Results<T> part = model.run(1 << 20, 4, wanted);
+    const Results<T> part = model.run(1 << 20, 4, needs_grad);
     for (size_t i = 0; i < part.size(); ++i) {
-      check(part[i].empty() || part[i] == got[i], "same bits whatever is wanted", c);
+      check(part[i].empty() || part[i] == got[i], "same bits whatever needs a gradient", c);
     }
   }
   if (c.shared_input) {  // each member its own gradient: what the shared one sums

@@ -1,7 +1,7 @@
-// Activation strength: the hidden layers that a tile or a small batch has left behind, to rows
-// [units] of value and active.
+// Activation strength: turns the hidden layers of a tile or of a small batch into rows [units] of
+// value and active.
 //
-//   value = (h - mean) * scale, scale = 1 / std, or 0 for both where std is as good as 0
+//   value = (h - mean) * scale, scale = 1 / std; value and scale are 0 if std is below any normal number
 //   active = h > 0
 //
 // Bound by writing. A few examples' activations are gathered to whole rows; each row is computed
@@ -12,7 +12,7 @@
 namespace pyens::PYENS_ISA::ensemble_mlp {
 
 constexpr int64_t kStageRows = 64;
-// From so many bytes of value on, what is written would have left the cache before it is read.
+// Results of this size would leave the cache before anyone reads them.
 constexpr int64_t kStreamBytes = int64_t{4} << 20;
 
 template <class A>
@@ -95,7 +95,7 @@ inline void stream_copy(void* target, const void* source, size_t bytes) {
   std::memcpy(to, from, head);
   size_t i = head;
   for (; i + 64 <= bytes; i += 64) {
-#if PYENS_ISA_LEVEL >= 2
+#if PYENS_HAS(AVX512)
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
 #else
     for (size_t j = i; j < i + 64; j += 16) {

@@ -20,7 +20,7 @@
 
 namespace pyens::PYENS_ISA::decorrelation {
 
-#if PYENS_ISA_LEVEL >= 2
+#if PYENS_HAS(AVX512)
 constexpr int kRows = 4, kColumns = 6;        // 24 sums + 4 rows + 1 column of 32 registers
 constexpr int kOutRows = 6, kOutPeriods = 4;  // 24 sums + 4 inputs + 1 weight
 #else
@@ -123,7 +123,7 @@ struct Item {
   }
 };
 
-// Which labels the lanes of a group of phases belong to, and what they are to be centred by. The
+// Loads the labels of the lanes of a group of phases, and what is subtracted to centre them. The
 // forward pass knows no offset yet.
 template <class Real>
 void load_group(const DecorrelationParams& p, const Layout<Real>& l, int64_t model, int64_t phase,
@@ -153,7 +153,7 @@ Wide<Real> first_lanes(Wide<Real> v, int64_t n) {
   return load<Wide<Real>>(all);
 }
 
-// Periods [q, q + count) of a group of phases into the tile, centred; zeros where there is nothing.
+// Copies periods [q, q + count) of a group of phases into the tile, centred and padded with zeros.
 template <class T, class Real>
 void load_tile(const DecorrelationParams& p, const Layout<Real>& l, int64_t model, int64_t q,
                int64_t count, int64_t phase, int64_t phase_count, const Scratch<Real>& s) {

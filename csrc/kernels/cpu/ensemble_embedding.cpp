@@ -15,15 +15,13 @@
 
 #include "kernels/ensemble_embedding.h"
 
-#include <algorithm>
-#include <cstring>
-#include <type_traits>
+#include "kernels/cpu/choose.h"
 
 #define PYENS_ISA base
-#define PYENS_ISA_LEVEL 0
+#define PYENS_ISA_FEATURES 0
 #include "kernels/cpu/simd-inl.h"
 #undef PYENS_ISA
-#undef PYENS_ISA_LEVEL
+#undef PYENS_ISA_FEATURES
 
 namespace pyens {
 namespace {
@@ -142,7 +140,7 @@ bool gather(const EmbeddingGather& p, int64_t begin, int64_t end) {
 // --- scatter -------------------------------------------------------------------------------------
 
 // Rows in one range of a table: so few that the range stays in L2 between zeroing and adding, and
-// fewer where there are few members, so that there is something for each thread.
+// fewer where there are few members, so that each thread has work.
 int64_t range_rows(const EmbeddingScatter& p, const EmbeddingTable& table) {
   const int64_t cached = std::max<int64_t>(1, kRangeElements / table.dim);
   const int64_t fair =
@@ -291,7 +289,7 @@ int64_t grain_size(const EmbeddingRowSums& p) {
   return items_worth_a_thread(2 * p.dim * static_cast<int64_t>(element_size(p.dtype)));
 }
 
-#define PYENS_BY_DTYPE(function)                                                    \
+#define PYENS_RUN_BY_DTYPE(function)                                                \
   switch (p.dtype) {                                                                \
     case DType::float64: return function<double, double>(p, begin, end, scratch);   \
     case DType::bfloat16: return function<BFloat16, float>(p, begin, end, scratch); \
@@ -300,14 +298,14 @@ int64_t grain_size(const EmbeddingRowSums& p) {
   }
 
 bool run(const EmbeddingScatter& p, int64_t begin, int64_t end, void* scratch) {
-  PYENS_BY_DTYPE(scatter)
+  PYENS_RUN_BY_DTYPE(scatter)
 }
 
 bool run(const EmbeddingRowSums& p, int64_t begin, int64_t end, void* scratch) {
-  PYENS_BY_DTYPE(row_sums)
+  PYENS_RUN_BY_DTYPE(row_sums)
 }
 
-#undef PYENS_BY_DTYPE
+#undef PYENS_RUN_BY_DTYPE
 
 }  // namespace ensemble_embedding_cpu
 }  // namespace pyens

@@ -1,9 +1,9 @@
 // The ensemble MLP on one instruction set.
 //
 // Two mappings, chosen by the batch size alone: examples in the lanes (ensemble_mlp_panels-inl.h),
-// and below kSmallBatch examples neurons in the lanes (ensemble_mlp_stripes-inl.h). Nothing but the
-// input, the weights and the last output leaves the cache in either, but for the activation strength
-// where it is asked for (activation_strength-inl.h).
+// and below kSmallBatch examples neurons in the lanes (ensemble_mlp_stripes-inl.h). Both keep hidden
+// activations in cache; only the input, the weights, the output and the activation strength, if asked
+// for (activation_strength-inl.h), go to memory.
 //
 // Accumulation contract, the same in both: per output one chain of multiply-adds over each block of
 // kBlock inputs in ascending order; the block sums are added in order to the bias. So an output
@@ -13,7 +13,7 @@
 #include "kernels/cpu/elementary-inl.h"
 #include "kernels/cpu/activations-inl.h"
 #include "kernels/cpu/ensemble_mlp_common-inl.h"
-#include "kernels/cpu/ensemble_mlp_dropout-inl.h"
+#include "kernels/cpu/ensemble_mlp_epilogue-inl.h"
 #include "kernels/cpu/ensemble_mlp_panels-inl.h"
 #include "kernels/cpu/ensemble_mlp_stripes-inl.h"
 
@@ -41,7 +41,13 @@ void run(const Forward& p, int64_t begin, int64_t end, void* base) {
 }
 
 template <class A>
-constexpr MLPFunctions kFunctions = {work_items<A>, scratch_bytes<A>, run<A>, kPrepackedLayout<A>,
-                                     prepack<A>};
+constexpr MLPFunctions kFunctionsOf = {work_items<A>, scratch_bytes<A>, run<A>, kPrepackedLayout<A>,
+                                       prepack<A>};
+#if PYENS_HAS(AVX512_BF16)
+constexpr MLPFunctions kPairFunctions = kFunctionsOf<Bfloat16Pairs>;
+#else
+template <class E, class R>
+constexpr MLPFunctions kFunctions = kFunctionsOf<Plain<E, R> >;
+#endif
 
 }  // namespace pyens::PYENS_ISA::ensemble_mlp

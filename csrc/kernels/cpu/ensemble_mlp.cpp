@@ -3,17 +3,7 @@
 
 #include "kernels/ensemble_mlp.h"
 
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include "kernels/cpu/isa.h"
+#include "kernels/cpu/choose.h"
 #include "kernels/dropout.h"
 
 namespace pyens {
@@ -23,80 +13,93 @@ struct MLPFunctions {
   int64_t (*work_items)(const ensemble_mlp_cpu::Forward&);
   size_t (*scratch_bytes)(const ensemble_mlp_cpu::Forward&);
   void (*run)(const ensemble_mlp_cpu::Forward&, int64_t begin, int64_t end, void* scratch);
-  ensemble_mlp_cpu::PrepackedLayout prepacked_layout;
-  void (*prepack)(const EnsembleMLP&, int64_t begin, int64_t end, void* prepacked);
+  ensemble_mlp_cpu::PrepackedLayout layout;
+  void (*prepack)(const EnsembleMLP&, int64_t begin, int64_t end,
+                  ensemble_mlp_cpu::PrepackedWeights* prepacked);
 };
 
 }  // namespace
 }  // namespace pyens
 
 #define PYENS_KERNEL_SOURCE "kernels/cpu/ensemble_mlp-inl.h"
+#define PYENS_KERNEL_AVX512_BF16
 #include "kernels/cpu/foreach_isa.h"
 
 namespace pyens {
 namespace {
 
-// A kernel is of one format of weights for all layers.
-DType format_of(const EnsembleMLP& mlp) { return mlp.layers[0].weight.format; }
-
-const MLPFunctions& functions(DType dtype) {
-#define PYENS_BY_DTYPE(isa, bf16)                                                          \
-  switch (dtype) {                                                                         \
-    case DType::float64:                                                                   \
-      return isa::ensemble_mlp::kFunctions<isa::ensemble_mlp::Plain<double, double>>;      \
-    case DType::float16:                                                                   \
-      return isa::ensemble_mlp::kFunctions<isa::ensemble_mlp::Plain<Float16, float>>;      \
-    case DType::bfloat16: return bf16;                                                     \
-    default: return isa::ensemble_mlp::kFunctions<isa::ensemble_mlp::Plain<float, float>>; \
-  }
-#define PYENS_PLAIN_BF16(isa) \
-  isa::ensemble_mlp::kFunctions<isa::ensemble_mlp::Plain<BFloat16, float>>
-  switch (chosen_isa()) {
+const MLPFunctions& functions(DType format) {
+  static const Chosen<MLPFunctions> chosen{
 #if defined(__x86_64__)
-    case Isa::avx512_bf16:
-      PYENS_BY_DTYPE(
-          avx512, avx512_bf16::ensemble_mlp::kFunctions<avx512_bf16::ensemble_mlp::Bfloat16Pairs>)
-    case Isa::avx512: PYENS_BY_DTYPE(avx512, PYENS_PLAIN_BF16(avx512))
-    case Isa::avx2: PYENS_BY_DTYPE(avx2, PYENS_PLAIN_BF16(avx2))
+      {kAvx512Bf16, {nullptr, nullptr, &avx512_bf16::ensemble_mlp::kPairFunctions, nullptr}},
 #endif
-    default: PYENS_BY_DTYPE(base, PYENS_PLAIN_BF16(base))
-  }
-#undef PYENS_PLAIN_BF16
-#undef PYENS_BY_DTYPE
+      PYENS_VARIANTS(ensemble_mlp, kFunctions)};
+  return chosen[format];
+}
+
+// All layers have one format.
+const MLPFunctions& functions(const EnsembleMLP& mlp) {
+  return functions(mlp.layers[0].weight.format);
 }
 
 }  // namespace
 
 namespace ensemble_mlp_cpu {
 
-int64_t work_items(const Forward& p) {
-  return p.batch == 0 ? 0 : functions(format_of(p)).work_items(p);
-}
+int64_t work_items(const Forward& p) { return p.batch == 0 ? 0 : functions(p).work_items(p); }
 
 int64_t grain_size(const Forward& p) {
-  // Waking a thread costs some microseconds, about this many multiply-adds.
-  constexpr double kWorthAThread = 50e3;
   double total = 0;
   for (int64_t l = 0; l < p.num_layers; ++l) {
     // The small-batch kernel reads every weight once, however few the examples.
     const double examples = static_cast<double>(std::max<int64_t>(p.batch, 4));
     total += static_cast<double>(p.layers[l].in * p.layers[l].out) * examples;
   }
-  const double items = static_cast<double>(std::max<int64_t>(work_items(p), 1));
-  const double per_item = total * static_cast<double>(p.ensemble_size) / items;
-  return std::max<int64_t>(1, static_cast<int64_t>(std::min(items, kWorthAThread / per_item)));
+  return items_worth_a_thread(kMultiplyAddsWorthAThread,
+                              total * static_cast<double>(p.ensemble_size), work_items(p));
 }
 
-size_t scratch_bytes(const Forward& p) { return functions(format_of(p)).scratch_bytes(p); }
+size_t scratch_bytes(const Forward& p) { return functions(p).scratch_bytes(p); }
 
 void run(const Forward& p, int64_t begin, int64_t end, void* scratch) {
-  functions(format_of(p)).run(p, begin, end, scratch);
+  functions(p).run(p, begin, end, scratch);
 }
 
-PrepackedLayout prepacked_layout(DType format) { return functions(format).prepacked_layout; }
+PrepackedLayout prepacked_layout(DType format) { return functions(format).layout; }
 
-void prepack(const EnsembleMLP& mlp, int64_t begin, int64_t end, void* prepacked) {
-  functions(format_of(mlp)).prepack(mlp, begin, end, prepacked);
+PrepackedWeights describe_prepacked(const EnsembleMLP& mlp) {
+  PrepackedWeights description{};
+  description.format = mlp.layers[0].weight.format;
+  description.layout = prepacked_layout(description.format);
+  description.ensemble_size = mlp.ensemble_size;
+  description.num_layers = mlp.num_layers;
+  description.bytes = sizeof(PrepackedWeights);
+  for (int64_t l = 0; l < mlp.num_layers; ++l) {
+    const MLPLayer& layer = mlp.layers[l];
+    description.widths = splitmix(description.widths + static_cast<uint64_t>(layer.in));
+    description.widths = splitmix(description.widths + static_cast<uint64_t>(layer.out));
+    description.bytes += mlp.ensemble_size * description.layout.layer_bytes(layer.out, layer.in);
+  }
+  return description;
+}
+
+void prepack(const EnsembleMLP& mlp, PrepackedWeights* prepacked) {
+  *prepacked = describe_prepacked(mlp);
+  functions(mlp).prepack(mlp, 0, mlp.ensemble_size, prepacked);
+}
+
+const char* check_prepacked(const EnsembleMLP& mlp, const void* prepacked, int64_t bytes) {
+  PrepackedWeights found{};
+  if (bytes < static_cast<int64_t>(sizeof(found))) return "too few bytes";
+  std::memcpy(&found, prepacked, sizeof(found));
+  const PrepackedWeights expected = describe_prepacked(mlp);
+  if (found.magic != expected.magic) return "bytes that are no prepacked weights";
+  if (found.format != expected.format) return "weights of another dtype";
+  if (found.layout != expected.layout) return "weights for another instruction set";
+  if (found.num_layers != expected.num_layers || found.widths != expected.widths)
+    return "layers of other sizes";
+  if (found.ensemble_size != expected.ensemble_size) return "another number of members";
+  return bytes == expected.bytes && found.bytes == bytes ? nullptr : "another number of bytes";
 }
 
 }  // namespace ensemble_mlp_cpu

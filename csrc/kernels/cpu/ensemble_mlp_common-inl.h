@@ -5,75 +5,36 @@ namespace pyens::PYENS_ISA::ensemble_mlp {
 using ensemble_mlp_cpu::Forward;
 
 constexpr int64_t kBlock = 128;  // of the accumulation contract, in inputs
-// Below so many examples, lanes full of neurons beat lanes half empty of examples; with prepacked
-// weights for longer.
+// Smaller batches put neurons in the lanes: full lanes beat lanes half empty of examples. Prepacked
+// weights make that pay for longer.
 constexpr int64_t kSmallBatch = 8;
 constexpr int64_t kSmallBatchPrepacked = 10;
 
-// --- how one element type is computed ------------------------------------------------------------
-// Elem: storage. Real: arithmetic. A "unit" is what one multiply-add reads of a row: one Real, or
-// with bfloat16 dot products a pair of bfloat16 in the 32 bits of a float.
-
-template <class E, class R>
-struct Plain {
-  using Elem = E;
-  using Real = R;
-  static constexpr int kPerUnit = 1;
-  static constexpr bool kDirect = std::is_same_v<E, R>;  // rows are read where they lie
-  template <class V>
-  static inline __attribute__((always_inline)) V product(V a, V b, V c) {
-    return madd(a, b, c);
-  }
-  static inline Narrow<Real> load_units(const Elem* row, int64_t unit, int64_t in) {
-    return load_first<Real>(row + unit, in - unit);
-  }
-};
-
-#if PYENS_ISA_LEVEL >= 3
-struct Bfloat16Pairs {
-  using Elem = BFloat16;
-  using Real = float;
-  static constexpr int kPerUnit = 2;
-  static constexpr bool kDirect = false;  // an odd row ends in half a unit
-  template <class V>
-  static inline __attribute__((always_inline)) V product(V a, V b, V c) {
-    return madd_pairs(a, b, c);
-  }
-  static inline Narrow<float> load_units(const Elem* row, int64_t unit, int64_t in) {
-    Narrow<float> v{};
-    const int64_t left = in - 2 * unit;
-    if (left >= 16) return load<Narrow<float>>(row + 2 * unit);
-    std::memcpy(&v, row + 2 * unit, static_cast<size_t>(left) * sizeof(Elem));
-    return v;
-  }
-};
+#if PYENS_HAS(AVX512)
+constexpr int kVectors = 4;  // 6 x 4 accumulators + 4 inputs + 1 weight of 32 registers
+#else
+constexpr int kVectors = 2;  // 6 x 2 + 2 + 1 of 16
 #endif
+constexpr int kRows = 6;
+template <class Real>
+constexpr int64_t kPanelOf = kVectors * kWideLanes<Real>;
 
-template <class A>
-constexpr int64_t units(int64_t features) {
-  return (features + A::kPerUnit - 1) / A::kPerUnit;
-}
-template <class A>
-constexpr int64_t kBlockUnits = kBlock / A::kPerUnit;
+}  // namespace pyens::PYENS_ISA::ensemble_mlp
+
+#include "kernels/cpu/weight_formats-inl.h"
+
+namespace pyens::PYENS_ISA::ensemble_mlp {
 
 template <class A>
 using WideOf = Wide<typename A::Real>;
 template <class A>
 using NarrowOf = Narrow<typename A::Real>;
 
-#if PYENS_ISA_LEVEL >= 2
-constexpr int kVectors = 4;  // 6 x 4 accumulators + 4 inputs + 1 weight of 32 registers
-#else
-constexpr int kVectors = 2;  // 6 x 2 + 2 + 1 of 16
-#endif
-constexpr int kRows = 6;
 template <class A>
-constexpr int64_t kPanel = kVectors * kWideLanes<typename A::Real>;
+constexpr int64_t kPanel = kPanelOf<typename A::Real>;
 constexpr int64_t kMaxTile = 256;      // examples: weights pass once per tile
 constexpr int64_t kNeuronBlock = 192;  // x kBlock inputs x 4 bytes: 98 KB of weights stay in L2
 constexpr int kGroup = 4;              // stripes of neurons that a small batch takes together
-
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 inline int64_t max_width(const EnsembleMLP& p) {  // of what a layer writes
   int64_t width = 0;
@@ -152,8 +113,8 @@ struct Scratch {
     strength.allocate(p, take);
   }
 
-  // Where layer l writes: two buffers in turn or, where the activation strength wants all hidden
-  // layers, these one after the other in the first.
+  // Where layer l writes: two buffers in turn. Activation strength needs all hidden layers: they lie
+  // one after the other in the first buffer.
   Real* output_of(const EnsembleMLPParams& p, int64_t l) const {
     if (!p.strength.units) return hidden[l % 2];
     if (l + 1 == p.num_layers) return hidden[1];
@@ -161,7 +122,7 @@ struct Scratch {
   }
 };
 
-// Padded with zeros, and all zeros where there is none.
+// A member's bias, padded with zeros; all zeros if the layer has none.
 template <class A>
 void load_bias(const MLPLayer& layer, int64_t member, typename A::Real* bias) {
   const auto* source = static_cast<const typename A::Elem*>(layer.bias.data);
@@ -179,12 +140,6 @@ Real relu_floor(const MLPLayer& layer, bool finished) {
   return finished && layer.activation.kind == ActivationKind::relu
              ? 0
              : -std::numeric_limits<Real>::infinity();
-}
-
-template <class A>
-const typename A::Elem* weight_row(const MLPLayer& layer, int64_t member, int64_t row) {
-  return static_cast<const typename A::Elem*>(layer.weight.data) +
-         member * layer.weight.member_stride + row * layer.weight.row_stride;
 }
 
 }  // namespace pyens::PYENS_ISA::ensemble_mlp

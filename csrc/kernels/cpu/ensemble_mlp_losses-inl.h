@@ -14,20 +14,20 @@ inline V elementary(V x) {
   if constexpr (sizeof(x[0]) == 4) {
     return F::template vector<V>(x);
   } else {
-    for (int i = 0; i < lanes_of<V>(); ++i) x[i] = F::scalar(x[i]);
+    for (int i = 0; i < lanes_of<V>(); ++i) x[i] = F::value(x[i]);
     return x;
   }
 }
 
 struct ExpNonpositive {
-  static double scalar(double x) { return std::exp(x); }
+  static double value(double x) { return std::exp(x); }
   template <class V>
   static V vector(V x) {
     return exp_nonpositive(x);
   }
 };
 struct LogPositive {
-  static double scalar(double x) { return std::log(x); }
+  static double value(double x) { return std::log(x); }
   template <class V>
   static V vector(V x) {
     // Inf and NaN stay.
@@ -36,7 +36,7 @@ struct LogPositive {
   }
 };
 struct SoftplusExcess {  // log(1 + e^-|x|)
-  static double scalar(double x) { return std::log1p(std::exp(-std::abs(x))); }
+  static double value(double x) { return std::log1p(std::exp(-std::abs(x))); }
   template <class V>
   static V vector(V x) {
     return Softplus::excess(x);
@@ -54,7 +54,7 @@ struct LossArguments {
   V factor;                  // gradient of the mean loss by one term, 0 where not kept
   decltype(V{} < V{}) kept;  // lanes whose example counts
   Real inverse_temperature;  // of cross_entropy
-  static constexpr int64_t kStride = kPanel<Plain<Real, Real>>;
+  static constexpr int64_t kStride = kPanelOf<Real>;
 
   V out(int64_t f) const { return load<V>(output + f * kStride); }
   V expected(int64_t f) const { return load<V>(target + f * kStride); }
@@ -139,7 +139,7 @@ double loss_tile(Real* output, int64_t features, const Real* target, int64_t tar
                  const Real* example_weight, int64_t examples, Real scale, Real temperature) {
   using V = Wide<Real>;
   constexpr int N = lanes_of<V>();
-  constexpr int64_t P = kPanel<Plain<Real, Real>>;
+  constexpr int64_t P = kPanelOf<Real>;
   V total{};
   for (int64_t b = 0; b < examples; b += N) {
     const V weight = load<V>(example_weight + b);

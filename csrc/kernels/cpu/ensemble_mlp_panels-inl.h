@@ -97,28 +97,6 @@ void run_panel(int64_t rows, int64_t examples, const Block& block) {
   run_rows<1>(rows, block);
 }
 
-// Rows [row, row + rows) x inputs of unit [k, k + k_count) of a layer: a pointer and its row
-// stride.
-template <class A>
-const typename A::Real* weight_block(const MLPLayer& layer, int64_t member, int64_t row,
-                                     int64_t rows, int64_t k, int64_t k_count,
-                                     typename A::Real* scratch, int64_t* stride) {
-  if constexpr (A::kDirect) {
-    *stride = layer.weight.row_stride;
-    return weight_row<A>(layer, member, row) + k;
-  } else {
-    constexpr int N = kNarrowLanes<typename A::Real>;
-    *stride = kBlockUnits<A>;
-    for (int64_t r = 0; r < rows; ++r) {
-      const auto* source = weight_row<A>(layer, member, row + r);
-      for (int64_t u = 0; u < k_count; u += N) {
-        store(scratch + r * *stride + u, A::load_units(source, k + u, layer.in));
-      }
-    }
-    return scratch;
-  }
-}
-
 // The tile's rows of [B, I] into panels [unit][kPanel]; lanes without an example are 0, and so are
 // examples whose weight is 0.
 template <class A>
@@ -167,29 +145,6 @@ void from_panels(const typename A::Real* panels, int64_t examples, int64_t out,
   }
 }
 
-#if PYENS_ISA_LEVEL >= 3
-// Rows 2u and 2u+1 of a panel, rounded to bfloat16, become unit u.
-template <class V>
-inline V make_pair(V low, V high) {
-  return (V)((round_bfloat16(low) >> 16) | (round_bfloat16(high) & 0xffff0000u));
-}
-
-inline void pair_panels(const float* z, int64_t panel_count, int64_t features, float* pairs) {
-  using V = Wide<float>;
-  constexpr int64_t P = kPanel<Bfloat16Pairs>;
-  const int64_t unit_count = units<Bfloat16Pairs>(features);
-  for (int64_t p = 0; p < panel_count; ++p) {
-    for (int64_t u = 0; u < unit_count; ++u) {
-      const float* low = z + (p * features + 2 * u) * P;
-      for (int64_t i = 0; i < P; i += lanes_of<V>()) {
-        const V high = 2 * u + 1 < features ? load<V>(low + P + i) : V{};
-        store(pairs + (p * unit_count + u) * P + i, make_pair(load<V>(low + i), high));
-      }
-    }
-  }
-}
-#endif
-
 // z <- W x + b of one layer over one tile, and its ReLU if it has one.
 template <class A>
 void forward_layer(const MLPLayer& layer, int64_t member, int64_t examples,
@@ -204,7 +159,7 @@ void forward_layer(const MLPLayer& layer, int64_t member, int64_t examples,
     for (int64_t k = 0; k < unit_count; k += kBlockUnits<A>) {
       const int64_t k_count = std::min(kBlockUnits<A>, unit_count - k);
       ForwardBlock<A> block;
-      block.w = weight_block<A>(layer, member, row, rows, k, k_count, weights, &block.w_stride);
+      block.w = A::weight_block(layer, member, row, rows, k, k_count, weights, &block.w_stride);
       block.k_count = k_count;
       block.bias = bias + row;
       block.first = k == 0;
@@ -268,15 +223,8 @@ void forward_tile(const EnsembleMLPParams& p, int64_t member, int64_t first, int
       }
       return;
     }
-    activate<WideOf<A>>(layer.activation.kind, z, panel_count * out * P);
-    if (p.dropout.p > 0) apply_dropout(p, l, member, first, examples, z);
-    x = z;
-#if PYENS_ISA_LEVEL >= 3
-    if constexpr (A::kPerUnit == 2) {
-      pair_panels(z, panel_count, out, scratch.pairs);
-      x = scratch.pairs;
-    }
-#endif
+    hidden_epilogue<Real>(p, l, member, first, examples, z, nullptr);
+    x = A::hidden_panels(z, panel_count, out, scratch.pairs);
   }
 }
 

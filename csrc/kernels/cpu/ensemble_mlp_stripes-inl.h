@@ -141,9 +141,10 @@ int64_t prepacked_reals(const EnsembleMLP& p) {
 }
 
 template <class A>
-void prepack(const EnsembleMLP& p, int64_t begin, int64_t end, void* prepacked) {
+void prepack(const EnsembleMLP& p, int64_t begin, int64_t end,
+             ensemble_mlp_cpu::PrepackedWeights* prepacked) {
   constexpr int N = kNarrowLanes<typename A::Real>;
-  auto* at = static_cast<typename A::Real*>(prepacked) + begin * prepacked_reals<A>(p);
+  auto* at = reinterpret_cast<typename A::Real*>(prepacked + 1) + begin * prepacked_reals<A>(p);
   for (int64_t m = begin; m < end; ++m) {
     for (int64_t l = 0; l < p.num_layers; ++l) {
       const MLPLayer& layer = p.layers[l];
@@ -159,7 +160,7 @@ void prepack(const EnsembleMLP& p, int64_t begin, int64_t end, void* prepacked) 
   }
 }
 
-// The rows that the first layer reads, converted to units where that is not what they are.
+// The rows that the first layer reads, converted to units if needed.
 template <class A>
 void small_input(const EnsembleMLPParams& p, int64_t member, int64_t members,
                  const Scratch<A>& scratch, StripeBlock<A>& block) {
@@ -183,33 +184,6 @@ void small_input(const EnsembleMLPParams& p, int64_t member, int64_t members,
     block.x_example = row_reals;
     block.x_member = p.batch * row_reals;
   }
-}
-
-// The rows of z as the next layer reads them.
-template <class A>
-void hidden_rows(const Scratch<A>& scratch, typename A::Real* z, int64_t rows, int64_t features,
-                 StripeBlock<A>& block) {
-  constexpr int N = kNarrowLanes<typename A::Real>;
-  const int64_t padded = round_up(features, N);
-  block.x = z;
-  block.x_example = padded;
-#if PYENS_ISA_LEVEL >= 3
-  if constexpr (A::kPerUnit == 2) {
-    block.x = scratch.pairs;
-    block.x_example = round_up(units<A>(features), N);
-    for (int64_t r = 0; r < rows; ++r) {
-      float* pairs = scratch.pairs + r * block.x_example;
-      std::fill(pairs, pairs + block.x_example, 0.0f);  // an odd row ends in half a unit
-      for (int64_t o = 0; o < features; o += N) {
-        store_first<float>(reinterpret_cast<BFloat16*>(pairs) + o,
-                           load<Narrow<float>>(z + r * padded + o), features - o);
-      }
-    }
-  }
-#else
-  (void)scratch;
-  (void)rows;
-#endif
 }
 
 // For one example nothing is gained by keeping the transposed weights: they feed the multiply-adds
@@ -247,7 +221,7 @@ void transposing_block(const StripeBlock<A>& p, int64_t row_stride, int64_t stri
     }
   }
   if (k < p.k_count) {
-    // The last block steps back into what is done already and leaves those columns out.
+    // The last block starts earlier, to stay in bounds, and skips the columns that are done.
     const int64_t back = p.k_count - N;
 #pragma GCC unroll 4
     for (int s = 0; s < kStripes; ++s) {
@@ -354,7 +328,8 @@ void forward_small(const Forward& p, int64_t member, int64_t members, const Scra
   const int64_t rows = members * p.batch;
   const int64_t prepacked_member = p.prepacked ? prepacked_reals<A>(p) : 0;
   const Real* prepacked =
-      p.prepacked ? static_cast<const Real*>(p.prepacked) + member * prepacked_member : nullptr;
+      p.prepacked ? reinterpret_cast<const Real*>(p.prepacked + 1) + member * prepacked_member
+                  : nullptr;
   StripeBlock<A> block{};
   small_input<A>(p, member, members, scratch, block);
   for (int64_t l = 0; l < p.num_layers; ++l) {
@@ -428,8 +403,10 @@ void forward_small(const Forward& p, int64_t member, int64_t members, const Scra
       return;
     }
     activate<V>(layer.activation.kind, z, rows * padded);
-    hidden_rows<A>(scratch, z, rows, layer.out, block);
-    block.x_member = p.batch * block.x_example;
+    const auto hidden = A::hidden_rows(z, rows, layer.out, scratch.pairs);
+    block.x = hidden.x;
+    block.x_example = hidden.stride;
+    block.x_member = p.batch * hidden.stride;
   }
 }
 

@@ -19,7 +19,7 @@
 #include "kernels/cpu/elementary-inl.h"
 #include "kernels/cpu/activations-inl.h"
 #include "kernels/cpu/ensemble_mlp_common-inl.h"
-#include "kernels/cpu/ensemble_mlp_dropout-inl.h"
+#include "kernels/cpu/ensemble_mlp_epilogue-inl.h"
 #include "kernels/cpu/ensemble_mlp_losses-inl.h"
 #include "kernels/cpu/ensemble_mlp_panels-inl.h"
 
@@ -73,7 +73,7 @@ struct TrainingSchedule {
     group_members = shared ? (p.ensemble_size + kMaxGroups - 1) / kMaxGroups : 1;
     groups = (p.ensemble_size + group_members - 1) / group_members;
     input_gradients = shared ? tiles * tile * p.layers[0].in : 0;
-    // Where groups alone would leave threads idle. It costs memory, and no bit changes.
+    // Used when groups alone would leave threads idle. It costs memory and changes no bit.
     constexpr int64_t kMostBytes = int64_t{1} << 29;
     by_span = spans > 1 && groups < 4 * t.threads &&
               spans * p.ensemble_size * member_gradients <
@@ -83,7 +83,7 @@ struct TrainingSchedule {
   int64_t items() const { return by_span ? spans * groups : groups; }
 };
 
-// Shared by all threads: what the rounds hand on to each other.
+// Shared by all threads: what one round leaves for the next.
 template <class A>
 struct TrainingPartial {
   using Real = typename A::Real;
@@ -116,7 +116,7 @@ inline int64_t target_features(const Training& t) {
   if (t.loss == Loss::cross_entropy) return 1;
   return t.loss == Loss::gaussian_nll ? out / 2 : out;
 }
-// Terms that the loss of an example is the mean of.
+// Number of terms that an example's loss averages.
 inline int64_t loss_terms(const Training& t) {
   return t.loss == Loss::none ? 1 : target_features(t);
 }
@@ -206,7 +206,7 @@ struct InputGradientBlock {
   }
 };
 
-// gradient of what layer l reads, from the gradient of what it puts out. `add`: to what is there.
+// The gradient of layer l's input, from that of its output. `add`: to what `result` holds.
 template <class A>
 void input_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, int64_t examples,
                     const typename A::Real* gradient, typename A::Real* result, bool add,
@@ -221,7 +221,7 @@ void input_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, int64
       InputGradientBlock<A> block;
       block.k_count = std::min(kBlock, layer.out - k);
       block.w =
-          weight_block<A>(layer, member, k, block.k_count, row, rows, weights, &block.w_stride);
+          A::weight_block(layer, member, k, block.k_count, row, rows, weights, &block.w_stride);
       block.first = k == 0 && !add;
       block.scale = static_cast<typename A::Real>(1 / (1 - p.dropout.p));
       const bool finished = k + block.k_count == layer.out;
@@ -254,7 +254,7 @@ Wide<Real> weight_gradient_block(const Real* g, int64_t g_stride, int64_t rows, 
                                  int64_t x_stride, int64_t columns, int64_t examples) {
   using V = Wide<Real>;
   constexpr int N = lanes_of<V>(), C = kColumns<Real>, R = kNeurons<Real>;
-  constexpr int64_t P = kPanel<Plain<Real, Real>>;
+  constexpr int64_t P = kPanelOf<Real>;
   V sum[N] = {};
   for (int64_t first = 0; first < examples; first += P, g += g_stride, x += x_stride) {
     const int64_t count = std::min(P, examples - first);
@@ -279,7 +279,7 @@ Wide<Real> weight_gradient_block(const Real* g, int64_t g_stride, int64_t rows, 
 template <class Real>
 void weight_gradient(const Real* g, int64_t out, const Real* x, int64_t in, int64_t examples,
                      Real* weight, bool first) {
-  constexpr int64_t P = kPanel<Plain<Real, Real>>;
+  constexpr int64_t P = kPanelOf<Real>;
   constexpr int C = kColumns<Real>, R = kNeurons<Real>;
   Real sums[R * C];
   for (int64_t o = 0; o < out; o += R) {
@@ -312,7 +312,7 @@ template <class Real>
 void bias_gradient(const Real* g, int64_t out, int64_t examples, Real* bias, bool first) {
   using V = Wide<Real>;
   constexpr int N = lanes_of<V>(), C = kColumns<Real>;
-  constexpr int64_t P = kPanel<Plain<Real, Real>>;
+  constexpr int64_t P = kPanelOf<Real>;
   for (int64_t o = 0; o < out; o += N) {
     const int64_t rows = std::min<int64_t>(N, out - o);
     V sum[N] = {};
@@ -334,7 +334,7 @@ void bias_gradient(const Real* g, int64_t out, int64_t examples, Real* bias, boo
 
 // --- one member over one tile ----------------------------------------------------------------------
 
-// What lies in scratch from before: the tile of a shared input or target.
+// Which tile of a shared input and of a shared target is in scratch already.
 struct InPanels {
   int64_t input = -1, target = -1;
 };
@@ -384,10 +384,9 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
                   typename A::Real scale, const TrainingScratch<A>& scratch, typename A::Real* sums,
                   bool first_sum, typename A::Real* shared_input, bool first_member) {
   using Real = typename A::Real;
-  constexpr int64_t P = kPanel<A>;
   const EnsembleMLPParams& p = t.forward;
   const int64_t first = tile * s.tile, examples = std::min(s.tile, p.batch - first);
-  const int64_t panel_count = (examples + P - 1) / P, layers = p.num_layers;
+  const int64_t layers = p.num_layers;
   const int64_t out = p.layers[layers - 1].out;
 
   const Real* x = scratch.input;
@@ -398,13 +397,7 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
     forward_layer<A>(p.layers[l], member, examples, x, h, scratch.weights, scratch.bias);
     x = h;
     if (last) break;
-    const int64_t n = panel_count * p.layers[l].out * P;
-    if (d) {
-      activate_with_gradient<WideOf<A>>(p.layers[l].activation.kind, h, d, n);
-    } else {
-      activate<WideOf<A>>(p.layers[l].activation.kind, h, n);
-    }
-    if (p.dropout.p > 0) apply_dropout(p, l, member, first, examples, h, d);
+    hidden_epilogue<Real>(p, l, member, first, examples, h, d);
   }
 
   const double loss =
@@ -453,15 +446,12 @@ ensemble_mlp_cpu::TrainingPlan plan_training(const Training& t) {
   plan.items = s.items();
   plan.partial_bytes = TrainingPartial<A>(t, s).bytes;
   plan.scratch_bytes = TrainingScratch<A>(t, s, nullptr).bytes;
-  constexpr double kWorthAThread = 50e3;  // multiply-adds
   double work = 1;
   for (int64_t l = 0; l < p.num_layers; ++l) {
     work += 3 * static_cast<double>(p.layers[l].in * p.layers[l].out * (p.batch + 1));
   }
-  const auto items = static_cast<double>(plan.items);
-  work *= static_cast<double>(p.ensemble_size) / items;
-  plan.grain_size =
-      std::max<int64_t>(1, static_cast<int64_t>(std::min(items, kWorthAThread / work)));
+  plan.grain_size = items_worth_a_thread(kMultiplyAddsWorthAThread,
+                                         work * static_cast<double>(p.ensemble_size), plan.items);
   // Members, then tiles of a shared input.
   plan.finish_items = p.ensemble_size + (s.input_gradients ? s.tiles : 0);
   const bool sums = s.by_span || s.input_gradients;
@@ -503,7 +493,7 @@ ensemble_mlp_cpu::TrainingError prepare_training(const Training& t, int64_t begi
   return TrainingError::none;
 }
 
-// Adds what was summed up over a span for one member to the result.
+// Adds one member's sums over a span to the result.
 template <class A>
 void add_span(const Training& t, int64_t member, const typename A::Real* sums, bool first) {
   using Real = typename A::Real;
@@ -612,7 +602,7 @@ void finish_training(const Training& t, int64_t begin, int64_t end) {
   }
 }
 
-template <class A>
+template <class E, class R, class A = Plain<E, R>>
 constexpr TrainingFunctions kTrainingFunctions = {plan_training<A>, prepare_training<A>, train<A>,
                                                   finish_training<A>};
 

@@ -4,17 +4,7 @@
 // bfloat16 is widened to float32 on every processor: gradients need its range and precision, and
 // only the weights and inputs come in bfloat16.
 
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include "kernels/cpu/isa.h"
+#include "kernels/cpu/choose.h"
 #include "kernels/dropout.h"
 #include "kernels/ensemble_mlp.h"
 
@@ -37,46 +27,27 @@ struct TrainingFunctions {
 namespace pyens {
 namespace {
 
-const TrainingFunctions& functions(DType dtype) {
-#define PYENS_BY_DTYPE(isa)                                                    \
-  {                                                                            \
-    using namespace isa::ensemble_mlp;                                         \
-    switch (dtype) {                                                           \
-      case DType::float64: return kTrainingFunctions<Plain<double, double>>;   \
-      case DType::float16: return kTrainingFunctions<Plain<Float16, float>>;   \
-      case DType::bfloat16: return kTrainingFunctions<Plain<BFloat16, float>>; \
-      default: return kTrainingFunctions<Plain<float, float>>;                 \
-    }                                                                          \
-  }
-  switch (chosen_isa()) {
-#if defined(__x86_64__)
-    case Isa::avx512_bf16:
-    case Isa::avx512: PYENS_BY_DTYPE(avx512)
-    case Isa::avx2: PYENS_BY_DTYPE(avx2)
-#endif
-    default: PYENS_BY_DTYPE(base)
-  }
-#undef PYENS_BY_DTYPE
+const TrainingFunctions& functions(const EnsembleMLPTraining& t) {
+  static const Chosen<TrainingFunctions> chosen{PYENS_VARIANTS(ensemble_mlp, kTrainingFunctions)};
+  return chosen[t.forward.layers[0].weight.format];
 }
 
 }  // namespace
 
 namespace ensemble_mlp_cpu {
 
-TrainingPlan plan_training(const Training& t) {
-  return functions(t.forward.layers[0].weight.format).plan(t);
-}
+TrainingPlan plan_training(const Training& t) { return functions(t).plan(t); }
 
 TrainingError prepare_training(const Training& t, int64_t begin, int64_t end) {
-  return functions(t.forward.layers[0].weight.format).prepare(t, begin, end);
+  return functions(t).prepare(t, begin, end);
 }
 
 void train(const Training& t, int64_t begin, int64_t end, void* scratch) {
-  functions(t.forward.layers[0].weight.format).train(t, begin, end, scratch);
+  functions(t).train(t, begin, end, scratch);
 }
 
 void finish_training(const Training& t, int64_t begin, int64_t end) {
-  functions(t.forward.layers[0].weight.format).finish(t, begin, end);
+  functions(t).finish(t, begin, end);
 }
 
 }  // namespace ensemble_mlp_cpu

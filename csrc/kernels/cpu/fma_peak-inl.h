@@ -20,4 +20,6 @@ inline double run(int64_t rounds, float* sink) {
   return 2.0 * kChains * lanes_of<V>() * static_cast<double>(rounds);
 }
 
+inline constexpr PeakFunction kFunction = run;
+
 }  // namespace pyens::PYENS_ISA::fma_peak

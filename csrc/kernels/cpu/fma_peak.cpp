@@ -1,14 +1,12 @@
 #include "kernels/fma_peak.h"
 
-#include <cstring>
-#include <type_traits>
+#include "kernels/cpu/choose.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include "kernels/cpu/isa.h"
-#include "kernels/types.h"
+namespace pyens {
+namespace {
+using PeakFunction = double (*)(int64_t rounds, float* sink);
+}
+}  // namespace pyens
 
 #define PYENS_KERNEL_SOURCE "kernels/cpu/fma_peak-inl.h"
 #include "kernels/cpu/foreach_isa.h"
@@ -16,14 +14,13 @@
 namespace pyens::fma_peak_cpu {
 
 double run(int64_t rounds, float* sink) {
-  switch (chosen_isa()) {
+  static const Chosen<PeakFunction> chosen{
 #if defined(__x86_64__)
-    case Isa::avx512_bf16:
-    case Isa::avx512: return avx512::fma_peak::run(rounds, sink);
-    case Isa::avx2: return avx2::fma_peak::run(rounds, sink);
+      {kAvx512, {&avx512::fma_peak::kFunction}},
+      {kAvx2, {&avx2::fma_peak::kFunction}},
 #endif
-    default: return base::fma_peak::run(rounds, sink);
-  }
+      {kBase, {&base::fma_peak::kFunction}}};
+  return chosen[DType::float32](rounds, sink);
 }
 
 }  // namespace pyens::fma_peak_cpu

@@ -4,15 +4,15 @@
 //   #define PYENS_KERNEL_SOURCE "kernels/cpu/<op>-inl.h"
 //   #include "kernels/cpu/foreach_isa.h"
 //
-// The source sees PYENS_ISA (its namespace) and PYENS_ISA_LEVEL (the value of pyens::Isa). A source
-// that has nothing to gain from a level says so with `#if PYENS_ISA_LEVEL`. No file needs flags of
-// its own. No include guard: once per kernel.
+// The source sees PYENS_ISA (its namespace) and PYENS_HAS(feature), for `#if`. avx512_bf16 is compiled
+// only for sources with something to gain: #define PYENS_KERNEL_AVX512_BF16. No file needs flags of its
+// own. No include guard: once per kernel.
 
 #define PYENS_ISA base
-#define PYENS_ISA_LEVEL 0
+#define PYENS_ISA_FEATURES 0
 #include PYENS_KERNEL_SOURCE
 #undef PYENS_ISA
-#undef PYENS_ISA_LEVEL
+#undef PYENS_ISA_FEATURES
 
 #if defined(__x86_64__)
 
@@ -30,28 +30,31 @@
 
 PYENS_TARGET_PUSH("avx2,fma,f16c")
 #define PYENS_ISA avx2
-#define PYENS_ISA_LEVEL 1
+#define PYENS_ISA_FEATURES PYENS_FEATURE_AVX2
 #include PYENS_KERNEL_SOURCE
 #undef PYENS_ISA
-#undef PYENS_ISA_LEVEL
+#undef PYENS_ISA_FEATURES
 PYENS_TARGET_POP
 
 PYENS_TARGET_PUSH("avx2,fma,f16c,avx512f,avx512vl,avx512bw,avx512dq")
 #define PYENS_ISA avx512
-#define PYENS_ISA_LEVEL 2
+#define PYENS_ISA_FEATURES (PYENS_FEATURE_AVX2 | PYENS_FEATURE_AVX512)
 #include PYENS_KERNEL_SOURCE
 #undef PYENS_ISA
-#undef PYENS_ISA_LEVEL
+#undef PYENS_ISA_FEATURES
 PYENS_TARGET_POP
 
+#if defined(PYENS_KERNEL_AVX512_BF16)
 PYENS_TARGET_PUSH("avx2,fma,f16c,avx512f,avx512vl,avx512bw,avx512dq,avx512bf16")
 #define PYENS_ISA avx512_bf16
-#define PYENS_ISA_LEVEL 3
+#define PYENS_ISA_FEATURES (PYENS_FEATURE_AVX2 | PYENS_FEATURE_AVX512 | PYENS_FEATURE_AVX512_BF16)
 #include PYENS_KERNEL_SOURCE
 #undef PYENS_ISA
-#undef PYENS_ISA_LEVEL
+#undef PYENS_ISA_FEATURES
 PYENS_TARGET_POP
+#endif
 
 #endif  // __x86_64__
 
 #undef PYENS_KERNEL_SOURCE
+#undef PYENS_KERNEL_AVX512_BF16

@@ -1,6 +1,5 @@
 #include "kernels/cpu/isa.h"
 
-#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -12,9 +11,10 @@
 namespace pyens {
 namespace {
 
-constexpr const char* kNames[] = {"base", "avx2", "avx512", "avx512_bf16"};
+constexpr CpuCapability kCapabilities[] = {kBase, kAvx2, kAvx512, kAvx512Bf16};
 
-Isa processor_isa() {
+CpuFeatures processor_features() {
+  CpuFeatures features = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   // Not every compiler's __builtin_cpu_supports knows f16c and avx512bf16.
@@ -26,18 +26,19 @@ Isa processor_isa() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq");
-  if (avx512) return bf16 ? Isa::avx512_bf16 : Isa::avx512;
-  if (avx2) return Isa::avx2;
+  if (avx2) features |= PYENS_FEATURE_AVX2;
+  if (avx512) features |= PYENS_FEATURE_AVX512;
+  if (avx512 && bf16) features |= PYENS_FEATURE_AVX512_BF16;
 #endif
-  return Isa::base;
+  return features;
 }
 
-Isa choose() {
-  const Isa processor = processor_isa();
+CpuFeatures choose() {
+  const CpuFeatures processor = processor_features();
   const char* cap = std::getenv("PYENS_CPU_CAPABILITY");
   if (cap == nullptr || *cap == '\0') return processor;
-  for (int level = 0; level < 4; ++level) {
-    if (std::string(cap) == kNames[level]) return std::min(processor, static_cast<Isa>(level));
+  for (const CpuCapability& capability : kCapabilities) {
+    if (std::string(cap) == capability.name) return processor & capability.features;
   }
   throw std::invalid_argument(
       std::string("PYENS_CPU_CAPABILITY: expected base, avx2, avx512 or avx512_bf16, got ") + cap);
@@ -45,11 +46,17 @@ Isa choose() {
 
 }  // namespace
 
-Isa chosen_isa() {
-  static const Isa isa = choose();
-  return isa;
+CpuFeatures cpu_features() {
+  static const CpuFeatures features = choose();
+  return features;
 }
 
-const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+const char* cpu_capability() {
+  const char* name = nullptr;
+  for (const CpuCapability& capability : kCapabilities) {
+    if ((capability.features & ~cpu_features()) == 0) name = capability.name;
+  }
+  return name;
+}
 
 }  // namespace pyens

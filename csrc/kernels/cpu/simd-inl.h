@@ -14,12 +14,12 @@ template <class T, int N>
 using Vec = typename VecOf<T, N>::type;
 
 // Wide vectors carry examples, narrow ones neurons (a small layer fills 8 lanes better than 16).
-#if PYENS_ISA_LEVEL >= 2
+#if PYENS_HAS(AVX512)
 template <class T>
 constexpr int kWideLanes = 64 / sizeof(T);
 template <class T>
 constexpr int kNarrowLanes = 32 / sizeof(T);
-#elif PYENS_ISA_LEVEL == 1
+#elif PYENS_HAS(AVX2)
 template <class T>
 constexpr int kWideLanes = 32 / sizeof(T);
 template <class T>
@@ -60,13 +60,25 @@ template <class V>
 inline __attribute__((always_inline)) V madd(V a, V b, V c) {
   return a * b + c;
 }
-#if PYENS_ISA_LEVEL >= 1
+#if defined(__aarch64__)
+inline __attribute__((always_inline)) Vec<float, 4> madd(Vec<float, 4> a, Vec<float, 4> b,
+                                                         Vec<float, 4> c) {
+  return (Vec<float, 4>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+inline __attribute__((always_inline)) Vec<double, 2> madd(Vec<double, 2> a, Vec<double, 2> b,
+                                                          Vec<double, 2> c) {
+  return (Vec<double, 2>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+}
+#endif
+#if defined(__aarch64__) || PYENS_HAS(AVX2)
 inline __attribute__((always_inline)) float madd(float a, float b, float c) {
   return __builtin_fmaf(a, b, c);
 }
 inline __attribute__((always_inline)) double madd(double a, double b, double c) {
   return __builtin_fma(a, b, c);
 }
+#endif
+#if PYENS_HAS(AVX2)
 inline __attribute__((always_inline)) Vec<float, 8> madd(Vec<float, 8> a, Vec<float, 8> b,
                                                          Vec<float, 8> c) {
   return (Vec<float, 8>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
@@ -76,7 +88,7 @@ inline __attribute__((always_inline)) Vec<double, 4> madd(Vec<double, 4> a, Vec<
   return (Vec<double, 4>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 }
 #endif
-#if PYENS_ISA_LEVEL >= 2
+#if PYENS_HAS(AVX512)
 inline __attribute__((always_inline)) Vec<float, 16> madd(Vec<float, 16> a, Vec<float, 16> b,
                                                           Vec<float, 16> c) {
   return (Vec<float, 16>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -86,7 +98,7 @@ inline __attribute__((always_inline)) Vec<double, 8> madd(Vec<double, 8> a, Vec<
   return (Vec<double, 8>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
 }
 #endif
-#if PYENS_ISA_LEVEL >= 3
+#if PYENS_HAS(AVX512_BF16)
 // Lane i: c + a[2i] b[2i] + a[2i+1] b[2i+1] of bfloat16 pairs, which travel in float lanes.
 inline __attribute__((always_inline)) Vec<float, 8> madd_pairs(Vec<float, 8> a, Vec<float, 8> b,
                                                                Vec<float, 8> c) {
@@ -112,7 +124,7 @@ inline __attribute__((always_inline)) Vec<float, N> widen(Vec<uint16_t, N> bits,
   if constexpr (std::is_same_v<T, BFloat16>) {
     return (Vec<float, N>)(__builtin_convertvector(bits, Words) << 16);
   } else {
-#if PYENS_ISA_LEVEL >= 1
+#if PYENS_HAS(AVX2)
     if constexpr (N == 8) return (Vec<float, N>)_mm256_cvtph_ps((__m128i)bits);
 #endif
     // Shift the exponent into place; the multiplication rebiases it and makes subnormals right.
@@ -141,7 +153,7 @@ inline __attribute__((always_inline)) Vec<uint16_t, N> narrow(Vec<float, N> v, T
   if constexpr (std::is_same_v<T, BFloat16>) {
     return __builtin_convertvector(round_bfloat16(v) >> 16, Vec<uint16_t, N>);
   } else {
-#if PYENS_ISA_LEVEL >= 1
+#if PYENS_HAS(AVX2)
     if constexpr (N == 8) {
       return (Vec<uint16_t, N>)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
     }
@@ -173,7 +185,7 @@ inline __attribute__((always_inline)) Narrow<Real> load_first(const T* p, int64_
   constexpr int N = kNarrowLanes<Real>;
   if constexpr (std::is_same_v<Real, T>) {
     if (n >= N) return load<Narrow<Real>>(p);
-#if PYENS_ISA_LEVEL >= 1
+#if PYENS_HAS(AVX2)
     if constexpr (std::is_same_v<T, float>) {
       const auto mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)),
                                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -200,7 +212,7 @@ inline __attribute__((always_inline)) void store_first(T* p, Narrow<Real> v, int
   constexpr int N = kNarrowLanes<Real>;
   if constexpr (std::is_same_v<Real, T>) {
     if (n >= N) return store(p, v);
-#if PYENS_ISA_LEVEL >= 1
+#if PYENS_HAS(AVX2)
     if constexpr (std::is_same_v<T, float>) {
       const auto mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)),
                                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -328,7 +340,7 @@ inline __attribute__((always_inline)) V sum_lanes(V (&r)[16]) {
 // r[i] <- element i of each of the N rows that start at row(0) ... row(N - 1).
 template <class V, int N, class Row>
 inline __attribute__((always_inline)) void load_transposed(const Row& row, V (&r)[N]) {
-#if PYENS_ISA_LEVEL >= 1
+#if PYENS_HAS(AVX2)
   if constexpr (std::is_same_v<V, Vec<float, 8>>) {
     // Half rows, the upper ones inserted by the load itself: saves a third of the shuffles.
 #pragma GCC unroll 4

@@ -41,7 +41,7 @@ inline __attribute__((always_inline)) V exp_or_zero(V x, V& d) {
   } else {
     const V low = broadcast<V>(-745.0);
     d = x < low ? low : x;
-    V e;
+    V e{};
     for (int i = 0; i < lanes_of<V>(); ++i) e[i] = std::exp(x[i]);
     return e;
   }

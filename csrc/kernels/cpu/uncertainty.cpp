@@ -3,17 +3,7 @@
 
 #include "kernels/uncertainty.h"
 
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include "kernels/cpu/isa.h"
+#include "kernels/cpu/choose.h"
 
 namespace pyens {
 namespace {
@@ -39,36 +29,18 @@ struct MomentsFunctions {
 namespace pyens {
 namespace {
 
-#define PYENS_BY_DTYPE(isa, functions)                                         \
-  switch (dtype) {                                                             \
-    case DType::float64: return isa::uncertainty::functions<double, double>;   \
-    case DType::float16: return isa::uncertainty::functions<Float16, float>;   \
-    case DType::bfloat16: return isa::uncertainty::functions<BFloat16, float>; \
-    default: return isa::uncertainty::functions<float, float>;                 \
-  }
-#if defined(__x86_64__)
-#define PYENS_BY_ISA(functions)                         \
-  switch (chosen_isa()) {                               \
-    case Isa::avx512_bf16:                              \
-    case Isa::avx512: PYENS_BY_DTYPE(avx512, functions) \
-    case Isa::avx2: PYENS_BY_DTYPE(avx2, functions)     \
-    default: PYENS_BY_DTYPE(base, functions)            \
-  }
-#else
-#define PYENS_BY_ISA(functions) PYENS_BY_DTYPE(base, functions)
-#endif
-
-const UncertaintyFunctions& uncertainty_functions(DType dtype) { PYENS_BY_ISA(kUncertainty) }
-const MomentsFunctions& moments_functions(DType dtype){PYENS_BY_ISA(kMoments)}
-#undef PYENS_BY_ISA
-#undef PYENS_BY_DTYPE
-
-// Waking a thread costs some microseconds; `numbers` of the members take as long.
-int64_t items_worth_a_thread(double numbers, double total, int64_t work_items) {
-  const double items = static_cast<double>(std::max<int64_t>(work_items, 1));
-  const double per_item = std::max(total / items, 1.0);
-  return std::max<int64_t>(1, static_cast<int64_t>(std::min(items, numbers / per_item)));
+const UncertaintyFunctions& uncertainty_functions(DType dtype) {
+  static const Chosen<UncertaintyFunctions> chosen{PYENS_VARIANTS(uncertainty, kUncertainty)};
+  return chosen[dtype];
 }
+
+const MomentsFunctions& moments_functions(DType dtype) {
+  static const Chosen<MomentsFunctions> chosen{PYENS_VARIANTS(uncertainty, kMoments)};
+  return chosen[dtype];
+}
+
+// Numbers of the members that take as long as waking a thread.
+constexpr double kLogitsWorthAThread = 3e3, kNumbersWorthAThread = 16e3;
 
 }  // namespace
 
@@ -80,7 +52,7 @@ int64_t work_items(const UncertaintyParams& p) {
 
 int64_t grain_size(const UncertaintyParams& p) {
   const double total = static_cast<double>(p.ensemble_size * p.batch * p.classes);
-  return items_worth_a_thread(3e3, total, work_items(p));
+  return items_worth_a_thread(kLogitsWorthAThread, total, work_items(p));
 }
 
 size_t scratch_bytes(const UncertaintyParams& p) {
@@ -95,7 +67,7 @@ int64_t work_items(const MomentsParams& p) { return moments_functions(p.dtype).w
 
 int64_t grain_size(const MomentsParams& p) {
   const double total = static_cast<double>(p.ensemble_size * p.size);
-  return items_worth_a_thread(16e3, total, work_items(p));
+  return items_worth_a_thread(kNumbersWorthAThread, total, work_items(p));
 }
 
 size_t scratch_bytes(const MomentsParams& p) { return moments_functions(p.dtype).scratch_bytes(p); }

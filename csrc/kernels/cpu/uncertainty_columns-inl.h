@@ -2,7 +2,7 @@
 //
 // A group of N examples is transposed on its way in, so that maximum, sum and entropy over the
 // classes are vertical and any number of classes fills the lanes. Transposing costs some 7
-// operations per vector, blocks at the edge step back into what is done already.
+// operations per vector; blocks at the edge overlap the ones before them.
 
 namespace pyens::PYENS_ISA::uncertainty {
 
@@ -11,7 +11,7 @@ namespace pyens::PYENS_ISA::uncertainty {
 inline __attribute__((always_inline)) void load_quads(const float* rows, int64_t stride,
                                                       Wide<float> (&r)[4]) {
   using V = Wide<float>;
-#if PYENS_ISA_LEVEL >= 2
+#if PYENS_HAS(AVX512)
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const float* row = rows + i * stride;
@@ -31,7 +31,7 @@ inline __attribute__((always_inline)) void load_quads(const float* rows, int64_t
   r[2] = PYENS_SHUFFLE(b, d, PYENS_LANES(0, 1, 16, 17));
   r[3] = PYENS_SHUFFLE(b, d, PYENS_LANES(2, 3, 18, 19));
 #undef PYENS_LANES
-#elif PYENS_ISA_LEVEL == 1
+#elif PYENS_HAS(AVX2)
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const float* row = rows + i * stride;
@@ -138,7 +138,7 @@ Wide<Real> add_logits(Real* z, int64_t classes, Wide<Real> largest, Real* sums) 
 }
 
 // Adds the probabilities z to `sums`; returns their entropy. `bad` becomes `member` where they are
-// no distribution and no member before was bad; NaN is none of our business.
+// no distribution and no earlier member was bad. NaN is not reported: it reaches the results.
 template <class Real>
 Wide<Real> add_probabilities(const UncertaintyParams& p, const Real* z, int32_t member, Real* sums,
                              int32_t* bad) {

@@ -36,10 +36,10 @@ size_t moments_scratch_bytes(const MomentsParams& p) {
 
 template <class V>
 inline __attribute__((always_inline)) V square_root(V v) {
-#if PYENS_ISA_LEVEL >= 2
+#if PYENS_HAS(AVX512)
   if constexpr (std::is_same_v<V, Vec<float, 16>>)
     return (V)_mm512_maskz_sqrt_ps(0xffff, (__m512)v);
-#elif PYENS_ISA_LEVEL == 1
+#elif PYENS_HAS(AVX2)
   if constexpr (std::is_same_v<V, Vec<float, 8>>) return (V)_mm256_sqrt_ps((__m256)v);
 #endif
   for (int i = 0; i < lanes_of<V>(); ++i) v[i] = std::sqrt(v[i]);

@@ -9,12 +9,14 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
 #include "kernels/activations.h"
 #include "kernels/types.h"
+#include "kernels/activation_formulas-inl.h"
 
 namespace pyens {
 
@@ -172,7 +174,7 @@ template <class T>
 __device__ inline void multiply_tiles(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                       uint32_t b1, const T*) {
 #if defined(__CUDACC__)
-// volatile: the whole warp has to come here, so it must not be moved to where only some lanes want it.
+// volatile: the whole warp executes it, so it must not move into a branch that only some lanes take.
 #define PYENS_MMA(shape_and_types)                                                \
   asm volatile("mma.sync.aligned." shape_and_types                                \
                " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
@@ -198,65 +200,36 @@ __device__ inline R smallest_normal() {
   return sizeof(R) == 8 ? R(2.2250738585072014e-308) : R(1.17549435082228751e-38f);
 }
 
-__device__ inline double relu(double x) { return x < 0 ? 0 : x; }
-__device__ inline float relu(float x) {
-#if defined(__CUDACC__)
-  asm("max.NaN.f32 %0, %0, 0f00000000;"
-      : "+f"(x));  // one instruction, where `x < 0 ? 0 : x` is two
-  return x;
-#else
-  return x < 0 ? 0 : x;
-#endif
-}
-
-// The hidden activations, as in torch.nn with default arguments. NaN in, NaN out.
+// act(x), and its derivative there, given h = act(x) too.
 template <class R>
-__device__ inline R activate(ActivationKind activation, R x) {
-  switch (activation) {
-    case ActivationKind::relu: return relu(x);
-    case ActivationKind::gelu: return R(0.5) * x * erfc(x * R(-0.70710678118654752440));
-    case ActivationKind::silu: return x / (R(1) + exp(-x));
-    case ActivationKind::elu: return x > R(0) ? x : expm1(x);
-    case ActivationKind::softplus: return x > R(20) ? x : log1p(exp(x));
-    case ActivationKind::tanh: return tanh(x);
-    case ActivationKind::identity: return x;
+__device__ inline R activate(ActivationKind kind, R x) {
+  switch (kind) {
+#define PYENS_CASE(name, F) \
+  case ActivationKind::name: return F::value(x);
+    PYENS_ACTIVATIONS(PYENS_CASE)
+#undef PYENS_CASE
   }
   return x;
 }
-
-// Its derivative at x, given h = activate(activation, x) too.
 template <class R>
-__device__ inline R activation_slope(ActivationKind activation, R x, R h) {
-  switch (activation) {
-    case ActivationKind::relu: return x <= R(0) ? R(0) : R(1);
-    case ActivationKind::gelu: {
-      const R share = R(0.5) * erfc(x * R(-0.70710678118654752440));
-      return share + x * exp(R(-0.5) * x * x) * R(0.39894228040143267794);
-    }
-    case ActivationKind::silu: {
-      const R s = R(1) / (R(1) + exp(-x));
-      return s * (R(1) + x * (R(1) - s));
-    }
-    case ActivationKind::elu: return x > R(0) ? R(1) : exp(x);
-    case ActivationKind::softplus: return x > R(20) ? R(1) : R(1) / (R(1) + exp(-x));
-    case ActivationKind::tanh: return R(1) - h * h;
-    case ActivationKind::identity: return R(1);
+__device__ inline R activation_slope(ActivationKind kind, R x, R h) {
+  switch (kind) {
+#define PYENS_CASE(name, F) \
+  case ActivationKind::name: return F::slope(x, h);
+    PYENS_ACTIVATIONS(PYENS_CASE)
+#undef PYENS_CASE
   }
   return R(1);
 }
 
-// f(constant) with the activation as a type, std::integral_constant: one branch for many activations.
+// f(Formulas{}): one branch for many numbers.
 template <class F>
-__device__ inline void with_activation(ActivationKind activation, const F& f) {
-  using A = ActivationKind;
-  switch (activation) {
-    case A::relu: return f(std::integral_constant<A, A::relu>{});
-    case A::gelu: return f(std::integral_constant<A, A::gelu>{});
-    case A::silu: return f(std::integral_constant<A, A::silu>{});
-    case A::elu: return f(std::integral_constant<A, A::elu>{});
-    case A::softplus: return f(std::integral_constant<A, A::softplus>{});
-    case A::tanh: return f(std::integral_constant<A, A::tanh>{});
-    case A::identity: return;
+__device__ inline void with_activation(ActivationKind kind, const F& f) {
+  switch (kind) {
+#define PYENS_CASE(name, Formulas) \
+  case ActivationKind::name: return f(Formulas{});
+    PYENS_ACTIVATIONS(PYENS_CASE)
+#undef PYENS_CASE
   }
 }
 
@@ -295,9 +268,9 @@ const char* launch(void (*kernel)(Params...), dim3 grid, unsigned threads, size_
   static_assert((sizeof(Params) + ... + 0) <= kMaxArgumentBytes);
   static_assert((std::is_trivially_copyable_v<Params> && ...));
 #if defined(__CUDACC__)
-  // More than 48 KB has to be asked for: all there is, since the limit is the kernel's and not this
-  // launch's, and another thread may be about to launch it with more. Static shared memory, which
-  // would count too, no such kernel has.
+  // More than 48 KB has to be requested. The limit belongs to the kernel, not to the launch, and another
+  // thread may launch it with more, so request all there is. Static shared memory would count too; no such
+  // kernel has any.
   if (shared_bytes > 48 * 1024) {
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_limit()));

@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads)
   centre[p.models * p.components * p.labels] = static_cast<R>(mean - static_cast<double>(*centre));
 }
 
-// The mean over the components of what they are more than the first one.
+// The mean over the components of their difference from the first one.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     residue_kernel(const DecorrelationParams p, Real<T>* residues) {
@@ -293,10 +293,10 @@ const char* compute_residues(const DecorrelationParams& p, Real<T>* residues, vo
 }
 
 template <class T>
-const char* run_as(const DecorrelationParams& p, void* stream) {
+const char* run_as(const DecorrelationParams& p, void* scratch, void* stream) {
   using R = Real<T>;
   const Layout l(p);
-  R* partials = static_cast<R*>(p.partials);
+  R* partials = static_cast<R*>(scratch);
   R* residues = partials + partial_sums(p, l);
   if (const char* error = compute_residues<T>(p, residues, stream)) return error;
   if (p.kind == DecorrelationKind::covariance) {
@@ -321,10 +321,10 @@ const char* run_as(const DecorrelationParams& p, void* stream) {
 }
 
 template <class T>
-const char* run_backward_as(const DecorrelationParams& p, void* stream) {
+const char* run_backward_as(const DecorrelationParams& p, void* scratch, void* stream) {
   using R = Real<T>;
   const int64_t size = p.models * p.labels * p.components * p.components;
-  R* weights = static_cast<R*>(p.partials);
+  R* weights = static_cast<R*>(scratch);
   R* residues = weights + size;
   if (const char* error = compute_residues<T>(p, residues, stream)) return error;
   const char* error =
@@ -337,6 +337,10 @@ const char* run_backward_as(const DecorrelationParams& p, void* stream) {
                 static_cast<const R*>(residues));
 }
 
+size_t real_bytes(const DecorrelationParams& p, int64_t reals) {
+  return static_cast<size_t>(reals) * (p.dtype == DType::float64 ? 8 : 4);
+}
+
 const char* too_large(const DecorrelationParams& p) {
   if (p.models > kMaxModels) return "more than 65535 models";
   if (p.components > kMaxModels) return "more than 65535 components";
@@ -347,26 +351,27 @@ const char* too_large(const DecorrelationParams& p) {
 
 namespace decorrelation_cuda {
 
-int64_t forward_scratch(const DecorrelationParams& p) {
-  return partial_sums(p, Layout(p)) + residue_size(p);
+size_t scratch_bytes(const DecorrelationParams& p) {
+  return real_bytes(p, partial_sums(p, Layout(p)) + residue_size(p));
 }
 
-int64_t backward_scratch(const DecorrelationParams& p) {
-  return p.models * p.labels * p.components * p.components + residue_size(p);
+size_t backward_scratch_bytes(const DecorrelationParams& p) {
+  return real_bytes(p, p.models * p.labels * p.components * p.components + residue_size(p));
 }
 
-const char* run(const DecorrelationParams& p, void* stream) {
+const char* run(const DecorrelationParams& p, void* scratch, void* stream) {
   if (p.models == 0) return nullptr;
   if (const char* error = too_large(p)) return error;
-  return by_dtype(p.dtype,
-                  [&](auto* of) { return run_as<std::remove_pointer_t<decltype(of)>>(p, stream); });
+  return by_dtype(p.dtype, [&](auto* of) {
+    return run_as<std::remove_pointer_t<decltype(of)>>(p, scratch, stream);
+  });
 }
 
-const char* run_backward(const DecorrelationParams& p, void* stream) {
+const char* run_backward(const DecorrelationParams& p, void* scratch, void* stream) {
   if (p.models == 0 || p.batch == 0) return nullptr;
   if (const char* error = too_large(p)) return error;
   return by_dtype(p.dtype, [&](auto* of) {
-    return run_backward_as<std::remove_pointer_t<decltype(of)>>(p, stream);
+    return run_backward_as<std::remove_pointer_t<decltype(of)>>(p, scratch, stream);
   });
 }
 

@@ -5,13 +5,13 @@
 //   numeric       the gradient of the numeric columns, summed over the members where they share them
 //
 // Mapping: a thread per element of what is written; in the gather a row of the grid per table, so that
-// nobody has to search which table a column is of. Bound by memory: with 4-byte elements the gather
+// no thread has to search for the table of a column. Bound by memory: with 4-byte elements the gather
 // moves 8 E B T (index) + 8 E B I (rows in, features out) bytes, the sums read the gradient once and
 // write the rows that were used.
 //
 // A row's sum is one thread's per column, over its examples in ascending order: no atomics, the same
 // bits in every run. A row that many examples used is therefore slow: a chain of that many loads.
-// Tables are as many to a launch as its arguments can hold.
+// One launch takes as many tables as its arguments hold.
 
 #include <algorithm>
 #include <type_traits>
@@ -26,7 +26,7 @@ constexpr unsigned kThreads = 256;
 constexpr int64_t kMaxTables = 32;
 
 struct GatherArguments {
-  EmbeddingGather params;  // its pointer to the tables is the host's: see `tables`
+  EmbeddingGather params;  // without its pointer to the tables, which is the host's
   EmbeddingTable tables[kMaxTables];
   int64_t num_tables;
 };
@@ -101,6 +101,7 @@ const char* run(const EmbeddingGather& params, void* stream) {
   for (int64_t first = 0; first < params.num_tables; first += kMaxTables) {
     GatherArguments a{};
     a.params = params;
+    a.params.tables = nullptr;
     a.num_tables = std::min(kMaxTables, params.num_tables - first);
     std::copy(params.tables + first, params.tables + first + a.num_tables, a.tables);
     const bool last = first + a.num_tables == params.num_tables;

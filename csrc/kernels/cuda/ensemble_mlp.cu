@@ -39,7 +39,7 @@ struct Arguments {
 };
 static_assert(kLeavesRoom<Arguments>);
 
-// The member's weights, to be found in shared memory layer by layer, rows of bank_stride(in).
+// Copies the member's weights to shared memory, layer by layer, in rows of bank_stride(in).
 template <class T>
 __device__ void copy_weights(const Arguments& a, int64_t member, T* to) {
   for (int64_t l = 0; l < a.num_layers; ++l) {
@@ -92,7 +92,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) ensemble_mlp_kernel(const Arguments a) {
   using R = Real<T>;
   const MLPCall& p = a.call;
-  // What counts within a tile are 32-bit numbers: a division of 64 bits is a call.
+  // Within a tile, 32-bit numbers: a division of 64 bits is a call.
   const int64_t member = blockIdx.x / a.tiles, first = blockIdx.x % a.tiles * a.tile;
   const int examples = static_cast<int>(min(a.tile, p.batch - first));
   // [tile][row_reals], twice; then the weights.
@@ -198,7 +198,7 @@ bool plain_takes(const EnsembleMLPParams& params) {
   for (int64_t l = 0; l < params.num_layers; ++l) {
     const MLPLayer& layer = params.layers[l];
     weights += (layer.in + 1) * layer.out;
-    // An example has to fit, too: twice what a layer reads.
+    // One example has to fit too: two buffers of what a layer reads.
     if (weights * element > limit || 2 * bank_stride(layer.in) * real > limit) return false;
   }
   return true;
@@ -210,9 +210,9 @@ namespace ensemble_mlp_cuda {
 
 bool fits_one_launch(const EnsembleMLPParams& params, bool tf32) {
   if (ensemble_mlp_mma::takes(params, tf32) || ensemble_mlp_fma::takes(params)) return true;
-  // With few examples a launch is most of the time, and the library has one for each layer and more.
-  // With many it has faster kernels than the plain one, but gains little in float64, and strength would
-  // be another pass.
+  // With few examples launches take most of the time, and the library needs several per layer. With many
+  // the library is faster than the plain kernel, but not by much in float64, and strength would need
+  // another pass.
   const bool few = params.batch < kFewExamples;
   return plain_takes(params) &&
          (few || params.dtype == DType::float64 || params.strength.units > 0);

@@ -1,5 +1,5 @@
-// What the kernels of the ensemble MLP share; those among which ensemble_mlp.cu chooses, and how they share
-// out the examples.
+// What the kernels of the ensemble MLP share: those among which ensemble_mlp.cu chooses, and how blocks
+// divide the examples.
 #pragma once
 
 #include <algorithm>
@@ -21,13 +21,13 @@ constexpr bool kLeavesRoom = sizeof(Arguments) + kMaxLayers * kLayerRoom <= kMax
 // Inputs of a chain of multiply-adds, in float32 and float64; chains are added in order, as on the CPU.
 constexpr int kChain = 128;
 
-// Words of 32 bits fall into as many banks: rows of an odd length begin in different ones.
+// Shared memory has 32 banks of 32-bit words: rows of an odd length start in different banks.
 template <class Int>
 __host__ __device__ inline Int bank_stride(Int width) {
   return width | 1;
 }
 
-// Activation strength, value = (h - mean) * scale: scale = 1 / std, or 0 for both where std is as good as 0.
+// Activation strength, value = (h - mean) * scale: scale = 1 / std; both are 0 if std is below any normal number.
 template <class R>
 __device__ inline R strength_scale(R std) {
   return fabs(std) < smallest_normal<R>() ? R(0) : R(1) / std;
@@ -50,7 +50,7 @@ struct ApplyDropout {
   }
 };
 
-// Below, what is a lane's or a warp's in the kernels for batches has little to do.
+// With fewer examples, lanes and warps of the kernels for batches idle.
 constexpr int64_t kFewExamples = 64;
 
 // On tensor cores: 16-bit types, and float32 where TF32 is allowed.
@@ -70,15 +70,15 @@ struct Spans {
   int tiles, tiles_each, per_member;
   unsigned blocks;
 
-  // Some 8 rounds of as many blocks as fit at once, so that the last round costs little and weights
-  // are not laid down for few examples; no warp without a tile. nullptr, or why not.
+  // About 8 rounds of as many blocks as fit at once: the last round costs little then, and weights are
+  // not copied for few examples. Every warp has a tile. nullptr, or why it cannot be.
   const char* cut(const EnsembleMLPParams& params, int64_t tile_examples, int64_t warps,
                   int64_t blocks_per_multiprocessor) {
     const int64_t at_once =
         blocks_per_multiprocessor * device_attribute(cudaDevAttrMultiProcessorCount);
-    const int64_t wanted = ceil_div(8 * at_once, params.ensemble_size);
+    const int64_t rounds = ceil_div(8 * at_once, params.ensemble_size);
     const int64_t all = ceil_div(params.batch, tile_examples);
-    const int64_t each = ceil_div(all, std::min(wanted, ceil_div(all, warps)));
+    const int64_t each = ceil_div(all, std::min(rounds, ceil_div(all, warps)));
     const int64_t spans = ceil_div(all, each);
     if (all * tile_examples > INT32_MAX || params.ensemble_size * spans > INT32_MAX) {
       return "too many tiles for one launch";

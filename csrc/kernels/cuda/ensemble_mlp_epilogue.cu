@@ -13,8 +13,8 @@
 // is on its way while one is computed. Bound by memory: z is read once and h written once, 8 bytes an
 // element in float32, 6 in 16-bit types; strength adds an element and a byte.
 //
-// Flags as bits are a second launch, a thread for each byte, that reads h again: bytes do not begin where
-// layers or 16 bytes do.
+// Flags as bits take a second launch, a thread per byte, which reads h again: bytes start neither where
+// layers nor where 16-byte pieces do.
 //
 // Every element and every byte is one thread's: the same bits in every run.
 
@@ -60,7 +60,7 @@ __device__ inline Place place_of(const Arguments& a) {
           min(row + a.rows_per_block, a.epilogue.rows)};
 }
 
-// Neighbours that are read or written at once.
+// Neighbouring elements, read or written at once.
 template <class T, int kUnits>
 struct alignas(sizeof(T) * kUnits) Piece {
   T elements[kUnits];

@@ -66,7 +66,7 @@ struct alignas(4 * kExamples) Examples {
   float of[kExamples];
 };
 
-// What an input of a layer is multiplied by, and itself.
+// An input's activations and the weights that they are multiplied by.
 template <int kExamples>
 struct Operands {
   Examples<kExamples> own;
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) ensemble_mlp_fma_kernel(co
         for (int k = 0; k < layer.in; k += kChain) {
           float sum[kOutputs][kExamples] = {};
           const int stop = min(k + kChain, layer.in);
-          // The next input's while this one's multiply: there is one warp to a quarter of a multiprocessor.
+          // Load the next input's operands while this one's multiply: a scheduler has only one warp here.
           Operands<kExamples> next(x + k * 32, weights);
 #pragma unroll 4
           for (int j = k; j < stop; ++j) {
@@ -170,11 +170,11 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) ensemble_mlp_fma_kernel(co
           }
           continue;
         }
-        with_activation(layer.given.activation.kind, [&](auto constant) {
+        with_activation(layer.given.activation.kind, [&](auto formulas) {
 #pragma unroll
           for (int i = 0; i < kOutputs * kExamples; ++i) {
             float& t = total[i / kExamples][i % kExamples];
-            t = activate(decltype(constant)::value, t);
+            t = decltype(formulas)::value(t);
           }
         });
 #pragma unroll
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) ensemble_mlp_fma_kernel(co
 
 // --- launch --------------------------------------------------------------------------------------
 
-// How a block is made up; warps 0: not at all.
+// The shape of a block; warps 0: no room for one.
 struct Plan {
   int64_t floats = 0, widths[2] = {};
   int examples = 4, warps = 0;
@@ -209,7 +209,7 @@ struct Plan {
   int64_t shared_bytes() const { return floats * 4 + warps * bytes_per_warp(); }
 };
 
-// Fills `layers` in if it is given.
+// Also fills `layers`, if given.
 Plan plan_of(const EnsembleMLPParams& params, Layer* layers) {
   Plan plan;
   for (int64_t l = 0; l < params.num_layers; ++l) {

@@ -10,11 +10,6 @@
 namespace pyens {
 
 template <class R>
-__device__ inline R sigmoid(R z) {
-  return R(1) / (R(1) + exp(-z));
-}
-
-template <class R>
 __device__ R mse(R* z, int64_t n, const R* target, R factor) {
   R loss = 0;
   for (int64_t f = 0; f < n; ++f) {
@@ -31,7 +26,7 @@ __device__ R bce(R* z, int64_t n, const R* target, R factor) {
   for (int64_t f = 0; f < n; ++f) {
     const R x = z[f], y = target[f], positive = x < R(0) ? R(0) : x;
     loss += positive - x * y + log1p(exp(-fabs(x)));
-    z[f] = (sigmoid(x) - y) * factor;
+    z[f] = (Sigmoid::value(x) - y) * factor;
   }
   return loss;
 }
@@ -43,11 +38,11 @@ __device__ R gaussian_nll(R* z, int64_t n, const R* target, R factor) {
   R loss = 0;
   for (int64_t f = 0; f < terms; ++f) {
     const R raw = z[terms + f], error = z[f] - target[f];
-    const R variance = activate(ActivationKind::softplus, raw) + R(1e-6);
+    const R variance = Softplus::value(raw) + R(1e-6);
     const R precision = R(1) / variance, scaled = error * precision;
     loss += R(0.5) * (log(variance) + error * scaled);
     z[f] = scaled * factor;
-    const R slope = activation_slope(ActivationKind::softplus, raw, R(0));
+    const R slope = Softplus::slope(raw, R(0));
     z[terms + f] = R(0.5) * precision * (R(1) - error * scaled) * slope * factor;
   }
   return loss;

@@ -29,7 +29,7 @@ namespace {
 
 constexpr int kOutputs = 16;  // of a step: two products side by side
 
-// A product is so deep, in elements, and reads so much of what a step has left.
+// The depth of a product, in elements; how many products read the outputs of one step.
 template <class T>
 constexpr int kDepth = 8 * kWordElements<T>;
 template <class T>
@@ -154,7 +154,7 @@ __device__ void begin_with_bias(const float* bias, Sums (&sums)[kTiles]) {
   }
 }
 
-// both: not when the second product would be of padding alone.
+// both: false if the second product would be of padding alone.
 template <class T, int kTiles>
 __device__ void add_products(const uint4& weights, const uint32_t (&x)[kTiles][4], bool both,
                              Sums (&sums)[kTiles]) {
@@ -182,10 +182,10 @@ __device__ void activate_step(const Arguments& a, const Laid& laid, const Layer&
     }
   };
   if constexpr (kPlain) {
-    each([](float x, int) { return activate(ActivationKind::relu, x); });
+    each([](float x, int) { return Relu::value(x); });
   } else {
-    with_activation(layer.given.activation.kind, [&](auto constant) {
-      each([](float x, int) { return activate(decltype(constant)::value, x); });
+    with_activation(layer.given.activation.kind, [&](auto formulas) {
+      each([](float x, int) { return decltype(formulas)::value(x); });
     });
   }
   if (kPlain || a.call.dropout.p == 0) return;
@@ -231,7 +231,7 @@ __device__ void write_step(const Arguments& a, int out, T* output, int step, int
   }
 }
 
-// One of an array in registers by a number that only a loop knows: a register has no address.
+// sums[step] for a `step` known at run time only: registers have no addresses, so all are compared.
 template <int kSteps, int kTiles>
 __device__ void choose(int step, const Sums (&sums)[kSteps][kTiles], Sums (&chosen)[kTiles]) {
 #pragma unroll
@@ -361,7 +361,7 @@ struct Plan {
   int64_t shared_bytes() const { return words * 16 + biases * 4 + keys * 8; }
 };
 
-// Fills `layers` in if it is given.
+// Also fills `layers`, if given.
 template <class T>
 Plan plan_of(const EnsembleMLPParams& params, Layer* layers) {
   Plan plan;
@@ -422,7 +422,7 @@ const char* run_as(const EnsembleMLPParams& params, void* stream) {
   return launch(params, plan, a, stream);
 }
 
-// f of the type whose products these are; otherwise, what there is none for.
+// f(type of the tensor-core products), or `otherwise` for a dtype without them.
 template <class R, class F>
 R by_type(DType dtype, bool tf32, R otherwise, const F& f) {
   switch (dtype) {

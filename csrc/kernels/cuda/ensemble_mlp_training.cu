@@ -108,7 +108,7 @@ Arguments make_arguments(const EnsembleMLPTraining& t, void* scratch) {
   a.tile = std::min(kTile, kSharedBytes / (a.example_reals * real));
   if (a.tile == 0) return a;  // training_fits_one_launch says no
   a.tiles = ceil_div(p.batch, a.tile);
-  // By all parameters, asked for or not: what else is asked for changes no bit.
+  // Counts all parameters, so that the set of gradients asked for changes no bit.
   const int64_t most =
       std::max<int64_t>(1, std::min(kMaxSpans, kSpanElements / count_parameters(p)));
   a.tiles_per_span = std::max<int64_t>(1, ceil_div(a.tiles, most));
@@ -128,7 +128,7 @@ Arguments make_arguments(const EnsembleMLPTraining& t, void* scratch) {
   return a;
 }
 
-// Terms that the loss of an example is the mean of.
+// Number of terms that an example's loss averages.
 __device__ inline int64_t loss_terms(const MLPTrainingCall& t, int64_t outputs) {
   if (t.loss == Loss::none || t.loss == Loss::cross_entropy) return 1;
   return t.loss == Loss::gaussian_nll ? outputs / 2 : outputs;
@@ -161,8 +161,8 @@ __global__ void __launch_bounds__(kThreads) weight_sums_kernel(const Arguments a
 
 constexpr int kSide = 4;
 
-// Which of a side's `size` things the neighbours of a block have: every groups-th, so that neighbouring
-// threads have neighbours. Past the end it is the last one again, whose sum is then not stored.
+// One side of the blocks of sums: block `group` has elements group, group + groups, ..., so neighbouring
+// threads have neighbouring elements. Past the end the last one repeats, and its sum is not stored.
 struct Side {
   int size, groups;
 
@@ -282,7 +282,7 @@ struct Tile {
         if (!of_examples.has(bs, i) || !of_outputs.has(os, j)) return;
         to[of_examples.at(bs, i) * out_row + of_outputs.at(os, j)] = sum;
       });
-      // Now read back one by one: the code that follows is long, and there are 16.
+      // Read back one by one: the code that follows is long, and unrolled it would stand 16 times.
       if (l + 1 == a.num_layers) return;
 #pragma unroll 1
       for (int i = 0; i < kSide * kSide; ++i) {
@@ -422,7 +422,7 @@ struct Tile {
   }
 };
 
-// Blocks of a multiprocessor: by registers that hold everything.
+// As many blocks to a multiprocessor as leave enough registers to spill nothing.
 template <class T>
 __global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 2)
     training_kernel(const Arguments a) {
@@ -432,7 +432,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 2)
   const int64_t span = blockIdx.x, member = blockIdx.y, last = a.num_layers - 1;
   const double terms = static_cast<double>(loss_terms(t, a.layers[last].out)) *
                        (t.loss == Loss::none ? 1 : a.weight_sums[member]);
-  // Without any weight there is no loss. NaN stays.
+  // If all weights are 0 the loss is 0. NaN stays.
   R scale = terms == 0 ? R(0) : static_cast<R>(1 / terms);
   if (t.member_scale) scale *= static_cast<const R*>(t.member_scale)[member];
   R* sums =

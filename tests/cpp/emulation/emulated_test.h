@@ -166,4 +166,24 @@ void run_all_orders(const std::string& what, const std::vector<T>& expected, dou
   check_close(what, first, expected, tolerance);
 }
 
+template <class Word>
+std::vector<Word> random_words(Random& random, int64_t n) {
+  std::vector<Word> words(static_cast<size_t>(n));
+  for (Word& word : words) word = static_cast<Word>(random() | 1);
+  return words;
+}
+
+// launch(output) under several orders, against `expected`, bit by bit.
+template <class T, class Launch>
+void expect_bits(const std::string& what, const std::vector<T>& expected, const Launch& launch) {
+  ++problems;
+  for (const uint64_t seed : {1, 2, 3}) {
+    emulation::set_seed(seed);
+    Global<T> output(expected.size(), "output");
+    const char* error = launch(output.data());
+    if (error) return check(false, what + ": " + error);
+    check(same_bits(output.host(), expected), what + ": other bits than on the CPU");
+  }
+}
+
 }  // namespace emulated_test

@@ -1,9 +1,5 @@
 // Activation strength out of the CUDA kernel of the ensemble MLP, run on the host, against the CPU's.
 
-#include "kernels/cuda/ensemble_mlp.cu"
-#include "kernels/cuda/ensemble_mlp_fma.cu"
-#include "kernels/cuda/ensemble_mlp_mma.cu"
-
 #include "strength_model.h"
 
 namespace {

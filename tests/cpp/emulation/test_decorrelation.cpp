@@ -73,14 +73,12 @@ void test(int64_t models, int64_t components, int64_t batch, int64_t labels, Dec
     p.grad_outputs = gpu_gradient.data();
     const char* error;
     {
-      Global<R> scratch(static_cast<size_t>(gpu::forward_scratch(p)), "scratch");
-      p.partials = scratch.data();
-      error = gpu::run(p, nullptr);
+      Global<char> scratch(gpu::scratch_bytes(p), "scratch");
+      error = gpu::run(p, scratch.data(), nullptr);
     }
     if (error == nullptr) {
-      Global<R> scratch(static_cast<size_t>(gpu::backward_scratch(p)), "scratch");
-      p.partials = scratch.data();
-      error = gpu::run_backward(p, nullptr);
+      Global<char> scratch(gpu::backward_scratch_bytes(p), "scratch");
+      error = gpu::run_backward(p, scratch.data(), nullptr);
     }
     if (error) return check(false, what + ": " + error);
     if (seed == 1) {

@@ -110,7 +110,7 @@ struct Problem {
     };
     expect_bits("gather", expected, before.data(), launch);
     if (!shared || batch == 0) return;
-    // An index that there is not: NaN in its columns of its example, and nowhere else.
+    // An index out of range: NaN in its columns of its example, and nowhere else.
     for (const int64_t wrong : {int64_t{-1}, rows[0]}) {
       std::vector<int64_t> values = index->cpu;
       values[static_cast<size_t>((batch - 1) * tables())] = wrong;

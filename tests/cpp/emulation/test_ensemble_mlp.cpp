@@ -1,10 +1,7 @@
 // The CUDA kernels of the ensemble MLP, run on the host, against the CPU's.
 
-#include "kernels/cuda/ensemble_mlp.cu"
-#include "kernels/cuda/ensemble_mlp_fma.cu"
-#include "kernels/cuda/ensemble_mlp_mma.cu"
-
 #include "emulated_test.h"
+#include "kernels/ensemble_mlp.h"
 
 namespace {
 

@@ -25,7 +25,7 @@ struct Case {
   bool shared_input, shared_target, with_bias;
   int weighted;  // 0 no, 1 one weight per example, 2 one per member and example
   double dropout;
-  unsigned wanted = 7;  // bit 0 the input's gradient, 1 the weights', 2 the biases'
+  unsigned needs_grad = 7;  // bit 0 the input's gradient, 1 the weights', 2 the biases'
 };
 
 template <class T>
@@ -150,7 +150,7 @@ struct Problem {
     return static_cast<size_t>((c.shared_input ? 1 : c.members) * c.batch * c.widths[0]);
   }
 
-  // The loss, then the gradients of input, weights and biases: those that are wanted.
+  // The loss, then the gradients of input, weights and biases: those that are needed.
   using Results = std::vector<std::vector<R>>;
 
   Results run_cpu() const {
@@ -186,11 +186,11 @@ struct Problem {
     for (size_t l = 0; l < weights.size(); ++l) {
       of_weights.push_back(std::make_unique<Global<R>>(weights[l]->cpu.size(), "grad of weight"));
       of_biases.push_back(std::make_unique<Global<R>>(biases[l]->cpu.size(), "grad of bias"));
-      if (c.wanted & 2) p.gradients[l].weight = of_weights[l]->data();
-      if (c.with_bias && (c.wanted & 4)) p.gradients[l].bias = of_biases[l]->data();
+      if (c.needs_grad & 2) p.gradients[l].weight = of_weights[l]->data();
+      if (c.with_bias && (c.needs_grad & 4)) p.gradients[l].bias = of_biases[l]->data();
     }
     if (c.loss != Loss::none) t.loss_output = loss.data();
-    if (c.wanted & 1) t.grad_input = grad_input.data();
+    if (c.needs_grad & 1) t.grad_input = grad_input.data();
     check(gpu::training_fits_one_launch(t.forward), what + ": can be trained");
     Global<char> scratch(gpu::scratch_bytes(t), "scratch");
     const char* error = gpu::train(t, scratch.data(), nullptr);
@@ -201,10 +201,10 @@ struct Problem {
     return r;
   }
 
-  bool is_wanted(size_t i) const {
+  bool needs_grad(size_t i) const {
     if (i == 0) return c.loss != Loss::none;
-    if (i == 1) return c.wanted & 1;
-    return i < 2 + weights.size() ? (c.wanted & 2) != 0 : c.with_bias && (c.wanted & 4);
+    if (i == 1) return c.needs_grad & 1;
+    return i < 2 + weights.size() ? (c.needs_grad & 2) != 0 : c.with_bias && (c.needs_grad & 4);
   }
 };
 
@@ -223,13 +223,13 @@ void test(const Case& c) {
     const auto got = problem.run_gpu(what);
     if (seed == 1) first = got;
     for (size_t i = 0; i < got.size(); ++i) {
-      if (problem.is_wanted(i))
+      if (problem.needs_grad(i))
         check(same_bits(first[i], got[i]), what + ": other bits in another order");
     }
   }
   const double tolerance = std::is_same_v<T, double> ? 1e-12 : 3e-5;
   for (size_t i = 0; i < first.size(); ++i) {
-    if (!problem.is_wanted(i)) continue;
+    if (!problem.needs_grad(i)) continue;
     const double error = worst(first[i], expected[i]);
     check(error <= tolerance,
           what + ": result " + std::to_string(i) + " differs by " + std::to_string(error));
@@ -270,7 +270,7 @@ int main() {
       for (const Loss loss : losses) {
         Case c{1 + i % 3,  batch,      widths,     loss,      kActivationKinds[i % kActivations],
                i % 2 == 0, i % 3 == 0, i % 4 != 1, i / 2 % 3, i % 3 == 1 ? 0.25 : 0.0};
-        if (i % 5 == 4) c.wanted = static_cast<unsigned>(i / 5 % 8);
+        if (i % 5 == 4) c.needs_grad = static_cast<unsigned>(i / 5 % 8);
         test<double>(c);
         if (i % 2 == 0) test<float>(c);
         ++i;

@@ -1,48 +1,24 @@
-// Masks over channels, on the GPU.
+// Weights restricted to masks, on the GPU.
 //
-//   mask_channels            out[r, c, :] = input[r, c, :] where masks[mask of r, c], else 0
-//   masked_weights           out[n, r, c] = weight[row_index[n, r], column_index[n, c]], 0 where padded
-//   masked_weights_backward  its transpose
+//   run            out[n, r, c] = weight[row_index[n, r], column_index[n, c]], 0 where padded
+//   run_backward   its transpose
 //
-// Mapping: a thread per element of what is written, neighbours in memory. Bound by memory:
-// mask_channels reads what is kept and writes everything once, the gather reads and writes each kept
-// weight once. The transpose gives a block to each row of the matrix: it looks for that row among the
-// kept ones of each mask in order (kept_rows indices, all of them in L2) and adds what it finds to
-// the row, which no other block writes. So masks are added in order, as on the CPU, without atomics.
+// Mapping: a thread per element of what is written, neighbours in memory. Bound by memory: the gather reads
+// and writes each kept weight once. The transpose gives a block to each row of the matrix: it looks for that
+// row among the kept ones of each mask in order (kept_rows indices, all of them in L2) and adds what it finds
+// to the row, which no other block writes. So masks are added in order, as on the CPU, without atomics.
 //
 // An index that is out of range makes NaN of what it would have chosen; nothing is read for it.
 
 #include <type_traits>
 
 #include "kernels/cuda/common.cuh"
-#include "kernels/masksembles.h"
+#include "kernels/masked_weights.h"
 
 namespace pyens {
 namespace {
 
 constexpr unsigned kThreads = 256;
-
-// The first groups are one longer, as torch.tensor_split makes them.
-__device__ inline int64_t group_of(int64_t row, int64_t rows, int64_t groups) {
-  const int64_t size = rows / groups, longer = rows % groups;
-  const int64_t in_longer = longer * (size + 1);
-  return row < in_longer ? row / (size + 1) : longer + (row - in_longer) / size;
-}
-
-template <class Word>
-__global__ void __launch_bounds__(kThreads) mask_channels_kernel(const MaskChannelsParams p) {
-  const int64_t size = p.rows * p.channels * p.inner;
-  for (int64_t i = first_item(); i < size; i += all_threads()) {
-    const int64_t channel = i / p.inner % p.channels, row = i / p.inner / p.channels;
-    const int64_t mask = p.index ? p.index[row] : group_of(row, p.rows, p.num_masks);
-    Word* out = static_cast<Word*>(p.output) + i;
-    if (mask < 0 || mask >= p.num_masks) {
-      *out = nan_word<Word>();
-    } else {
-      *out = p.masks[mask * p.channels + channel] ? static_cast<const Word*>(p.input)[i] : Word{0};
-    }
-  }
-}
 
 template <class Word>
 __global__ void __launch_bounds__(kThreads)
@@ -95,18 +71,10 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-namespace masksembles_cuda {
+namespace masked_weights_cuda {
 
-const char* mask_channels(const MaskChannelsParams& p, void* stream) {
-  const unsigned blocks = striding_blocks(p.rows * p.channels * p.inner, kThreads);
-  return by_bytes(p.element_bytes, [&](auto* word) {
-    using Word = std::remove_pointer_t<decltype(word)>;
-    return launch(mask_channels_kernel<Word>, blocks, kThreads, 0, stream, p);
-  });
-}
-
-const char* masked_weights(const MaskedWeightsParams& p, size_t element_bytes, const void* weight,
-                           void* output, void* stream) {
+const char* run(const MaskedWeightsParams& p, size_t element_bytes, const void* weight,
+                void* output, void* stream) {
   const unsigned blocks = striding_blocks(p.num_masks * p.kept_rows * p.kept_columns, kThreads);
   if (blocks == 0) return nullptr;
   return by_bytes(element_bytes, [&](auto* word) {
@@ -116,8 +84,8 @@ const char* masked_weights(const MaskedWeightsParams& p, size_t element_bytes, c
   });
 }
 
-const char* masked_weights_backward(const MaskedWeightsParams& p, bool wide, const void* gathered,
-                                    void* weight, void* stream) {
+const char* run_backward(const MaskedWeightsParams& p, DType dtype, const void* gathered,
+                         void* weight, void* stream) {
   if (p.rows == 0 || p.columns == 0) return nullptr;
   if (p.rows > INT32_MAX) return "too many rows for one launch";
   const auto go = [&](auto* real) {
@@ -125,8 +93,9 @@ const char* masked_weights_backward(const MaskedWeightsParams& p, bool wide, con
     return launch(masked_weights_backward_kernel<R>, static_cast<unsigned>(p.rows), kThreads, 0,
                   stream, p, static_cast<const R*>(gathered), static_cast<R*>(weight));
   };
-  return wide ? go(static_cast<double*>(nullptr)) : go(static_cast<float*>(nullptr));
+  return dtype == DType::float64 ? go(static_cast<double*>(nullptr))
+                                 : go(static_cast<float*>(nullptr));
 }
 
-}  // namespace masksembles_cuda
+}  // namespace masked_weights_cuda
 }  // namespace pyens

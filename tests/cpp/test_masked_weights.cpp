@@ -1,20 +1,17 @@
-// The Masksembles kernels against plain loops, on buffers that end where the sanitizers watch.
+// masked_weights and its transpose against plain loops, on buffers that end where the sanitizers watch.
 
-#include "kernels/masksembles.h"
+#include "kernels/masked_weights.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstdint>
 #include <cstdio>
-#include <cstring>
 #include <limits>
-#include <memory>
-#include <random>
 #include <vector>
+
+#include "masks.h"
 
 namespace {
 
-namespace cpu = pyens::masksembles_cpu;
+namespace cpu = pyens::masked_weights_cpu;
 
 int failures = 0, problems = 0;
 
@@ -24,88 +21,6 @@ void check(bool condition, const char* what, int64_t a, int64_t b, int64_t c) {
   std::printf("FAILED: %s (%lld, %lld, %lld)\n", what, static_cast<long long>(a),
               static_cast<long long>(b), static_cast<long long>(c));
 }
-
-// std::vector<bool> is packed; the kernels want bytes.
-struct Masks {
-  int64_t num_masks, channels;
-  std::unique_ptr<bool[]> kept;
-
-  // Of all sizes, the middle one empty and the first full.
-  Masks(int64_t n, int64_t c, std::mt19937_64& random)
-      : num_masks(n), channels(c), kept(new bool[static_cast<size_t>(n * c)]) {
-    for (int64_t i = 0; i < n * c; ++i) {
-      const int64_t mask = i / c;
-      kept[static_cast<size_t>(i)] = mask == 0 || (mask != n / 2 && random() % 3 > 0);
-    }
-  }
-  bool operator()(int64_t mask, int64_t channel) const {
-    return kept[static_cast<size_t>(mask * channels + channel)];
-  }
-};
-
-// --- mask_channels -------------------------------------------------------------------------------
-
-template <class Word>
-void test_mask_channels(int64_t rows, int64_t channels, int64_t inner, int64_t num_masks) {
-  ++problems;
-  std::mt19937_64 random(static_cast<uint64_t>(rows * 1000 + channels * 10 + inner));
-  const Masks masks(num_masks, channels, random);
-  const auto size = static_cast<size_t>(rows * channels * inner);
-  // All bits set are a NaN: what is masked must not be multiplied.
-  std::vector<Word> input(size, static_cast<Word>(~Word{0}));
-  for (size_t i = 0; i < size; i += 2) input[i] = static_cast<Word>(random() | 1);
-
-  std::vector<int64_t> groups, drawn;  // the mask of each row
-  for (int64_t mask = 0; mask < num_masks; ++mask) {
-    const int64_t length = rows / num_masks + (mask < rows % num_masks);
-    for (int64_t i = 0; i < length; ++i) groups.push_back(mask);
-  }
-  for (int64_t row = 0; row < rows; ++row) {
-    drawn.push_back(static_cast<int64_t>(random() % static_cast<uint64_t>(num_masks)));
-  }
-  for (const bool indexed : {false, true}) {
-    const std::vector<int64_t>& mask_of = indexed ? drawn : groups;
-    pyens::MaskChannelsParams params{};
-    params.rows = rows;
-    params.channels = channels;
-    params.inner = inner;
-    params.element_bytes = sizeof(Word);
-    params.input = input.data();
-    params.masks = masks.kept.get();
-    params.num_masks = num_masks;
-    params.index = indexed ? drawn.data() : nullptr;
-    for (const int64_t step : {int64_t{1}, int64_t{3}, rows}) {
-      std::vector<Word> output(size, Word{7});
-      params.output = output.data();
-      for (int64_t begin = 0; begin < rows; begin += step) {
-        cpu::mask_channels(params, begin, std::min(rows, begin + step));
-      }
-      bool same = true;
-      size_t i = 0;
-      for (int64_t row = 0; row < rows; ++row) {
-        for (int64_t c = 0; c < channels; ++c) {
-          const bool kept = masks(mask_of[static_cast<size_t>(row)], c);
-          for (int64_t k = 0; k < inner; ++k, ++i) same &= output[i] == (kept ? input[i] : Word{0});
-        }
-      }
-      check(same, "mask_channels", rows, channels, inner);
-    }
-  }
-}
-
-template <class Word>
-void test_all_mask_channels() {
-  for (const int64_t channels : {1, 2, 31, 33, 130}) {
-    for (const int64_t inner : {1, 2, 33, 1024}) {
-      for (const int64_t rows : {1, 4, 7}) {
-        test_mask_channels<Word>(rows, channels, inner, 1 + (rows + channels) % 4);
-      }
-    }
-  }
-  test_mask_channels<Word>(2, 3, 1, 5);  // groups without a row
-}
-
-// --- masked_weights ------------------------------------------------------------------------------
 
 // The kept ones of each mask, ascending, padded with -1 to `width`.
 std::vector<int64_t> plan(const Masks& masks, int64_t& width) {
@@ -184,8 +99,8 @@ struct Problem {
     for (const int64_t step : {int64_t{1}, int64_t{5}, items}) {
       std::vector<Word> output(static_cast<size_t>(items * params.kept_columns), Word{7});
       for (int64_t begin = 0; begin < items; begin += step) {
-        cpu::masked_weights(params, sizeof(Word), weight.data(), output.data(), begin,
-                            std::min(items, begin + step));
+        cpu::run(params, sizeof(Word), weight.data(), output.data(), begin,
+                 std::min(items, begin + step));
       }
       bool same = true;
       for_each([&](size_t i, int64_t at) {
@@ -210,10 +125,11 @@ struct Problem {
       if (at >= 0) expected[static_cast<size_t>(at)] += gathered[i];
     });
     for (const int64_t step : {int64_t{1}, int64_t{5}, rows}) {
+      const auto dtype = sizeof(Real) == 8 ? pyens::DType::float64 : pyens::DType::float32;
       std::vector<Real> weight(expected.size(), std::numeric_limits<Real>::quiet_NaN());
       for (int64_t begin = 0; begin < rows; begin += step) {
-        cpu::masked_weights_backward(params, sizeof(Real) == 8, gathered.data(), weight.data(),
-                                     begin, std::min(rows, begin + step));
+        cpu::run_backward(params, dtype, gathered.data(), weight.data(), begin,
+                          std::min(rows, begin + step));
       }
       check(weight == expected, "masked_weights_backward", params.num_masks, rows, columns);
     }
@@ -240,9 +156,6 @@ void test_all_masked_weights() {
 }  // namespace
 
 int main() {
-  test_all_mask_channels<uint16_t>();
-  test_all_mask_channels<uint32_t>();
-  test_all_mask_channels<uint64_t>();
   test_all_masked_weights();
   if (failures == 0) std::printf("ok: %d problems\n", problems);
   return failures != 0;

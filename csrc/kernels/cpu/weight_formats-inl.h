@@ -1,0 +1,147 @@
+// How the weights of one format are read and multiplied: a policy each, which the kernels of the ensemble
+// MLP take as their template parameter A.
+//
+//   Elem, Real       storage; arithmetic
+//   kPerUnit         inputs to a "unit", what one multiply-add reads of a row: one Real, or with bfloat16
+//                    dot products a pair of bfloat16 in the 32 bits of a float
+//   kDirect          rows are read where they lie
+//   product          a * b + c of units
+//   load_units       a narrow vector of units of a row, zeros behind its end
+//   weight_block     rows x units of a layer: a pointer and its row stride
+//   hidden_panels, hidden_rows
+//                    what a layer has left, as the units that the next one reads: panels of a tile, or
+//                    rows of round_up(units, N) of a small batch
+
+namespace pyens::PYENS_ISA::ensemble_mlp {
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+template <class A>
+constexpr int64_t units(int64_t features) {
+  return (features + A::kPerUnit - 1) / A::kPerUnit;
+}
+template <class A>
+constexpr int64_t kBlockUnits = kBlock / A::kPerUnit;
+
+template <class A>
+const typename A::Elem* weight_row(const MLPLayer& layer, int64_t member, int64_t row) {
+  return static_cast<const typename A::Elem*>(layer.weight.data) +
+         member * layer.weight.member_stride + row * layer.weight.row_stride;
+}
+
+// A block as a copy in scratch, rows of kBlockUnits.
+template <class A>
+const typename A::Real* converted_block(const MLPLayer& layer, int64_t member, int64_t row,
+                                        int64_t rows, int64_t k, int64_t k_count,
+                                        typename A::Real* scratch, int64_t* stride) {
+  constexpr int N = kNarrowLanes<typename A::Real>;
+  *stride = kBlockUnits<A>;
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto* source = weight_row<A>(layer, member, row + r);
+    for (int64_t u = 0; u < k_count; u += N) {
+      store(scratch + r * *stride + u, A::load_units(source, k + u, layer.in));
+    }
+  }
+  return scratch;
+}
+
+// The rows that a layer of a small batch reads.
+template <class Real>
+struct HiddenRows {
+  const Real* x;
+  int64_t stride;
+};
+
+// One element to a unit.
+template <class E, class R>
+struct Plain {
+  using Elem = E;
+  using Real = R;
+  static constexpr int kPerUnit = 1;
+  static constexpr bool kDirect = std::is_same_v<E, R>;
+  template <class V>
+  static inline __attribute__((always_inline)) V product(V a, V b, V c) {
+    return madd(a, b, c);
+  }
+  static inline Narrow<Real> load_units(const Elem* row, int64_t unit, int64_t in) {
+    return load_first<Real>(row + unit, in - unit);
+  }
+  static const Real* weight_block(const MLPLayer& layer, int64_t member, int64_t row, int64_t rows,
+                                  int64_t k, int64_t k_count, Real* scratch, int64_t* stride) {
+    if constexpr (kDirect) {
+      *stride = layer.weight.row_stride;
+      return weight_row<Plain>(layer, member, row) + k;
+    } else {
+      return converted_block<Plain>(layer, member, row, rows, k, k_count, scratch, stride);
+    }
+  }
+  static const Real* hidden_panels(const Real* z, int64_t /*panels*/, int64_t /*features*/,
+                                   Real* /*scratch*/) {
+    return z;
+  }
+  static HiddenRows<Real> hidden_rows(const Real* z, int64_t /*rows*/, int64_t features,
+                                      Real* /*scratch*/) {
+    return {z, round_up(features, kNarrowLanes<Real>)};
+  }
+};
+
+#if PYENS_HAS(AVX512_BF16)
+// Two bfloat16 to a unit. Hidden activations are rounded to bfloat16 between layers.
+struct Bfloat16Pairs {
+  using Elem = BFloat16;
+  using Real = float;
+  static constexpr int kPerUnit = 2;
+  static constexpr bool kDirect = false;  // an odd row ends in half a unit
+  template <class V>
+  static inline __attribute__((always_inline)) V product(V a, V b, V c) {
+    return madd_pairs(a, b, c);
+  }
+  static inline Narrow<float> load_units(const Elem* row, int64_t unit, int64_t in) {
+    Narrow<float> v{};
+    const int64_t left = in - 2 * unit;
+    if (left >= 16) return load<Narrow<float>>(row + 2 * unit);
+    std::memcpy(&v, row + 2 * unit, static_cast<size_t>(left) * sizeof(Elem));
+    return v;
+  }
+  static const float* weight_block(const MLPLayer& layer, int64_t member, int64_t row, int64_t rows,
+                                   int64_t k, int64_t k_count, float* scratch, int64_t* stride) {
+    return converted_block<Bfloat16Pairs>(layer, member, row, rows, k, k_count, scratch, stride);
+  }
+  // Rows 2u and 2u+1 of a panel become unit u.
+  static const float* hidden_panels(const float* z, int64_t panels, int64_t features,
+                                    float* pairs) {
+    using V = Wide<float>;
+    constexpr int64_t P = kPanelOf<float>;
+    const int64_t unit_count = units<Bfloat16Pairs>(features);
+    for (int64_t p = 0; p < panels; ++p) {
+      for (int64_t u = 0; u < unit_count; ++u) {
+        const float* low = z + (p * features + 2 * u) * P;
+        for (int64_t i = 0; i < P; i += lanes_of<V>()) {
+          const V high = 2 * u + 1 < features ? load<V>(low + P + i) : V{};
+          const auto pair =
+              (round_bfloat16(load<V>(low + i)) >> 16) | (round_bfloat16(high) & 0xffff0000u);
+          store(pairs + (p * unit_count + u) * P + i, pair);
+        }
+      }
+    }
+    return pairs;
+  }
+  static HiddenRows<float> hidden_rows(const float* z, int64_t rows, int64_t features,
+                                       float* pairs) {
+    constexpr int N = kNarrowLanes<float>;
+    const int64_t padded = round_up(features, N);
+    const int64_t stride = round_up(units<Bfloat16Pairs>(features), N);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* row = pairs + r * stride;
+      std::fill(row, row + stride, 0.0f);  // an odd row ends in half a unit
+      for (int64_t o = 0; o < features; o += N) {
+        store_first<float>(reinterpret_cast<BFloat16*>(row) + o,
+                           load<Narrow<float>>(z + r * padded + o), features - o);
+      }
+    }
+    return {pairs, stride};
+  }
+};
+#endif
+
+}  // namespace pyens::PYENS_ISA::ensemble_mlp
