@@ -50,7 +50,8 @@ def test_as_a_command():
 
 
 def test_every_public_operation_is_checked():
-    assert set(ops.__all__) <= set(main.CHECKS)
+    operations = {name for name in ops.__all__ if name.islower()}  # the rest are types
+    assert len(operations) >= 10 and operations <= set(main.CHECKS)
 
 
 def only(monkeypatch, *names: str) -> None:
