@@ -1,5 +1,6 @@
 """`python -m pyens`: prints the build, and finds a wrong kernel."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -50,7 +51,8 @@ def test_as_a_command():
 
 
 def test_every_public_operation_is_checked():
-    assert set(ops.__all__) <= set(main.CHECKS)
+    operations = {name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))}
+    assert len(operations) >= 10 and operations <= set(main.CHECKS)
 
 
 def only(monkeypatch, *names: str) -> None:
