@@ -4,7 +4,7 @@
     outputs = model(x)          # [B, 32] -> [100, B, 1], one fused kernel
 
 `pyens.ops` are the operations, `pyens.reference` the same in plain PyTorch, `pyens.nn` the modules,
-`pyens.metrics` what ensembles are judged by, `pyens.select` what is done about their uncertainty,
+`pyens.metrics` what ensembles are judged by, `pyens.decisions` what is done about their uncertainty,
 `pyens.losses` what keeps their members apart, `pyens.masks` draws the masks of Masksembles, `pyens.training`
 runs whole trainings, `pyens.data` reads data sets, `pyens.variation` reads the members' disagreement off the
 hidden units of one model.
