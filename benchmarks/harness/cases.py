@@ -101,14 +101,14 @@ def agrees_with(
     `expected` is computed in float64. `adapt` brings a peer's own layout to the expected one, untimed. With
     `rms` the root mean square of the errors may be up to that, and no single error counts.
     """
-    wanted = [expected] if isinstance(expected, torch.Tensor) else list(expected)
+    references = [expected] if isinstance(expected, torch.Tensor) else list(expected)
 
     def check(output: Any) -> None:
         output = adapt(output)
         got = [output] if isinstance(output, torch.Tensor) else list(output)
-        if len(got) != len(wanted):
-            raise ValueError(f"expected {len(wanted)} outputs, got {len(got)}")
-        for out, want in zip(got, wanted, strict=True):
+        if len(got) != len(references):
+            raise ValueError(f"expected {len(references)} outputs, got {len(got)}")
+        for out, want in zip(got, references, strict=True):
             if out.shape != want.shape or out.dtype != dtype:
                 raise ValueError(f"expected {dtype} {tuple(want.shape)}, got {out.dtype} {tuple(out.shape)}")
             scale = want.square().mean().sqrt().clamp_min(torch.finfo(want.dtype).tiny)

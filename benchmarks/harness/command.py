@@ -113,11 +113,11 @@ def main(
 
 def select(cases: Sequence[Case], names: str) -> list[Case]:
     """The cases that `names` lists by name or by the beginning of a name up to a dash; all if it is empty."""
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    for name in wanted:
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    for name in chosen:
         if not any(f"{case.name}-".startswith(f"{name}-") for case in cases):
             raise ValueError(f"no case {name!r}; there are {', '.join(case.name for case in cases)}")
-    return [c for c in cases if not wanted or any(f"{c.name}-".startswith(f"{name}-") for name in wanted)]
+    return [c for c in cases if not chosen or any(f"{c.name}-".startswith(f"{name}-") for name in chosen)]
 
 
 def _positive(text: str) -> int:

@@ -180,9 +180,9 @@ def _fields(path: Path) -> Iterator[Fields]:
 
 def _numbers(fields: Fields, column: int, ids: np.ndarray, expected: str) -> np.ndarray:
     """Where the column's ids stand among all."""
-    wanted, _ = fields.integers(column)
-    number = np.searchsorted(ids, wanted).clip(max=len(ids) - 1)
-    fields.require(ids[number] == wanted, column, expected)
+    found, _ = fields.integers(column)
+    number = np.searchsorted(ids, found).clip(max=len(ids) - 1)
+    fields.require(ids[number] == found, column, expected)
     return number
 
 

@@ -22,7 +22,7 @@ class PredictiveUncertainty:
     class: the memory of one member, whatever E is. Sums of chunks are added in float64.
 
     Gradients flow as they do through the op, which keeps every chunk alive: call `update` under
-    `torch.no_grad()` where none are wanted.
+    `torch.no_grad()` where none are needed.
 
     Args:
         from_probabilities: the members are probabilities, not logits.
@@ -110,7 +110,7 @@ class PredictiveMoments:
     std of exactly 0.
 
     Gradients flow as they do through the op, which keeps every chunk alive: call `update` under
-    `torch.no_grad()` where none are wanted.
+    `torch.no_grad()` where none are needed.
 
     Source: as `pyens.ops.predictive_moments`.
     """
