@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyens import reference
 from pyens.ops import ensemble_mlp_loss
-from pyens.reference.ensemble_mlp import ACTIVATIONS as ACTIVATION_FUNCTIONS
+from pyens.reference.activations import ACTIVATIONS as ACTIVATION_FUNCTIONS
 
 ACTIVATIONS = list(ACTIVATION_FUNCTIONS)
 LOSSES = ["mse", "bce", "gaussian_nll", "cross_entropy"]

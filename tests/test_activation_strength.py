@@ -21,7 +21,7 @@ from benchmarks import harness
 from pyens import reference
 from pyens.ops import activation_strength, ensemble_mlp
 from pyens.reference.activation_strength import pack_bits
-from pyens.reference.ensemble_mlp import ACTIVATIONS
+from pyens.reference.activations import ACTIVATIONS
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # E, B, widths: both mappings of the CPU kernel, its vector widths and panels +- 1, hidden units that fill a

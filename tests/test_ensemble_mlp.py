@@ -12,7 +12,7 @@ import pyens
 from pyens import reference
 from pyens.ops import ensemble_mlp
 from pyens.ops.ensemble_mlp import ensemble_mlp_packed, prepack
-from pyens.reference.ensemble_mlp import ACTIVATIONS as ACTIVATION_FUNCTIONS
+from pyens.reference.activations import ACTIVATIONS as ACTIVATION_FUNCTIONS
 
 ACTIVATIONS = list(ACTIVATION_FUNCTIONS)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

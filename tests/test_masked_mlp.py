@@ -14,7 +14,7 @@ from pyens import reference
 from pyens.masks import masks_for_channels
 from pyens.ops import ensemble_mlp, masked_mlp, masked_mlp_loss
 from pyens.ops.masked_mlp import masked_weights, plan_masks
-from pyens.reference.ensemble_mlp import ACTIVATIONS as ACTIVATION_FUNCTIONS
+from pyens.reference.activations import ACTIVATIONS as ACTIVATION_FUNCTIONS
 
 ACTIVATIONS = list(ACTIVATION_FUNCTIONS)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -194,6 +194,10 @@ Tensor ensemble_mlp_autocast(const MLPOptions& options, const Tensor& input, Ten
   return call_ensemble_mlp(options, {cast.lower(input), cast.lower(weights), cast.lower(biases)});
 }
 
+std::vector<std::string> activations() {
+  return {std::begin(kActivationNames), std::end(kActivationNames)};
+}
+
 }  // namespace
 
 Tensor call_ensemble_mlp(const MLPOptions& options, const Network& network) {
@@ -201,6 +205,7 @@ Tensor call_ensemble_mlp(const MLPOptions& options, const Network& network) {
 }
 
 TORCH_LIBRARY_FRAGMENT(pyens, m) {
+  m.def("activations() -> str[]", activations);
   const std::string network = "Tensor input, Tensor[] weights, Tensor[] biases";
   const std::string options = MLPOptions::kSchema;
   Operation(m, "ensemble_mlp(" + network + options + ") -> Tensor")

@@ -8,35 +8,62 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-Tensor activate(const Tensor& z, ActivationKind activation) {
-  switch (activation) {
-    case ActivationKind::relu: return at::relu(z);
-    case ActivationKind::gelu: return at::gelu(z);
-    case ActivationKind::silu: return at::silu(z);
-    case ActivationKind::elu: return at::elu(z);
-    case ActivationKind::softplus: return at::softplus(z);
-    case ActivationKind::tanh: return at::tanh(z);
-    case ActivationKind::identity: return z;
+// Each activation in torch's operations: value(z), and backward(grad, z, h), grad times its derivative
+// where h = value(z).
+struct Relu {
+  static Tensor value(const Tensor& z) { return at::relu(z); }
+  static Tensor backward(const Tensor& grad, const Tensor& z, const Tensor& /*h*/) {
+    return at::threshold_backward(grad, z, 0);
   }
-  return z;
-}
+};
+struct Gelu {
+  static Tensor value(const Tensor& z) { return at::gelu(z); }
+  static Tensor backward(const Tensor& grad, const Tensor& z, const Tensor& /*h*/) {
+    return at::gelu_backward(grad, z);
+  }
+};
+struct Silu {
+  static Tensor value(const Tensor& z) { return at::silu(z); }
+  static Tensor backward(const Tensor& grad, const Tensor& z, const Tensor& /*h*/) {
+    const Tensor s = at::sigmoid(z);  // at::silu_backward has no derivative
+    return grad * s * (1 + z * (1 - s));
+  }
+};
+struct Elu {
+  static Tensor value(const Tensor& z) { return at::elu(z); }
+  static Tensor backward(const Tensor& grad, const Tensor& z, const Tensor& /*h*/) {
+    return at::elu_backward(grad, 1, 1, 1, /*is_result=*/false, z);
+  }
+};
+struct Softplus {
+  static Tensor value(const Tensor& z) { return at::softplus(z); }
+  static Tensor backward(const Tensor& grad, const Tensor& z, const Tensor& /*h*/) {
+    return at::softplus_backward(grad, z, 1, 20);
+  }
+};
+struct Tanh {
+  static Tensor value(const Tensor& z) { return at::tanh(z); }
+  static Tensor backward(const Tensor& grad, const Tensor& /*z*/, const Tensor& h) {
+    return at::tanh_backward(grad, h);
+  }
+};
+struct Identity {
+  static Tensor value(const Tensor& z) { return z; }
+  static Tensor backward(const Tensor& grad, const Tensor& /*z*/, const Tensor& /*h*/) {
+    return grad;
+  }
+};
 
-// grad * act'(z), given h = act(z) too.
-Tensor activate_backward(const Tensor& grad, const Tensor& z, const Tensor& h,
-                         ActivationKind activation) {
-  switch (activation) {
-    case ActivationKind::relu: return at::threshold_backward(grad, z, 0);
-    case ActivationKind::gelu: return at::gelu_backward(grad, z);
-    case ActivationKind::silu: {  // aten's silu_backward has no derivative
-      const Tensor s = at::sigmoid(z);
-      return grad * s * (1 + z * (1 - s));
-    }
-    case ActivationKind::elu: return at::elu_backward(grad, 1, 1, 1, /*is_result=*/false, z);
-    case ActivationKind::softplus: return at::softplus_backward(grad, z, 1, 20);
-    case ActivationKind::tanh: return at::tanh_backward(grad, h);
-    case ActivationKind::identity: return grad;
+// call(formulas) with those of that activation.
+template <class Call>
+Tensor with_formulas(ActivationKind kind, const Call& call) {
+  switch (kind) {
+#define PYENS_CASE(name, Formulas) \
+  case ActivationKind::name: return call(Formulas());
+    PYENS_ACTIVATIONS(PYENS_CASE)
+#undef PYENS_CASE
   }
-  return grad;
+  return {};
 }
 
 // bool [E, B, units]: what kernels/dropout.h keeps. torch has hardly any unsigned arithmetic, so
@@ -87,7 +114,7 @@ std::vector<Tensor> composed_backward(const char* op, Tensor grad, const Network
   for (size_t l = 0; l + 1 < layers; ++l) {
     Tensor product = at::matmul(h[l], weights[l].transpose(1, 2));
     z.push_back(biases.empty() ? product : product + biases[l].unsqueeze(1));
-    activated.push_back(activate(z[l], activation));
+    activated.push_back(with_formulas(activation, [&](auto f) { return f.value(z[l]); }));
     if (options.dropout > 0) {
       kept[l] = kept_by_dropout(*options.dropout_seeds, static_cast<int64_t>(l), network.batch(),
                                 weights[l].sym_size(1), options.dropout);
@@ -103,8 +130,9 @@ std::vector<Tensor> composed_backward(const char* op, Tensor grad, const Network
     if (l == 0 && !needs_grad[0]) break;
     grad = at::matmul(grad, weights[l]);
     if (l > 0) {
-      grad = activate_backward(apply_dropout(grad, kept[l - 1]), z[l - 1], activated[l - 1],
-                               activation);
+      grad = apply_dropout(grad, kept[l - 1]);
+      grad = with_formulas(activation,
+                           [&](auto f) { return f.backward(grad, z[l - 1], activated[l - 1]); });
     }
   }
   if (needs_grad[0]) gradients[0] = shared_input ? grad.sum(0) : grad;

@@ -6,31 +6,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_MODULES: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "elu": nn.ELU,
-    "softplus": nn.Softplus,
-    "tanh": nn.Tanh,
-    "identity": nn.Identity,
-}
+from pyens.reference.activations import MODULES
 
 
 def activation_module(name: str, function: str = "EnsembleMLP") -> nn.Module:
     """`name` as a module, with default arguments; `function` is who asks, for the error."""
-    if name not in _MODULES:
-        raise ValueError(f'{function}: activation: expected one of {", ".join(_MODULES)}, got "{name}"')
-    return _MODULES[name]()
+    if name not in MODULES:
+        raise ValueError(f'{function}: activation: expected one of {", ".join(MODULES)}, got "{name}"')
+    return MODULES[name]()
 
 
 def _activation_name(module: nn.Module, argument: str) -> str:
     """The name of an activation module; ValueError if the kernels do not compute just this function."""
-    for name, kind in _MODULES.items():
+    for name, kind in MODULES.items():
         if type(module) is kind and _settings(module) == _settings(kind()):
             return name
     raise ValueError(
-        f"{argument}: expected nn.Linear and one of {', '.join(k.__name__ for k in _MODULES.values())} "
+        f"{argument}: expected nn.Linear and one of {', '.join(k.__name__ for k in MODULES.values())} "
         f"with default arguments, got {module}"
     )
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from pyens.ops._call import Given, first, operation, shifted
 from pyens.ops.ensemble_mlp import ensemble_mlp
 from pyens.ops.ensemble_mlp_loss import ensemble_mlp_loss
-from pyens.reference.ensemble_mlp import ACTIVATIONS
+from pyens.reference.activations import ACTIVATIONS
 from pyens.reference.masked_mlp import masked_weights as reference_weights
 
 

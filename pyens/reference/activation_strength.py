@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyens._types import ActivationStrength
-from pyens.reference.ensemble_mlp import ACTIVATIONS
+from pyens.reference.activations import ACTIVATIONS
 
 
 def activation_strength(

@@ -1,20 +1,11 @@
 """Specification of `pyens.ops.ensemble_mlp`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "elu": F.elu,
-    "softplus": F.softplus,
-    "tanh": torch.tanh,
-    "identity": lambda x: x,
-}
+from pyens.reference.activations import ACTIVATIONS
 
 
 def ensemble_mlp(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyens.reference.ensemble_mlp import ACTIVATIONS
+from pyens.reference.activations import ACTIVATIONS
 from pyens.reference.ensemble_mlp_loss import mean_losses
 
 

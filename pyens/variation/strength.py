@@ -11,15 +11,9 @@ from pyens._types import ActivationStrength
 from pyens.nn import Ensemble
 from pyens.ops.activation_strength import activation_strength
 from pyens.reference.activation_strength import pack_bits, strength
+from pyens.reference.activations import MODULES
 
-ACTIVATION_MODULES: tuple[type[nn.Module], ...] = (
-    nn.ReLU,
-    nn.GELU,
-    nn.SiLU,
-    nn.ELU,
-    nn.Softplus,
-    nn.Tanh,
-)
+ACTIVATION_MODULES = tuple(module for module in MODULES.values() if module is not nn.Identity)
 
 
 @torch.no_grad()
