@@ -18,8 +18,8 @@ from pyens import build_info, ops, reference
 from pyens.ops.ensemble_embedding import ensemble_embedding_concat
 from pyens.ops.ensemble_mlp import ensemble_mlp_packed, prepack
 from pyens.reference.activation_strength import pack_bits
-from pyens.reference.ensemble_embedding import ensemble_embedding_concat as reference_concat
 from pyens.reference.activations import ACTIVATIONS
+from pyens.reference.ensemble_embedding import ensemble_embedding_concat as reference_concat
 from pyens.reference.ensemble_mlp_loss import LOSSES
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
