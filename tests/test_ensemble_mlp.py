@@ -256,7 +256,14 @@ def test_packed_gives_the_same_bits(dtype, shape):
 def test_packed_refuses_what_does_not_belong_to_the_weights():
     x, weights, biases = problem(3, 2, [4, 5, 2], torch.device("cpu"), torch.float32)
     packed = pack(weights, biases)
-    for wrong in (packed[:-1], packed.float(), packed[64:], packed.unsqueeze(0), packed[:8], packed.new_zeros(0)):
+    for wrong in (
+        packed[:-1],
+        packed.float(),
+        packed[64:],
+        packed.unsqueeze(0),
+        packed[:8],
+        packed.new_zeros(0),
+    ):
         with pytest.raises(ValueError, match="ensemble_mlp: packed: expected what ensemble_mlp_pack makes"):
             ensemble_mlp_packed(x, wrong, weights, biases)
 
