@@ -3,7 +3,7 @@
 // can draw it again and no member depends on another.
 //
 // 64 bits mixed from (seed, l, u) key a 32-bit hash of b; the unit is kept where the hash reaches
-// p 2^32. The vector form of the hash is in kernels/cpu/ensemble_mlp_dropout-inl.h, the same
+// p 2^32. The vector form of the hash is in kernels/cpu/ensemble_mlp_epilogue-inl.h, the same
 // arithmetic in torch in ops/ensemble_mlp.cpp and pyens/reference/ensemble_mlp.py.
 #pragma once
 

@@ -4,7 +4,7 @@
 // Mapping: a block takes a span of the examples of one member, and lays the member's weights into
 // shared memory in the order in which lanes will read them: 16 bytes to a lane, a warp 512 in a row.
 // A warp takes 16 kTiles examples at a time through all layers. A product of tensor cores leaves a lane
-// with outputs 2 t and 2 t + 1 of rows g and g + 8; rounded and packed, these are words of the next
+// with outputs 2 t and 2 t + 1 of rows g and g + 8; rounded, these are words of the next
 // layer's operand for some order of its columns, so nothing moves between lanes, and the weights are
 // laid down in that order. Layers are cut into steps of 16 outputs, padded with zeros.
 //
