@@ -56,7 +56,7 @@ Strength activation_strength(const Tensor& input, TensorList weights, TensorList
   auto& [output, value, active] = result;
   ForwardCall call(weights, biases);
   call.set_input(input);
-  call.set_options(kOp, {activation, 0, {}});
+  call.set_options(parse_activation(kOp, activation), {activation, 0, {}});
   call.params.output = output.mutable_data_ptr();
 
   const at::ScalarType real = accumulation_type(input.scalar_type());

@@ -26,14 +26,11 @@ using torch::autograd::variable_list;
 constexpr char kOp[] = "ensemble_mlp";
 constexpr char kBackward[] = "ensemble_mlp_backward";
 
-Tensor allocate_output(const Network& network) {
-  return at::empty_symint({network.members(), network.batch(), network.out_features()},
-                          network.input.options());
-}
-
 Tensor run(ForwardCall& call, const Network& network) {
   call.set_input(network.input);
-  Tensor output = allocate_output(network);
+  const auto& params = call.params;
+  Tensor output = at::empty({params.ensemble_size, params.batch, call.layers.back().out},
+                            network.input.options());
   call.params.output = output.mutable_data_ptr();
   call.run(kOp, network);
   return output;
@@ -42,9 +39,9 @@ Tensor run(ForwardCall& call, const Network& network) {
 Tensor ensemble_mlp(const MLPOptions& options, const Tensor& input, TensorList weights,
                     TensorList biases) {
   const Network network{input, weights, biases};
-  check_mlp(kOp, network, options);
+  const ActivationKind activation = check_mlp(kOp, network, options);
   ForwardCall call(weights, biases);
-  call.set_options(kOp, options);
+  call.set_options(activation, options);
   return run(call, network);
 }
 
@@ -52,7 +49,8 @@ Tensor ensemble_mlp_meta(const MLPOptions& options, const Tensor& input, TensorL
                          TensorList biases) {
   const Network network{input, weights, biases};
   check_mlp(kOp, network, options);
-  return allocate_output(network);
+  return at::empty_symint({network.members(), network.batch(), network.out_features()},
+                          input.options());
 }
 
 // --- prepacked weights ---------------------------------------------------------------------------
@@ -82,9 +80,9 @@ Tensor ensemble_mlp_packed(const Tensor& input, const Tensor& packed, TensorList
                            TensorList biases, std::string_view activation) {
   const Network network{input, weights, biases};
   const MLPOptions options{activation, 0, {}};
-  check_mlp(kOp, network, options);
+  const ActivationKind kind = check_mlp(kOp, network, options);
   ForwardCall call(weights, biases);
-  call.set_options(kOp, options);
+  call.set_options(kind, options);
   const bool is_bytes =
       packed.scalar_type() == at::kByte && packed.dim() == 1 && packed.is_contiguous();
   const char* const found = is_bytes ? ensemble_mlp_cpu::check_prepacked(

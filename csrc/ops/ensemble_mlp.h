@@ -55,8 +55,8 @@ inline constexpr ArgumentName kFirstWeight{"weights", 0};
 // Layers that fit each other. Independent of the input, so that prepacking can check alone.
 void check_layers(const char* op, at::TensorList weights, at::TensorList biases);
 void check_network(const char* op, const Network& network);
-// The network and its options.
-void check_mlp(const char* op, const Network& network, const MLPOptions& options);
+// The network and its options; returns the activation that they name.
+ActivationKind check_mlp(const char* op, const Network& network, const MLPOptions& options);
 void check_device_of_weights(const char* op, const char* argument, const at::Tensor& tensor,
                              at::TensorList weights);
 // Of the dtype of the weights or, where those have 16 bits, float32.
@@ -76,7 +76,7 @@ struct ForwardCall {
   ForwardCall& operator=(const ForwardCall&) = delete;
 
   void set_input(const at::Tensor& input);
-  void set_options(const char* op, const MLPOptions& options);
+  void set_options(ActivationKind activation, const MLPOptions& options);
   // Computes what `params` ask for, on the device of the network that they were made of.
   void run(const char* op, const Network& network);
 };

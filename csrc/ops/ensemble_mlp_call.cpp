@@ -88,8 +88,8 @@ void check_real(const char* op, const char* argument, const Tensor& tensor, Tens
   check_device_of_weights(op, argument, tensor, weights);
 }
 
-void check_mlp(const char* op, const Network& network, const MLPOptions& options) {
-  parse_activation(op, options.activation);
+ActivationKind check_mlp(const char* op, const Network& network, const MLPOptions& options) {
+  const ActivationKind activation = parse_activation(op, options.activation);
   check_network(op, network);
   PYENS_CHECK_VALUE(options.dropout >= 0 && options.dropout < 1, op, "dropout", "0 <= dropout < 1",
                     options.dropout);
@@ -97,7 +97,7 @@ void check_mlp(const char* op, const Network& network, const MLPOptions& options
     PYENS_CHECK_VALUE(options.dropout == 0, op, "dropout_seeds",
                       c10::str("int64 [", network.members(), "] with dropout ", options.dropout),
                       "None");
-    return;
+    return activation;
   }
   const Tensor& seeds = *options.dropout_seeds;
   PYENS_CHECK_TYPE(seeds.scalar_type() == at::kLong, op, "dropout_seeds", "int64",
@@ -105,6 +105,7 @@ void check_mlp(const char* op, const Network& network, const MLPOptions& options
   check_device_of_weights(op, "dropout_seeds", seeds, network.weights);
   PYENS_CHECK_VALUE(seeds.dim() == 1 && seeds.sym_size(0) == network.members(), op, "dropout_seeds",
                     c10::str("[", network.members(), "]"), "shape ", seeds.sym_sizes());
+  return activation;
 }
 
 // --- forward -------------------------------------------------------------------------------------
@@ -141,9 +142,8 @@ void ForwardCall::set_input(const Tensor& input) {
   params.input_member_stride = x.dim() == 3 && params.ensemble_size > 1 ? x.stride(0) : 0;
 }
 
-void ForwardCall::set_options(const char* op, const MLPOptions& options) {
-  const ActivationKind kind = parse_activation(op, options.activation);
-  for (size_t l = 0; l + 1 < layers.size(); ++l) layers[l].activation.kind = kind;
+void ForwardCall::set_options(ActivationKind activation, const MLPOptions& options) {
+  for (size_t l = 0; l + 1 < layers.size(); ++l) layers[l].activation.kind = activation;
   params.dropout.p = options.dropout;
   if (options.dropout > 0) {
     const Tensor& seeds = with_contiguous_rows(*options.dropout_seeds, copies);
@@ -231,7 +231,7 @@ TrainingCall::TrainingCall(const char* op, const Network& network, const MLPOpti
       input_(network.input),
       layer_gradients_(network.weights.size()) {
   set_input(network.input);
-  set_options(op, options);
+  set_options(parse_activation(op, options.activation), options);
   const auto real = input_.options().dtype(accumulation_type(input_.scalar_type()));
   gradients = for_each_needed(op, network, needs_grad, [&](const Tensor& of) {
     return params.batch == 0 ? at::zeros(of.sizes(), real) : at::empty(of.sizes(), real);

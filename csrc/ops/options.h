@@ -1,12 +1,12 @@
 // Options of an operation: one by one for the dispatcher, one struct for everything else.
 //
-//   #define PYENS_GAIN_OPTIONS(OPTION)  OPTION(double, scale, "float scale=1.0")
+//   #define PYENS_GAIN_OPTIONS(OPTION) OPTION(double, scale, "float scale=1.0")
 //   struct GainOptions {
 //     PYENS_OPTIONS(PYENS_GAIN_OPTIONS)
 //   };
 //
-// gives the struct these fields, references to all of them, and their schema (it begins with a comma). An option is said once, in
-// its list. Types: bool, int64_t, double, std::string_view, OptionalTensor.
+// gives the struct a field for each option of the list, references to all of them, and their schema, which
+// begins with a comma. Types: bool, int64_t, double, std::string_view, OptionalTensor.
 #pragma once
 
 #include <ATen/core/Tensor.h>

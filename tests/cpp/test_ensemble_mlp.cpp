@@ -18,6 +18,9 @@ using pyens::DType;
 using pyens::kActivationKinds;
 using pyens::kActivations;
 
+static_assert(pyens::parse_activation_kind("gelu") == ActivationKind::gelu);
+static_assert(!pyens::parse_activation_kind("Gelu"));
+
 int failures = 0;
 
 void check(bool condition, const char* what, int64_t e, int64_t b, size_t layers) {

@@ -199,7 +199,7 @@ __device__ void activate_step(const Arguments& a, const Laid& laid, const Layer&
 
 // A step's outputs as words of the next layer's operand.
 template <class T>
-__device__ void pack_step(const Sums& sums, uint32_t (&x)[kProducts<T>][4]) {
+__device__ void step_to_words(const Sums& sums, uint32_t (&x)[kProducts<T>][4]) {
   constexpr const T* kType = nullptr;
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
@@ -249,13 +249,13 @@ template <class T, int kHidden, int kTiles>
 __device__ void keep_step(int step, const Sums (&sums)[kTiles], uint32_t (&x)[kHidden][kTiles][4]) {
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
-    uint32_t packed[kProducts<T>][4];
-    pack_step<T>(sums[i], packed);
+    uint32_t words[kProducts<T>][4];
+    step_to_words<T>(sums[i], words);
 #pragma unroll
     for (int p = 0; p < kHidden; ++p) {
       if (p / kProducts<T> != step) continue;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) x[p][i][j] = packed[p % kProducts<T>][j];
+      for (int j = 0; j < 4; ++j) x[p][i][j] = words[p % kProducts<T>][j];
     }
   }
 }

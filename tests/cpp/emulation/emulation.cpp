@@ -11,13 +11,14 @@
 #include <numeric>
 #include <random>
 
+#include "kernels/cpu/isa.h"
 #include "kernels/types.h"
 
 #define PYENS_ISA base
-#define PYENS_ISA_LEVEL 0
+#define PYENS_ISA_FEATURES 0
 #include "kernels/cpu/simd-inl.h"
 #undef PYENS_ISA
-#undef PYENS_ISA_LEVEL
+#undef PYENS_ISA_FEATURES
 
 // Where the program's own constants lie.
 extern "C" char __executable_start, _end;
