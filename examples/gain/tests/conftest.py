@@ -17,14 +17,10 @@ BUILD.mkdir(parents=True, exist_ok=True)
 kernel = BUILD / "gain_kernel.cpp"  # objects are named after files alone, and ops/ has a gain.cpp too
 kernel.unlink(missing_ok=True)
 kernel.symlink_to(HERE / "csrc/kernels/cpu/gain.cpp")
+sources = HERE / "csrc/python.cpp", HERE / "csrc/ops/gain.cpp", kernel, ROOT / "csrc/kernels/cpu/isa.cpp"
 extension = torch.utils.cpp_extension.load(
     "gain_template",
-    list(
-        map(
-            str,
-            [HERE / "csrc/python.cpp", HERE / "csrc/ops/gain.cpp", kernel, ROOT / "csrc/kernels/cpu/isa.cpp"],
-        )
-    ),
+    [str(source) for source in sources],
     extra_include_paths=[str(HERE / "csrc"), str(ROOT / "csrc")],
     extra_cflags=["-fvisibility=hidden", "-ffp-contract=off", "-fopenmp"],
     build_directory=str(BUILD),
