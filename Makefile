@@ -15,7 +15,7 @@ PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check
 INSTALLED   := $(VENV)/installed
 # setup.py writes this file at the end of each build.
 BUILT       := pyens/_C.build.json
-CXX_FILES   := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES   := $(shell find csrc tests/cpp examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # Ninja prints whole command lines: show the file that is compiled.
 BUILD_EXT = setup.py -q build_ext --inplace | \
@@ -25,7 +25,7 @@ MAKEFLAGS     += --no-print-directory
 SHELL         := bash
 .SHELLFLAGS   := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help build demo test lint format kernels cpp bench build-cuda test-cuda bench-cuda clean distclean FORCE
+.PHONY: help build demo test lint format kernels cpp template bench build-cuda test-cuda bench-cuda clean distclean FORCE
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -57,6 +57,9 @@ cpp: $(BUILT) $(filter $(VENV)/%,$(CMAKE)) ## a C++ program without Python loads
 	$(CMAKE) -S tests/cpp/torch -B build/cpp -DCMAKE_PREFIX_PATH="$$($(PY) -c 'import torch; print(torch.utils.cmake_prefix_path)')"
 	$(CMAKE) --build build/cpp
 	build/cpp/load_operations pyens/_operations.abi3.so
+
+template: $(BUILT) ## build and test the example operation of examples/gain
+	$(PY) -m pytest examples/gain $(ARGS)
 
 BENCHMARKS := ensemble_mlp training decorrelation uncertainty masksembles activation_strength serving
 
