@@ -151,7 +151,9 @@ class EnsembleMLPFunction : public torch::autograd::Function<EnsembleMLPFunction
   static Tensor forward(AutogradContext* ctx, const Tensor& input, TensorList weights,
                         TensorList biases, const MLPOptions& options) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    variable_list saved{input};
+    variable_list saved;
+    saved.reserve(weights.size() + biases.size() + 2);
+    saved.push_back(input);
     save_options(ctx, options, saved);
     saved.insert(saved.end(), weights.begin(), weights.end());
     saved.insert(saved.end(), biases.begin(), biases.end());

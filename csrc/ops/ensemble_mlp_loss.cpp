@@ -258,7 +258,10 @@ class EnsembleMLPLossFunction : public torch::autograd::Function<EnsembleMLPLoss
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [mean, gradients] =
         call_with_gradients(options, {input, weights, biases}, target, {}, needs_grad);
-    variable_list saved{input, target};
+    variable_list saved;
+    saved.reserve(weights.size() + biases.size() + gradients.size() + 4);
+    saved.push_back(input);
+    saved.push_back(target);
     save_options(ctx, options, saved);
     saved.insert(saved.end(), weights.begin(), weights.end());
     saved.insert(saved.end(), biases.begin(), biases.end());
