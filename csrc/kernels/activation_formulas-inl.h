@@ -167,6 +167,37 @@ struct Tanh {  // 1 - h^2
 #endif
 };
 
+struct Mish {  // x t, t = tanh(log(1 + e^x));  t + x s (1 - t^2), s = 1 / (1 + e^-x)
+  PYENS_SCALAR R value(R x) { return x * std::tanh(std::log1p(std::exp(x))); }
+  PYENS_SCALAR R slope(R x, R /*h*/) {
+    const R t = std::tanh(std::log1p(std::exp(x)));
+    return t + x * (R(1) - t * t) / (R(1) + std::exp(-x));
+  }
+#if defined(PYENS_ISA)
+  // t = (e^2 + 2e) / (e^2 + 2e + 2) with e = e^x; divided by e^2 above zero, where e is large.
+  template <class V>
+  static V tangent(V x, V u, V& rest) {  // u = e^-|x|; rest = 1 - t
+    const V one = broadcast<V>(1.0f), two = broadcast<V>(2.0f);
+    const V above = x < V{} ? u * (u + two) : madd(two, u, one);
+    const V difference = x < V{} ? two : two * u * u, r = one / (above + difference);
+    rest = difference * r;
+    return above * r;
+  }
+  template <class V>
+  static V vector(V x) {
+    V rest;
+    return x * tangent(x, exp_nonpositive(-absolute(x)), rest);
+  }
+  template <class V>
+  static V vector_slope(V x, V /*h*/) {
+    const V one = broadcast<V>(1.0f), u = exp_nonpositive(-absolute(x));
+    V rest;
+    const V t = tangent(x, u, rest), s = (x < V{} ? u : one) / (one + u);
+    return madd(x * s, rest * (one + t), t);
+  }
+#endif
+};
+
 struct Identity {
   PYENS_SCALAR R value(R x) { return x; }
   PYENS_SCALAR R slope(R /*x*/, R /*h*/) { return R(1); }

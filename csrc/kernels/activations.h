@@ -13,6 +13,7 @@
   X(elu, Elu)                \
   X(softplus, Softplus)      \
   X(tanh, Tanh)              \
+  X(mish, Mish)              \
   X(identity, Identity)
 
 namespace pyens {

@@ -41,6 +41,13 @@ struct Softplus {
     return at::softplus_backward(grad, z, 1, 20);
   }
 };
+struct Mish {
+  static Tensor value(const Tensor& z) { return at::mish(z); }
+  static Tensor backward(const Tensor& grad, const Tensor& z, const Tensor& /*h*/) {
+    const Tensor t = at::tanh(at::softplus(z));  // at::mish_backward has no derivative
+    return grad * (t + z * at::sigmoid(z) * (1 - t * t));
+  }
+};
 struct Tanh {
   static Tensor value(const Tensor& z) { return at::tanh(z); }
   static Tensor backward(const Tensor& grad, const Tensor& /*z*/, const Tensor& h) {

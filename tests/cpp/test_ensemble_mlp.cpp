@@ -38,6 +38,7 @@ double activate(double z, ActivationKind activation) {
     case ActivationKind::elu: return z > 0 ? z : std::expm1(z);
     case ActivationKind::softplus: return z > 20 ? z : std::log1p(std::exp(z));
     case ActivationKind::tanh: return std::tanh(z);
+    case ActivationKind::mish: return z * std::tanh(std::log1p(std::exp(z)));
     case ActivationKind::identity: return z;
   }
   return z;

@@ -63,6 +63,10 @@ Activated activate(double z, ActivationKind activation) {
     case ActivationKind::elu: return {z > 0 ? z : std::expm1(z), z > 0 ? 1 : std::exp(z)};
     case ActivationKind::softplus: return {softplus(z), sigmoid(z)};
     case ActivationKind::tanh: return {std::tanh(z), 1 - std::tanh(z) * std::tanh(z)};
+    case ActivationKind::mish: {
+      const double t = std::tanh(softplus(z));
+      return {z * t, t + z * sigmoid(z) * (1 - t * t)};
+    }
     case ActivationKind::identity: return {z, 1};
   }
   return {z, 1};
