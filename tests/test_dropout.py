@@ -55,6 +55,27 @@ def masks(seeds: Tensor, layer: int, b: int, units: int, dropout: float) -> Tens
     return output != 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_rescaling(dtype):
+    x, weights, biases = problem(E, 20, [5, 9, 6, 3], dtype)
+    leaves = [t.requires_grad_() for t in (x, *weights, *biases)]
+    options = {"dropout": 0.4, "dropout_seeds": SEEDS, "activation": "tanh"}
+
+    def gradients(function, leaves, **options):
+        output = function(leaves[0], leaves[1:4], leaves[4:], **options)
+        return output, *torch.autograd.grad(output.sum(), leaves)
+
+    got = gradients(ensemble_mlp, leaves, dropout_rescale=False, **options)
+    doubled = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    oracle = gradients(reference.ensemble_mlp, doubled, dropout_rescale=False, **options)
+    scaled = gradients(reference.ensemble_mlp, doubled, **options)
+    tolerance = 40 * torch.finfo(dtype).eps
+    for ours, exact, other in zip(got, oracle, scaled, strict=True):
+        size = exact.abs().max()
+        assert (ours.double() - exact).abs().max() <= tolerance * size
+        assert torch.equal(exact, other) or (other - exact).abs().max() > 0.05 * size
+
+
 # --- the same units everywhere -----------------------------------------------------------------------------
 
 

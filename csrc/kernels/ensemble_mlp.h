@@ -44,6 +44,9 @@ struct EnsembleMLP {
 struct Dropout {
   double p;
   const int64_t* seeds;  // [E], where p > 0
+  bool unscaled;
+
+  PYENS_HOST_DEVICE double scale() const { return unscaled ? 1 : 1 / (1 - p); }
 };
 
 // What belongs to one call: plain data, which a GPU is given as it is.

@@ -145,6 +145,7 @@ void ForwardCall::set_input(const Tensor& input) {
 void ForwardCall::set_options(ActivationKind activation, const MLPOptions& options) {
   for (size_t l = 0; l + 1 < layers.size(); ++l) layers[l].activation.kind = activation;
   params.dropout.p = options.dropout;
+  params.dropout.unscaled = !options.dropout_rescale;
   if (options.dropout > 0) {
     const Tensor& seeds = with_contiguous_rows(*options.dropout_seeds, copies);
     params.dropout.seeds = seeds.const_data_ptr<int64_t>();

@@ -110,7 +110,7 @@ std::vector<Tensor> composed_backward(const char* op, Tensor grad, const Network
   const ActivationKind activation = parse_activation(op, options.activation);
   const size_t layers = weights.size();
   const bool shared_input = network.input.dim() == 2;
-  const double scale = 1 / (1 - options.dropout);
+  const double scale = options.dropout_rescale ? 1 / (1 - options.dropout) : 1;
   const auto apply_dropout = [&](const Tensor& x, const Tensor& kept) {
     return kept.defined() ? at::where(kept, x * scale, at::zeros({}, x.options())) : x;
   };

@@ -17,6 +17,7 @@ def ensemble_mlp(
     activation: str = "relu",
     dropout: float = 0.0,
     dropout_seeds: Tensor | None = None,
+    dropout_rescale: bool = True,
 ) -> Tensor:
     r"""All members of an ensemble of MLPs in one call.
 
@@ -37,6 +38,7 @@ def ensemble_mlp(
             (dropout_seeds[m], layer, batch row, unit): the same seeds give the same masks, backward draws
             them again, and no member depends on another. A training loop passes new seeds each step; 100
             passes of Monte Carlo dropout are one member's weights, expanded to E = 100, with 100 seeds.
+        dropout_rescale: False leaves the hidden activations that are kept as they are.
 
     Returns:
         `[E, B, O]`, contiguous, of the input's dtype.
@@ -65,7 +67,7 @@ def ensemble_mlp(
 
     Source: the members are those of "deep ensembles"; reference in `pyens.reference.ensemble_mlp`.
     """
-    return _ensemble_mlp(input, weights, biases or (), activation, dropout, dropout_seeds)
+    return _ensemble_mlp(input, weights, biases or (), activation, dropout, dropout_seeds, dropout_rescale)
 
 
 def _vmap(n: int, dims: Given, given: Given) -> tuple[Given, int, tuple[int, ...]]:

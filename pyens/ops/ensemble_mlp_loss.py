@@ -20,6 +20,7 @@ def ensemble_mlp_loss(
     sample_weight: Tensor | None = None,
     dropout: float = 0.0,
     dropout_seeds: Tensor | None = None,
+    dropout_rescale: bool = True,
 ) -> Tensor:
     r"""Each member's own mean loss, computed with its gradient in one pass over the examples.
 
@@ -38,7 +39,7 @@ def ensemble_mlp_loss(
     in backward by a second pass, for it sums over members that are scaled differently.
 
     Args:
-        input, weights, biases, activation, dropout, dropout_seeds: as in `pyens.ops.ensemble_mlp`.
+        input, weights, biases, activation, dropout*: as in `pyens.ops.ensemble_mlp`.
         target: `[B, K]`, the same for all members, or `[E, B, K]`, of the input's dtype or float32; K is O,
             and O/2 for gaussian_nll. For cross_entropy int64 `[B]` or `[E, B]`, classes from 0 to O - 1.
         loss: mse, bce, gaussian_nll or cross_entropy.
@@ -79,6 +80,7 @@ def ensemble_mlp_loss(
         activation,
         dropout,
         dropout_seeds,
+        dropout_rescale,
     )
 
 

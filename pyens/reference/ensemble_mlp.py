@@ -16,6 +16,7 @@ def ensemble_mlp(
     activation: str = "relu",
     dropout: float = 0.0,
     dropout_seeds: Tensor | None = None,
+    dropout_rescale: bool = True,
 ) -> Tensor:
     """See `pyens.ops.ensemble_mlp`."""
     act = ACTIVATIONS[activation]
@@ -25,7 +26,7 @@ def ensemble_mlp(
             hidden = act(hidden)
             if dropout > 0:
                 kept = kept_by_dropout(dropout_seeds, layer - 1, *hidden.shape[1:], dropout)
-                hidden = torch.where(kept, hidden / (1 - dropout), 0)
+                hidden = torch.where(kept, hidden / (1 - dropout) if dropout_rescale else hidden, 0)
         hidden = torch.matmul(hidden, weight.transpose(1, 2))  # [E, B, out]
         if biases:
             hidden = hidden + biases[layer].unsqueeze(1)

@@ -50,12 +50,19 @@ def ensemble_mlp_loss(
     sample_weight: Tensor | None = None,
     dropout: float = 0.0,
     dropout_seeds: Tensor | None = None,
+    dropout_rescale: bool = True,
 ) -> Tensor:
     """See `pyens.ops.ensemble_mlp_loss`."""
 
     def run(input: Tensor) -> Tensor:
         return ensemble_mlp(
-            input, weights, biases, activation=activation, dropout=dropout, dropout_seeds=dropout_seeds
+            input,
+            weights,
+            biases,
+            activation=activation,
+            dropout=dropout,
+            dropout_seeds=dropout_seeds,
+            dropout_rescale=dropout_rescale,
         )
 
     return mean_losses(run, input, target, loss, temperature, sample_weight)

@@ -14,7 +14,7 @@ void apply_dropout(const EnsembleMLPParams& p, int64_t l, int64_t member, int64_
   using Words = Vec<uint32_t, N>;
   using Mask = Vec<std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>, N>;
   const uint32_t threshold = dropout_threshold(p.dropout.p);
-  const V scale = broadcast<V>(static_cast<Real>(1 / (1 - p.dropout.p)));
+  const V scale = broadcast<V>(static_cast<Real>(p.dropout.scale()));
   const uint64_t layer_key = dropout_layer_key(p.dropout.seeds[member], l);
   const int64_t out = p.layers[l].out;
   Words lane{};

@@ -223,7 +223,7 @@ void input_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, int64
       block.w =
           A::weight_block(layer, member, k, block.k_count, row, rows, weights, &block.w_stride);
       block.first = k == 0 && !add;
-      block.scale = static_cast<typename A::Real>(1 / (1 - p.dropout.p));
+      block.scale = static_cast<typename A::Real>(p.dropout.scale());
       const bool finished = k + block.k_count == layer.out;
       for (int64_t panel = 0; panel * P < examples; ++panel) {
         const int64_t at = (panel * layer.in + row) * P;

@@ -44,7 +44,7 @@ struct ApplyDropout {
   R scale;
 
   __device__ explicit ApplyDropout(const Dropout& dropout)
-      : threshold(dropout_threshold(dropout.p)), scale(R(1 / (1 - dropout.p))) {}
+      : threshold(dropout_threshold(dropout.p)), scale(R(dropout.scale())) {}
   __device__ R operator()(R x, int64_t row, uint64_t unit_key) const {
     return dropout_hash(static_cast<uint32_t>(row), unit_key) >= threshold ? x * scale : R(0);
   }
