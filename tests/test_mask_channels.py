@@ -1,6 +1,8 @@
 """pyens.ops.mask_channels against its reference, bit for bit, and the promises of its docstring."""
 
+import contextlib
 import math
+import threading
 
 import pytest
 import torch
@@ -285,3 +287,25 @@ def test_on_cuda_an_index_out_of_range_makes_its_row_nan(wrong):
     assert got[2].isnan().all()
     right = torch.tensor([0, 1, 3, 4])
     assert torch.equal(got[right], mask_channels(x[right], masks, index[right]))
+
+
+def test_an_index_that_changes_while_it_is_read_reads_no_other_memory():
+    x, masks = torch.ones(4096, 64), torch.ones(2, 64, dtype=torch.bool)
+    index = torch.zeros(4096, dtype=torch.int64)
+    stop = threading.Event()
+
+    def change() -> None:
+        while not stop.is_set():
+            index.fill_(2**40)
+            index.fill_(0)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in range(300):
+            with contextlib.suppress(ValueError):
+                output = mask_channels(x, masks, index)
+                assert output.eq(1).all()
+    finally:
+        stop.set()
+        thread.join()

@@ -17,8 +17,9 @@ struct MaskChannelsParams {
 };
 
 namespace mask_channels_cpu {
-// Items are rows of the batch. What `index` says must lie in [0, num_masks).
-void run(const MaskChannelsParams& params, int64_t begin, int64_t end);
+// Items are rows of the batch. Whether all indices were in [0, num_masks); a row whose is not becomes 0, and
+// no mask is read for it.
+bool run(const MaskChannelsParams& params, int64_t begin, int64_t end);
 }  // namespace mask_channels_cpu
 
 // CUDA: all rows at once. Launches on `stream` (a cudaStream_t) of the current device and returns nullptr,

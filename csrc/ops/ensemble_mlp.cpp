@@ -173,7 +173,7 @@ class EnsembleMLPFunction : public torch::autograd::Function<EnsembleMLPFunction
     for (size_t i = 0; i < network.tensors(); ++i) needs_grad.push_back(ctx->needs_input_grad(i));
 
     const auto gradients =
-        at::GradMode::is_enabled()  // create_graph
+        at::GradMode::is_enabled() || is_batched(grad_outputs[0])  // create_graph, or within vmap
             ? composed_backward(kOp, grad_outputs[0], network, options, needs_grad)
             : call_with<ensemble_mlp_backward, kBackward>(options, grad_outputs[0], input, weights,
                                                           biases, needs_grad);

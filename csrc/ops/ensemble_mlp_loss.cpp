@@ -283,14 +283,16 @@ class EnsembleMLPLossFunction : public torch::autograd::Function<EnsembleMLPLoss
     const Tensor& grad = grad_outputs[0];
     variable_list grads(network.tensors() + 3);  // and of target, options, needs_grad
 
-    if (at::GradMode::is_enabled()) {  // create_graph
+    const bool create_graph = at::GradMode::is_enabled();
+    if (create_graph || is_batched(grad)) {
+      const at::AutoGradMode differentiable(true);
       variable_list by;
       for (size_t i = 0; i < network.tensors(); ++i) {
         if (ctx->needs_input_grad(i)) by.push_back(network.tensor(i));
       }
       const variable_list found =
           torch::autograd::grad({composed_loss(options, input, target, weights, biases)}, by,
-                                {grad}, /*retain_graph=*/true, /*create_graph=*/true);
+                                {grad}, /*retain_graph=*/true, create_graph);
       for (size_t i = 0, next = 0; i < network.tensors(); ++i) {
         if (ctx->needs_input_grad(i)) grads[i] = found[next++];
       }
@@ -307,12 +309,16 @@ class EnsembleMLPLossFunction : public torch::autograd::Function<EnsembleMLPLoss
       grads[0] = std::get<1>(found)[0].to(input.scalar_type());
     }
     const bool unscaled = is_all_ones(grad);
+    // Another backward may follow, and a hook may change in place what this one returns.
+    const bool copied = unscaled && torch::autograd::get_current_graph_task_keep_graph();
     for (size_t i = by_shared_input ? 1 : 0; i < network.tensors(); ++i) {
       if (!ctx->needs_input_grad(i)) continue;
       const Tensor& gradient = saved.next();
       const Tensor factor =
           grad.view(gradient.dim() == 3 ? at::IntArrayRef{-1, 1, 1} : at::IntArrayRef{-1, 1});
-      grads[i] = (unscaled ? gradient : gradient * factor).to(network.tensor(i).scalar_type());
+      const at::ScalarType type = network.tensor(i).scalar_type();
+      grads[i] = unscaled ? gradient.to(type, /*non_blocking=*/false, copied)
+                          : (gradient * factor).to(type);
     }
     return grads;
   }

@@ -5,10 +5,11 @@
 
 namespace pyens {
 
-#define PYENS_MLP_OPTIONS(OPTION)                        \
-  OPTION(std::string_view, activation, "str activation") \
-  OPTION(double, dropout, "float dropout=0.0")           \
-  OPTION(OptionalTensor, dropout_seeds, "Tensor? dropout_seeds=None")
+#define PYENS_MLP_OPTIONS(OPTION)                                     \
+  OPTION(std::string_view, activation, "str activation")              \
+  OPTION(double, dropout, "float dropout=0.0")                        \
+  OPTION(OptionalTensor, dropout_seeds, "Tensor? dropout_seeds=None") \
+  // a further option stands above this line
 
 struct MLPOptions {
   PYENS_OPTIONS(PYENS_MLP_OPTIONS)

@@ -3,6 +3,7 @@
 #include "ops/torch.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "kernels/mask_channels.h"
 #include "ops/checks.h"
@@ -36,6 +37,15 @@ void check_mask_channels(const Tensor& input, const Tensor& masks, const Optiona
                     c10::str("[", input.sym_size(0), "]"), "shape ", index->sym_sizes());
 }
 
+// Looks for the index that the kernel met: the first one, whichever the threads met first.
+[[noreturn]] void raise_out_of_range(const Tensor& index, int64_t num_masks) {
+  const Tensor wrong = index.lt(0).logical_or_(index.ge(num_masks)).nonzero();
+  TORCH_CHECK_VALUE(wrong.numel() > 0, kOp, ": index: changed while it was read");
+  const auto row = wrong[0].item<int64_t>();
+  PYENS_CHECK_VALUE(false, kOp, "index", c10::str("masks from 0 to ", num_masks - 1),
+                    index[row].item<int64_t>(), " for row ", row);
+}
+
 Tensor mask_channels(const Tensor& input, const Tensor& masks, const OptionalTensor& index) {
   check_mask_channels(input, masks, index);
   const Tensor x = input.contiguous(), kept = masks.contiguous();
@@ -59,18 +69,13 @@ Tensor mask_channels(const Tensor& input, const Tensor& masks, const OptionalTen
     launch_cuda(kOp, x, [&](void* stream) { return mask_channels_cuda::run(params, stream); });
     return output;
   }
-  if (index) {
-    for (int64_t row = 0; row < params.rows; ++row) {
-      const int64_t mask = params.index[row];
-      PYENS_CHECK_VALUE(mask >= 0 && mask < params.num_masks, kOp, "index",
-                        c10::str("masks from 0 to ", params.num_masks - 1), mask, " for row ", row);
-    }
-  }
   constexpr int64_t kWorthAThread = 65536;  // elements
+  std::atomic<bool> in_range{true};
   launch_cpu(params.rows, std::max<int64_t>(1, kWorthAThread / (params.channels * params.inner)), 0,
              [&](int64_t begin, int64_t end, void* /*scratch*/) {
-               mask_channels_cpu::run(params, begin, end);
+               if (!mask_channels_cpu::run(params, begin, end)) in_range = false;
              });
+  if (!in_range) raise_out_of_range(chosen, params.num_masks);
   return output;
 }
 

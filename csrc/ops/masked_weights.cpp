@@ -50,7 +50,8 @@ void check_dtype(const char* argument, const Tensor& tensor) {
                    "float32, float64, bfloat16 or float16", tensor.scalar_type());
 }
 
-// The CPU's kernel trusts what it is given: that is checked here. The GPU's does not.
+// Values raise on the CPU. The kernels read nothing out of range whatever they find: another thread may
+// change an index after this.
 void check_range(const char* argument, const Tensor& index, int64_t limit) {
   if (!index.is_cpu()) return;
   const int64_t* values = index.const_data_ptr<int64_t>();

@@ -127,6 +127,13 @@ inline OptionalTensor if_defined(const at::Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
+// Within vmap, or the older one of `is_grads_batched`: only torch's own operations have rules for that.
+inline bool is_batched(const at::Tensor& tensor) {
+  constexpr c10::DispatchKeySet batched(
+      {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched});
+  return tensor.key_set().has_any(batched);
+}
+
 // Reads tensors that were saved for backward in the order in which they were listed.
 class SavedTensors {
  public:

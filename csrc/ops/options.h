@@ -20,7 +20,7 @@ namespace pyens {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-#define PYENS_OPTION_FIELD(type, name, schema) type name;
+#define PYENS_OPTION_FIELD(type, name, schema) type name{};
 #define PYENS_OPTION_TIE(type, name, schema) std::tie(name),
 #define PYENS_OPTION_SCHEMA(type, name, schema) ", " schema
 

@@ -7,6 +7,7 @@
 
 #include "kernels/mask_channels.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace pyens {
@@ -28,10 +29,18 @@ int64_t group_of(int64_t row, int64_t rows, int64_t groups) {
 }
 
 template <class Word>
-void mask_rows(const MaskChannelsParams& p, int64_t begin, int64_t end) {
+bool mask_rows(const MaskChannelsParams& p, int64_t begin, int64_t end) {
   const int64_t row_elements = p.channels * p.inner;
+  bool in_range = true;
   for (int64_t row = begin; row < end; ++row) {
+    // Read once: who holds the index may change it meanwhile.
     const int64_t mask = p.index ? p.index[row] : group_of(row, p.rows, p.num_masks);
+    if (mask < 0 || mask >= p.num_masks) {
+      auto* const to = static_cast<Word*>(p.output) + row * row_elements;
+      std::fill(to, to + row_elements, Word{0});
+      in_range = false;
+      continue;
+    }
     const bool* kept = p.masks + mask * p.channels;
     const Word* from = static_cast<const Word*>(p.input) + row * row_elements;
     Word* to = static_cast<Word*>(p.output) + row * row_elements;
@@ -47,13 +56,14 @@ void mask_rows(const MaskChannelsParams& p, int64_t begin, int64_t end) {
       }
     }
   }
+  return in_range;
 }
 
 }  // namespace
 
 namespace mask_channels_cpu {
 
-void run(const MaskChannelsParams& p, int64_t begin, int64_t end) {
+bool run(const MaskChannelsParams& p, int64_t begin, int64_t end) {
   switch (p.element_bytes) {
     case 2: return mask_rows<uint16_t>(p, begin, end);
     case 4: return mask_rows<uint32_t>(p, begin, end);

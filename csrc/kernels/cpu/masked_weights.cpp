@@ -15,7 +15,7 @@ void gather(const MaskedWeightsParams& p, const Word* weight, Word* output, int6
   for (int64_t item = begin; item < end; ++item) {
     const int64_t row = p.row_index ? p.row_index[item] : item % p.kept_rows;
     Word* to = output + item * p.kept_columns;
-    if (row < 0) {
+    if (row < 0 || row >= p.rows) {
       std::fill(to, to + p.kept_columns, Word{0});
       continue;
     }
@@ -26,7 +26,8 @@ void gather(const MaskedWeightsParams& p, const Word* weight, Word* output, int6
     }
     const int64_t* columns = p.column_index + item / p.kept_rows * p.kept_columns;
     for (int64_t c = 0; c < p.kept_columns; ++c) {
-      to[c] = columns[c] < 0 ? Word{0} : from[columns[c]];
+      const int64_t column = columns[c];
+      to[c] = column < 0 || column >= p.columns ? Word{0} : from[column];
     }
   }
 }
@@ -55,7 +56,8 @@ void scatter(const MaskedWeightsParams& p, const Real* gathered, Real* weight, i
       }
       const int64_t* columns = p.column_index + mask * p.kept_columns;
       for (int64_t c = 0; c < p.kept_columns; ++c) {
-        if (columns[c] >= 0) to[columns[c]] += from[c];
+        const int64_t column = columns[c];
+        if (column >= 0 && column < p.columns) to[column] += from[c];
       }
     }
   }

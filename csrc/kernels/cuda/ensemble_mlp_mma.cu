@@ -170,7 +170,8 @@ __device__ inline bool has_both(const Layer& layer, int step) {
   return layer.out > step * kOutputs + 8;
 }
 
-// Activation and dropout of a step of a hidden layer.
+// Activation and dropout of a step of a hidden layer; 0 for what pads it, which the next layer multiplies
+// by weights of 0: an Inf that this layer read has made it NaN.
 template <bool kPlain, int kTiles>
 __device__ void activate_step(const Arguments& a, const Laid& laid, const Layer& layer, int step,
                               int row, Sums (&sums)[kTiles]) {
@@ -188,13 +189,17 @@ __device__ void activate_step(const Arguments& a, const Laid& laid, const Layer&
       each([](float x, int) { return decltype(formulas)::value(x); });
     });
   }
-  if (kPlain || a.call.dropout.p == 0) return;
-  const ApplyDropout<float> apply_dropout(a.call.dropout);
-  const uint64_t* const keys =
-      laid.keys + layer.biases + step * kOutputs + static_cast<int>(threadIdx.x) % 4 * 2;
-  each([&](float x, int i) {
-    return apply_dropout(x, row + i / 8 * 16 + i / 2 % 2 * 8, keys[i / 4 % 2 * 8 + i % 2]);
-  });
+  // The first output that lane holds; those of sum i are `i / 4 % 2 * 8 + i % 2` further.
+  const int first = step * kOutputs + static_cast<int>(threadIdx.x) % 4 * 2;
+  if (!kPlain && a.call.dropout.p != 0) {
+    const ApplyDropout<float> apply_dropout(a.call.dropout);
+    const uint64_t* const keys = laid.keys + layer.biases + first;
+    each([&](float x, int i) {
+      return apply_dropout(x, row + i / 8 * 16 + i / 2 % 2 * 8, keys[i / 4 % 2 * 8 + i % 2]);
+    });
+  }
+  if ((step + 1) * kOutputs <= layer.out) return;
+  each([&](float x, int i) { return first + i / 4 % 2 * 8 + i % 2 < layer.out ? x : 0.0f; });
 }
 
 // A step's outputs as words of the next layer's operand.

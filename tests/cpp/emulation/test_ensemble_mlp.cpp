@@ -14,7 +14,7 @@ using pyens::kActivations;
 struct View {
   int64_t skipped = 0;          // elements before the input
   bool shared_weights = false;  // by all members
-  bool with_nan = false;        // in the input's second row
+  double planted = 0;           // in the input's second row, if it is not finite
 };
 
 // Layer widths, with all that the parameters say about strides: rows lie kPad elements further apart than
@@ -27,9 +27,8 @@ void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths,
   const size_t layers = widths.size() - 1;
   std::vector<T> inputs =
       normal<T>(random, view.skipped + (shared_input ? 1 : members) * batch * (widths[0] + kPad));
-  if (view.with_nan) {
-    inputs[static_cast<size_t>(view.skipped + widths[0] + kPad)] =
-        from_double<T>(std::numeric_limits<double>::quiet_NaN());
+  if (!std::isfinite(view.planted)) {
+    inputs[static_cast<size_t>(view.skipped + widths[0] + kPad)] = from_double<T>(view.planted);
   }
   const Values<T> input(std::move(inputs));
   std::vector<std::unique_ptr<Values<T>>> weights, biases;
@@ -154,9 +153,11 @@ int main() {
       ++i;
     }
   }
-  // Where words and vectors would be read across their alignment; NaN; weights that members share.
+  // Where words and vectors would be read across their alignment; NaN and Inf; weights that members share.
+  constexpr double kInf = std::numeric_limits<double>::infinity();
   for (const int64_t skipped : {1, 2, 3, 4}) {
-    const View view{skipped, skipped % 2 == 1, true};
+    const double planted = skipped == 1 ? NAN : skipped == 2 ? -kInf : kInf;
+    const View view{skipped, skipped % 2 == 1, planted};
     const auto relu = ActivationKind::relu;
     test<pyens::BFloat16, 2>(3, 40, {20, 33, 6}, relu, false, true, 0, false, view);
     test<pyens::Float16, 1>(2, 40, {19, 70, 6}, kActivationKinds[skipped], true, true, 0, false,
@@ -165,6 +166,20 @@ int main() {
     test<float, 4>(3, 65, {8, 33, 6}, relu, false, true, 0, false, view);
     test<float, 3>(2, 65, {9, 17, 6}, kActivationKinds[skipped], true, true, 0, false, view);
     test<float, 1>(2, 5, {9, 17, 6}, relu, false, true, 0, false, view);
+  }
+  // One number through networks of one unit: Inf stays Inf and -Inf ends at the ReLU, for 0 times Inf is in
+  // the padding alone.
+  for (const double planted : {kInf, -kInf, double{NAN}}) {
+    const View view{0, false, planted};
+    for (const std::vector<int64_t>& widths : {std::vector<int64_t>{1, 1, 1}, {1, 1, 1, 1, 1}}) {
+      const auto relu = ActivationKind::relu;
+      test<pyens::BFloat16>(2, 70, widths, relu, false, true, 0, false, view);
+      test<pyens::Float16>(2, 70, widths, relu, false, true, 0.4, false, view);
+      test<float>(2, 70, widths, relu, false, true, 0, true, view);
+      test<float>(2, 70, widths, relu, false, true, 0, false, view);
+      test<double>(2, 70, widths, relu, false, true, 0, false, view);
+      test<float>(2, 3, widths, ActivationKind::tanh, false, true, 0, false, view);
+    }
   }
   // What fits beside the weights: 4, 2 or 1 examples to a lane of plain multiply-adds, or none.
   for (const int kilobytes : {227, 80, 40, 10}) {
