@@ -256,10 +256,12 @@ def test_packed_gives_the_same_bits(dtype, shape):
 def test_packed_refuses_what_does_not_belong_to_the_weights():
     x, weights, biases = problem(3, 2, [4, 5, 2], torch.device("cpu"), torch.float32)
     packed = prepack(weights, biases)
-    cut, moved = packed[:-1], packed[64:]
-    for wrong in (cut, moved, packed.float(), packed.unsqueeze(0), packed[:8], packed.new_zeros(0)):
+    cut, moved, unbiased = packed[:-1], packed[64:], prepack(weights)
+    for wrong in (cut, moved, unbiased, packed.float(), packed.unsqueeze(0), packed[:8], packed[:0]):
         with pytest.raises(ValueError, match="packed: expected what ensemble_mlp_prepack makes"):
             ensemble_mlp_packed(x, wrong, weights, biases)
+    with pytest.raises(TypeError, match="packed: expected the device of weights"):
+        ensemble_mlp_packed(x, packed.to("meta"), weights, biases)
 
 
 # --- gradients ---------------------------------------------------------------------------------------------

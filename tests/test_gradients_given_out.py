@@ -1,4 +1,4 @@
-"""What a backward pass returns is its caller's: to change in place, to ask for again, to ask for in batches."""
+"""What a backward pass returns is its caller's: to change in place, to ask for again, also in batches."""
 
 import pytest
 import torch

@@ -124,7 +124,7 @@ struct PrepackedWeights {
   DType format;                 // of the weights that they were made of
   PrepackedLayout layout;
   int64_t ensemble_size, num_layers;
-  uint64_t widths;  // a hash of all layers' sizes
+  uint64_t widths;  // a hash of all layers' sizes, and whether they have biases
   int64_t bytes;    // with these
 };
 static_assert(sizeof(PrepackedWeights) == 64, "whole cache lines, no gaps");

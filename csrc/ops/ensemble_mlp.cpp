@@ -83,6 +83,7 @@ Tensor ensemble_mlp_packed(const Tensor& input, const Tensor& packed, TensorList
   const ActivationKind kind = check_mlp(kOp, network, options);
   ForwardCall call(weights, biases);
   call.set_options(kind, options);
+  check_device_of_weights(kOp, "packed", packed, weights);
   const bool is_bytes =
       packed.scalar_type() == at::kByte && packed.dim() == 1 && packed.is_contiguous();
   const char* const found = is_bytes ? ensemble_mlp_cpu::check_prepacked(
@@ -95,8 +96,9 @@ Tensor ensemble_mlp_packed(const Tensor& input, const Tensor& packed, TensorList
   return run(call, network);
 }
 
-Tensor ensemble_mlp_packed_meta(const Tensor& input, const Tensor& /*packed*/, TensorList weights,
+Tensor ensemble_mlp_packed_meta(const Tensor& input, const Tensor& packed, TensorList weights,
                                 TensorList biases, std::string_view activation) {
+  check_device_of_weights(kOp, "packed", packed, weights);
   return ensemble_mlp_meta({activation, 0, {}}, input, weights, biases);
 }
 
@@ -130,7 +132,7 @@ std::vector<Tensor> ensemble_mlp_backward_cuda(const MLPOptions& options, const 
                                                TensorList biases, NeedsGrad needs_grad) {
   const Network network{input, weights, biases};
   check_backward(grad, network, options);
-  if (trains_in_one_launch(weights)) {
+  if (training_fits_one_launch(weights)) {
     return ensemble_mlp_backward(options, grad, input, weights, biases, needs_grad);
   }
   return composed_backward(kOp, grad, network, options, needs_grad);

@@ -97,8 +97,9 @@ struct TrainingCall : ForwardCall {
   void run_on_cpu(const char* op);
 };
 
-// Whether a training pass on CUDA is one launch, or has to be composed of matrix products.
-bool trains_in_one_launch(at::TensorList weights);
+// Whether a training pass on CUDA fits one launch, or has to be composed of matrix products. False for what is
+// no list of [E, out, in]: it may be asked before the layers are checked.
+bool training_fits_one_launch(at::TensorList weights);
 
 // --- through the dispatcher -------------------------------------------------------------------------
 

@@ -289,8 +289,10 @@ void TrainingCall::run_on_cpu(const char* op) {
              });
 }
 
-bool trains_in_one_launch([[maybe_unused]] TensorList weights) {
+bool training_fits_one_launch([[maybe_unused]] TensorList weights) {
 #if defined(PYENS_WITH_CUDA)
+  const auto is_stacked = [](const Tensor& w) { return w.dim() == 3; };
+  if (weights.empty() || !std::all_of(weights.begin(), weights.end(), is_stacked)) return false;
   std::vector<MLPLayer> layers(weights.size());
   EnsembleMLP mlp{};
   for (size_t l = 0; l < weights.size(); ++l) {

@@ -10,7 +10,6 @@
 
 #include "ops/torch.h"
 
-#include <algorithm>
 #include <limits>
 #include <tuple>
 
@@ -137,9 +136,10 @@ std::tuple<Tensor, std::vector<Tensor>> ensemble_mlp_loss_with_gradients(
 
 std::tuple<Tensor, std::vector<Tensor>> ensemble_mlp_loss_with_gradients_meta(
     const LossOptions& options, const Tensor& input, const Tensor& target, TensorList weights,
-    TensorList biases, const OptionalTensor& /*member_scale*/, NeedsGrad needs_grad) {
+    TensorList biases, const OptionalTensor& member_scale, NeedsGrad needs_grad) {
   const Network network{input, weights, biases};
   check(network, target, options);
+  if (member_scale) check_device_of_weights(kOp, "member_scale", *member_scale, weights);
   const auto real = input.options().dtype(accumulation_type(input.scalar_type()));
   return {at::empty_symint({network.members()}, real),
           for_each_needed(kOp, network, needs_grad, [&](const Tensor& of) {
@@ -221,16 +221,9 @@ Tensor composed_loss(const LossOptions& options, const Tensor& input, const Tens
   return at::where(total > 0, mean, zero);
 }
 
-// Asked before the layers are checked.
-bool may_train_in_one_launch(TensorList weights) {
-  const auto is_matrices = [](const Tensor& w) { return w.dim() == 3; };
-  if (weights.empty() || !std::all_of(weights.begin(), weights.end(), is_matrices)) return false;
-  return trains_in_one_launch(weights);
-}
-
 Tensor ensemble_mlp_loss_cuda(const LossOptions& options, const Tensor& input, const Tensor& target,
                               TensorList weights, TensorList biases) {
-  const auto compute = may_train_in_one_launch(weights) ? ensemble_mlp_loss : composed_loss;
+  const auto compute = training_fits_one_launch(weights) ? ensemble_mlp_loss : composed_loss;
   return compute(options, input, target, weights, biases);
 }
 
@@ -334,7 +327,7 @@ Tensor ensemble_mlp_loss_autograd(const LossOptions& options, const Tensor& inpu
   TORCH_CHECK_VALUE(
       !options.sample_weight || !options.sample_weight->requires_grad(), kOp,
       ": sample_weight: expected requires_grad=False (it gets no gradient), got True");
-  if (input.is_cuda() && !may_train_in_one_launch(weights)) {
+  if (input.is_cuda() && !training_fits_one_launch(weights)) {
     return composed_loss(options, input, target, weights, biases);
   }
   // Not by a shared input: see backward.

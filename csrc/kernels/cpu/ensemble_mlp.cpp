@@ -78,6 +78,7 @@ PrepackedWeights describe_prepacked(const EnsembleMLP& mlp) {
     const MLPLayer& layer = mlp.layers[l];
     description.widths = splitmix(description.widths + static_cast<uint64_t>(layer.in));
     description.widths = splitmix(description.widths + static_cast<uint64_t>(layer.out));
+    description.widths = splitmix(description.widths + (layer.bias.data != nullptr));
     description.bytes += mlp.ensemble_size * description.layout.layer_bytes(layer.out, layer.in);
   }
   return description;

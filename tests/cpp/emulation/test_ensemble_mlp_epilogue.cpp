@@ -1,4 +1,4 @@
-// The layers of a wide ensemble MLP one by one, as ops/ensemble_mlp_wide.cpp puts them together: products,
+// The layers of a wide ensemble MLP one by one, as ops/ensemble_mlp_call.cpp puts them together: products,
 // here by the host in float64, and the CUDA kernel of the epilogue. Against the CPU's kernel.
 
 #include "kernels/cuda/ensemble_mlp_epilogue.cu"
