@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from pyens import _files
 from pyens.metrics import ConfidenceCurve, ReliabilityCurve, RiskCoverageCurve
 
 if TYPE_CHECKING:
@@ -52,12 +53,8 @@ def new_figure(width: float = 5.0, height: float = 4.0) -> Figure:
 def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 150) -> Path:
     """Writes the figure, in the format that the ending of `path` names, completely or not at all."""
     path = Path(path)
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
+    with _files.replacing(path) as unfinished:
         figure.savefig(unfinished, dpi=dpi)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return path
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from pyens._files import only_writer
 from pyens.nn import Ensemble
 from pyens.training import _checks
 from pyens.training import checkpoint as checkpoints
@@ -75,8 +76,9 @@ def fit(
         own_data: whether every member has rows of its own, the same number: all tensors of `data` (and
             `validation`) are then `[E, N, ...]`, member first, and a row number means another row for each.
             For models that are trained together because they have the same shape.
-        checkpoint: a file, written atomically. If it is there the run goes on where it was saved, to the bit;
-            a file of another run, or with other data, is refused. `epochs` alone may differ.
+        checkpoint: a file, written atomically and with a checksum. If it is there the run goes on where it
+            was saved, to the bit; a damaged file, one of another run, or with other data, is refused.
+            `epochs` alone may differ. Only one run at a time may use it.
         checkpoint_every: epochs between two checkpoints; there is always one at the end.
         progress: a bar with mean and spread of the members' losses; needs tqdm.
 
@@ -88,6 +90,7 @@ def fit(
 
     Raises:
         TypeError, ValueError: arguments that do not fit each other, before anything is changed.
+        RuntimeError: another run uses the checkpoint.
 
     Source: "prediction variation", section on randomness; definitions in `Randomness`. Without S one fixed
     seeded permutation serves all members in all epochs.
@@ -112,20 +115,29 @@ def fit(
     _checks.count("checkpoint_every", checkpoint_every)
     path = None if checkpoint is None else Path(checkpoint)
     described = {} if path is None else run.describe()
-    run.start(None if path is None else checkpoints.load(path, described))
-    first = run.epoch
-    with _bar(progress, epochs - first, run.steps) as bar:
-        for epoch in range(first, epochs):
-            if not run.active:
-                break
-            run.train(bar.update)
-            run.end_epoch()
-            bar.set_postfix_str(run.summary())
-            if path is not None and (epoch + 1) % checkpoint_every == 0:
-                checkpoints.save(path, described, run.state())
-    if path is not None and run.epoch > first and run.epoch % checkpoint_every != 0:
-        checkpoints.save(path, described, run.state())
-    return run.finish()
+    with nullcontext() if path is None else only_writer(path, "fit: checkpoint"):
+        saved = None if path is None else checkpoints.load(path, described)
+        if saved is not None:
+            try:
+                run.check(saved)
+            except Exception as error:
+                raise ValueError(
+                    f"fit: checkpoint: {path}: expected the state of such a run, got {error}"
+                ) from error
+        run.start(saved)
+        first = run.epoch
+        with _bar(progress, epochs - first, run.steps) as bar:
+            for epoch in range(first, epochs):
+                if not run.active:
+                    break
+                run.train(bar.update)
+                run.end_epoch()
+                bar.set_postfix_str(run.summary())
+                if path is not None and (epoch + 1) % checkpoint_every == 0:
+                    checkpoints.save(path, described, run.state())
+        if path is not None and run.epoch > first and run.epoch % checkpoint_every != 0:
+            checkpoints.save(path, described, run.state())
+        return run.finish()
 
 
 @contextmanager

@@ -147,6 +147,44 @@ class Run:
             self.optimizer = self.make_optimizer(self.working.parameters())
             load_member_state(self.optimizer, saved["optimizer"])
 
+    def check(self, saved: dict[str, Any]) -> None:
+        """Refuses what `state` cannot have made, before any of it is used.
+
+        Raises:
+            ValueError, or what a wrong type leads to: it says what is wrong.
+        """
+        members, epoch, active = self.model.ensemble_size, saved["epoch"], saved["active"]
+        running = [m for m, status in enumerate(saved["status"].tolist()) if status == RUNNING]
+        best_epoch = saved["best_epoch"]
+        _require(type(epoch) is int and epoch >= 1, f"epoch {epoch!r}")
+        _require(all(type(m) is int for m in active) and active == running, f"active members {active!r}")
+        _require(len(saved["seconds"]) == epoch and all(s >= 0 for s in saved["seconds"]), "other seconds")
+        for name, shape, dtype in (
+            ("losses", (epoch, 2, members), torch.float64),
+            ("best", (members,), torch.float64),
+            ("best_epoch", (members,), torch.int64),
+            ("status", (members,), torch.int64),
+        ):
+            _require(saved[name].shape == shape and saved[name].dtype == dtype, f"{name} of another form")
+        _require(((saved["status"] >= 0) & (saved["status"] < len(STATUS))).all(), "an unknown status")
+        _require(((best_epoch >= -1) & (best_epoch < epoch)).all(), "a best epoch that has not been")
+        groups = {"kept": best_epoch >= 0}
+        if active:
+            groups["parameters"] = torch.ones(len(active), dtype=torch.bool)
+        for group, trained in groups.items():
+            own = dict(self.model.named_parameters())
+            _require(saved[group].keys() == own.keys(), f"{group} of other names")
+            for name, tensor in saved[group].items():
+                shared = self.model.shares_parameters
+                shape = own[name].shape if shared else (len(trained), *own[name].shape[1:])
+                same = tensor.shape == shape and tensor.dtype == own[name].dtype
+                _require(same, f"{group}[{name!r}] of another form")
+                if trained.any():
+                    known = tensor if shared else tensor[trained]
+                    _require(known.isfinite().all(), f"{group}[{name!r}] with NaN or Inf")
+        states = saved["optimizer"]
+        _require(isinstance(states, list) and all(isinstance(s, dict) for s in states), "another optimizer")
+
     def state(self) -> dict[str, Any]:
         """What `start` takes."""
         return {
@@ -311,6 +349,11 @@ class Run:
         self.working = self.working.select(places.tolist())
         self.optimizer = self.make_optimizer(self.working.parameters())
         load_member_state(self.optimizer, remembered)
+
+
+def _require(condition: bool | Tensor, otherwise: str) -> None:
+    if not condition:
+        raise ValueError(otherwise)
 
 
 def _rows(tensors: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
