@@ -127,9 +127,9 @@ def test_a_symbolic_link_and_permissions_stay(tmp_path):
 def test_only_one_run_may_keep_a_file(tmp_path):
     path = tmp_path / "run.pt"
     with _files.only_writer(path, "fit: checkpoint"):
-        with pytest.raises(RuntimeError, match=r"fit: checkpoint: .*run\.pt: expected one run at a time"):
-            with _files.only_writer(path, "fit: checkpoint"):
-                pass
+        message = r"fit: checkpoint: .*run\.pt: expected one run at a time"
+        with pytest.raises(RuntimeError, match=message), _files.only_writer(path, "fit: checkpoint"):
+            pass
         with _files.only_writer(tmp_path / "other.pt", "fit: checkpoint"):
             pass
     with _files.only_writer(path, "fit: checkpoint"):
