@@ -23,7 +23,7 @@ def combine(outputs: Tensor, weights: Tensor | None = None, *, space: str = "pro
         outputs: logits of the components: ``[J, B]`` (binary), ``[J, B, K]`` or ``[M, J, B, K]``.
         weights: g, >= 0 and summing to 1 over J (neither is checked): ``[J]``, or ``[J, B]`` for every
             example its own, such as `Gate` gives; of ``[M, J, B, K]`` outputs ``[M, J]`` or ``[M, J, B]``.
-            None for 1/J.
+            None for 1/J. In probability 0 leaves a component out.
         space: ``"probability"`` or ``"logit"``.
 
     Returns:
@@ -44,8 +44,8 @@ def combine(outputs: Tensor, weights: Tensor | None = None, *, space: str = "pro
     if space == "logit":
         combined = (g * z).sum(-3)
     else:
-        # The smallest number and not log 0 for a weight of 0, which would make its gradient NaN.
-        log_g = g.clamp_min(torch.finfo(g.dtype).tiny).log()
+        # A weight of 0 is left out, with gradient 0: log 0 would make it NaN.
+        log_g = torch.where(g == 0, 1, g).log().masked_fill(g == 0, -torch.inf)
         if binary:
             combined = (F.logsigmoid(z) + log_g).logsumexp(-3) - (F.logsigmoid(-z) + log_g).logsumexp(-3)
         else:
