@@ -1,6 +1,7 @@
 """`pyens.training.fit`: what makes members differ, when they stop, and that none depends on another."""
 
 import csv
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -359,6 +360,15 @@ def test_the_history_as_csv(tmp_path) -> None:
         assert float(line["validation_loss"]) == history.validation_loss[epoch, member]
 
 
+def test_without_tqdm_there_is_no_bar_and_it_is_said_once(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.warns(UserWarning, match="fit: no bar of its progress without tqdm: pip install") as said:
+        for _ in range(2):
+            trained("R3", epochs=1, progress=True)
+        trained("R3", epochs=1, progress=False)
+    assert len(said) == 1 and said[0].filename == __file__
+
+
 def test_the_bar_shows_mean_and_spread(capsys) -> None:
     trained("R3", epochs=1, progress=True)
     shown = capsys.readouterr().err
@@ -435,6 +445,21 @@ def test_the_mode_of_the_model_is_left_as_it_was() -> None:
         ({"data": (table()[0], table()[1][:, 1:], table()[2])}, ValueError, "TabularEnsemble: numeric"),
         ({"data": (*table()[:2], table()[2].long())}, TypeError, "target"),
         ({"randomness": Randomness(init=True), "loss": "cross_entropy"}, TypeError, "target"),
+        ({"temperature": 7.0}, ValueError, r"fit: temperature: expected 1 .*with loss mse, got 7.0"),
+        ({"temperature": 0.0, "loss": "cross_entropy"}, ValueError, "fit: temperature: expected a positive"),
+        ({"data": table()[2]}, TypeError, "fit: data: expected a tuple of tensors .*, got a Tensor$"),
+        (
+            {"data": torch.utils.data.DataLoader([1] * 9)},
+            TypeError,
+            r"fit: data: expected a tuple of tensors \[N, ...\], inputs and target, got a DataLoader$",
+        ),
+        ({"data": [np.zeros(2)] * 1000}, TypeError, r"got a ndarray, .* a ndarray and 996 more$"),
+        ({"validation": torch.zeros(3)}, TypeError, "fit: validation: expected a share or .* got a Tensor$"),
+        (
+            {"data": (*table()[:2], table()[2].squeeze(1))},
+            ValueError,
+            rf"fit: data: expected rows that TabularEnsemble.loss takes, .* \[{N}\]\], of whose first row",
+        ),
         ({"model": nn.Linear(3, 3)}, TypeError, "fit: model: expected a pyens.nn.Ensemble, got Linear"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
@@ -84,6 +85,7 @@ class Ensemble(nn.Module):
         output = self(*inputs, **options)
         if loss not in LOSSES:
             raise ValueError(f'loss: loss: expected one of {", ".join(LOSSES)}, got "{loss}"')
+        check_temperature("loss", loss, temperature)
         if output.dim() != 3 or len(output) != self.ensemble_size:
             raise ValueError(
                 f"loss: output: expected [{self.ensemble_size}, B, O] from forward, "
@@ -178,6 +180,16 @@ class Ensemble(nn.Module):
         defined = type(self).config is not Ensemble.config
         config = self.config() if defined else {"ensemble_size": self.ensemble_size}
         return ", ".join(f"{name}={v}" for name, v in config.items() if name != "dropout" or v)
+
+
+def check_temperature(function: str, loss: str, temperature: float) -> None:
+    if loss != "cross_entropy" and temperature != 1:
+        raise ValueError(
+            f"{function}: temperature: expected 1 (only cross_entropy has one) with loss {loss}, "
+            f"got {temperature}"
+        )
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{function}: temperature: expected a positive number, got {temperature}")
 
 
 def _ensembles(module: nn.Module) -> Iterator[Ensemble]:

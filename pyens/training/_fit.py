@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,8 @@ def fit(
             mean of their validation losses.
         data: the training rows `[N, ...]`, in the order in which `model.loss` takes them: `(input, target)`,
             for a `TabularEnsemble` `(categorical, numeric, target)`. On the model's device.
-        loss, temperature: see `pyens.ops.ensemble_mlp_loss`. Each member minimises its own mean loss.
+        loss, temperature: see `pyens.ops.ensemble_mlp_loss`. Each member minimises its own mean loss. Only
+            cross_entropy has a temperature.
         epochs: the most any member trains for.
         batch_size: examples of a step for each member; the last batch of an epoch may be smaller.
         optimizer: makes an optimizer of the parameters, `lambda p: pyens.optim.fused(torch.optim.Adam, p)`.
@@ -80,7 +83,7 @@ def fit(
             was saved, to the bit; a damaged file, one of another run, or with other data, is refused.
             `epochs` alone may differ. Only one run at a time may use it.
         checkpoint_every: epochs between two checkpoints; there is always one at the end.
-        progress: a bar with mean and spread of the members' losses; needs tqdm.
+        progress: a bar with mean and spread of the members' losses, where tqdm is installed.
 
     A member whose loss or parameters become NaN or infinite is frozen with its last good weights (those of
     its best epoch so far under early stopping) and reported by a warning; it changes no bit of the others.
@@ -97,7 +100,7 @@ def fit(
     """
     run = Run(
         model,
-        tuple(data),
+        data,
         loss=loss,
         temperature=temperature,
         batch_size=batch_size,
@@ -142,15 +145,22 @@ def fit(
 
 @contextmanager
 def _bar(progress: bool, epochs: int, steps: int) -> Iterator[Any]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        if progress:
+            _say_once("fit: no bar of its progress without tqdm: pip install tqdm, or progress=False")
+        progress = False
     if not progress:
         yield _NoBar()
         return
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError("fit: progress=True needs tqdm: pip install tqdm, or progress=False") from error
     with tqdm(total=max(0, epochs) * steps, unit="step") as bar:
         yield bar
+
+
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=5)
 
 
 class _NoBar:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyens.nn import Ensemble
+from pyens.nn.ensemble import check_temperature
 from pyens.optim import load_member_state, member_state
 from pyens.reference.ensemble_mlp_loss import LOSSES
 from pyens.training import _checks
@@ -30,7 +31,7 @@ class Run:
     def __init__(
         self,
         model: Ensemble,
-        data: tuple[Tensor, ...],
+        data: Sequence[Tensor],
         *,
         loss: str,
         temperature: float,
@@ -46,11 +47,13 @@ class Run:
         own_data: bool,
     ) -> None:
         members = _checks.model(model)
+        _checks.tensors("data", data)
         owners = members if own_data else None
         rows = _checks.data("data", data, members=owners)
         _checks.count("batch_size", batch_size)
         if loss not in LOSSES:
             raise ValueError(f"fit: loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
+        check_temperature("fit", loss, temperature)
         sources = randomness or Randomness(shuffle=True)
         own_seeds = member_seeds(seed, members) if seeds is None else [int(s) for s in seeds]
         if len(own_seeds) != members:
@@ -61,7 +64,7 @@ class Run:
 
         self.model = self.working = model
         self.active = list(range(members))
-        self.data = data
+        self.data = tuple(data)
         self.own_data = own_data
         self.loss, self.temperature, self.batch_size = loss, temperature, batch_size
         self.make_optimizer = optimizer
@@ -76,6 +79,7 @@ class Run:
         if isinstance(validation, (int, float)):
             self.validation = tuple(t.index_select(int(own_data), held_out.to(t.device)) for t in data)
         else:
+            _checks.tensors("validation", validation)
             self.validation = tuple(validation)
             _checks.data("validation", self.validation, like=data, members=owners)
         self.validation_rows = self.validation[0].shape[int(own_data)]
@@ -96,7 +100,14 @@ class Run:
         # Whatever the model refuses, before anything is changed.
         with torch.no_grad(), _mode(model, training=False):
             first = torch.zeros(1, dtype=torch.int64, device=data[0].device)
-            self._losses(self._batch(data, first))
+            try:
+                self._losses(self._batch(data, first))
+            except (TypeError, ValueError) as error:
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(
+                    f"fit: data: expected rows that {type(model).__name__}.loss takes, got tensors of shapes "
+                    f"{[list(t.shape) for t in data]}, of whose first row alone it says: {error}"
+                ) from error
 
     def describe(self) -> dict[str, Any]:
         """What another run must have in common with this one to go on from its checkpoint."""
