@@ -6,6 +6,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+__all__ = ["MemberLearningRates", "fused", "load_member_state", "member_state"]
+
 # torch's widest vectors hold 64 bytes: 16 numbers of float32, more of the shorter types.
 _VECTOR = 64
 

@@ -156,6 +156,35 @@ def test_weights_at_the_ends_of_the_range_are_those_of_any_scale(loss, tiny):
         torch.testing.assert_close(got.double(), exact, rtol=1e-3 if tiny < 1 else 1e-5, atol=1e-6)
 
 
+def test_an_ensemble_is_a_sequence_of_its_members():
+    model, x = EnsembleMLP(E, 4, [5], 2), torch.randn(3, 4)
+    assert len(model) == E and bool(model)
+    outputs = model(x)
+    for i, member in enumerate(model):
+        torch.testing.assert_close(member(x), outputs[i])
+    assert i == E - 1
+    torch.testing.assert_close(model[-1](x), outputs[-1])
+    assert type(model[1:]) is EnsembleMLP and torch.equal(model[1:](x), outputs[1:])
+    with pytest.raises(IndexError, match="member: i: expected below 3, got 3"):
+        model[E]
+
+
+def test_from_modules_takes_a_generator():
+    kinds = {
+        EnsembleMLP: lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)),
+        EnsembleLinear: lambda: nn.Linear(4, 2),
+        EnsembleEmbedding: lambda: nn.Embedding(4, 2),
+    }
+    for kind, make in kinds.items():
+        modules = [make() for _ in range(2)]
+        lazily, at_once = kind.from_modules(m for m in modules), kind.from_modules(modules)
+        assert len(lazily) == 2
+        for a, b in zip(lazily.parameters(), at_once.parameters(), strict=True):
+            assert torch.equal(a, b)
+        with pytest.raises(ValueError, match="from_modules: modules: expected at least one, got none"):
+            kind.from_modules(iter(()))
+
+
 def test_losses_refuse():
     model, x = Residual(E, 4), torch.randn(5, 4)
     with pytest.raises(ValueError, match=r'loss: loss: expected one of mse, .*, got "l1"'):

@@ -348,6 +348,12 @@ def test_classes_and_temperature() -> None:
         assert (model(x).mean(0).argmax(1) == labels).double().mean() > 0.9
 
 
+def test_the_history_is_shown_in_a_line() -> None:
+    nothing = np.zeros((404, 3))
+    history = History(nothing, nothing, np.zeros(3, int), ("stopped", "finished", "stopped"), np.zeros(404))
+    assert repr(history) == "History(epochs=404, members=3: 1 finished, 2 stopped)"
+
+
 def test_the_history_as_csv(tmp_path) -> None:
     _, history = trained("R3", epochs=8, early_stopping=1)
     history.to_csv(tmp_path / "history.csv")

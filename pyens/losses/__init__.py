@@ -1,7 +1,7 @@
 """Losses that push the components of an ensemble apart, and ways to combine their outputs into one.
 
 The J components of a model are trained side by side, each on its own label loss; a loss of this module,
-times a strength λ, is added. All of it is from "Anti-Distillation" (docs/references.md), "the paper" below.
+times a strength λ, is added. All of it is from "Anti-Distillation" (docs/references.md).
 
 Outputs z are ``[J, B]`` (one output, such as a binary logit), ``[J, B, K]``, or ``[M, J, B, K]`` for M
 independent models that are trained together. A loss is computed for each of the K labels; with

@@ -37,7 +37,7 @@ def pearson_decorrelation_loss(outputs: Tensor, *, eps: float = 1e-12, reduction
     Raises:
         TypeError, ValueError: for arguments that are not as above.
 
-    Source: the paper, section 4, equations (3) and (5), on the normalised covariances.
+    Source: "Anti-Distillation", section 4, equations (3) and (5), on the normalised covariances.
     """
     _checks.choice("pearson_decorrelation_loss", "reduction", reduction, "sum", "none")
     check_positive("pearson_decorrelation_loss", "eps", eps)
@@ -72,9 +72,9 @@ def gram_schmidt_decorrelation_loss(
     Raises:
         TypeError, ValueError: for arguments that are not as above.
 
-    Source: the paper, section 4, after equation (6): Gram-Schmidt "on the mini batch vectors z_i before
-    applying the AD de-correlation loss", so that it "does not count correlated components more than once".
-    The paper gives no formula; this one is our reading.
+    Source: "Anti-Distillation", section 4, after equation (6): Gram-Schmidt "on the mini batch vectors
+    z_i before applying the AD de-correlation loss", so that it "does not count correlated components more
+    than once". It gives no formula; this one is our reading.
     """
     _checks.choice("gram_schmidt_decorrelation_loss", "kind", kind, *_KINDS)
     _checks.choice("gram_schmidt_decorrelation_loss", "reduction", reduction, "sum", "none")
@@ -101,7 +101,7 @@ def gram_schmidt(outputs: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for outputs that are not as above.
 
-    Source: the paper, section 4, after equation (6).
+    Source: "Anti-Distillation", section 4, after equation (6).
     """
     u = _orthogonal(by_label(outputs))
     return u if outputs.ndim == 2 else u.movedim(-3, -1)
@@ -129,7 +129,7 @@ class RunningDecorrelationLoss(nn.Module):
     gradient goes through αC alone: old batches are constants. In evaluation mode the estimate stays as it is
     and the loss is that of ``(1 - α) Ĉ + α C``. A batch with B = 0 changes nothing.
 
-    For small batches, where one C is mostly noise; for large ones the paper expects little of it.
+    For small batches, where one C is mostly noise; for large ones the source expects little of it.
 
     Args:
         num_components: J.
@@ -145,7 +145,7 @@ class RunningDecorrelationLoss(nn.Module):
     Raises:
         TypeError, ValueError: for arguments that are not as above.
 
-    Source: the paper, section 4, the paragraph before equation (7): continuous online training.
+    Source: "Anti-Distillation", section 4, the paragraph before equation (7): continuous online training.
     """
 
     estimate: Tensor

@@ -71,7 +71,7 @@ class Ensemble(nn.Module):
         sample_weight: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """Each member's mean loss `[E]`; train on its sum.
+        """Each member's mean loss `[E]`; train on its sum. (Several processes: docs/training.md.)
 
         Args:
             batch: what `forward` takes, then the target.
@@ -171,6 +171,17 @@ class Ensemble(nn.Module):
     def to_modules(self) -> list[Any]:
         """All members as `member(i)` gives them."""
         return [self.member(i) for i in range(self.ensemble_size)]
+
+    def __len__(self) -> int:
+        """`ensemble_size`."""
+        return self.ensemble_size
+
+    def __getitem__(self, i: int | slice) -> Any:
+        """`model[i]` is `member(i)`, `model[1:3]` is `select(slice(1, 3))`."""
+        return self.select(i) if isinstance(i, slice) else self.member(i)
+
+    def __bool__(self) -> bool:
+        return True
 
     def _check_member(self, i: int) -> None:
         if not -self.ensemble_size <= i < self.ensemble_size:

@@ -1,7 +1,7 @@
 """Ensembles of linear layers and of MLPs."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from pyens import ops
 from pyens.masks import check
 from pyens.nn import _sequential
 from pyens.nn._buffers import BufferList, Derived
-from pyens.nn._members import Members, check_not_empty, draw_linear
+from pyens.nn._members import Members, draw_linear, listed
 from pyens.nn.ensemble import Indices, chosen_members, parameters_of, reader
 from pyens.ops.ensemble_mlp import ensemble_mlp_packed, prepack
 
@@ -169,9 +169,9 @@ class EnsembleLinear(_StackedMLP):
         self.reset_parameters(seeds)
 
     @classmethod
-    def from_modules(cls, modules: Sequence[nn.Linear]) -> Self:
+    def from_modules(cls, modules: Iterable[nn.Linear]) -> Self:
         """An ensemble of copies of trained layers of one shape, dtype and device, bit for bit."""
-        check_not_empty(modules)
+        modules = listed(modules)
         for i, module in enumerate(modules):
             if type(module) is not nn.Linear:
                 raise ValueError(
@@ -269,14 +269,14 @@ class EnsembleMLP(_StackedMLP):
         self.reset_parameters(seeds)
 
     @classmethod
-    def from_modules(cls, modules: Sequence[nn.Sequential]) -> Self:
+    def from_modules(cls, modules: Iterable[nn.Sequential]) -> Self:
         """An ensemble of copies of trained members, bit for bit.
 
         Each is an `nn.Sequential` of `nn.Linear` and one kind of activation between them. Whatever the kernel
         does not compute (tanh-GELU, ELU with alpha other than 1, dropout, ...) is refused by name with a
         ValueError.
         """
-        check_not_empty(modules)
+        modules = listed(modules)
         parsed = [
             _sequential.parse(module, f"from_modules: modules[{i}]") for i, module in enumerate(modules)
         ]

@@ -30,7 +30,7 @@ def mc_dropout(
     Raises:
         ValueError: another kind of model, num_masks or p out of range, p None without dropout layers.
 
-    Source: the paper's 3.4, "Dropout".
+    Source: "Masksembles", section 3.4, "Dropout".
     """
     if not isinstance(num_masks, int) or num_masks < 1:
         raise ValueError(f"mc_dropout: num_masks: expected a positive integer, got {num_masks!r}")
