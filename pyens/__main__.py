@@ -3,12 +3,13 @@
 A new operation gets a function that draws a problem and a line in `CHECKS`.
 """
 
+import argparse
 import itertools
 import math
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -346,11 +347,13 @@ def self_check() -> bool:
     return all_ok
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
+    description = "Prints what was built, and checks every operation against its reference for some seconds."
+    argparse.ArgumentParser(prog="python -m pyens", description=description).parse_args(arguments)
     print_build()
     print()
     return 0 if self_check() else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

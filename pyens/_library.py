@@ -6,6 +6,7 @@ The reference is never a silent stand-in for it: without a matching extension th
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,26 @@ from pyens._version import __version__
 _BUILD = "pip install --no-build-isolation --force-reinstall --no-deps .   (in a checkout: make build)"
 
 
+def _shadowed() -> str:
+    """What to say where a folder of sources, such as a checkout, comes before a pyens that is installed."""
+    here = Path(__file__).resolve().parent
+    for entry in sys.path:
+        there = (Path(entry) / "pyens").resolve()
+        if there != here and (there / "_C.build.json").exists():
+            return (
+                f"\nThese are the sources in {here}. They hide the pyens that is installed in {there}: start "
+                "Python in another folder to use that one."
+            )
+    return ""
+
+
 def _check_build() -> dict[str, Any]:
     """What the extension was built for, read without loading it."""
     path = Path(__file__).with_name("_C.build.json")
     if not path.exists():
         raise ImportError(
             f"pyens: its extension pyens._C is not built. In the folder of its sources run\n    {_BUILD}"
+            f"{_shadowed()}"
         )
     built = json.loads(path.read_text())
     if built["torch"] != torch.__version__:

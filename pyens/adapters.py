@@ -5,6 +5,8 @@ All of them are views wherever torch can make one. Nothing else in pyens guesses
 
 from torch import Tensor
 
+__all__ = ["from_masksembles", "from_tabm", "to_masksembles", "to_tabm"]
+
 
 def from_tabm(x: Tensor) -> Tensor:
     """`[B, k, D]` (TabM: members in the middle) -> `[E, B, D]`, E = k."""

@@ -19,6 +19,15 @@ from pyens.metrics import _checks
 from pyens.metrics.selective import checked_losses
 from pyens.ops import predictive_uncertainty
 
+__all__ = [
+    "ABSTAIN",
+    "coverage_threshold",
+    "most_uncertain",
+    "predict_or_abstain",
+    "risk_threshold",
+    "uncertainty_sampling",
+]
+
 ABSTAIN = -1  # the label of `predict_or_abstain` for an example that is not answered
 
 

@@ -14,6 +14,7 @@ import importlib.util
 import math
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class Result:
     measures: tuple[Measure, ...]
     timing: Timing
     summary: tuple[str, ...]
-    picture: Path
+    picture: Path | OSError  # why there is none
 
 
 @dataclass(frozen=True)
@@ -239,15 +240,19 @@ def table(measures: Sequence[Measure], members: int) -> str:
     return "\n".join([rows[0], "-" * max(map(len, rows)), *rows[1:]])
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def timing_report(timing: Timing, device: str) -> str:
     threads = torch.get_num_threads()
     where = device if device != "cpu" else f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     few = timing.trained_alone
     return (
         f"Training time ({where})\n"
-        f"  all {timing.members} members in one batched run: {timing.together:.2f} s\n"
-        f"  one after another as nn.Sequential: {timing.all_alone:.2f} s, measured on {few} members "
-        f"({timing.alone:.2f} s) and scaled to {timing.members}\n"
+        f"  all {_count(timing.members, 'member')} in one batched run: {timing.together:.2f} s\n"
+        f"  one after another as nn.Sequential: {timing.all_alone:.2f} s, measured on "
+        f"{_count(few, 'member')} ({timing.alone:.2f} s) and scaled to {timing.members}\n"
         f"  so one after another takes {timing.all_alone / timing.together:.1f} times as long; the test "
         f"probabilities of those {few} differ by {timing.largest_difference:.0e} at most"
     )
@@ -332,8 +337,8 @@ def draw(predictions: Predictions, digits: Digits) -> Figure:
     figure = plots.new_figure(10, 10)
     panels, strips = figure.subfigures(2, 1, height_ratios=[3, 1])
     figure.suptitle(
-        f"{members} networks trained on the digits {digits.classes[0]}-{digits.classes[-1]}; "
-        f"{' and '.join(map(str, UNKNOWN))} are unknown to them"
+        f"{_count(members, 'network')} trained on the digits {digits.classes[0]}-{digits.classes[-1]}; "
+        f"{' and '.join(map(str, UNKNOWN))} are unknown to {'them' if members > 1 else 'it'}"
     )
     axes = panels.subplots(2, 2)
 
@@ -344,6 +349,7 @@ def draw(predictions: Predictions, digits: Digits) -> Figure:
             "single members, pooled": metrics.reliability_curve(single, of_every_member),
         },
         axes[0, 0],
+        joined=10,
     )
     plots.confidence_curves(
         {
@@ -365,26 +371,40 @@ def draw(predictions: Predictions, digits: Digits) -> Figure:
         ax.set_title(title)
 
     rows = strips.subfigures(2, 1)
+    truth = torch.tensor(digits.classes, device=digits.test.labels.device)[digits.test.labels]
     unsure = metrics.predictive_entropy(known).argsort(descending=True)
     fooled = unknown.mean(0).amax(-1).argsort(descending=True)
     _draw_digits(
-        rows[0], "Known digits the ensemble is least sure of", digits, digits.test, known.mean(0), unsure
+        rows[0],
+        "Known digits the ensemble is least sure of",
+        digits,
+        digits.test,
+        truth,
+        known.mean(0),
+        unsure,
     )
     _draw_digits(
-        rows[1], "Unknown digits it is most sure of", digits, digits.unknown, unknown.mean(0), fooled
+        rows[1],
+        "Unknown digits it is most sure of",
+        digits,
+        digits.unknown,
+        digits.unknown.labels,
+        unknown.mean(0),
+        fooled,
     )
     return figure
 
 
 def _draw_digits(
-    figure: SubFigure, title: str, digits: Digits, split: Split, mean: Tensor, order: Tensor
+    figure: SubFigure, title: str, digits: Digits, split: Split, truth: Tensor, mean: Tensor, order: Tensor
 ) -> None:
-    """A strip of the first images in `order`, each with the answer and its confidence."""
+    """A strip of the first images in `order`, each with the true digit, the answer and its confidence."""
     figure.suptitle(title, fontsize="medium")
     for ax, row in zip(figure.subplots(1, 12), order.tolist(), strict=False):
         confidence, answer = mean[row].max(-1)
         ax.imshow(split.images[row].view(8, 8).cpu().numpy(), cmap="gray_r", vmin=0, vmax=1)
-        ax.set_title(f"{digits.classes[answer]}? {confidence:.2f}", fontsize="x-small", pad=2)
+        title = f"{truth[row]}: {digits.classes[answer]}? {confidence:.2f}"
+        ax.set_title(title, fontsize="x-small", pad=2)
         ax.set(xticks=[], yticks=[])
 
 
@@ -393,8 +413,14 @@ def _draw_digits(
 
 
 def run(settings: Settings) -> Result:
-    """Trains, evaluates and draws; what `main` prints is in the result."""
+    """Trains, evaluates and draws; what `main` prints is in the result.
+
+    Raises:
+        OSError: a folder for the picture that cannot be written to, before anything is trained.
+    """
     settings.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=settings.output):
+        pass
     digits = _to_device(load_digits(unknown=UNKNOWN, seed=settings.seed), settings.device)
     model, timing = train(settings, digits)
     predictions = Predictions(
@@ -405,7 +431,10 @@ def run(settings: Settings) -> Result:
         validation_labels=digits.validation.labels,
     )
     measures = evaluate(predictions)
-    picture = plots.save_figure(draw(predictions, digits), settings.output / PICTURE)
+    try:
+        picture = plots.save_figure(draw(predictions, digits), settings.output / PICTURE)
+    except OSError as error:  # the numbers are there all the same
+        picture = error
     return Result(measures, timing, summarise(measures, predictions), picture)
 
 
@@ -455,7 +484,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         print(f"The demo needs {', '.join(missing)}: pip install pyens[demo]", file=sys.stderr)
         return 1
-    result = run(settings)
+    try:
+        result = run(settings)
+    except OSError as error:
+        print(f"The demo cannot write to {settings.output}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped: nothing is written.", file=sys.stderr)
+        return 130
     print()
     print(table(result.measures, settings.members))
     print()
@@ -463,6 +499,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print()
     print("\n".join(result.summary))
     print()
+    if isinstance(result.picture, OSError):
+        print(f"No picture: {result.picture}", file=sys.stderr)
+        return 1
     print(f"Picture: {result.picture}")
     return 0
 

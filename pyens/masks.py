@@ -2,8 +2,8 @@
 
     masks = masks_for_channels(512, num_masks=4, scale=2.0)   # bool [4, 512]
 
-Source: "Masksembles for Uncertainty Estimation" (Durasov et al., 2021), 3.2 to 3.4. All that is drawn comes
-from the generator (torch's default one without), on the CPU; the same state gives the same masks.
+Source: "Masksembles", 3.2 to 3.4. All that is drawn comes from the generator (torch's default one without),
+on the CPU; the same state gives the same masks.
 """
 
 import math
@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__all__ = ["expected_iou", "generate_masks", "mask_iou", "masks_for_channels", "model_size"]
+
 
 def generate_masks(
     num_ones: int, num_masks: int, scale: float, *, generator: torch.Generator | None = None
 ) -> Tensor:
-    """The paper's masks: N vectors of round(M S) positions with M random ones each, less the unused ones.
+    """Masks of Masksembles: N vectors of round(M S) positions with M random ones each, less the unused ones.
 
     Args:
         num_ones: M >= 1, the ones of each mask.
@@ -49,7 +51,7 @@ def masks_for_channels(
 
     Each mask has M = max(round(C / (S (1 - (1 - 1/S)^N))), ceil(C / N)) ones, at most C: with that many, C is
     the number of columns that `generate_masks` keeps on average. The number of masks that share a channel, c,
-    is chosen so that the sum of c (c - 1) over the channels is as near the paper's expectation,
+    is chosen so that the sum of c (c - 1) over the channels is as near the expectation of "Masksembles",
     N (N - 1) M / S, as such counts can be; so the masks' mean IoU is near `expected_iou(scale)`. Which masks
     share which channels is random.
 

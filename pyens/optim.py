@@ -6,6 +6,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+__all__ = ["MemberLearningRates", "fused", "load_member_state", "member_state"]
+
 # torch's widest vectors hold 64 bytes: 16 numbers of float32, more of the shorter types.
 _VECTOR = 64
 
@@ -29,13 +31,26 @@ def fused(kind: type[SomeOptimizer], parameters: Iterable[Tensor], **options: An
         The optimizer. Its `zero_grad` and `step` act on `parameters`; its `param_groups` and `state` hold the
         views, so its `state_dict` loads into an optimizer that was made in the same way.
 
+    It can be pickled and copied, together with the parameters; hooks are left behind, as in torch.
+
     Raises:
-        ValueError: a parameter that is not contiguous; in a step a sparse gradient, or a closure.
+        TypeError: a group of parameters, or something else that is no tensor.
+        ValueError: a parameter that is not contiguous, that is computed from others, or given twice; in a
+            step a sparse gradient, or a closure.
     """
     owners = list(parameters)
+    place: dict[Tensor, int] = {}
     for i, owner in enumerate(owners):
+        if not isinstance(owner, Tensor):
+            raise TypeError(f"fused: parameters[{i}]: expected a tensor, got a {type(owner).__name__}")
         if not owner.is_contiguous():
             raise ValueError(f"fused: parameters[{i}]: expected contiguous, got strides {owner.stride()}")
+        if not owner.is_leaf:
+            raise ValueError(f"fused: parameters[{i}]: expected a leaf, got what is computed from others")
+        if place.setdefault(owner, i) != i:
+            raise ValueError(
+                f"fused: parameters[{i}]: expected each parameter once, got parameters[{place[owner]}] again"
+            )
     views = [_Views(owner) for owner in owners]
 
     class Fused(kind):  # type: ignore[misc, valid-type]
@@ -50,6 +65,10 @@ def fused(kind: type[SomeOptimizer], parameters: Iterable[Tensor], **options: An
                     owner.grad = None
                 else:
                     owner.grad.detach_().zero_()
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            # Views and hooks are made anew: a copy of them would no longer be of the parameters.
+            return _again, (kind, owners, options, self.state_dict())
 
     Fused.__name__ = Fused.__qualname__ = kind.__name__
     optimizer = Fused([v for view in views for v in view.all], fused=True, **options)
@@ -67,6 +86,17 @@ def fused(kind: type[SomeOptimizer], parameters: Iterable[Tensor], **options: An
 
     optimizer.register_step_pre_hook(before_step)
     optimizer.register_step_post_hook(after_step)
+    return optimizer
+
+
+def _again(
+    kind: type[torch.optim.Optimizer],
+    parameters: list[Tensor],
+    options: dict[str, Any],
+    state: dict[str, Any],
+) -> torch.optim.Optimizer:
+    optimizer = fused(kind, parameters, **options)
+    optimizer.load_state_dict(state)
     return optimizer
 
 

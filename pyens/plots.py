@@ -18,12 +18,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from pyens import _files
 from pyens.metrics import ConfidenceCurve, ReliabilityCurve, RiskCoverageCurve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from torch import Tensor
+
+__all__ = [
+    "confidence_curves",
+    "confusion",
+    "correlation_matrix",
+    "new_figure",
+    "prediction_differences",
+    "reliability_diagram",
+    "risk_coverage_curves",
+    "save_figure",
+    "uncertainty_histograms",
+]
 
 # Okabe and Ito's colours, told apart by readers with any colour vision; line styles and markers tell the
 # curves apart once more in black and white.
@@ -52,16 +65,14 @@ def new_figure(width: float = 5.0, height: float = 4.0) -> Figure:
 def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 150) -> Path:
     """Writes the figure, in the format that the ending of `path` names, completely or not at all."""
     path = Path(path)
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
+    with _files.replacing(path) as unfinished:
         figure.savefig(unfinished, dpi=dpi)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return path
 
 
-def reliability_diagram(curves: Mapping[str, ReliabilityCurve], ax: Axes | None = None) -> Axes:
+def reliability_diagram(
+    curves: Mapping[str, ReliabilityCurve], ax: Axes | None = None, *, joined: int = 1
+) -> Axes:
     """Accuracy against confidence, one line for each named curve, beside the diagonal of perfect calibration.
 
     A point is one bin that has examples; its area grows with the bin's share of them.
@@ -69,6 +80,8 @@ def reliability_diagram(curves: Mapping[str, ReliabilityCurve], ax: Axes | None 
     Args:
         curves: what `pyens.metrics.reliability_curve` returns, by the name for the legend.
         ax: axes to draw on; None for a new figure.
+        joined: how many examples a bin needs for the line to pass through its point. The accuracy of a few
+            examples is 0 or 1 by chance.
     """
     ax = _prepare("reliability_diagram", "curves", curves, ReliabilityCurve, ax)
     ax.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":", label="perfectly calibrated")
@@ -76,7 +89,8 @@ def reliability_diagram(curves: Mapping[str, ReliabilityCurve], ax: Axes | None 
         count = _array(curve.count)
         filled = count > 0
         confidence, accuracy = _array(curve.confidence)[filled], _array(curve.accuracy)[filled]
-        ax.plot(confidence, accuracy, **style)
+        enough = count[filled] >= joined
+        ax.plot(confidence[enough], accuracy[enough], **style)
         area = 12 + 120 * count[filled] / count.sum()
         ax.scatter(confidence, accuracy, s=area, color=style["color"], marker=marker, alpha=0.8, linewidths=0)
     return _labelled(ax, xlabel="confidence (max p)", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_the_picture_shows_the_predictions():
         for ax in (reliability, confidence)
     }
     curve = metrics.reliability_curve(known.mean(0), labels)
-    filled = curve.count > 0
+    filled = curve.count >= 10  # the others are points alone
     expected = torch.stack([curve.confidence, curve.accuracy], 1)[filled].numpy()
     assert (drawn["Reliability"]["ensemble"] == expected).all()
     assert set(drawn["Confidence"]) == {f"{who}, {what}" for who in ("ensemble", "single") for what in KINDS}
@@ -106,9 +107,11 @@ def test_the_picture_shows_the_predictions():
     row = metrics.predictive_entropy(known).argmax()
     highest, answer = known.mean(0)[row].max(-1)
     assert len(least_sure) == 12
-    assert least_sure[0] == (digits.test.images[row].tolist(), f"{digits.classes[answer]}? {highest:.2f}")
+    title = f"{digits.classes[labels[row]]}: {digits.classes[answer]}? {highest:.2f}"
+    assert least_sure[0] == (digits.test.images[row].tolist(), title)
     row = unknown.mean(0).amax(-1).argmax()
     assert len(most_sure) == 12 and most_sure[0][0] == digits.unknown.images[row].tolist()
+    assert most_sure[0][1].startswith(f"{digits.unknown.labels[row]}: ")  # 8 or 9
 
 
 def test_the_picture_is_a_png(result):
@@ -204,10 +207,47 @@ def test_main_prints_table_times_summary_and_picture(tmp_path, capsys):
     assert "4 members" in err and "train " in err  # the progress bar
 
 
+def test_a_folder_that_cannot_be_written_to_is_refused_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "train", None)  # calling it would be a TypeError
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file" / "below", Path("/proc/none")):
+        assert demo.main([*FLAGS, "--output", str(folder)]) == 1
+        assert f"The demo cannot write to {folder}: " in capsys.readouterr().err
+
+    def full(**options):
+        raise OSError("no space left")
+
+    (tmp_path / "full").mkdir()
+    monkeypatch.setattr(demo.tempfile, "TemporaryFile", full)
+    assert demo.main([*FLAGS, "--output", str(tmp_path / "full")]) == 1
+    assert "no space left" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_does_not_cost_the_table(tmp_path, monkeypatch, capsys):
+    def fail(figure, path):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(demo.plots, "save_figure", fail)
+    assert demo.main([*FLAGS, "--output", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert "accuracy" in out and "No picture: no space left" in err
+
+
+def test_ctrl_c_ends_it_in_a_line(tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "train", interrupted)
+    assert demo.main([*FLAGS, "--output", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "\nStopped: nothing is written.\n"
+
+
 @pytest.mark.parametrize("members", [1, 2])
 def test_the_smallest_ensembles_work(members, tmp_path):
     result = demo.run(demo.Settings(members=members, hidden=(8,), epochs=1, output=tmp_path))
     assert result.timing.trained_alone == members
+    words = demo.timing_report(result.timing, "cpu")
+    assert ("all 1 member in" if members == 1 else "all 2 members in") in words
     if members == 1:
         for measure in result.measures[:-1]:
             assert measure.ensemble == pytest.approx(measure.members.item())

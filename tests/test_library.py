@@ -1,5 +1,6 @@
 """pyens._library: what happens when the extension is missing, broken, or built for another torch."""
 
+import importlib
 import json
 import os
 import pkgutil
@@ -73,6 +74,31 @@ def test_modules_are_there_without_an_import_of_their_own(package):
     assert len(public) > 10
     result = python(package, code)
     assert result.returncode == 0, result.stderr
+
+
+def test_star_imports_bring_what_is_public():
+    for module in pkgutil.iter_modules([str(PACKAGE)]):
+        if module.name not in ("demo",) and module.name[0] != "_" and module.name != "select":
+            names = importlib.import_module(f"pyens.{module.name}").__all__
+            assert names, module.name
+            for name in names:
+                public = getattr(importlib.import_module(f"pyens.{module.name}"), name)
+                assert getattr(public, "__module__", "pyens").startswith("pyens"), name
+
+
+def test_sources_that_hide_an_installed_pyens_say_so(package, tmp_path):
+    """A checkout is first on the path of a Python that is started in it."""
+    installed = tmp_path / "site-packages"
+    shutil.copytree(package, installed / "pyens", symlinks=True)
+    (package / "_C.build.json").unlink()
+    paths = os.pathsep.join([str(package.parent), str(installed)])
+    result = python(package, "import pyens", PYTHONPATH=paths)
+    assert result.returncode == 1
+    for text in (f"the sources in {package.resolve()}", f"installed in {installed.resolve() / 'pyens'}"):
+        assert text in result.stderr
+    elsewhere = python(installed / "pyens", "import pyens", PYTHONPATH=str(installed))
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert "hide" not in import_error(package)
 
 
 def test_another_torch(package):

@@ -2,6 +2,7 @@
 
 import math
 
+import mpmath
 import pytest
 import torch
 from hypothesis import given
@@ -21,6 +22,7 @@ LOSSES = {
     "difference, inverse": lambda z: losses.difference_loss(z, inverse=True),
     "cross entropy": losses.cross_entropy_difference_loss,
     "cross entropy, inverse": lambda z: losses.cross_entropy_difference_loss(z, inverse=True),
+    "decorrelation": losses.decorrelation_loss,
     "pearson": losses.pearson_decorrelation_loss,
     "gram-schmidt": losses.gram_schmidt_decorrelation_loss,
     "gram-schmidt, residue": lambda z: losses.gram_schmidt_decorrelation_loss(z, kind="residue"),
@@ -152,6 +154,17 @@ def test_pearson_decorrelation_ignores_scale_and_offset_and_survives_constants()
     moved = z * torch.tensor([[1e-2], [1.0], [1e3]]) + torch.tensor([[1e3], [0.0], [-5.0]])
     expected = losses.pearson_decorrelation_loss(z)
     torch.testing.assert_close(losses.pearson_decorrelation_loss(moved), expected, rtol=1e-6, atol=0)
+    # An offset that leaves few digits, two examples one rounding apart, and squares that overflow.
+    for far in ((z + 1e5).float(), torch.tensor([[1e3, 1e3 + 2**-14], [5.0, 4.0]]), (1e25 * z).float()):
+        got = losses.pearson_decorrelation_loss(far, eps=1e-20)
+        right = torch.corrcoef(far.double() / far.double().abs().max()).tril(-1).square().sum()
+        torch.testing.assert_close(got.double(), right, rtol=1e-3, atol=0)
+    leaf = (1e25 * z).float().requires_grad_()
+    losses.pearson_decorrelation_loss(leaf).backward()
+    assert (leaf.grad.double() * 1e25).abs().max() > 1e-3  # as that of z, by the chain rule
+    small = z.clone().requires_grad_()
+    losses.pearson_decorrelation_loss(small, eps=1e-30).backward()
+    torch.testing.assert_close(leaf.grad.double() * 1e25, small.grad, rtol=1e-4, atol=1e-6)
     constant = torch.cat([z[:1], torch.full((1, 20), 2.0)]).requires_grad_()
     loss = losses.pearson_decorrelation_loss(constant)
     loss.backward()
@@ -334,6 +347,53 @@ def test_a_component_of_weight_zero_is_left_out():
     torch.testing.assert_close(combined, expected)
     combined.sum().backward()
     assert weights.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
+@pytest.mark.parametrize("weights", [[1, 0, 0], [0.5, 0.5, 0], [0.2, 0.3, 0.5], [1, 1e-30, 0], [1, 1e-41, 0]])
+def test_combine_of_large_logits_and_small_weights(dtype, scale, weights):
+    """Against mpmath with 9000 digits: exp(-1e4) is a number there."""
+    g = torch.tensor(weights, dtype=dtype)
+    z = (scale * torch.tensor([[1.0, -0.02, 0.7], [-1.0, 0.5, -0.9], [0.3, 1.0, -0.2]])).to(dtype)
+    binary, several = losses.combine(z, g), losses.combine(z.T.unsqueeze(1).contiguous(), g)
+    with mpmath.workdps(9000):
+        shares = [mpmath.mpf(w) for w in g.tolist()]
+
+        def log_odds(column):
+            p = sum(w / (1 + mpmath.exp(-mpmath.mpf(x))) for w, x in zip(shares, column, strict=True))
+            total = sum(shares)
+            return float(mpmath.log(p) - mpmath.log(total - p))
+
+        expected = [log_odds(column) for column in z.T.tolist()]
+        exps = [[mpmath.exp(mpmath.mpf(x)) for x in row] for row in z.T.tolist()]  # [J, K]
+        p = [sum(w * row[k] / sum(row) for w, row in zip(shares, exps, strict=True)) for k in range(3)]
+        log_p = [float(mpmath.log(share)) for share in p]
+    tolerance = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 8 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(binary.double(), torch.tensor(expected, dtype=torch.float64), **tolerance)
+    torch.testing.assert_close(several[0].double(), torch.tensor(log_p, dtype=torch.float64), **tolerance)
+
+
+def test_combine_of_a_certain_component_alone():
+    z = torch.tensor([[200.0], [-200.0]], requires_grad=True)
+    weights = torch.tensor([1.0, 0.0], requires_grad=True)
+    combined = losses.combine(z, weights)
+    assert combined.item() == 200
+    combined.sum().backward()
+    assert z.grad.tolist() == [[1.0], [0.0]] and weights.grad.isfinite().all()
+    gate = torch.tensor([1e4, -1e4]).softmax(0)
+    assert losses.combine(z, gate).item() == 200
+    assert losses.combine(z, torch.tensor([torch.nan, 0.0])).isnan()
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (3, 6, 4)], ids=str)
+def test_cross_entropy_difference_up_to_logits_of_1e4(shape):
+    z = (1e4 * draw(*shape).clamp(-1, 1)).float()
+    exact = losses.cross_entropy_difference_loss(z.double())
+    got = losses.cross_entropy_difference_loss(z.requires_grad_())
+    torch.testing.assert_close(got.double(), exact, rtol=1e-6, atol=0)
+    got.backward()
+    assert z.grad.isfinite().all()
 
 
 def test_a_gate_starts_even_and_learns_which_component_to_trust():

@@ -49,6 +49,15 @@ def test_as_a_command():
         assert (float(match["error"]) == 0) == exact
 
 
+def test_help_checks_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(main, "self_check", None)  # calling it would be a TypeError
+    for flags, code in ((["--help"], 0), (["--fast"], 2)):
+        with pytest.raises(SystemExit) as end:
+            main.main(flags)
+        assert end.value.code == code
+        assert "python -m pyens" in "".join(capsys.readouterr())
+
+
 def test_every_public_operation_is_checked():
     operations = {name for name in ops.__all__ if name.islower()}  # the rest are types
     assert len(operations) >= 10 and operations <= set(main.CHECKS)

@@ -286,3 +286,21 @@ def test_mc_dropout_refuses():
     ):
         with pytest.raises(ValueError, match=f"mc_dropout: {re.escape(message)}"):
             mc_dropout(*args)
+
+
+def test_dropout_of_an_ensemble_draws_for_each_example_and_mc_dropout_for_each_pass():
+    """What the docstring of `mc_dropout` says of the two."""
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 400, bias=False), torch.nn.Linear(400, 1, bias=False))
+    with torch.no_grad():
+        for layer in (layers[0], layers[1]):
+            layer.weight.fill_(1 / layer.in_features)
+    x = torch.ones(6, 3)  # all examples alike
+    layers = torch.nn.Sequential(layers[0], torch.nn.Identity(), layers[1])
+    passes = mc_dropout(layers, 5, 0.5)(x)
+    assert (passes == passes[:, :1]).all() and len(passes[:, 0].unique()) > 1
+    model = EnsembleMLP(5, 3, [400], 1, activation="identity", bias=False, dropout=0.5)
+    with torch.no_grad():
+        for own, layer in zip(model.weights, (layers[0], layers[2]), strict=True):
+            own.copy_(layer.weight.expand_as(own))
+    each = model(x, dropout_seeds=torch.arange(5))
+    assert all(len(member.unique()) > 1 for member in each)

@@ -1,7 +1,9 @@
 """Scores of values and distributions, intervals, correlations: against SciPy, scikit-learn and integrals."""
 
+import itertools
 import math
 
+import mpmath
 import numpy as np
 import pytest
 import scipy.integrate
@@ -110,6 +112,31 @@ def test_ensemble_crps_is_its_definition_at_any_offset(seed, members, examples, 
     score = metrics.ensemble_crps(x, y)
     torch.testing.assert_close(score, expected, rtol=0, atol=1e-12)
     assert score >= -1e-15
+
+
+@given(seeds, st.integers(3, 6), st.integers(1, 4))
+def test_the_fair_crps_does_not_depend_on_the_number_of_members(seed, members, examples):
+    """The mean over all ensembles of 2 and of 3 of the members is that of all members: no bias."""
+    x, y = draw(members, examples, seed=seed), draw(examples, seed=seed + 1)
+    whole = metrics.ensemble_crps(x, y, fair=True)
+    pairwise = (x[:, None] - x).abs().sum((0, 1)) / (2 * members * (members - 1))
+    torch.testing.assert_close(whole, ((x - y).abs().mean(0) - pairwise).mean(), rtol=1e-12, atol=1e-14)
+    biased = []
+    for size in (2, 3):
+        chosen = [list(c) for c in itertools.combinations(range(members), size)]
+        mean = torch.stack([metrics.ensemble_crps(x[c], y, fair=True) for c in chosen]).mean()
+        torch.testing.assert_close(mean, whole, rtol=1e-11, atol=1e-13)
+        biased.append(torch.stack([metrics.ensemble_crps(x[c], y) for c in chosen]).mean())
+    assert biased[0] > biased[1] > whole
+
+
+def test_the_fair_crps_is_that_of_the_distribution():
+    """Of ensembles of 3 normal members: 2φ(0)... of N(0, 1) at y = 0, (√2 - 1)/√π, which SciPy integrates."""
+    right, _ = scipy.integrate.quad(lambda t: (scipy.stats.norm.cdf(t) - (t >= 0)) ** 2, -8, 8, points=[0])
+    x, y = draw(3, 200_000), torch.zeros(200_000, dtype=torch.float64)
+    assert metrics.ensemble_crps(x, y, fair=True).item() == pytest.approx(right, abs=4e-3)
+    bias = 1 / (3 * math.sqrt(math.pi))  # E|x - x'| / (2E)
+    assert metrics.ensemble_crps(x, y).item() == pytest.approx(right + bias, abs=4e-3)
 
 
 def test_ensemble_crps_is_the_limit_of_narrow_normals():
@@ -224,6 +251,45 @@ def test_pearson_ignores_scale_and_offset(seed, examples, scale, offset):
     torch.testing.assert_close(metrics.pearson(-x, y), -expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(metrics.spearman(x.exp(), y), metrics.spearman(x, y), rtol=0, atol=1e-12)
     assert -1 <= expected <= 1 and metrics.pearson(x, x) == pytest.approx(1.0, abs=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        ([1.0, 1 + 2**-52], [1.0, 0.0]),  # one rounding apart
+        ([0.1, 0.1 + 2**-56, 0.1], [3.0, 1.0, 2.9]),
+        ([1e307, -1e307, 9e307, 1.7e308], [1.0, 2.0, 0.5, 0.25]),  # whose sum overflows
+        ([1.7e308, -1.7e308, 1e308], [1.7e308, -1.7e308, 1e308]),
+        ([5e-324, 0.0], [0.0, 1.0]),
+        ([1e-310, 3e-310, 2e-310], [1.0, 5.0, 0.0]),
+    ],
+)
+def test_correlations_at_the_ends_of_the_range(x, y):
+    with mpmath.workdps(700):
+
+        def deviations(values):
+            exact = [mpmath.mpf(v) for v in values]
+            return [v - sum(exact) / len(exact) for v in exact]
+
+        a, b = deviations(x), deviations(y)
+        product = sum(u * v for u, v in zip(a, b, strict=True))
+        right = float(product / mpmath.sqrt(sum(u * u for u in a) * sum(v * v for v in b)))
+    x, y = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
+    assert metrics.pearson(x, y).item() == pytest.approx(right, rel=1e-14)
+    assert metrics.spearman(x, y).item() == pytest.approx(scipy.stats.spearmanr(x, y)[0], rel=1e-14)
+
+
+def test_errors_at_the_ends_of_the_range():
+    y = torch.tensor([1.0, 1 + 2**-52], dtype=torch.float64)
+    assert metrics.r_squared(y.flip(0), y).item() == -3  # 1 - 2 ulp² / (ulp² / 2)
+    for scale in (1e-200, 1e200, 1e307):
+        y = scale * torch.tensor([1.0, 2.0, 3.0, 5.0], dtype=torch.float64)
+        predicted = scale * torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+        assert metrics.rmse(predicted, y).item() == pytest.approx(scale / 2, rel=1e-14)
+        assert metrics.r_squared(predicted, y).item() == pytest.approx(1 - 1 / 8.75, rel=1e-13)
+    y, predicted = torch.tensor([1.0, 2.0]), torch.tensor([1.0, torch.inf])
+    assert metrics.rmse(predicted, y).item() == torch.inf
+    assert metrics.r_squared(predicted, y).item() == -torch.inf
 
 
 def test_what_does_not_vary_has_no_correlation():

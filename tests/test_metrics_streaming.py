@@ -1,8 +1,10 @@
 """pyens.metrics.PredictiveUncertainty and PredictiveMoments: chunks of members give what all at once give."""
 
+import math
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -94,13 +96,138 @@ def test_equal_members_have_no_spread_however_they_come(sizes, seed):
         assert torch.equal(moments.std, torch.zeros(20))
     uncertainty = chunked(metrics.PredictiveUncertainty(), outputs / 1000, sizes=sizes).compute()
     assert (uncertainty.distribution_pv >= 0).all()
-    assert (uncertainty.distribution_pv <= 1e-6 * sum(sizes)).all()
+    assert (uncertainty.distribution_pv <= 1e-15 * sum(sizes)).all()
 
 
-def test_the_offset_of_single_members_costs_no_digits():
-    outputs = torch.randn(100, 50) + 1e4
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@st.composite
+def streams(draw):
+    """How E members may come: a permutation, sizes of chunks, and of them one or several measures merged."""
+    sizes = draw(st.lists(st.integers(1, 12), min_size=1, max_size=8))
+    order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(draw(st.integers(0, 2**31))))
+    return sizes, order, draw(st.sampled_from([chunked, merged])), draw(st.integers(0, 2**31))
+
+
+def streamed(make, stream, *tensors):
+    sizes, order, how, _ = stream
+    if how is chunked:
+        return chunked(make(), *(x[order] for x in tensors), sizes=sizes).compute()
+    return merged(make, *(x[order] for x in tensors), sizes=sizes).compute()
+
+
+def exact_uncertainty(logits: Tensor) -> list[Tensor]:
+    """Mean, H, mean H, MI and PV from logits [E, B, K] or [E, B] in float64, MI as a mean of divergences."""
+    z = logits.double()
+    z = torch.stack([torch.zeros_like(z), z], -1) if z.dim() == 2 else z
+    log_p = z.log_softmax(-1)
+    log_mean = log_p.logsumexp(0) - math.log(len(z))
+    information = (log_p.exp() * (log_p - log_mean)).sum(-1).mean(0)
+    mean = log_mean.exp()
+    return [
+        mean[..., 1] if logits.dim() == 2 else mean,
+        torch.special.entr(mean).sum(-1),
+        torch.special.entr(log_p.exp()).sum(-1).mean(0),
+        information,
+        len(z) * information,
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(streams(), st.sampled_from([(), (3,), (40,)]), st.sampled_from([0.0, 1e-4, 0.01, 1.0, 10.0]))
+@settings(max_examples=40, deadline=None)
+def test_uncertainty_is_that_of_the_whole(dtype, stream, classes, spread):
+    torch.manual_seed(stream[-1])
+    logits = (torch.randn(5, *classes) + spread * torch.randn(sum(stream[0]), 5, *classes)).to(dtype)
+    got = streamed(metrics.PredictiveUncertainty, stream, logits)
+    # Float64 leaves 1e-13 of an MI of .1; of a smaller one, what cancels in a difference of entropies.
+    tolerance = {"rtol": max(torch.finfo(dtype).eps, 1e-12), "atol": 1e-14}
+    if dtype == torch.float16:
+        tolerance["atol"] = 3e-8  # half of its smallest number
+    for ours, right in zip(got, exact_uncertainty(logits), strict=False):
+        assert ours.dtype == dtype
+        scale = len(logits) if right is not got[0] else 1
+        torch.testing.assert_close(
+            ours.double(), right, rtol=tolerance["rtol"], atol=tolerance["atol"] * scale
+        )
+    torch.testing.assert_close(got.vote_disagreement, predictive_uncertainty(logits).vote_disagreement)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(streams(), st.sampled_from([(), (3,), (40,)]))
+@settings(max_examples=25, deadline=None)
+def test_uncertainty_of_probabilities_is_that_of_the_whole(dtype, stream, classes):
+    torch.manual_seed(stream[-1])
+    logits = torch.randn(sum(stream[0]), 5, *classes, dtype=torch.float64)
+    p = (logits.softmax(-1) if classes else logits.sigmoid()).to(dtype)
+    got = streamed(lambda: metrics.PredictiveUncertainty(from_probabilities=True), stream, p)
+    q = p.double() if classes else torch.stack([1 - p.double(), p.double()], -1)
+    information = (torch.special.entr(q.mean(0)) - torch.special.entr(q).mean(0)).sum(-1)
+    eps = max(torch.finfo(dtype).eps, 1e-12)
+    torch.testing.assert_close(got.mean_probability.double(), p.double().mean(0), rtol=eps, atol=1e-7)
+    torch.testing.assert_close(got.mutual_information.double(), information, rtol=eps, atol=1e-7)
+    torch.testing.assert_close(got.distribution_pv.double(), len(p) * information, rtol=eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(streams(), st.sampled_from([0.0, 1.0, 1e3, 1e6, 1.7e9]), st.sampled_from([0.1, 200.0]))
+@settings(max_examples=40, deadline=None)
+def test_moments_are_those_of_the_whole(dtype, stream, offset, spread):
+    torch.manual_seed(stream[-1])
+    outputs = (offset + spread * torch.randn(sum(stream[0]), 7, dtype=torch.float64)).to(dtype)
+    outputs = outputs.where(outputs.isfinite(), 1.0)  # beyond the end of float16
+    variances = torch.rand(sum(stream[0]), 7, dtype=torch.float64).to(dtype)
+    got = streamed(metrics.PredictiveMoments, stream, outputs, variances)
+    exact = outputs.double()
+    right = [
+        exact.mean(0),
+        (exact - exact[0]).std(0) if len(exact) > 1 else torch.full((7,), torch.nan, dtype=torch.float64),
+        exact.amin(0),
+        exact.amax(0),
+        variances.double().mean(0),
+        (exact - exact[0]).var(0, correction=0),
+    ]
+    # float16 ends at 65504, and its smallest numbers are 6e-8 apart.
+    right = [x.to(dtype).double() for x in right]
+    for ours, expected in zip(got, right, strict=True):
+        assert ours.dtype == dtype
+        eps = max(2 * torch.finfo(dtype).eps, 1e-12)
+        torch.testing.assert_close(
+            ours.double(), expected, rtol=eps, atol=6e-8 if dtype == torch.float16 else 0, equal_nan=True
+        )
+
+
+def test_the_reported_cases():
+    torch.manual_seed(0)
+    logits = (torch.randn(1, 500, 10) + 0.05 * torch.randn(100, 500, 10)).bfloat16()
+    got = chunked(metrics.PredictiveUncertainty(), logits, sizes=[10] * 10).compute().mutual_information
+    error = (got.double() / exact_uncertainty(logits)[3] - 1).abs()
+    assert error.max() < 2**-8  # half a rounding; by rounded chunks all of it
+    for offset, spread in ((1e6, 0.1), (1.7e9, 200.0)):
+        outputs = (offset + spread * torch.randn(1000, 20, dtype=torch.float64)).float()
+        got = chunked(metrics.PredictiveMoments(), outputs, sizes=[10] * 100).compute().std
+        torch.testing.assert_close(got.double(), outputs.double().std(0), rtol=1e-6, atol=0)
+    diverged = torch.tensor([5e18, 1, 1, 1, 1]).unsqueeze(1)
+    got = chunked(metrics.PredictiveMoments(), diverged, sizes=[2, 3]).compute()
+    assert got.mean.item() == pytest.approx(1e18) and got.std.item() == pytest.approx(5e18 / 5**0.5)
+
+
+def test_an_offset_in_float64_costs_no_digits():
+    outputs = torch.randn(100, 50, dtype=torch.float64) + 1e12
     got = chunked(metrics.PredictiveMoments(), outputs, sizes=[1] * 100).compute()
-    torch.testing.assert_close(got.std.double(), outputs.double().std(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(got.std, (outputs - 1e12).std(0), rtol=1e-12, atol=0)
+
+
+def test_autocast_gives_float32():
+    logits = torch.randn(6, 5, 3).bfloat16()
+    with torch.autocast("cpu"):
+        got = chunked(metrics.PredictiveUncertainty(), logits, sizes=[2, 4]).compute()
+        moments = chunked(metrics.PredictiveMoments(), logits, sizes=[2, 4]).compute()
+    assert got.mutual_information.dtype == moments.std.dtype == torch.float32
+    torch.testing.assert_close(
+        got.mutual_information.double(), exact_uncertainty(logits)[3], rtol=1e-6, atol=0
+    )
 
 
 def test_nan_and_inf_as_at_once():

@@ -347,11 +347,40 @@ def test_load_stacked(bias, prefix):
     assert_same_state(model, EnsembleMLP.from_modules(members))
 
 
+def test_load_stacked_does_not_guess_the_layout_of_square_layers():
+    for model in (EnsembleMLP(3, 4, [4], 4), EnsembleLinear(3, 4, 4)):
+        before = [p.detach().clone() for p in model.parameters()]
+        layers = len(model.stacked()[0])
+        weights = {f"{i}.weight": torch.randn(3, 4, 4) for i in range(layers)}
+        params = weights | {f"{i}.bias": torch.randn(3, 4) for i in range(layers)}
+        with pytest.raises(
+            ValueError, match=r"load_stacked: layout: expected out_in .*all layers are square"
+        ):
+            model.load_stacked(params)
+        assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+        model.load_stacked(params, layout="out_in")
+        x = torch.randn(2, 4)
+        other = type(model)(**model.config())
+        transposed = {name: t.mT if name.endswith("weight") else t for name, t in params.items()}
+        other.load_stacked(transposed, layout="in_out")
+        assert torch.equal(other(x), model(x))
+    narrow = EnsembleMLP(3, 5, [4], 4)
+    wrong = {"0.weight": torch.randn(3, 5, 4), "1.weight": torch.randn(3, 4, 4)}
+    wrong |= {f"{i}.bias": torch.randn(3, 4) for i in range(2)}
+    with pytest.raises(ValueError, match="load_stacked: params: expected weight tensors"):
+        narrow.load_stacked(wrong)
+    narrow.load_stacked(wrong, layout="in_out")
+    assert torch.equal(narrow.weights[0], wrong["0.weight"].mT)
+    with pytest.raises(ValueError, match="load_stacked: layout: expected out_in, in_out or None, got 'io'"):
+        narrow.load_stacked(wrong, layout="io")
+    EnsembleLinear(3, 1, 1).load_stacked({"weight": torch.ones(3, 1, 1), "bias": torch.ones(3, 1)})
+
+
 def test_load_stacked_with_many_layers():
     widths = [4] * 14  # "10.weight" comes after "2.weight", whatever the alphabet says
     members = [sequential(widths) for _ in range(2)]
     model = mlp(2, widths)
-    model.load_stacked(torch.func.stack_module_state(members)[0])
+    model.load_stacked(torch.func.stack_module_state(members)[0], layout="out_in")
     assert_same_state(model, EnsembleMLP.from_modules(members))
 
 

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from pyens import EnsembleEmbedding, EnsembleLinear, EnsembleMLP
 from pyens.nn import Ensemble, MaskedMLP, TabularEnsemble
 from pyens.optim import fused
+from pyens.reference.ensemble_mlp_loss import mean_losses
 from pyens.training import Randomness, fit
 
 E, ROWS = 3, 40
@@ -136,6 +137,52 @@ def test_losses_are_those_of_the_operation(loss):
         for values, m in ((got, plain), (expected, model))
     ]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("tiny", [1e-42, 1e38], ids=["subnormal", "sum overflows"])
+@pytest.mark.parametrize("loss", ["mse", "bce", "gaussian_nll"])
+def test_weights_at_the_ends_of_the_range_are_those_of_any_scale(loss, tiny):
+    draw = torch.Generator().manual_seed(0)
+    output, shares = torch.randn(2, 50, 2, generator=draw), torch.randint(1, 5, (50,), generator=draw)
+    target = torch.rand(50, 1 if loss == "gaussian_nll" else 2, generator=draw)
+    results = []
+    for weight in (shares.double() / 4, tiny / 4 * shares.float()):
+        dtype = weight.dtype  # float64 on the left is the independent computation
+        leaf = output.to(dtype).requires_grad_()
+        identity = lambda x: x  # noqa: E731
+        losses = mean_losses(identity, leaf, target.to(dtype), loss, 1.0, weight)
+        results.append((losses, *torch.autograd.grad(losses.sum(), leaf)))
+    for exact, got in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=1e-3 if tiny < 1 else 1e-5, atol=1e-6)
+
+
+def test_an_ensemble_is_a_sequence_of_its_members():
+    model, x = EnsembleMLP(E, 4, [5], 2), torch.randn(3, 4)
+    assert len(model) == E and bool(model)
+    outputs = model(x)
+    for i, member in enumerate(model):
+        torch.testing.assert_close(member(x), outputs[i])
+    assert i == E - 1
+    torch.testing.assert_close(model[-1](x), outputs[-1])
+    assert type(model[1:]) is EnsembleMLP and torch.equal(model[1:](x), outputs[1:])
+    with pytest.raises(IndexError, match="member: i: expected below 3, got 3"):
+        model[E]
+
+
+def test_from_modules_takes_a_generator():
+    kinds = {
+        EnsembleMLP: lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)),
+        EnsembleLinear: lambda: nn.Linear(4, 2),
+        EnsembleEmbedding: lambda: nn.Embedding(4, 2),
+    }
+    for kind, make in kinds.items():
+        modules = [make() for _ in range(2)]
+        lazily, at_once = kind.from_modules(m for m in modules), kind.from_modules(modules)
+        assert len(lazily) == 2
+        for a, b in zip(lazily.parameters(), at_once.parameters(), strict=True):
+            assert torch.equal(a, b)
+        with pytest.raises(ValueError, match="from_modules: modules: expected at least one, got none"):
+            kind.from_modules(iter(()))
 
 
 def test_losses_refuse():

@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import io
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -214,6 +216,48 @@ def test_fused_zero_grad_and_parameters_without_gradient():
     used.grad = torch.ones(3, 5)
     optimizer.step()
     assert (used == 2).all()
+
+
+@pytest.mark.parametrize("kind", [Adam, AdamW, SGD, Adagrad], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("way", ["pickle", "deepcopy", "torch.save"])
+def test_a_copy_of_fused_goes_on_with_a_copy_of_its_parameters(kind, way):
+    options = {"lr": 0.01, **({"momentum": 0.9} if kind is SGD else {})}
+    own = parameters((5, 9, 3), range(3), torch.float32)
+    optimizer = fused(kind, own, **options)
+
+    def step(optimizer: Optimizer, parameters: list[Tensor], seed: int) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=draw)
+        optimizer.step()
+
+    step(optimizer, own, 0)
+    optimizer.param_groups[0]["lr"] = 0.1
+    if way == "deepcopy":
+        copied, copies = copy.deepcopy((optimizer, own))
+    elif way == "pickle":
+        copied, copies = pickle.loads(pickle.dumps((optimizer, own)))
+    else:
+        file = io.BytesIO()
+        torch.save((optimizer, own), file)
+        file.seek(0)
+        copied, copies = torch.load(file, weights_only=False)
+    assert copied.members is not own and all(a is b for a, b in zip(copied.members, copies, strict=True))
+    assert copied.param_groups[0]["lr"] == 0.1
+    for seed in (1, 2):
+        step(optimizer, own, seed)
+        step(copied, copies, seed)
+    assert all(torch.equal(a, b) for a, b in zip(own, copies, strict=True))
+
+
+def test_fused_takes_each_parameter_once_and_only_parameters():
+    one, two = (torch.nn.Parameter(torch.zeros(2, 20)) for _ in range(2))
+    with pytest.raises(ValueError, match=r"fused: parameters\[2\]: .* once, got parameters\[0\] again"):
+        fused(Adam, [one, two, one])
+    with pytest.raises(ValueError, match=r"fused: parameters\[1\]: expected a leaf"):
+        fused(Adam, [one, two * 2])
+    with pytest.raises(TypeError, match=r"fused: parameters\[0\]: expected a tensor, got a dict"):
+        fused(Adam, [{"params": [one]}])
 
 
 def test_fused_refuses_what_it_cannot_do():

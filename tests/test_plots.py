@@ -46,6 +46,16 @@ def test_reliability_diagram_draws_the_bins_that_have_examples(ax):
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("confidence (max p)", "accuracy")
 
 
+def test_the_line_leaves_out_bins_of_few_examples(ax):
+    curve = metrics.reliability_curve(*predictions(), bins=10)
+    few = curve.count[curve.count > 0].sort().values[1].item()
+    plots.reliability_diagram({"one": curve}, ax, joined=few + 1)
+    enough = curve.count > few
+    assert 0 < enough.sum() < (curve.count > 0).sum()
+    np.testing.assert_array_equal(line(ax, "one").get_xdata(), curve.confidence[enough])
+    assert len(ax.collections[0].get_offsets()) == (curve.count > 0).sum()
+
+
 def test_points_grow_with_the_share_of_examples(ax):
     curve = metrics.reliability_curve(*predictions(), bins=10)
     plots.reliability_diagram({"one": curve}, ax)

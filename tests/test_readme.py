@@ -62,6 +62,24 @@ def test_names_of_pyens_exist(page):
             found = getattr(found, part)
 
 
+def test_sources_and_the_citation_are_in_the_list_of_references():
+    root = Path(pyens.__file__).parents[1]
+    references = (root / "docs" / "references.md").read_text(encoding="utf-8")
+    names = set(re.findall(r'^\| "(.+?)" \|', references, re.M))
+    assert len(names) == 5
+    others = {"The MovieLens Datasets: History and Context", "Fair scores for ensemble forecasts"}
+    found = set()
+    for path in (root / "pyens").rglob("*.py"):
+        text = re.sub(r"\s+", " ", path.read_text(encoding="utf-8"))
+        assert "the paper" not in text.lower(), path
+        found |= set(re.findall(r'Source:[^".:;]* "([^"]+)"', text))
+    assert names & found == names and found <= names | others
+    citation = (root / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"version: {pyens.__version__}\n" in citation
+    titles = re.findall(r'^    title: "?([^"\n]+)"?$', citation, re.M)
+    assert len(titles) == 4 and all(f"*{title}*" in references for title in titles)
+
+
 def test_readme_shows_the_saved_times():
     start = README.index("| work | best peer | pyens | ratio |")
     assert README[start:].split("\n\n")[0].splitlines()[2:] == results_page.shown()

@@ -329,6 +329,30 @@ def test_loss_is_that_of_the_outputs(sparse, each):
         torch.testing.assert_close(got.to_dense(), theirs.to_dense(), rtol=1e-11, atol=1e-13)
 
 
+@sparse_or_dense
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("own_weights", [False, True])
+def test_a_row_of_weight_zero_may_have_an_unseen_category(sparse, each, own_weights):
+    model = make(dtype=torch.float64, sparse=sparse)
+    categorical, numeric = data(each=(each, each))
+    target = torch.randn(E, B, OUT, dtype=torch.float64)
+    weight = torch.rand(E, B, dtype=torch.float64) if own_weights else torch.rand(B, dtype=torch.float64)
+    weight[..., 1:3] = 0
+    expected = model.loss(categorical, numeric, target, loss="mse", sample_weight=weight)
+    gradients = torch.autograd.grad(expected.sum(), stacked_parameters(model))
+    unseen = categorical.clone()
+    unseen[..., 1, :], unseen[..., 2, 0] = 10**6, -1
+    got = model.loss(unseen, numeric, target, loss="mse", sample_weight=weight)
+    assert torch.equal(got, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(got.sum(), stacked_parameters(model)), gradients, strict=True
+    ):
+        torch.testing.assert_close(ours.to_dense(), theirs.to_dense(), rtol=0, atol=0)
+    weight[(0, 1) if own_weights else 1] = 1  # of the first member alone
+    with pytest.raises(ValueError, match=r"out of range|expected .* got"):
+        model.loss(unseen, numeric, target, loss="mse", sample_weight=weight)
+
+
 def test_loss_passes_its_arguments_on():
     model = make(dtype=torch.float64)
     inputs, classes = data(), torch.randint(OUT, (E, B))

@@ -1,6 +1,7 @@
 """`pyens.training.fit`: what makes members differ, when they stop, and that none depends on another."""
 
 import csv
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -347,6 +348,12 @@ def test_classes_and_temperature() -> None:
         assert (model(x).mean(0).argmax(1) == labels).double().mean() > 0.9
 
 
+def test_the_history_is_shown_in_a_line() -> None:
+    nothing = np.zeros((404, 3))
+    history = History(nothing, nothing, np.zeros(3, int), ("stopped", "finished", "stopped"), np.zeros(404))
+    assert repr(history) == "History(epochs=404, members=3: 1 finished, 2 stopped)"
+
+
 def test_the_history_as_csv(tmp_path) -> None:
     _, history = trained("R3", epochs=8, early_stopping=1)
     history.to_csv(tmp_path / "history.csv")
@@ -357,6 +364,15 @@ def test_the_history_as_csv(tmp_path) -> None:
         epoch, member = int(line["epoch"]), int(line["member"])
         assert float(line["train_loss"]) == history.train_loss[epoch, member]
         assert float(line["validation_loss"]) == history.validation_loss[epoch, member]
+
+
+def test_without_tqdm_there_is_no_bar_and_it_is_said_once(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.warns(UserWarning, match="fit: no bar of its progress without tqdm: pip install") as said:
+        for _ in range(2):
+            trained("R3", epochs=1, progress=True)
+        trained("R3", epochs=1, progress=False)
+    assert len(said) == 1 and said[0].filename == __file__
 
 
 def test_the_bar_shows_mean_and_spread(capsys) -> None:
@@ -435,6 +451,21 @@ def test_the_mode_of_the_model_is_left_as_it_was() -> None:
         ({"data": (table()[0], table()[1][:, 1:], table()[2])}, ValueError, "TabularEnsemble: numeric"),
         ({"data": (*table()[:2], table()[2].long())}, TypeError, "target"),
         ({"randomness": Randomness(init=True), "loss": "cross_entropy"}, TypeError, "target"),
+        ({"temperature": 7.0}, ValueError, r"fit: temperature: expected 1 .*with loss mse, got 7.0"),
+        ({"temperature": 0.0, "loss": "cross_entropy"}, ValueError, "fit: temperature: expected a positive"),
+        ({"data": table()[2]}, TypeError, "fit: data: expected a tuple of tensors .*, got a Tensor$"),
+        (
+            {"data": torch.utils.data.DataLoader([1] * 9)},
+            TypeError,
+            r"fit: data: expected a tuple of tensors \[N, ...\], inputs and target, got a DataLoader$",
+        ),
+        ({"data": [np.zeros(2)] * 1000}, TypeError, r"got a ndarray, .* a ndarray and 996 more$"),
+        ({"validation": torch.zeros(3)}, TypeError, "fit: validation: expected a share or .* got a Tensor$"),
+        (
+            {"data": (*table()[:2], table()[2].squeeze(1))},
+            ValueError,
+            rf"fit: data: expected rows that TabularEnsemble.loss takes, .* \[{N}\]\], of whose first row",
+        ),
         ({"model": nn.Linear(3, 3)}, TypeError, "fit: model: expected a pyens.nn.Ensemble, got Linear"),
     ],
 )

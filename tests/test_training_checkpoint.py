@@ -1,6 +1,5 @@
 """Checkpoints: a run that was killed goes on to the bit, and a file is there whole or not at all."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -134,20 +133,72 @@ def test_checkpoints_load_as_weights_only(tmp_path: Path) -> None:
     run(tmp_path / "run.pt", 2)
     saved = torch.load(tmp_path / "run.pt", weights_only=True)
     assert saved["state"]["epoch"] == 2
-    assert not (tmp_path / "run.pt.partial").exists()
+    assert list(tmp_path.iterdir()) == [tmp_path / "run.pt"]
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    _files.write_atomically(path, b"old")
+def test_a_second_run_on_one_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
 
-    def fail(descriptor: int) -> None:
-        raise OSError("disk full")
+    def second(parameters: Any) -> torch.optim.Optimizer:
+        with pytest.raises(RuntimeError, match=r"run\.pt: expected one run at a time"):
+            run(path, 1)
+        return fused(torch.optim.Adam, parameters, lr=3e-2)
 
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        _files.write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
+    assert_same(run(path, 4, optimizer=second), run(None, 4))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epoch": -5},
+        {"epoch": "3"},
+        {"epoch": None},
+        {"active": [0]},
+        {"active": 3},
+        {"losses": torch.zeros(2)},
+        {"seconds": []},
+        {"best": torch.zeros(2, dtype=torch.float64)},
+        {"best_epoch": torch.full((MEMBERS,), 9)},
+        {"status": torch.full((MEMBERS,), 7)},
+        {"status": None},
+        {"kept": {}},
+        {"parameters": "nan"},
+        {"parameters": "scalar"},
+        {"optimizer": None},
+    ],
+)
+def test_a_crafted_file_is_named_and_changes_nothing(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "run.pt"
+    run(path, 3)
+    saved = _files.load(path)
+    ((name, value),) = change.items()
+    if name == "parameters":
+        bad = torch.tensor(torch.nan) if value == "scalar" else None
+        value = {key: t * torch.nan if bad is None else bad for key, t in saved["state"][name].items()}
+    for state in (saved["state"] | {name: value}, {k: v for k, v in saved["state"].items() if k != name}):
+        _files.save(saved | {"state": state}, path)
+        model = TabularEnsemble(MEMBERS, [(5, 2)], 3, [7], 1, dropout=0.1)
+        before = [p.detach().clone() for p in model.parameters()]
+        with pytest.raises(ValueError, match=r"^fit: checkpoint: .*run\.pt: expected the state of such"):
+            fit(
+                model,
+                table(),
+                loss="mse",
+                epochs=5,
+                batch_size=16,
+                optimizer=lambda p: fused(torch.optim.Adam, p, lr=3e-2),
+                randomness=Randomness.from_code("R7"),
+                seed=1,
+                early_stopping=2,
+                progress=False,
+                checkpoint=path,
+            )
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    for part in ("run", "state"):
+        _files.save(saved | {part: None}, path)
+        with pytest.raises(ValueError, match=r"^fit: checkpoint: .*run\.pt: expected a checkpoint of fit"):
+            run(path, 5)
 
 
 SCRIPT = """

@@ -161,6 +161,23 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"other\.pt: expected a file of VariationModel\.save"):
         VariationModel.load(tmp_path / "other.pt")
 
+    model.save(tmp_path / "model.pt")
+    content = _files.load(tmp_path / "model.pt")
+    state = content["state"]
+    for change in (
+        {"target": "forward_tiled"},
+        {"target": "NoSuchClass"},
+        {"target": 3},
+        {"arguments": None},
+        {"head": {}},
+        {"state": {}},
+        {"state": state | {"mean": torch.tensor(0.0)}},
+        {"state": {name: t.to(torch.int64) for name, t in state.items()}},
+    ):
+        _files.save(content | change, tmp_path / "crafted.pt")
+        with pytest.raises(ValueError, match=r"^VariationModel\.load: .*crafted\.pt: expected what"):
+            VariationModel.load(tmp_path / "crafted.pt")
+
     class Own(pyens.EnsembleMLP):
         pass
 

@@ -1,8 +1,7 @@
 """Losses that push the components of an ensemble apart, and ways to combine their outputs into one.
 
 The J components of a model are trained side by side, each on its own label loss; a loss of this module,
-times a strength λ, is added; `decorrelation_loss` is `pyens.ops.decorrelation_loss`. All of it is from
-"Anti-Distillation" (docs/references.md), "the paper" below.
+times a strength λ, is added. All of it is from "Anti-Distillation" (docs/references.md).
 
 Outputs z are ``[J, B]`` (one output, such as a binary logit), ``[J, B, K]``, or ``[M, J, B, K]`` for M
 independent models that are trained together. A loss is computed for each of the K labels; with
@@ -17,12 +16,12 @@ values: NaN stays NaN. Differentiable as often as one likes.
 from pyens.losses.combination import Gate, combine
 from pyens.losses.decorrelation import (
     RunningDecorrelationLoss,
+    decorrelation_loss,
     gram_schmidt,
     gram_schmidt_decorrelation_loss,
     pearson_decorrelation_loss,
 )
 from pyens.losses.difference import cross_entropy_difference_loss, difference_loss
-from pyens.ops import decorrelation_loss
 
 __all__ = [
     "Gate",

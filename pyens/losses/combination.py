@@ -12,7 +12,7 @@ from pyens.metrics import _checks
 def combine(outputs: Tensor, weights: Tensor | None = None, *, space: str = "probability") -> Tensor:
     """The logits of the ensemble's prediction, averaged over its components in probability or in logit.
 
-    In probability (the paper's Output 1) ``p = Σ_j g_j softmax(z_j)``, in logit (Output 2)
+    In probability (Output 1 in the source) ``p = Σ_j g_j softmax(z_j)``, in logit (Output 2)
     ``z = Σ_j g_j z_j``, with weights g that are even or come from a gate.
 
     What comes back are logits of the combined prediction in both cases, so that `F.cross_entropy` or
@@ -23,7 +23,7 @@ def combine(outputs: Tensor, weights: Tensor | None = None, *, space: str = "pro
         outputs: logits of the components: ``[J, B]`` (binary), ``[J, B, K]`` or ``[M, J, B, K]``.
         weights: g, >= 0 and summing to 1 over J (neither is checked): ``[J]``, or ``[J, B]`` for every
             example its own, such as `Gate` gives; of ``[M, J, B, K]`` outputs ``[M, J]`` or ``[M, J, B]``.
-            None for 1/J.
+            None for 1/J. In probability 0 leaves a component out.
         space: ``"probability"`` or ``"logit"``.
 
     Returns:
@@ -35,7 +35,7 @@ def combine(outputs: Tensor, weights: Tensor | None = None, *, space: str = "pro
     Components are usually trained on their own losses with no gradient from the combined output: give it
     ``outputs.detach()`` then, and only a gate learns from it.
 
-    Source: the paper, section 2 and Figure 1.
+    Source: "Anti-Distillation", section 2 and Figure 1.
     """
     _checks.choice("combine", "space", space, "probability", "logit")
     binary = outputs.ndim == 2
@@ -44,8 +44,8 @@ def combine(outputs: Tensor, weights: Tensor | None = None, *, space: str = "pro
     if space == "logit":
         combined = (g * z).sum(-3)
     else:
-        # The smallest number and not log 0 for a weight of 0, which would make its gradient NaN.
-        log_g = g.clamp_min(torch.finfo(g.dtype).tiny).log()
+        # A weight of 0 is left out, with gradient 0: log 0 would make it NaN.
+        log_g = torch.where(g == 0, 1, g).log().masked_fill(g == 0, -torch.inf)
         if binary:
             combined = (F.logsigmoid(z) + log_g).logsumexp(-3) - (F.logsigmoid(-z) + log_g).logsumexp(-3)
         else:
@@ -63,8 +63,8 @@ class Gate(nn.Module):
         num_components: J.
         bias: whether there is an a.
 
-    Source: the paper, section 2: "as a mixture of experts, with some gating mechanism" (Shazeer et al. 2017,
-    the dense part of it).
+    Source: "Anti-Distillation", section 2: "as a mixture of experts, with some gating mechanism" (Shazeer et
+    al. 2017, the dense part of it).
     """
 
     def __init__(

@@ -3,10 +3,21 @@
 import torch
 from torch import Tensor, nn
 
+from pyens import ops
 from pyens.losses._outputs import by_label, check_outputs, check_positive, in_full_precision, reduce_labels
 from pyens.metrics import _checks
 
 _KINDS = ("correlation", "covariance", "residue")
+
+
+@in_full_precision
+def decorrelation_loss(outputs: Tensor, *, kind: str = "correlation", reduction: str = "sum") -> Tensor:
+    """`pyens.ops.decorrelation_loss` as a loss of this module: float32 of 16 bits, and 0 of an empty batch,
+    where the op is NaN."""
+    loss = ops.decorrelation_loss(outputs, kind=kind, reduction=reduction)
+    if outputs.shape[1 if outputs.ndim == 2 else -2] > 0:
+        return loss
+    return torch.zeros_like(loss) + outputs.sum()  # a sum over nothing, with zero gradients
 
 
 @in_full_precision
@@ -26,11 +37,15 @@ def pearson_decorrelation_loss(outputs: Tensor, *, eps: float = 1e-12, reduction
     Raises:
         TypeError, ValueError: for arguments that are not as above.
 
-    Source: the paper, section 4, equations (3) and (5), on the normalised covariances.
+    Source: "Anti-Distillation", section 4, equations (3) and (5), on the normalised covariances.
     """
     _checks.choice("pearson_decorrelation_loss", "reduction", reduction, "sum", "none")
     check_positive("pearson_decorrelation_loss", "eps", eps)
     z = _signal(outputs, "covariance")
+    if z.shape[-1] > 0:  # so that no square overflows; both cancel in ρ, so neither has a gradient
+        scale = z.detach().abs().amax(-1, keepdim=True).clamp_min(1)
+        scale = torch.where(scale.isfinite(), scale, 1)
+        z, eps = z / scale, eps / scale / scale
     deviation = (z.square().sum(-1, keepdim=True) / max(z.shape[-1], 1) + eps).sqrt()
     return reduce_labels(_below_diagonal(_products(z / deviation)), outputs, reduction)
 
@@ -57,9 +72,9 @@ def gram_schmidt_decorrelation_loss(
     Raises:
         TypeError, ValueError: for arguments that are not as above.
 
-    Source: the paper, section 4, after equation (6): Gram-Schmidt "on the mini batch vectors z_i before
-    applying the AD de-correlation loss", so that it "does not count correlated components more than once".
-    The paper gives no formula; this one is our reading.
+    Source: "Anti-Distillation", section 4, after equation (6): Gram-Schmidt "on the mini batch vectors
+    z_i before applying the AD de-correlation loss", so that it "does not count correlated components more
+    than once". It gives no formula; this one is our reading.
     """
     _checks.choice("gram_schmidt_decorrelation_loss", "kind", kind, *_KINDS)
     _checks.choice("gram_schmidt_decorrelation_loss", "reduction", reduction, "sum", "none")
@@ -86,7 +101,7 @@ def gram_schmidt(outputs: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for outputs that are not as above.
 
-    Source: the paper, section 4, after equation (6).
+    Source: "Anti-Distillation", section 4, after equation (6).
     """
     u = _orthogonal(by_label(outputs))
     return u if outputs.ndim == 2 else u.movedim(-3, -1)
@@ -114,7 +129,7 @@ class RunningDecorrelationLoss(nn.Module):
     gradient goes through αC alone: old batches are constants. In evaluation mode the estimate stays as it is
     and the loss is that of ``(1 - α) Ĉ + α C``. A batch with B = 0 changes nothing.
 
-    For small batches, where one C is mostly noise; for large ones the paper expects little of it.
+    For small batches, where one C is mostly noise; for large ones the source expects little of it.
 
     Args:
         num_components: J.
@@ -130,7 +145,7 @@ class RunningDecorrelationLoss(nn.Module):
     Raises:
         TypeError, ValueError: for arguments that are not as above.
 
-    Source: the paper, section 4, the paragraph before equation (7): continuous online training.
+    Source: "Anti-Distillation", section 4, the paragraph before equation (7): continuous online training.
     """
 
     estimate: Tensor
@@ -203,7 +218,9 @@ def _signal(outputs: Tensor, kind: str) -> Tensor:
     z = by_label(outputs)
     if kind == "correlation" or z.shape[-1] == 0:
         return z
-    return z - z.mean(-1 if kind == "covariance" else -2, keepdim=True)
+    axis = -1 if kind == "covariance" else -2
+    z = z - z.mean(axis, keepdim=True)
+    return z - z.mean(axis, keepdim=True)  # by how much the first mean was rounded, at an offset
 
 
 def _products(z: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ def difference_loss(
     Raises:
         TypeError, ValueError: for arguments that are not as above.
 
-    Source: the paper, section 4, equation (7) and the two sentences after it ("norms other than L2").
+    Source: "Anti-Distillation", section 4, equation (7) and the two sentences after it ("norms other than
+    L2").
     """
     _checks.choice("difference_loss", "distance", distance, "squared", "absolute")
     _checks.choice("difference_loss", "reduction", reduction, "sum", "none")
@@ -71,7 +72,7 @@ def cross_entropy_difference_loss(outputs: Tensor, *, inverse: bool = False, eps
     Raises:
         TypeError, ValueError: for arguments that are not as above.
 
-    Source: the paper, section 4, "as well as cross entropy losses" after equation (7).
+    Source: "Anti-Distillation", section 4, "as well as cross entropy losses" after equation (7).
     """
     check_positive("cross_entropy_difference_loss", "eps", eps)
     if outputs.ndim == 2:  # the two labels of a binary logit

@@ -1,5 +1,7 @@
 """Do two quantities rise together, such as the prediction variations of two settings or two tasks?"""
 
+import math
+
 from torch import Tensor
 
 from pyens.metrics import _checks, _ranks
@@ -58,7 +60,16 @@ def _pearson(x: Tensor, y: Tensor) -> Tensor:
 
 def _direction(values: Tensor) -> Tensor:
     """The deviations from the mean divided by their norm; NaN (0/0) where there are none."""
-    # The rounding of the mean of equal values must not make them differ.
-    deviations = (values - values.mean()).masked_fill((values == values[0]).all(), 0.0)
+    # To numbers below 1 by a power of 2, which rounds nothing, so that no sum overflows or underflows.
+    exponent = math.frexp(values.detach().abs().amax().item())[1]
+    deviations = deviations_of(values * math.ldexp(1.0, -max(exponent, -1000)))
     deviations = deviations / deviations.detach().abs().amax()  # so that no square overflows
     return deviations / deviations.norm()
+
+
+def deviations_of(values: Tensor) -> Tensor:
+    """From the mean: exactly 0 where all are equal, and right where they are equal but for a rounding."""
+    # The first mean may be off by a rounding of the values, which the second one finds.
+    deviations = values - values.mean()
+    deviations = deviations - deviations.mean()
+    return deviations.masked_fill((values == values[0]).all(), 0.0)

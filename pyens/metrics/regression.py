@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyens.metrics import _checks
+from pyens.metrics.correlation import deviations_of
 
 
 def rmse(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -30,7 +31,10 @@ def rmse(predictions: Tensor, targets: Tensor) -> Tensor:
     """
     _checks.floats("rmse", "predictions", predictions, "[B]", "[B, K]")
     _check_targets("rmse", targets, "predictions", predictions)
-    return (predictions.double() - targets.double()).square().mean().sqrt()
+    error = predictions.double() - targets.double()
+    largest = error.detach().abs().amax()
+    scale = torch.where(largest.isfinite() & (largest > 0), largest, 1)  # no square overflows or underflows
+    return scale * (error / scale).square().mean().sqrt()
 
 
 def r_squared(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -52,8 +56,10 @@ def r_squared(predictions: Tensor, targets: Tensor) -> Tensor:
     _checks.floats("r_squared", "predictions", predictions, "[B]")
     _check_targets("r_squared", targets, "predictions", predictions)
     residual, y = predictions.double() - targets.double(), targets.double()
-    deviation = (y - y.mean()).masked_fill((y == y[0]).all(), 0.0)  # whatever the rounding of the mean
-    return 1 - residual.square().sum() / deviation.square().sum()
+    deviation = deviations_of(y)
+    largest = torch.maximum(residual.abs().amax(), deviation.abs().amax()).detach()
+    scale = torch.where(largest.isfinite() & (largest > 0), largest, 1)
+    return 1 - (residual / scale).square().sum() / (deviation / scale).square().sum()
 
 
 def gaussian_nll(means: Tensor, variances: Tensor, targets: Tensor) -> Tensor:
@@ -111,31 +117,41 @@ def gaussian_crps(means: Tensor, variances: Tensor, targets: Tensor) -> Tensor:
     return (to_target - spread / (2 * len(means))).mean()
 
 
-def ensemble_crps(outputs: Tensor, targets: Tensor) -> Tensor:
+def ensemble_crps(outputs: Tensor, targets: Tensor, *, fair: bool = False) -> Tensor:
     """Continuous ranked probability score of the members' outputs as a sample.
 
-    ``mean_b (1/E Σ_m |x_mb - y_b| - 1/(2E²) Σ_mn |x_mb - x_nb|)``: F is the step function of the outputs. For
-    E = 1 it is the mean absolute error.
+        empirical  mean_b (1/E Σ_m |x_mb - y_b| - 1/(2E²) Σ_mn |x_mb - x_nb|)
+        fair       mean_b (1/E Σ_m |x_mb - y_b| - 1/(2E(E-1)) Σ_mn |x_mb - x_nb|)
+
+    The empirical score is that of the step function of the outputs. It is biased against few members: they
+    score worse than more members of the same distribution, for E = 1 as the mean absolute error. The fair
+    score has the same expectation for every E, that of infinitely many members: it compares ensembles of
+    different sizes.
 
     Args:
         outputs: ``[E, B]`` of the members.
         targets: ``[B]`` of the same dtype.
+        fair: the fair score instead of the empirical one; needs E >= 2.
 
     Returns:
-        0-dim float64, >= 0, in the unit of the targets; less is better.
+        0-dim float64 in the unit of the targets; less is better. The empirical score is >= 0, the fair one
+        may be below 0.
 
     Raises:
         TypeError, ValueError: for input that is not as above, or for B = 0.
 
-    Source: as `gaussian_crps`, for members that predict no variance.
+    Source: as `gaussian_crps`, for members that predict no variance; fair: Ferro, "Fair scores for ensemble
+    forecasts" (2014), equation (7) of Zamo and Naveau (2018) its estimator.
     """
     _checks.floats("ensemble_crps", "outputs", outputs, "[E, B]")
+    if fair and len(outputs) < 2:
+        raise ValueError(f"ensemble_crps: outputs: expected two members or more if fair, got {len(outputs)}")
     _check_targets("ensemble_crps", targets, "outputs", outputs[0])
     error = (outputs.double() - targets.double()).sort(0).values  # from the target: no offset to cancel
     members = len(error)
     # Of the i-th smallest, 2i - E - 1 more of the others are below than above.
     rank = torch.arange(1 - members, members, 2, device=error.device, dtype=error.dtype)
-    spread = (rank[:, None] * error).sum(0) / members**2
+    spread = (rank[:, None] * error).sum(0) / (members * (members - 1 if fair else members))
     return (error.abs().mean(0) - spread).mean()
 
 

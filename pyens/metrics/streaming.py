@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 
 from pyens.ops.uncertainty import Moments, Uncertainty
-from pyens.reference.uncertainty import entropy
+from pyens.reference.uncertainty import entropy, predictive_uncertainty
 
 
 class PredictiveUncertainty:
     """`pyens.ops.predictive_uncertainty` of members that come in chunks.
 
-    Holds, per example, the sum of the members' probabilities, of their entropies, and the votes for each
-    class: the memory of one member, whatever E is. Sums of chunks are added in float64.
+    Holds, per example, the mean of the members' probabilities, the sum of their entropies and of their
+    divergences from that mean, and the votes for each class: the memory of a member or two, whatever E is.
+    All of it is float64, and so is what is computed of a chunk: only `compute` rounds. Two chunks r of n_r
+    members with the mean probabilities p̄_r have together, without a difference of entropies,
+
+        Σ_m KL(p_m ‖ p̄) = Σ_r (Σ_{m in r} KL(p_m ‖ p̄_r) + n_r KL(p̄_r ‖ p̄))
 
     Gradients flow as they do through the op, which keeps every chunk alive: call `update` under
     `torch.no_grad()` where none are needed.
@@ -35,8 +39,9 @@ class PredictiveUncertainty:
         self.count = 0  # members so far
         self._dtype = torch.float32
         self._shape: list[int] = []  # of a member
-        self._probabilities: Tensor | None = None  # [B, K] or [B] float64, summed
+        self._mean: Tensor | None = None  # [B, K] or [B] float64, of the probabilities
         self._entropies: Tensor | None = None  # [B] float64, summed
+        self._divergences: Tensor | None = None  # [B] float64, Σ_m KL(p_m ‖ mean)
         self._votes: Tensor | None = None  # [B, K] int64
 
     def update(self, members: Tensor) -> None:
@@ -47,15 +52,21 @@ class PredictiveUncertainty:
         """
         if self.count:
             _check_shape("PredictiveUncertainty.update: members", list(members.shape[1:]), self._shape)
-        mean, _, expected, _, _, _, votes = torch.ops.pyens.predictive_uncertainty(
-            members, self.from_probabilities, True
-        )
+        op = torch.ops.pyens.predictive_uncertainty
         chunk = PredictiveUncertainty(from_probabilities=self.from_probabilities)
+        chunk._dtype = op(_no_example(members), self.from_probabilities, False)[0].dtype
+        if self.from_probabilities:
+            # Those of 16 bits sum to 1 to their own rounding, which the op does not forgive in float64.
+            votes = op(members.detach(), True, True)[6]
+            mean, _, expected, _, divergences, _ = predictive_uncertainty(
+                members.double(), from_probabilities=True
+            )
+        else:
+            mean, _, expected, _, divergences, _, votes = op(members.double(), False, True)
         chunk.count = len(members)
-        chunk._dtype = mean.dtype
         chunk._shape = list(members.shape[1:])
-        chunk._probabilities = mean.double() * chunk.count
-        chunk._entropies = expected.double() * chunk.count
+        chunk._mean, chunk._entropies = mean, expected * chunk.count
+        chunk._divergences = divergences if chunk.count > 1 else 0 * divergences  # NaN stays
         chunk._votes = votes.long()
         self.merge(chunk)
 
@@ -69,13 +80,18 @@ class PredictiveUncertainty:
             return
         if self.count:
             _check_shape("PredictiveUncertainty.merge: other", other._shape, self._shape)
-            self._probabilities = self._probabilities + other._probabilities
+            mean = self._mean + (other._mean - self._mean) * (other.count / (self.count + other.count))
+            own, others = (
+                part._divergences + part.count * _divergence(_classes(part._mean), _classes(mean))
+                for part in (self, other)
+            )
+            self._mean, self._divergences = mean, own + others
             self._entropies = self._entropies + other._entropies
             self._votes = self._votes + other._votes
         else:
             self._dtype, self._shape = other._dtype, other._shape
-            self._probabilities, self._entropies = other._probabilities, other._entropies
-            self._votes = other._votes
+            self._mean, self._entropies = other._mean, other._entropies
+            self._divergences, self._votes = other._divergences, other._votes
         self.count += other.count
 
     def compute(self) -> Uncertainty:
@@ -85,18 +101,14 @@ class PredictiveUncertainty:
             ValueError: before the first member.
         """
         _check_count("PredictiveUncertainty.compute", self.count)
-        mean = self._probabilities / self.count
-        both = torch.stack([1 - mean, mean], -1) if mean.dim() == 1 else mean
-        total = entropy(both)
         expected = self._entropies / self.count
-        information = (total - expected).clamp_min(0)
         disagreement = 1 - self._votes.amax(-1).double() / self.count
         measures = Uncertainty(
-            mean_probability=mean,
-            predictive_entropy=total,
+            mean_probability=self._mean,
+            predictive_entropy=entropy(_classes(self._mean)),
             expected_entropy=expected,
-            mutual_information=information,
-            distribution_pv=information * self.count,
+            mutual_information=self._divergences / self.count,
+            distribution_pv=self._divergences,
             vote_disagreement=torch.where(expected.isnan(), torch.nan, disagreement).detach(),
         )
         return Uncertainty(*(measure.to(self._dtype) for measure in measures))
@@ -105,9 +117,10 @@ class PredictiveUncertainty:
 class PredictiveMoments:
     """`pyens.ops.predictive_moments` of members that come in chunks.
 
-    Holds, per element, mean, squared deviations, minimum and maximum, merged in float64 (Chan), and the sum
-    of the members' variances: the memory of a few members, whatever E is. Members that are all equal have a
-    std of exactly 0.
+    Holds, per element, a member, the mean of the differences from it, squared deviations, minimum and
+    maximum, merged (Chan), and the sum of the members' variances: the memory of a few members, whatever E is.
+    All of it is float64, and so is what is computed of a chunk: only `compute` rounds. An offset costs no
+    digits, and members that are all equal have a std of exactly 0.
 
     Gradients flow as they do through the op, which keeps every chunk alive: call `update` under
     `torch.no_grad()` where none are needed.
@@ -120,7 +133,8 @@ class PredictiveMoments:
         self._dtype = torch.float32
         self._shape: list[int] = []  # of a member
         # All float64 and shaped as a member.
-        self._mean: Tensor | None = None
+        self._member: Tensor | None = None  # one of them, 0 where it is not finite
+        self._offset: Tensor | None = None  # mean - member
         self._squares: Tensor | None = None  # Σ_m (y_m - mean)²
         self._min: Tensor | None = None
         self._max: Tensor | None = None
@@ -136,14 +150,21 @@ class PredictiveMoments:
         if self.count:
             _check_shape("PredictiveMoments.update: members", list(members.shape[1:]), self._shape)
             _check_variances("PredictiveMoments.update: variances", variances, self._variances)
-        mean, _, low, high, aleatoric, epistemic = torch.ops.pyens.predictive_moments(members, variances)
+        op = torch.ops.pyens.predictive_moments
         chunk = PredictiveMoments()
+        chunk._dtype = op(_no_example(members), None if variances is None else _no_example(variances))[
+            0
+        ].dtype
+        exact = members.double()
+        chunk._member = torch.where(exact[0].isfinite(), exact[0], 0).detach()
+        chunk._offset, _, _, _, aleatoric, epistemic = op(
+            exact - chunk._member, None if variances is None else variances.double()
+        )
         chunk.count = len(members)
-        chunk._dtype = mean.dtype
         chunk._shape = list(members.shape[1:])
-        chunk._mean, chunk._squares = mean.double(), epistemic.double() * chunk.count
-        chunk._min, chunk._max = low.double(), high.double()
-        chunk._variances = None if variances is None else aleatoric.double() * chunk.count
+        chunk._squares = epistemic * chunk.count
+        chunk._min, chunk._max = exact.amin(0), exact.amax(0)
+        chunk._variances = None if variances is None else aleatoric * chunk.count
         self.merge(chunk)
 
     def merge(self, other: PredictiveMoments) -> None:
@@ -158,10 +179,10 @@ class PredictiveMoments:
         if self.count:
             _check_shape("PredictiveMoments.merge: other", other._shape, self._shape)
             _check_variances("PredictiveMoments.merge: other", other._variances, self._variances)
-            difference = other._mean - self._mean
-            mean = self._mean + difference * (other.count / count)
+            difference = (other._member - self._member) + (other._offset - self._offset)
+            offset = self._offset + difference * (other.count / count)
             # An infinite mean stays what the sum would be.
-            self._mean = torch.where(difference.isfinite(), mean, self._mean + other._mean)
+            self._offset = torch.where(difference.isfinite(), offset, self._offset + other._offset)
             between = difference.square() * (self.count * other.count / count)
             self._squares = self._squares + other._squares + between
             self._min = torch.minimum(self._min, other._min)
@@ -170,8 +191,9 @@ class PredictiveMoments:
                 self._variances = self._variances + other._variances
         else:
             self._dtype, self._shape = other._dtype, other._shape
-            self._mean, self._squares = other._mean, other._squares
-            self._min, self._max, self._variances = other._min, other._max, other._variances
+            self._member, self._offset = other._member, other._offset
+            self._squares, self._variances = other._squares, other._variances
+            self._min, self._max = other._min, other._max
         self.count = count
 
     def compute(self) -> Moments:
@@ -183,7 +205,7 @@ class PredictiveMoments:
         _check_count("PredictiveMoments.compute", self.count)
         with_variances = self._variances is not None
         moments = Moments(
-            mean=self._mean,
+            mean=self._member + self._offset,
             std=(self._squares / (self.count - 1)).sqrt(),
             min=self._min,
             max=self._max,
@@ -191,6 +213,26 @@ class PredictiveMoments:
             epistemic=self._squares / self.count if with_variances else None,
         )
         return Moments(*(None if x is None else x.to(self._dtype) for x in moments))
+
+
+def _no_example(members: Tensor) -> Tensor:
+    """What the op checks and gives the dtype of its result for, at no cost."""
+    return members.detach()[:, :0] if members.dim() > 1 else members
+
+
+def _classes(probabilities: Tensor) -> Tensor:
+    """`[B, K]`, also of `[B]` probabilities of class 1."""
+    p = probabilities
+    return torch.stack([1 - p, p], -1) if p.dim() == 1 else p
+
+
+def _divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p ‖ q) over the last axis as ``Σ_k p_k (x - log(1 + x))``, x = q_k/p_k - 1: no term is negative, and
+    where p is near q the logarithms do not cancel. q is 0 only where p is."""
+    present = p >= torch.finfo(p.dtype).tiny
+    # 1 where there is no p keeps the division and its gradient finite.
+    x = (q - p) / torch.where(present, p, 1)
+    return torch.where(present, p * (x - x.log1p()), q).sum(-1)
 
 
 def _check_shape(argument: str, shape: list[int], expected: list[int]) -> None:

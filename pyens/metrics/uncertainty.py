@@ -89,6 +89,6 @@ def predictive_variance(outputs: Tensor, *, unbiased: bool = False) -> Tensor:
     Source: "Deep Ensemble", Predictive Variance as Epistemic Uncertainty, which divides by E.
     """
     _checks.floats("predictive_variance", "outputs", outputs, "[E, B]", "[E, B, K]", empty_batch=True)
-    members = outputs.double()
-    squares = (members - members.mean(0)).square().sum(0)
-    return (squares / (len(members) - int(unbiased))).to(outputs.dtype)
+    deviations = outputs.double() - outputs[0].double()  # exactly 0 for equal members, at any offset
+    squares = (deviations - deviations.mean(0)).square().sum(0)
+    return (squares / (len(outputs) - int(unbiased))).to(outputs.dtype)

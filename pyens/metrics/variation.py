@@ -3,7 +3,7 @@
 It is the standard deviation of what they say (value PV: regression, or the probability of a binary label) or
 their divergence from their mean (distribution PV: several classes). Members that come in chunks:
 `PredictiveMoments.compute().std` and `PredictiveUncertainty.compute().distribution_pv` are the same. Whether
-the PVs of two settings rise together says `pearson`; of S settings, `torch.corrcoef` of their PVs ``[S, B]``.
+the PVs of two settings rise together says `pearson`, of several settings that of every two.
 """
 
 from collections.abc import Sequence

@@ -1,12 +1,15 @@
 """What the ensembles of one kind of `torch.nn` module share."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pyens.nn.ensemble import Ensemble
+
+SomeModule = TypeVar("SomeModule", bound=nn.Module)
 
 
 class Members(Ensemble):
@@ -56,6 +59,9 @@ def draw_linear(weight: Tensor, bias: Tensor | None, generator: torch.Generator 
         bias.copy_(nn.init.uniform_(drawn, -bound, bound, generator=generator))
 
 
-def check_not_empty(modules: Sequence[nn.Module]) -> None:
-    if len(modules) == 0:
+def listed(modules: Iterable[SomeModule]) -> list[SomeModule]:
+    """The modules that `from_modules` is given, at least one."""
+    modules = list(modules)
+    if not modules:
         raise ValueError("from_modules: modules: expected at least one, got none")
+    return modules

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
@@ -70,7 +71,7 @@ class Ensemble(nn.Module):
         sample_weight: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """Each member's mean loss `[E]`; train on its sum.
+        """Each member's mean loss `[E]`; train on its sum. (Several processes: docs/training.md.)
 
         Args:
             batch: what `forward` takes, then the target.
@@ -84,6 +85,7 @@ class Ensemble(nn.Module):
         output = self(*inputs, **options)
         if loss not in LOSSES:
             raise ValueError(f'loss: loss: expected one of {", ".join(LOSSES)}, got "{loss}"')
+        check_temperature("loss", loss, temperature)
         if output.dim() != 3 or len(output) != self.ensemble_size:
             raise ValueError(
                 f"loss: output: expected [{self.ensemble_size}, B, O] from forward, "
@@ -170,6 +172,17 @@ class Ensemble(nn.Module):
         """All members as `member(i)` gives them."""
         return [self.member(i) for i in range(self.ensemble_size)]
 
+    def __len__(self) -> int:
+        """`ensemble_size`."""
+        return self.ensemble_size
+
+    def __getitem__(self, i: int | slice) -> Any:
+        """`model[i]` is `member(i)`, `model[1:3]` is `select(slice(1, 3))`."""
+        return self.select(i) if isinstance(i, slice) else self.member(i)
+
+    def __bool__(self) -> bool:
+        return True
+
     def _check_member(self, i: int) -> None:
         if not -self.ensemble_size <= i < self.ensemble_size:
             raise IndexError(f"member: i: expected below {self.ensemble_size}, got {i}")
@@ -178,6 +191,16 @@ class Ensemble(nn.Module):
         defined = type(self).config is not Ensemble.config
         config = self.config() if defined else {"ensemble_size": self.ensemble_size}
         return ", ".join(f"{name}={v}" for name, v in config.items() if name != "dropout" or v)
+
+
+def check_temperature(function: str, loss: str, temperature: float) -> None:
+    if loss != "cross_entropy" and temperature != 1:
+        raise ValueError(
+            f"{function}: temperature: expected 1 (only cross_entropy has one) with loss {loss}, "
+            f"got {temperature}"
+        )
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{function}: temperature: expected a positive number, got {temperature}")
 
 
 def _ensembles(module: nn.Module) -> Iterator[Ensemble]:

@@ -1,6 +1,6 @@
 """Ensembles of embedding tables."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from typing_extensions import Self
 
 from pyens import ops
 from pyens.masks import check
-from pyens.nn._members import Members, check_not_empty
+from pyens.nn._members import Members, listed
 from pyens.nn.ensemble import parameters_of
 
 
@@ -71,14 +71,14 @@ class EnsembleEmbedding(Members):
         self.reset_parameters(seeds)
 
     @classmethod
-    def from_modules(cls, modules: Sequence[nn.Embedding]) -> Self:
+    def from_modules(cls, modules: Iterable[nn.Embedding]) -> Self:
         """An ensemble of copies of trained tables of one shape, dtype and device, bit for bit.
 
         Raises:
             ValueError: tables that do not fit each other; `padding_idx`, `max_norm` or `scale_grad_by_freq`,
                 which the operation does not have.
         """
-        check_not_empty(modules)
+        modules = listed(modules)
         for i, module in enumerate(modules):
             _check_module(module, modules[0], f"from_modules: modules[{i}]")
         with torch.no_grad():

@@ -1,7 +1,7 @@
 """Ensembles of linear layers and of MLPs."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from pyens import ops
 from pyens.masks import check
 from pyens.nn import _sequential
 from pyens.nn._buffers import BufferList, Derived
-from pyens.nn._members import Members, check_not_empty, draw_linear
+from pyens.nn._members import Members, draw_linear, listed
 from pyens.nn.ensemble import Indices, chosen_members, parameters_of, reader
 from pyens.ops.ensemble_mlp import ensemble_mlp_packed, prepack
 
@@ -99,6 +99,34 @@ class _StackedMLP(Members):
             layers += [linear, _sequential.activation_module(self.activation)]
         return nn.Sequential(*layers[:-1]).train(self.training)
 
+    def load_stacked(self, params: Mapping[str, Tensor], *, layout: str | None = None) -> None:
+        """Copies in the parameters that `torch.func.stack_module_state(members)` gives.
+
+        Names may be anything that ends in `weight` and `bias`; the layers are taken in the mapping's order.
+
+        Args:
+            params: weights and biases `[E, out]`.
+            layout: of the weights: "out_in" for `[E, out, in]`, as torch has them, "in_out" for
+                `[E, in, out]`. None: `[E, out, in]`, which the shapes show, unless all layers are square.
+
+        Raises:
+            ValueError: names or shapes that do not fit, or square layers without a layout; nothing is copied
+                then.
+        """
+        if layout not in (None, "out_in", "in_out"):
+            raise ValueError(f"load_stacked: layout: expected out_in, in_out or None, got {layout!r}")
+        shapes = {tuple(weight.shape[1:]) for weight in self.stacked()[0]}
+        if layout is None and all(out == inputs > 1 for out, inputs in shapes):
+            raise ValueError(
+                "load_stacked: layout: expected out_in ([E, out, in], as torch has it) or in_out "
+                "([E, in, out]) where all layers are square, and no shape tells them apart; got None"
+            )
+        if layout == "in_out":
+            params = {
+                name: t.mT if name.endswith("weight") and t.dim() > 1 else t for name, t in params.items()
+            }
+        super().load_stacked(params)
+
     def packed(self) -> "PackedEnsembleMLP":
         """A frozen copy for inference that is faster for small batches. See `PackedEnsembleMLP`."""
         return PackedEnsembleMLP(self)
@@ -141,9 +169,9 @@ class EnsembleLinear(_StackedMLP):
         self.reset_parameters(seeds)
 
     @classmethod
-    def from_modules(cls, modules: Sequence[nn.Linear]) -> Self:
+    def from_modules(cls, modules: Iterable[nn.Linear]) -> Self:
         """An ensemble of copies of trained layers of one shape, dtype and device, bit for bit."""
-        check_not_empty(modules)
+        modules = listed(modules)
         for i, module in enumerate(modules):
             if type(module) is not nn.Linear:
                 raise ValueError(
@@ -241,14 +269,14 @@ class EnsembleMLP(_StackedMLP):
         self.reset_parameters(seeds)
 
     @classmethod
-    def from_modules(cls, modules: Sequence[nn.Sequential]) -> Self:
+    def from_modules(cls, modules: Iterable[nn.Sequential]) -> Self:
         """An ensemble of copies of trained members, bit for bit.
 
         Each is an `nn.Sequential` of `nn.Linear` and one kind of activation between them. Whatever the kernel
         does not compute (tanh-GELU, ELU with alpha other than 1, dropout, ...) is refused by name with a
         ValueError.
         """
-        check_not_empty(modules)
+        modules = listed(modules)
         parsed = [
             _sequential.parse(module, f"from_modules: modules[{i}]") for i, module in enumerate(modules)
         ]

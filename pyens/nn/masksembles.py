@@ -127,7 +127,7 @@ class Masksembles1D(_Masksembles):
         ValueError: channels, num_masks or scale below 1, an unknown mode, an input of another shape, an empty
             mask loaded.
 
-    Source: "Masksembles for Uncertainty Estimation", 3.1 to 3.3.
+    Source: "Masksembles", 3.1 to 3.3.
     """
 
     def _check(self, input: Tensor) -> None:

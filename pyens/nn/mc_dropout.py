@@ -17,8 +17,8 @@ def mc_dropout(
 
     Each pass has its own mask, drawn once: every unit is kept with probability 1 - p and then multiplied by
     1 / (1 - p), by the weights that follow it. All examples of a pass meet the same mask, so a pass is one
-    function; `EnsembleMLP(..., dropout=p)` draws for each example instead. Masksembles with S = 1 / (1 - p)
-    and N going to infinity comes to the same, but for the rescaling.
+    function; `EnsembleMLP(..., dropout=p)`, called with `dropout_seeds`, draws for each example instead.
+    Masksembles with S = 1 / (1 - p) and N going to infinity comes to the same, but for the rescaling.
 
     Args:
         model: Linear, activation, ..., Linear, with or without `nn.Dropout` after activations. Where there is
@@ -30,7 +30,7 @@ def mc_dropout(
     Raises:
         ValueError: another kind of model, num_masks or p out of range, p None without dropout layers.
 
-    Source: the paper's 3.4, "Dropout".
+    Source: "Masksembles", section 3.4, "Dropout".
     """
     if not isinstance(num_masks, int) or num_masks < 1:
         raise ValueError(f"mc_dropout: num_masks: expected a positive integer, got {num_masks!r}")

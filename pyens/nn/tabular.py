@@ -169,8 +169,11 @@ class TabularEnsemble(Ensemble):
         """Each member's mean loss `[E]`, computed together with its gradient: train on its sum.
 
         `categorical`, `numeric` and `dropout_seeds` are those of `forward`; the others, shapes and errors
-        those of `pyens.ops.ensemble_mlp_loss`.
+        those of `pyens.ops.ensemble_mlp_loss`. A row with weight 0 (for all members, where they share it) may
+        have any category.
         """
+        if sample_weight is not None and categorical is not None:
+            categorical = self._known_where_unweighted(categorical, sample_weight)
         return self.mlp.loss(
             self.features(categorical, numeric),
             target,
@@ -179,6 +182,18 @@ class TabularEnsemble(Ensemble):
             sample_weight=sample_weight,
             dropout_seeds=dropout_seeds,
         )
+
+    def _known_where_unweighted(self, categorical: Tensor, sample_weight: Tensor) -> Tensor:
+        """`categorical` with some category in place of one out of range where all weights are 0."""
+        rows = categorical.shape[-2:-1]
+        if categorical.shape[-1] != len(self.embeddings) or sample_weight.shape[-1:] != rows:
+            return categorical  # which is refused later
+        present = sample_weight != 0
+        if present.dim() > 1 and categorical.dim() == 2:
+            present = present.any(0)
+        sizes = [embedding.num_embeddings for embedding in self.embeddings]
+        last = torch.tensor(sizes, device=categorical.device) - 1
+        return torch.where(present.unsqueeze(-1), categorical, categorical.clamp_min(0).minimum(last))
 
     def features(self, categorical: Tensor | None = None, numeric: Tensor | None = None) -> Tensor:
         """What the MLPs take: `[E, B, I]`, or `[B, I]` where nothing differs between the members."""

@@ -39,7 +39,7 @@ def decorrelation_loss(outputs: Tensor, *, kind: str = "correlation", reduction:
         TypeError: an unsupported dtype.
         NotImplementedError: CUDA tensors where pyens was built without CUDA.
 
-    Source: "Anti-Distillation: Improving Reproducibility of Deep Networks", section 4, equations (2) to (5);
+    Source: "Anti-Distillation", section 4, equations (2) to (5);
     reference in `pyens.reference.decorrelation_loss`.
     """
     return _decorrelation_loss(outputs, kind, reduction)

@@ -63,7 +63,7 @@ def ensemble_mlp(
         TypeError: mixed or unsupported dtypes, mixed devices.
         NotImplementedError: CUDA tensors where pyens was built without CUDA.
 
-    Source: the members are those of "deep ensembles"; reference in `pyens.reference.ensemble_mlp`.
+    Source: the members are those of "Deep Ensemble"; reference in `pyens.reference.ensemble_mlp`.
     """
     return _ensemble_mlp(input, weights, biases or (), activation, dropout, dropout_seeds)
 

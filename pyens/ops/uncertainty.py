@@ -46,8 +46,8 @@ def predictive_uncertainty(logits: Tensor, *, from_probabilities: bool = False) 
         TypeError: an unsupported dtype.
         NotImplementedError: CUDA tensors where pyens was built without CUDA.
 
-    Source: the prediction variation of "prediction variation and activation strength"; entropies and mutual
-    information of "deep ensembles"; reference in `pyens.reference.predictive_uncertainty`.
+    Source: the prediction variation of "Beyond Point Estimate"; entropies and mutual
+    information of "Deep Ensemble"; reference in `pyens.reference.predictive_uncertainty`.
     """
     return Uncertainty(*_predictive_uncertainty(logits, from_probabilities, False)[:6])
 
@@ -83,8 +83,8 @@ def predictive_moments(outputs: Tensor, *, variances: Tensor | None = None) -> M
         TypeError: mixed or unsupported dtypes, mixed devices.
         NotImplementedError: CUDA tensors where pyens was built without CUDA.
 
-    Source: value PV of "prediction variation and activation strength"; predictive variance of "deep
-    ensembles", which divides by E; reference in `pyens.reference.predictive_moments`.
+    Source: value PV of "Beyond Point Estimate"; predictive variance of "Deep
+    Ensemble", which divides by E; reference in `pyens.reference.predictive_moments`.
     """
     moments = _predictive_moments(outputs, variances)
     return Moments(*moments) if variances is not None else Moments(*moments[:4], None, None)

@@ -75,9 +75,13 @@ def mean_losses(
     present = weight != 0
     input = torch.where(present.unsqueeze(-1), input, 0)
     target = torch.where(present if loss == "cross_entropy" else present.unsqueeze(-1), target, 0)
+    if weight.shape[-1] > 0:  # the largest to 1: a division by a subnormal total has a gradient of NaN
+        largest = weight.detach().double().amax(-1, keepdim=True)
+        weight = weight.double() / torch.where(largest > 0, largest, 1)
     output = run(input)
     if output.dtype != torch.float64:
-        output, target, weight = output.float(), _to_float(target), weight.float()
+        output, target = output.float(), _to_float(target)
+    weight = weight.to(output.dtype)
     losses = LOSSES[loss](output, target, temperature)
     total = weight.sum(-1)
     # Never a division by 0, whose gradient would be NaN even where it is not selected.

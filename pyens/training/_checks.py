@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -28,6 +29,16 @@ def model(model: nn.Module) -> int:
     return members
 
 
+def tensors(argument: str, data: Any) -> None:
+    """Before anything iterates: a DataLoader would read all of its batches, a tensor fall into rows."""
+    if not isinstance(data, (tuple, list)):
+        share = "a share or " * (argument == "validation")
+        raise TypeError(
+            f"fit: {argument}: expected {share}a tuple of tensors [N, ...], inputs and target, got a "
+            f"{type(data).__name__}"
+        )
+
+
 def data(
     argument: str,
     data: Sequence[Tensor],
@@ -38,8 +49,14 @@ def data(
     """The number of rows; with `members` every member has as many of its own, `[E, N, ...]`."""
     axis, form = (0, "[N, ...]") if members is None else (1, f"[{members}, N, ...]")
     if len(data) < 2 or not all(isinstance(t, Tensor) and t.dim() > axis for t in data):
-        got = [list(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in data]
-        raise TypeError(f"fit: {argument}: expected tensors {form}, inputs and target, got {got}")
+        got = [
+            f"shape {list(t.shape)}" if isinstance(t, Tensor) else f"a {type(t).__name__}" for t in data[:4]
+        ]
+        more = f" and {len(data) - 4} more" * (len(data) > 4)
+        raise TypeError(
+            f"fit: {argument}: expected tensors {form}, inputs and target, "
+            f"got {', '.join(got) or 'none'}{more}"
+        )
     if members is not None and any(t.shape[0] != members for t in data):
         raise ValueError(
             f"fit: {argument}: expected tensors {form} under own_data, got shapes "

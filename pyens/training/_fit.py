@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from pyens._files import only_writer
 from pyens.nn import Ensemble
 from pyens.training import _checks
 from pyens.training import checkpoint as checkpoints
@@ -51,7 +54,8 @@ def fit(
             mean of their validation losses.
         data: the training rows `[N, ...]`, in the order in which `model.loss` takes them: `(input, target)`,
             for a `TabularEnsemble` `(categorical, numeric, target)`. On the model's device.
-        loss, temperature: see `pyens.ops.ensemble_mlp_loss`. Each member minimises its own mean loss.
+        loss, temperature: see `pyens.ops.ensemble_mlp_loss`. Each member minimises its own mean loss. Only
+            cross_entropy has a temperature.
         epochs: the most any member trains for.
         batch_size: examples of a step for each member; the last batch of an epoch may be smaller.
         optimizer: makes an optimizer of the parameters, `lambda p: pyens.optim.fused(torch.optim.Adam, p)`.
@@ -75,10 +79,11 @@ def fit(
         own_data: whether every member has rows of its own, the same number: all tensors of `data` (and
             `validation`) are then `[E, N, ...]`, member first, and a row number means another row for each.
             For models that are trained together because they have the same shape.
-        checkpoint: a file, written atomically. If it is there the run goes on where it was saved, to the bit;
-            a file of another run, or with other data, is refused. `epochs` alone may differ.
+        checkpoint: a file, written atomically and with a checksum. If it is there the run goes on where it
+            was saved, to the bit; a damaged file, one of another run, or with other data, is refused.
+            `epochs` alone may differ. Only one run at a time may use it.
         checkpoint_every: epochs between two checkpoints; there is always one at the end.
-        progress: a bar with mean and spread of the members' losses; needs tqdm.
+        progress: a bar with mean and spread of the members' losses, where tqdm is installed.
 
     A member whose loss or parameters become NaN or infinite is frozen with its last good weights (those of
     its best epoch so far under early stopping) and reported by a warning; it changes no bit of the others.
@@ -88,13 +93,14 @@ def fit(
 
     Raises:
         TypeError, ValueError: arguments that do not fit each other, before anything is changed.
+        RuntimeError: another run uses the checkpoint.
 
-    Source: "prediction variation", section on randomness; definitions in `Randomness`. Without S one fixed
+    Source: "Beyond Point Estimate", section on randomness; definitions in `Randomness`. Without S one fixed
     seeded permutation serves all members in all epochs.
     """
     run = Run(
         model,
-        tuple(data),
+        data,
         loss=loss,
         temperature=temperature,
         batch_size=batch_size,
@@ -112,33 +118,49 @@ def fit(
     _checks.count("checkpoint_every", checkpoint_every)
     path = None if checkpoint is None else Path(checkpoint)
     described = {} if path is None else run.describe()
-    run.start(None if path is None else checkpoints.load(path, described))
-    first = run.epoch
-    with _bar(progress, epochs - first, run.steps) as bar:
-        for epoch in range(first, epochs):
-            if not run.active:
-                break
-            run.train(bar.update)
-            run.end_epoch()
-            bar.set_postfix_str(run.summary())
-            if path is not None and (epoch + 1) % checkpoint_every == 0:
-                checkpoints.save(path, described, run.state())
-    if path is not None and run.epoch > first and run.epoch % checkpoint_every != 0:
-        checkpoints.save(path, described, run.state())
-    return run.finish()
+    with nullcontext() if path is None else only_writer(path, "fit: checkpoint"):
+        saved = None if path is None else checkpoints.load(path, described)
+        if saved is not None:
+            try:
+                run.check(saved)
+            except Exception as error:
+                raise ValueError(
+                    f"fit: checkpoint: {path}: expected the state of such a run, got {error}"
+                ) from error
+        run.start(saved)
+        first = run.epoch
+        with _bar(progress, epochs - first, run.steps) as bar:
+            for epoch in range(first, epochs):
+                if not run.active:
+                    break
+                run.train(bar.update)
+                run.end_epoch()
+                bar.set_postfix_str(run.summary())
+                if path is not None and (epoch + 1) % checkpoint_every == 0:
+                    checkpoints.save(path, described, run.state())
+        if path is not None and run.epoch > first and run.epoch % checkpoint_every != 0:
+            checkpoints.save(path, described, run.state())
+        return run.finish()
 
 
 @contextmanager
 def _bar(progress: bool, epochs: int, steps: int) -> Iterator[Any]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        if progress:
+            _say_once("fit: no bar of its progress without tqdm: pip install tqdm, or progress=False")
+        progress = False
     if not progress:
         yield _NoBar()
         return
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError("fit: progress=True needs tqdm: pip install tqdm, or progress=False") from error
     with tqdm(total=max(0, epochs) * steps, unit="step") as bar:
         yield bar
+
+
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=5)
 
 
 class _NoBar:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyens.nn import Ensemble
+from pyens.nn.ensemble import check_temperature
 from pyens.optim import load_member_state, member_state
 from pyens.reference.ensemble_mlp_loss import LOSSES
 from pyens.training import _checks
@@ -30,7 +31,7 @@ class Run:
     def __init__(
         self,
         model: Ensemble,
-        data: tuple[Tensor, ...],
+        data: Sequence[Tensor],
         *,
         loss: str,
         temperature: float,
@@ -46,11 +47,13 @@ class Run:
         own_data: bool,
     ) -> None:
         members = _checks.model(model)
+        _checks.tensors("data", data)
         owners = members if own_data else None
         rows = _checks.data("data", data, members=owners)
         _checks.count("batch_size", batch_size)
         if loss not in LOSSES:
             raise ValueError(f"fit: loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
+        check_temperature("fit", loss, temperature)
         sources = randomness or Randomness(shuffle=True)
         own_seeds = member_seeds(seed, members) if seeds is None else [int(s) for s in seeds]
         if len(own_seeds) != members:
@@ -61,7 +64,7 @@ class Run:
 
         self.model = self.working = model
         self.active = list(range(members))
-        self.data = data
+        self.data = tuple(data)
         self.own_data = own_data
         self.loss, self.temperature, self.batch_size = loss, temperature, batch_size
         self.make_optimizer = optimizer
@@ -76,6 +79,7 @@ class Run:
         if isinstance(validation, (int, float)):
             self.validation = tuple(t.index_select(int(own_data), held_out.to(t.device)) for t in data)
         else:
+            _checks.tensors("validation", validation)
             self.validation = tuple(validation)
             _checks.data("validation", self.validation, like=data, members=owners)
         self.validation_rows = self.validation[0].shape[int(own_data)]
@@ -96,7 +100,14 @@ class Run:
         # Whatever the model refuses, before anything is changed.
         with torch.no_grad(), _mode(model, training=False):
             first = torch.zeros(1, dtype=torch.int64, device=data[0].device)
-            self._losses(self._batch(data, first))
+            try:
+                self._losses(self._batch(data, first))
+            except (TypeError, ValueError) as error:
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(
+                    f"fit: data: expected rows that {type(model).__name__}.loss takes, got tensors of shapes "
+                    f"{[list(t.shape) for t in data]}, of whose first row alone it says: {error}"
+                ) from error
 
     def describe(self) -> dict[str, Any]:
         """What another run must have in common with this one to go on from its checkpoint."""
@@ -146,6 +157,44 @@ class Run:
             _copy(self.working, saved["parameters"])
             self.optimizer = self.make_optimizer(self.working.parameters())
             load_member_state(self.optimizer, saved["optimizer"])
+
+    def check(self, saved: dict[str, Any]) -> None:
+        """Refuses what `state` cannot have made, before any of it is used.
+
+        Raises:
+            ValueError, or what a wrong type leads to: it says what is wrong.
+        """
+        members, epoch, active = self.model.ensemble_size, saved["epoch"], saved["active"]
+        running = [m for m, status in enumerate(saved["status"].tolist()) if status == RUNNING]
+        best_epoch = saved["best_epoch"]
+        _require(type(epoch) is int and epoch >= 1, f"epoch {epoch!r}")
+        _require(all(type(m) is int for m in active) and active == running, f"active members {active!r}")
+        _require(len(saved["seconds"]) == epoch and all(s >= 0 for s in saved["seconds"]), "other seconds")
+        for name, shape, dtype in (
+            ("losses", (epoch, 2, members), torch.float64),
+            ("best", (members,), torch.float64),
+            ("best_epoch", (members,), torch.int64),
+            ("status", (members,), torch.int64),
+        ):
+            _require(saved[name].shape == shape and saved[name].dtype == dtype, f"{name} of another form")
+        _require(((saved["status"] >= 0) & (saved["status"] < len(STATUS))).all(), "an unknown status")
+        _require(((best_epoch >= -1) & (best_epoch < epoch)).all(), "a best epoch that has not been")
+        groups = {"kept": best_epoch >= 0}
+        if active:
+            groups["parameters"] = torch.ones(len(active), dtype=torch.bool)
+        for group, trained in groups.items():
+            own = dict(self.model.named_parameters())
+            _require(saved[group].keys() == own.keys(), f"{group} of other names")
+            for name, tensor in saved[group].items():
+                shared = self.model.shares_parameters
+                shape = own[name].shape if shared else (len(trained), *own[name].shape[1:])
+                same = tensor.shape == shape and tensor.dtype == own[name].dtype
+                _require(same, f"{group}[{name!r}] of another form")
+                if trained.any():
+                    known = tensor if shared else tensor[trained]
+                    _require(known.isfinite().all(), f"{group}[{name!r}] with NaN or Inf")
+        states = saved["optimizer"]
+        _require(isinstance(states, list) and all(isinstance(s, dict) for s in states), "another optimizer")
 
     def state(self) -> dict[str, Any]:
         """What `start` takes."""
@@ -311,6 +360,11 @@ class Run:
         self.working = self.working.select(places.tolist())
         self.optimizer = self.make_optimizer(self.working.parameters())
         load_member_state(self.optimizer, remembered)
+
+
+def _require(condition: bool | Tensor, otherwise: str) -> None:
+    if not condition:
+        raise ValueError(otherwise)
 
 
 def _rows(tensors: Sequence[Tensor], rows: Tensor) -> list[Tensor]:

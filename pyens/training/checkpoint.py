@@ -42,14 +42,17 @@ def load(path: Path, described: Mapping[str, Any]) -> dict[str, Any] | None:
     saved = _files.load(path)
     if saved.get("format") != FORMAT:
         raise ValueError(f"fit: checkpoint: {path}: expected a checkpoint of fit, got another file")
-    for name in {**saved["run"], **described}:
-        then, now = saved["run"].get(name), described.get(name)
+    run, state = saved.get("run"), saved.get("state")
+    if not isinstance(run, dict) or not isinstance(state, dict):
+        raise ValueError(f"fit: checkpoint: {path}: expected a checkpoint of fit, got one without its parts")
+    for name in {**run, **described}:
+        then, now = run.get(name), described.get(name)
         if then != now:
             raise ValueError(
                 f"fit: checkpoint: {path} is of another run: expected {name} {_short(now)}, "
                 f"got {_short(then)}; name another file, or delete this one to start anew"
             )
-    return saved["state"]
+    return state
 
 
 def _describe_tensor(tensor: Tensor) -> str:

@@ -15,7 +15,7 @@ RUNNING, FINISHED, STOPPED, DIVERGED = range(4)
 STATUS = ("running", "finished", "stopped", "diverged")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class History:
     """Losses of every member after every epoch; NaN from the epoch on in which a member no longer trained.
 
@@ -28,6 +28,11 @@ class History:
     best_epoch: np.ndarray  # int64 [E], whose weights the member has; -1: those before the first epoch
     status: tuple[str, ...]  # of each member
     seconds: np.ndarray  # float64 [epochs], of training and validation; checkpoints not included
+
+    def __repr__(self) -> str:
+        counts = {status: self.status.count(status) for status in STATUS if status in self.status}
+        ends = ", ".join(f"{count} {status}" for status, count in counts.items())
+        return f"History(epochs={len(self.train_loss)}, members={len(self.status)}: {ends})"
 
     @property
     def epochs(self) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class VariationModel(nn.Module):
         ValueError: more than one member, a head that was fitted on another number of hidden units, mean or
             std of another length.
 
-    Source: "prediction variation and activation strength", section 6.
+    Source: "Beyond Point Estimate", section 6.
     """
 
     mean: Tensor
@@ -124,7 +125,19 @@ class VariationModel(nn.Module):
         content = _files.load(path)
         if content.get("format") != FORMAT:
             raise ValueError(f"VariationModel.load: {path}: expected a file of VariationModel.save")
+        try:
+            model = cls._from_content(content)
+        except Exception as error:
+            raise ValueError(
+                f"VariationModel.load: {path}: expected what VariationModel.save writes, got {error!r}"
+            ) from error
+        return model.requires_grad_(False)
+
+    @classmethod
+    def _from_content(cls, content: dict[str, Any]) -> Self:
         kind = getattr(pyens.nn, content["target"])
+        if not issubclass(kind, Ensemble):
+            raise TypeError(f"{content['target']}, no ensemble")
         state = content["state"]
         target = kind(**{"ensemble_size": 1, **content["arguments"]}, device="meta")
         params = content["head"]["params"]
@@ -137,8 +150,10 @@ class VariationModel(nn.Module):
         )
         head = VariationHead(mlp, params, state["head.limit"], state["head.thresholds"])
         model = cls(target, head, state["mean"], state["std"])
+        if other := [name for name, t in state.items() if not t.is_floating_point()]:
+            raise TypeError(f"{other[0]} of {state[other[0]].dtype}")
         model.load_state_dict(state, assign=True)
-        return model.requires_grad_(False)
+        return model
 
     def extra_repr(self) -> str:
         return f"units={self.units}, task={self.head.task!r}, features={self.head.features!r}"

@@ -22,7 +22,7 @@ class ActivationStatistics:
     an offset costs no digits. A unit that never changed has a std of exactly 0: it is dead, and its value in
     `pyens.ops.activation_strength` is 0. NaN and Inf in a unit reach its own statistics only.
 
-    Source: the value feature of "prediction variation and activation strength".
+    Source: the value feature of "Beyond Point Estimate".
     """
 
     def __init__(self) -> None:
