@@ -25,7 +25,7 @@ MAKEFLAGS     += --no-print-directory
 SHELL         := bash
 .SHELLFLAGS   := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help build demo test lint format kernels cpp template bench build-cuda test-cuda bench-cuda clean distclean FORCE
+.PHONY: help build demo test lint format kernels cpp template slow fuzz bench build-cuda test-cuda bench-cuda clean distclean FORCE
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -57,6 +57,13 @@ cpp: $(BUILT) $(filter $(VENV)/%,$(CMAKE)) ## a C++ program without Python loads
 	$(CMAKE) -S tests/cpp/torch -B build/cpp -DCMAKE_PREFIX_PATH="$$($(PY) -c 'import torch; print(torch.utils.cmake_prefix_path)')"
 	$(CMAKE) --build build/cpp
 	build/cpp/load_operations pyens/_operations.abi3.so
+
+slow: $(BUILT) $(VENV)/peers ## what takes too long for each change: tests that need the peers, ten times the examples
+	$(PY) -m pytest tests/test_benchmarks.py $(ARGS)
+	$(PY) -m pytest -m hypothesis --hypothesis-profile=slow $(ARGS)
+
+fuzz: $(BUILT) ## the properties again with 5,000 examples each (hours)
+	$(PY) -m pytest -m hypothesis --hypothesis-profile=fuzz $(ARGS)
 
 template: $(BUILT) ## build and test the example operation of examples/gain
 	$(PY) -m pytest examples/gain $(ARGS)

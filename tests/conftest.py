@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 hypothesis.settings.register_profile("dev", deadline=None, max_examples=25)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True, database=None)
+for name, examples in (("slow", 250), ("fuzz", 5000)):  # make slow, make fuzz
+    hypothesis.settings.register_profile(name, deadline=None, max_examples=examples)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
