@@ -374,3 +374,103 @@ def test_parametrized_ensembles_compile_and_work_with_functional_call():
         for name, p in model.named_parameters():
             p.copy_(parameters[name])
     assert torch.equal(got, model(x))
+
+
+# --- what members cannot be chosen from --------------------------------------------------------------------
+
+
+class With(Residual):
+    """A Residual with one more part."""
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(E, 4)
+        for name, part in parts.items():
+            if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
+                self.register_buffer(name, part)
+            else:
+                setattr(self, name, part)
+
+
+class Sharing(Ensemble):
+    shares_parameters = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ensemble_size = E
+        self.trunk, self.masked = nn.Linear(4, E), MaskedMLP(E, E, [8], 1, scale=2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.masked(self.trunk(x))
+
+
+@pytest.mark.parametrize(
+    "parts, message",
+    [
+        (
+            {"trunk": nn.Linear(4, 4)},
+            r"select: expected parameters \[3, ...\], got trunk.weight of shape \[4",
+        ),
+        ({"gain": nn.Parameter(torch.ones(()))}, r"select: expected parameters \[3, ...\], got gain of sh"),
+        ({"other": nn.ModuleList([EnsembleLinear(2, 4, 1)])}, r"select: other.0: expected 3 members, as the"),
+        (
+            {"seen": torch.ones(E, 1)},
+            r"select: expected a With to define it, for its buffer seen of shape \[",
+        ),
+        ({"frozen": EnsembleMLP(E, 4, [], 1).packed()}, "select: frozen: expected a part that gives its own"),
+    ],
+)
+def test_members_are_not_chosen_from_what_has_none(parts, message):
+    model = With(**parts)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for refuse in (lambda: model.select([0, 2]), lambda: model.member(1)):
+        with pytest.raises(ValueError, match=message):
+            refuse()
+    # fit says so before anything is changed, and not when the first member stops.
+    with pytest.raises(ValueError, match=r"select: |fit: model: expected parameters \[3, ...\]"):
+        train(model, randomness=Randomness(init=True))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_buffers_of_all_members_are_copied_and_those_of_each_left_to_the_class():
+    shift = torch.arange(4.0)
+    model = With(shift=shift)
+    assert torch.equal(model.select([2, 0]).shift, shift) and model.select([1]).shift is not model.shift
+    assert With(shift=shift[None]).member(1).select([0]).shift.shape == (1, 4)
+
+    class Own(With):
+        def select(self, indices):
+            new = super().select(indices)
+            new.each = self.each[indices]
+            return new
+
+    chosen = Own(each=torch.tensor([5, 6, 7])).select([2, 0])
+    assert chosen.each.tolist() == [7, 5] and chosen.ensemble_size == chosen.block.ensemble_size == 2
+
+
+def test_members_that_share_their_parameters_are_chosen_by_their_class():
+    x = torch.randn(5, 4)
+    model = Sharing()
+    with pytest.raises(ValueError, match="select: expected a Sharing, whose members share their parameters"):
+        model.member(1)
+
+    class Own(Sharing):
+        def select(self, indices):
+            return super().select(indices)
+
+    model = Own()
+    assert torch.equal(model.select([2, 0])(x), model(x)[[2, 0]])
+    train(model, early_stopping=1)  # together, so that nobody is left behind
+
+
+def test_parts_choose_with_their_own_select():
+    masked, x = MaskedMLP(E, 4, [8], E, scale=2.0), torch.randn(5, 4)
+    model = With(masked=masked, again=masked, tied=EnsembleLinear(E, 4, 1))
+    model.tied.weight = model.head[0].weight
+    chosen = model.select([2, 0])
+    assert torch.equal(chosen.masked(x), masked(x)[[2, 0]]) and chosen.again is chosen.masked
+    assert chosen.tied.weight is chosen.head[0].weight
+    with pytest.raises(ValueError, match="fit: model: expected parameters|got masked, a MaskedMLP"):
+        train(model)
+    alike = With(masked=MaskedMLP(E, 4, [E, E], E, scale=1.0))  # E wide, as if there were members first
+    with pytest.raises(ValueError, match="fit: model: expected members with parameters of .* a MaskedMLP"):
+        train(alike)

@@ -37,7 +37,10 @@ class Ensemble(nn.Module):
                 return self.head(x + self.block(x))
 
     Parameters are `[E, ...]`, member first, unless the class sets `shares_parameters`. A class that has
-    parameters beside those of ensembles also defines `draw`.
+    parameters beside those of ensembles also defines `draw`. Buffers are the same for all members and do not
+    change in training; a class with buffers `[E, ...]`, or whose members share their parameters, defines
+    `select` to be taken apart (and may call the one here, which then copies those as they are). Ensembles
+    inside have as many members, and choose with their own `select`.
 
     Attributes:
         ensemble_size: E, the number of members.
@@ -123,7 +126,7 @@ class Ensemble(nn.Module):
     def draw(self, member: int, generator: torch.Generator | None) -> None:
         """Draws one member anew: on the CPU in float32 and then cast, so that a seed means the same on every
         device and dtype. Here: its parts in every ensemble that this one is made of, in their order."""
-        parts = list(_ensembles(self))
+        parts = [module for _, module in _walk(self) if isinstance(module, Ensemble)]
         if type(self).draw is Ensemble.draw:
             drawn = {id(parameter) for part in parts for parameter in part.parameters()}
             if left := [name for name, p in self.named_parameters() if id(p) not in drawn]:
@@ -136,30 +139,71 @@ class Ensemble(nn.Module):
     def select(self, indices: Indices) -> Self:
         """A new ensemble of copies of the chosen members, in the order of `indices` (ints, slice or mask).
 
-        Buffers are copied as they are, but for the masks of `torch.nn.utils.prune`.
-
         Raises:
-            ValueError: no member chosen, or indices of another kind.
+            ValueError: no member chosen, or indices of another kind; a part that the members cannot be
+                chosen from (see the class), by name. `fit` refuses such a model at once.
             IndexError: an index out of range, or a mask that is not `[E]`.
         """
         members = chosen_members(self.ensemble_size, indices)
         copies: dict[int, Any] = {}  # by id, of what deepcopy is to leave alone
+        self._choose(members, copies)
         for module in self.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    chosen = parameter.detach()[members.to(parameter.device)]
-                    copies[id(parameter)] = nn.Parameter(chosen, parameter.requires_grad)
-                    mask = module._buffers.get(name.removesuffix("_orig") + "_mask")
-                    if mask is not None:
-                        copies[id(mask)] = mask[members.to(mask.device)]
             for value in vars(module).values():  # what pruning computed last, which deepcopy would refuse
                 if isinstance(value, Tensor):
-                    copies[id(value)] = value.detach().clone()
+                    copies.setdefault(id(value), value.detach().clone())
         new = copy.deepcopy(self, copies)
         for module in new.modules():
             if isinstance(module, Ensemble):
                 module.ensemble_size = len(members)
         return new
+
+    def _choose(self, members: Tensor, copies: dict[int, Any]) -> None:
+        """Puts what `select` takes of each parameter, mask of pruning and ensemble inside into `copies`."""
+        size, kind = self.ensemble_size, type(self).__name__
+        generic = type(self).select is Ensemble.select
+        if generic and self.shares_parameters:
+            raise ValueError(f"select: expected a {kind}, whose members share their parameters, to define it")
+        for place, module in [("", self), *_walk(self)]:
+            if module is not self and isinstance(module, Ensemble):
+                if module.ensemble_size != size:
+                    raise ValueError(
+                        f"select: {place}: expected {size} members, as the {kind} that it is part of, "
+                        f"got {module.ensemble_size}"
+                    )
+                if type(module).select is Ensemble.select:
+                    module._choose(members, copies)
+                elif id(module) not in copies:
+                    chosen = module.select(members.tolist())
+                    if type(chosen) is not type(module):
+                        raise ValueError(
+                            f"select: {place}: expected a part that gives its own kind, "
+                            f"got a {type(module).__name__}, which gives a {type(chosen).__name__}"
+                        )
+                    copies[id(module)] = chosen
+                continue
+            masks = set()
+            for name, parameter in module._parameters.items():
+                if parameter is None or self.shares_parameters:
+                    continue
+                if parameter.dim() == 0 or len(parameter) != size:
+                    raise ValueError(
+                        f"select: expected parameters [{size}, ...], got {f'{place}.{name}'.lstrip('.')} of "
+                        f"shape {list(parameter.shape)}"
+                    )
+                chosen = parameter.detach()[members.to(parameter.device)]
+                copies[id(parameter)] = nn.Parameter(chosen, parameter.requires_grad)
+                mask = module._buffers.get(masked := name.removesuffix("_orig") + "_mask")
+                if mask is not None:
+                    copies[id(mask)] = mask[members.to(mask.device)]
+                    masks.add(masked)
+            for name, buffer in module._buffers.items():
+                member_first = buffer is not None and buffer.dim() > 0 and len(buffer) == size
+                # Of one member there is nothing to leave out.
+                if generic and member_first and name not in masks and not len(members) == size == 1:
+                    raise ValueError(
+                        f"select: expected a {kind} to define it, for its buffer "
+                        f"{f'{place}.{name}'.lstrip('.')} of shape {list(buffer.shape)}, which may be [E, ...]"
+                    )
 
     def member(self, i: int) -> nn.Module:
         """Member i alone, with copies of its parameters: a plain module, or here an ensemble of one."""
@@ -180,13 +224,12 @@ class Ensemble(nn.Module):
         return ", ".join(f"{name}={v}" for name, v in config.items() if name != "dropout" or v)
 
 
-def _ensembles(module: nn.Module) -> Iterator[Ensemble]:
-    """The ensembles in it that are not part of another one, in their order."""
-    for child in module.children():
-        if isinstance(child, Ensemble):
-            yield child
-        else:
-            yield from _ensembles(child)
+def _walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules in it with their names, in their order; not those in an ensemble in it, which has them."""
+    for name, child in module.named_children():
+        yield prefix + name, child
+        if not isinstance(child, Ensemble):
+            yield from _walk(child, f"{prefix}{name}.")
 
 
 def parameters_of(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
