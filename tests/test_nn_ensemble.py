@@ -469,8 +469,33 @@ def test_parts_choose_with_their_own_select():
     chosen = model.select([2, 0])
     assert torch.equal(chosen.masked(x), masked(x)[[2, 0]]) and chosen.again is chosen.masked
     assert chosen.tied.weight is chosen.head[0].weight
-    with pytest.raises(ValueError, match="fit: model: expected parameters|got masked, a MaskedMLP"):
+    with pytest.raises(ValueError, match=r"fit: model: expected parameters \[3, ...\], got masked"):
         train(model)
     alike = With(masked=MaskedMLP(E, 4, [E, E], E, scale=1.0))  # E wide, as if there were members first
-    with pytest.raises(ValueError, match="fit: model: expected members with parameters of .* a MaskedMLP"):
+    with pytest.raises(ValueError, match=r"fit: model: expected members with parameters of .* a MaskedMLP"):
         train(alike)
+
+
+def test_chosen_masks_have_the_model_as_it_is():
+    class Own(MaskedMLP):
+        pass
+
+    model, x = Own(E, 4, [8], 2, scale=2.0), torch.randn(5, 4)
+    model.note = "kept"
+    model.biases.requires_grad_(False)
+    prune.random_unstructured(model.weights, "0", amount=0.5)
+    with torch.no_grad():
+        model.weights.get_parameter("0_orig").mul_(3)  # what pruning computed last is stale now
+    chosen = model.select([2, 0])
+    assert type(chosen) is Own and chosen.note == "kept" and chosen.scale == 2.0
+    assert set(chosen.state_dict()) == set(model.state_dict())
+    assert [p.requires_grad for p in chosen.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert torch.equal(chosen(x), model(x)[[2, 0]])
+
+
+def test_a_member_of_a_pruned_table_is_as_the_table_is_now():
+    model, rows = EnsembleEmbedding(E, 7, 4), torch.arange(7)
+    prune.random_unstructured(model, "weight", amount=0.5)
+    with torch.no_grad():
+        model.weight_orig.mul_(3)
+    assert torch.equal(model.member(1)(rows), model(rows)[1])

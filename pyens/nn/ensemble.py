@@ -200,9 +200,10 @@ class Ensemble(nn.Module):
                 member_first = buffer is not None and buffer.dim() > 0 and len(buffer) == size
                 # Of one member there is nothing to leave out.
                 if generic and member_first and name not in masks and not len(members) == size == 1:
+                    full, shape = f"{place}.{name}".lstrip("."), list(buffer.shape)
                     raise ValueError(
-                        f"select: expected a {kind} to define it, for its buffer "
-                        f"{f'{place}.{name}'.lstrip('.')} of shape {list(buffer.shape)}, which may be [E, ...]"
+                        f"select: expected a {kind} to define it, for its buffer {full} of shape {shape}, "
+                        "which may be [E, ...]"
                     )
 
     def member(self, i: int) -> nn.Module:
