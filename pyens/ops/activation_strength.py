@@ -59,7 +59,7 @@ def activation_strength(
         TypeError: mixed or unsupported dtypes, mixed devices.
         NotImplementedError: CUDA tensors where pyens was built without CUDA.
 
-    Source: "prediction variation and activation strength", where only ReLU is used and a unit is active where
+    Source: "Beyond Point Estimate", where only ReLU is used and a unit is active where
     its output is greater than 0; reference in `pyens.reference.activation_strength`.
     """
     return ActivationStrength(

@@ -42,7 +42,7 @@ def ensemble_embedding(index: Tensor, weight: Tensor, *, sparse: bool = False) -
         TypeError: an index that is not int64, an unsupported dtype, mixed devices.
         NotImplementedError: CUDA tensors where pyens was built without CUDA.
 
-    Source: the categorical features of the click and rating models in "prediction variation"; reference in
+    Source: the categorical features of the click and rating models in "Beyond Point Estimate"; reference in
     `pyens.reference.ensemble_embedding`.
     """
     return _ensemble_embedding(index, weight, sparse)

@@ -63,7 +63,7 @@ def ensemble_mlp(
         TypeError: mixed or unsupported dtypes, mixed devices.
         NotImplementedError: CUDA tensors where pyens was built without CUDA.
 
-    Source: the members are those of "deep ensembles"; reference in `pyens.reference.ensemble_mlp`.
+    Source: the members are those of "Deep Ensemble"; reference in `pyens.reference.ensemble_mlp`.
     """
     return _ensemble_mlp(input, weights, biases or (), activation, dropout, dropout_seeds)
 
@@ -78,7 +78,7 @@ _ensemble_mlp = operation("ensemble_mlp", reference.ensemble_mlp, _vmap)
 
 
 def prepack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> Tensor:
-    """The weights in the order in which the kernel reads them for small batches: uint8 `[E, bytes]`.
+    """The weights in the order in which the kernel reads them for small batches: uint8 `[bytes]`.
 
     The layout belongs to the instruction set that this process runs on: make it at run time, never store it.
     """

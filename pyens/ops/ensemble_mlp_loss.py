@@ -65,8 +65,8 @@ def ensemble_mlp_loss(
             infinite weight.
         TypeError: mixed or unsupported dtypes, mixed devices.
 
-    Source: gaussian_nll is eq. 1 of "deep ensembles" with its variance; the temperature and the left-out
-    groups (jackknife) are those of "prediction variation". Reference in `pyens.reference.ensemble_mlp_loss`.
+    Source: gaussian_nll is eq. 1 of "Deep Ensemble" with its variance; the temperature and the left-out
+    groups (jackknife) are those of "Beyond Point Estimate". Reference in `pyens.reference.ensemble_mlp_loss`.
     """
     return _ensemble_mlp_loss(
         input,

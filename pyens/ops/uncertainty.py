@@ -46,8 +46,8 @@ def predictive_uncertainty(logits: Tensor, *, from_probabilities: bool = False) 
         TypeError: an unsupported dtype.
         NotImplementedError: CUDA tensors where pyens was built without CUDA.
 
-    Source: the prediction variation of "prediction variation and activation strength"; entropies and mutual
-    information of "deep ensembles"; reference in `pyens.reference.predictive_uncertainty`.
+    Source: the prediction variation of "Beyond Point Estimate"; entropies and mutual
+    information of "Deep Ensemble"; reference in `pyens.reference.predictive_uncertainty`.
     """
     return Uncertainty(*_predictive_uncertainty(logits, from_probabilities, False)[:6])
 

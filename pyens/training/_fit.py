@@ -89,7 +89,7 @@ def fit(
     Raises:
         TypeError, ValueError: arguments that do not fit each other, before anything is changed.
 
-    Source: "prediction variation", section on randomness; definitions in `Randomness`. Without S one fixed
+    Source: "Beyond Point Estimate", section on randomness; definitions in `Randomness`. Without S one fixed
     seeded permutation serves all members in all epochs.
     """
     run = Run(

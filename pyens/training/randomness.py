@@ -20,7 +20,7 @@ class Randomness:
             serves all members in all epochs.
         jackknife: J, every member leaves out one group of the training examples (delete-1 jackknife).
 
-    Source: "prediction variation", the randomness settings R0 to R7.
+    Source: "Beyond Point Estimate", the randomness settings R0 to R7.
     """
 
     init: bool = False

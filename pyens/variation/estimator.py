@@ -78,7 +78,7 @@ class VariationEstimator(RegressorMixin, BaseEstimator):
         sklearn.exceptions.NotFittedError: before fit.
         ImportError: without scikit-learn.
 
-    Source: "prediction variation and activation strength", section 6.1. There the target is not standardised
+    Source: "Beyond Point Estimate", section 6.1. There the target is not standardised
     and values have no limit; patience and the share for early stopping are not given.
     """
 

@@ -43,7 +43,7 @@ class VariationModel(nn.Module):
         ValueError: more than one member, a head that was fitted on another number of hidden units, mean or
             std of another length.
 
-    Source: "prediction variation and activation strength", section 6.
+    Source: "Beyond Point Estimate", section 6.
     """
 
     mean: Tensor
