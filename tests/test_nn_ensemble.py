@@ -156,6 +156,82 @@ def test_losses_refuse():
         NoMembers(E, 4).loss(x, torch.zeros(5, 1), loss="mse")
 
 
+@pytest.mark.parametrize("of_each", [False, True])
+@pytest.mark.parametrize("per_member", [False, True])
+@pytest.mark.parametrize("batch_size", [5, E])
+def test_what_is_left_out_has_no_say(of_each, per_member, batch_size):
+    model, target = Residual(E, 4), torch.randn(batch_size, 1)
+    x = torch.randn(E, batch_size, 4) if of_each else torch.randn(batch_size, 4)
+    weight = torch.rand(E, batch_size) + 0.5 if per_member else torch.rand(batch_size) + 0.5
+    weight[..., 1] = 0
+    poisoned, clean = x.clone(), x.clone()
+    poisoned[..., 1, :], clean[..., 1, :] = torch.nan, 7
+    got, expected = (model.loss(x, target, loss="mse", sample_weight=weight) for x in (poisoned, clean))
+    assert torch.equal(got, expected) and got.isfinite().all()
+    parameters = list(model.parameters())
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            torch.autograd.grad(got.sum(), parameters),
+            torch.autograd.grad(expected.sum(), parameters),
+            strict=True,
+        )
+    )
+    labels = torch.full((batch_size,), 0).index_fill(0, torch.tensor([1]), 99)
+    model.loss(x, labels, loss="cross_entropy", sample_weight=weight)
+
+
+def test_members_leave_out_their_own():
+    model, (x, y) = Residual(E, 4), table()
+    x[3] = torch.nan
+    weight = torch.ones(E, ROWS)
+    weight[1, 3] = 0
+    losses = model.loss(x, y, loss="mse", sample_weight=weight)
+    assert losses.isfinite().tolist() == [False, True, False]
+    (gradient,) = torch.autograd.grad(losses[1], model.head[0].weight)
+    assert gradient[1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 2.0},
+        {"temperature": -1.0},
+        {"sample_weight": torch.ones(3)},
+        {"sample_weight": torch.ones(E, 1)},
+        {"sample_weight": -torch.ones(5)},
+        {"sample_weight": torch.full((5,), torch.inf)},
+        {"sample_weight": torch.ones(5).double()},
+        {"sample_weight": torch.ones(5, requires_grad=True)},
+        {"target": torch.ones(5, 2).long()},
+        {"target": torch.ones(5, 2).double()},
+        {"target": torch.ones(5, 2, requires_grad=True)},
+        {"loss": "cross_entropy", "target": torch.full((5,), 2)},
+        {"loss": "cross_entropy", "target": torch.full((5,), -1)},
+        {"loss": "cross_entropy", "target": torch.zeros(5).int()},
+        {"loss": "l1"},
+    ],
+    ids=str,
+)
+def test_losses_refuse_what_the_operation_does(changes):
+    model, arguments = EnsembleMLP(E, 4, [6], 2), {"loss": "mse", "target": torch.ones(5, 2)} | changes
+    x, target = torch.randn(5, 4), arguments.pop("target")
+    with pytest.raises((ValueError, TypeError)) as expected:
+        model.loss(x, target, **arguments)
+    with pytest.raises(type(expected.value)) as found:
+        Ensemble.loss(model, x, target, **arguments)
+    operation, *texts = str(expected.value).split("got")[0].split(" (Float)")[0].split(": ")
+    assert operation == "ensemble_mlp_loss"
+    assert str(found.value).startswith(": ".join(["loss", *texts]).replace("weights[0]", "output"))
+
+
+def test_a_loss_without_inputs_is_named():
+    with pytest.raises(ValueError, match="loss: batch: expected what forward takes, then the target, got 0"):
+        Residual(E, 4).loss(loss="mse")
+    with pytest.raises(ValueError, match="loss: output: expected an even number of outputs for gaussian_nll"):
+        Residual(E, 4).loss(torch.randn(5, 4), torch.randn(5, 1), loss="gaussian_nll")
+
+
 def test_parameters_of_ones_own_are_drawn_by_draw():
     class Scaled(Residual):
         def __init__(self) -> None:

@@ -77,28 +77,38 @@ class Ensemble(nn.Module):
 
         Args:
             batch: what `forward` takes, then the target.
-            loss, temperature, sample_weight: see `pyens.ops.ensemble_mlp_loss`.
+            loss, temperature, sample_weight: see `pyens.ops.ensemble_mlp_loss`. With weights, `forward` is
+                given zeros in place of floating point inputs that are left out (weight 0), whatever is in
+                them: with weights `[E, B]` as `[E, B, ...]`, also where the input was `[B, ...]`.
             options: of `forward`, such as `dropout_seeds`.
 
         Raises:
-            ValueError: an unknown loss; outputs or a target of another shape.
+            ValueError, TypeError: as `pyens.ops.ensemble_mlp_loss`; outputs or a target of another shape. The
+                values of target and weights are read in eager code on the CPU, outside `torch.func`.
         """
+        if len(batch) < 2:
+            raise ValueError(
+                f"loss: batch: expected what forward takes, then the target, got {len(batch)} arguments"
+            )
         *inputs, target = batch
-        output = self(*inputs, **options)
         if loss not in LOSSES:
             raise ValueError(f'loss: loss: expected one of {", ".join(LOSSES)}, got "{loss}"')
+        if loss != "cross_entropy" and temperature != 1:
+            raise ValueError(
+                f"loss: temperature: expected 1 (only cross_entropy has one) with loss {loss}, "
+                f"got {temperature}"
+            )
+        if not temperature > 0:
+            raise ValueError(f"loss: temperature: expected a positive number, got {temperature}")
+        if sample_weight is not None:
+            inputs = [_without_left_out(t, sample_weight, self.ensemble_size) for t in inputs]
+        output = self(*inputs, **options)
         if output.dim() != 3 or len(output) != self.ensemble_size:
             raise ValueError(
                 f"loss: output: expected [{self.ensemble_size}, B, O] from forward, "
                 f"got shape {list(output.shape)}"
             )
-        each = {"cross_entropy": (), "gaussian_nll": (output.shape[2] // 2,)}.get(loss, output.shape[2:])
-        shape = (*output.shape[:2], *each)
-        if target.shape not in (shape, shape[1:]):
-            raise ValueError(
-                f"loss: target: expected shape {list(shape[1:])} or {list(shape)}, "
-                f"got shape {list(target.shape)}"
-            )
+        _check_loss(output, target, loss, sample_weight)
         return mean_losses(lambda output: output, output, target, loss, temperature, sample_weight)
 
     def config(self) -> dict[str, Any]:
@@ -231,6 +241,62 @@ def _walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]
         yield prefix + name, child
         if not isinstance(child, Ensemble):
             yield from _walk(child, f"{prefix}{name}.")
+
+
+def _without_left_out(input: Any, weight: Tensor, ensemble_size: int) -> Any:
+    """A floating point input `[B, ...]` or `[E, B, ...]` with 0 where the weight `[B]` or `[E, B]` is 0."""
+    if not isinstance(input, Tensor) or not input.is_floating_point() or weight.dim() not in (1, 2):
+        return input
+    batch_size, shape = weight.shape[-1], tuple(input.shape)
+    shared = shape[:1] == (batch_size,)
+    if shape[:2] == (ensemble_size, batch_size) and not (shared and len(shape) == 2):
+        rest = len(shape) - 2
+    elif shared:
+        rest = len(shape) - 1
+    else:
+        return input
+    present = weight != 0
+    return torch.where(present.reshape(*present.shape, *[1] * rest), input, 0)
+
+
+def _check_loss(output: Tensor, target: Tensor, loss: str, weight: Tensor | None) -> None:
+    """What `pyens.ops.ensemble_mlp_loss` refuses, for outputs `[E, B, O]`."""
+    outputs = output.shape[2]
+    if loss == "gaussian_nll" and outputs % 2:
+        raise ValueError(
+            "loss: output: expected an even number of outputs for gaussian_nll (means, then raw variances), "
+            f"got {outputs}"
+        )
+    each = {"cross_entropy": (), "gaussian_nll": (outputs // 2,)}.get(loss, (outputs,))
+    given = {"target": (target, (*output.shape[:2], *each)), "sample_weight": (weight, output.shape[:2])}
+    for name, (tensor, shape) in given.items():
+        if tensor is None:
+            continue
+        if tensor.shape not in (shape, shape[1:]):
+            raise ValueError(
+                f"loss: {name}: expected shape {list(shape[1:])} or {list(shape)}, "
+                f"got shape {list(tensor.shape)}"
+            )
+        if name == "target" and loss == "cross_entropy":
+            if tensor.dtype != torch.int64:
+                raise TypeError(f"loss: target: expected int64 classes for cross_entropy, got {tensor.dtype}")
+        elif tensor.dtype not in (output.dtype, torch.float32) or (
+            output.dtype == torch.float64 != tensor.dtype
+        ):
+            raise TypeError(
+                f"loss: {name}: expected the dtype of output ({output.dtype}), got {tensor.dtype}"
+            )
+        if tensor.requires_grad:
+            raise ValueError(f"loss: {name}: expected requires_grad=False (it gets no gradient), got True")
+    in_transform = torch._C._functorch.peek_interpreter_stack() is not None
+    if torch.compiler.is_compiling() or in_transform or output.device.type != "cpu":
+        return
+    if weight is not None and not bool((weight.isfinite() & (weight >= 0)).all()):
+        raise ValueError("loss: sample_weight: expected finite weights of at least 0, got one that is not")
+    if loss == "cross_entropy":
+        wrong = (target < 0) | (target >= outputs)
+        if bool((wrong if weight is None else wrong & (weight != 0)).any()):
+            raise ValueError(f"loss: target: expected classes from 0 to {outputs - 1}, got one that is not")
 
 
 def parameters_of(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
