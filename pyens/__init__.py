@@ -15,6 +15,7 @@ Modules, each imported on first use:
 """
 
 import importlib
+import warnings
 from typing import Any
 
 from pyens._library import build_info
@@ -43,6 +44,13 @@ __all__ = ["Ensemble", "EnsembleEmbedding", "EnsembleLinear", "EnsembleMLP", "__
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
+        if (
+            name == "select"
+        ):  # warned of here, where the caller is two frames away, and not again by the import
+            warnings.warn("pyens.select is now pyens.decisions", DeprecationWarning, stacklevel=2)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                return importlib.import_module("pyens.select")
         return importlib.import_module(f"pyens.{name}")
     raise AttributeError(f"module 'pyens' has no attribute {name!r}")
 

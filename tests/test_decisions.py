@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pyens
 from pyens import decisions, metrics
 
 shares = st.one_of(st.sampled_from([0, 0.1, 0.3, 0.5, 0.7, 1]), st.floats(0, 1))
@@ -268,3 +269,12 @@ def test_the_old_name_warns_and_gives_the_same():
         old = importlib.import_module("pyens.select")
     assert len(caught) == 1
     assert old.__all__ and all(getattr(old, name) is getattr(decisions, name) for name in old.__all__)
+
+
+@pytest.mark.parametrize("use", ["pyens.select.ABSTAIN", "exec('from pyens import select')"])
+def test_the_old_name_warns_whoever_uses_it(use):
+    vars(pyens).pop("select", None)
+    sys.modules.pop("pyens.select", None)
+    with pytest.warns(DeprecationWarning, match="pyens.select is now pyens.decisions") as caught:
+        eval(compile(use, "the user's file", "eval"), {"pyens": pyens})
+    assert len(caught) == 1 and caught[0].filename in ("the user's file", "<string>")

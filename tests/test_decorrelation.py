@@ -253,7 +253,7 @@ def test_create_graph_gives_the_same_gradient(kind, dtype):
     torch.testing.assert_close(composed, from_the_kernel, rtol=0, atol=30 * eps * rms(from_the_kernel))
 
 
-def test_no_gradient_is_computed_where_none_is_wanted():
+def test_no_gradient_is_computed_where_none_is_needed():
     assert not decorrelation_loss(draw((3, 5), torch.float32)).requires_grad
 
 

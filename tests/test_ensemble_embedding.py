@@ -292,13 +292,13 @@ def test_gradcheck_concat(per_member, numeric):
     def function(*leaves: Tensor) -> Tensor:
         return ensemble_embedding_concat(categorical, leaves[:2], leaves[2] if len(leaves) > 2 else None)
 
-    for wanted in ([True] * len(leaves), [False, True, False][: len(leaves)]):
-        inputs = [t.detach().requires_grad_(r) for t, r in zip(leaves, wanted, strict=True)]
+    for needs_grad in ([True] * len(leaves), [False, True, False][: len(leaves)]):
+        inputs = [t.detach().requires_grad_(r) for t, r in zip(leaves, needs_grad, strict=True)]
         assert torch.autograd.gradcheck(function, inputs)
         assert torch.autograd.gradgradcheck(function, inputs)
         got = function(*inputs).sum()
         got.backward()
-        assert [t.grad is not None for t in inputs] == wanted
+        assert [t.grad is not None for t in inputs] == needs_grad
 
 
 def test_sparse_gradient_has_no_derivative():
@@ -337,9 +337,9 @@ def test_opcheck(per_member, requires_grad):
     torch.library.opcheck(ops.ensemble_embedding_concat, (categorical, leaves[:-1], None))
     grad = torch.randn(3, 5, 26, requires_grad=requires_grad)
     sizes = [60, 38, 7, 21], [8, 8, 3, 5]
-    for wanted, shared in (([0, 1, 2, 3], False), ([1, 4], True), ([4], False)):
+    for needs_grad, shared in (([0, 1, 2, 3], False), ([1, 4], True), ([4], False)):
         torch.library.opcheck(
-            ops.ensemble_embedding_concat_backward, (grad, categorical, *sizes, wanted, shared)
+            ops.ensemble_embedding_concat_backward, (grad, categorical, *sizes, needs_grad, shared)
         )
 
 

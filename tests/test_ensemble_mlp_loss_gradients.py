@@ -1,4 +1,4 @@
-"""Gradients of pyens.ops.ensemble_mlp_loss: first and second, those that are wanted, a training run."""
+"""Gradients of pyens.ops.ensemble_mlp_loss: first and second, those that are needed, a training run."""
 
 import itertools
 from collections.abc import Callable

@@ -325,7 +325,7 @@ def test_gradients_match_the_reference(dtype, per_mask):
         assert rms(ours.double() - exact) <= allowed
 
 
-def test_only_wanted_gradients_are_computed():
+def test_only_needed_gradients_are_computed():
     x, weights, biases, masks = problem(2, 3, [3, 4, 2])
     weights[1].requires_grad_()
     masked_mlp(x, weights, biases, masks).sum().backward()

@@ -203,6 +203,82 @@ def test_losses_refuse():
         NoMembers(E, 4).loss(x, torch.zeros(5, 1), loss="mse")
 
 
+@pytest.mark.parametrize("of_each", [False, True])
+@pytest.mark.parametrize("per_member", [False, True])
+@pytest.mark.parametrize("batch_size", [5, E])
+def test_what_is_left_out_has_no_say(of_each, per_member, batch_size):
+    model, target = Residual(E, 4), torch.randn(batch_size, 1)
+    x = torch.randn(E, batch_size, 4) if of_each else torch.randn(batch_size, 4)
+    weight = torch.rand(E, batch_size) + 0.5 if per_member else torch.rand(batch_size) + 0.5
+    weight[..., 1] = 0
+    poisoned, clean = x.clone(), x.clone()
+    poisoned[..., 1, :], clean[..., 1, :] = torch.nan, 7
+    got, expected = (model.loss(x, target, loss="mse", sample_weight=weight) for x in (poisoned, clean))
+    assert torch.equal(got, expected) and got.isfinite().all()
+    parameters = list(model.parameters())
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            torch.autograd.grad(got.sum(), parameters),
+            torch.autograd.grad(expected.sum(), parameters),
+            strict=True,
+        )
+    )
+    labels = torch.full((batch_size,), 0).index_fill(0, torch.tensor([1]), 99)
+    model.loss(x, labels, loss="cross_entropy", sample_weight=weight)
+
+
+def test_members_leave_out_their_own():
+    model, (x, y) = Residual(E, 4), table()
+    x[3] = torch.nan
+    weight = torch.ones(E, ROWS)
+    weight[1, 3] = 0
+    losses = model.loss(x, y, loss="mse", sample_weight=weight)
+    assert losses.isfinite().tolist() == [False, True, False]
+    (gradient,) = torch.autograd.grad(losses[1], model.head[0].weight)
+    assert gradient[1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 2.0},
+        {"temperature": -1.0},
+        {"sample_weight": torch.ones(3)},
+        {"sample_weight": torch.ones(E, 1)},
+        {"sample_weight": -torch.ones(5)},
+        {"sample_weight": torch.full((5,), torch.inf)},
+        {"sample_weight": torch.ones(5).double()},
+        {"sample_weight": torch.ones(5, requires_grad=True)},
+        {"target": torch.ones(5, 2).long()},
+        {"target": torch.ones(5, 2).double()},
+        {"target": torch.ones(5, 2, requires_grad=True)},
+        {"loss": "cross_entropy", "target": torch.full((5,), 2)},
+        {"loss": "cross_entropy", "target": torch.full((5,), -1)},
+        {"loss": "cross_entropy", "target": torch.zeros(5).int()},
+        {"loss": "l1"},
+    ],
+    ids=str,
+)
+def test_losses_refuse_what_the_operation_does(changes):
+    model, arguments = EnsembleMLP(E, 4, [6], 2), {"loss": "mse", "target": torch.ones(5, 2)} | changes
+    x, target = torch.randn(5, 4), arguments.pop("target")
+    with pytest.raises((ValueError, TypeError)) as expected:
+        model.loss(x, target, **arguments)
+    with pytest.raises(type(expected.value)) as found:
+        Ensemble.loss(model, x, target, **arguments)
+    operation, *texts = str(expected.value).split("got")[0].split(" (Float)")[0].split(": ")
+    assert operation == "ensemble_mlp_loss"
+    assert str(found.value).startswith(": ".join(["loss", *texts]).replace("weights[0]", "output"))
+
+
+def test_a_loss_without_inputs_is_named():
+    with pytest.raises(ValueError, match="loss: batch: expected what forward takes, then the target, got 0"):
+        Residual(E, 4).loss(loss="mse")
+    with pytest.raises(ValueError, match="loss: output: expected an even number of outputs for gaussian_nll"):
+        Residual(E, 4).loss(torch.randn(5, 4), torch.randn(5, 1), loss="gaussian_nll")
+
+
 def test_parameters_of_ones_own_are_drawn_by_draw():
     class Scaled(Residual):
         def __init__(self) -> None:
@@ -421,3 +497,128 @@ def test_parametrized_ensembles_compile_and_work_with_functional_call():
         for name, p in model.named_parameters():
             p.copy_(parameters[name])
     assert torch.equal(got, model(x))
+
+
+# --- what members cannot be chosen from --------------------------------------------------------------------
+
+
+class With(Residual):
+    """A Residual with one more part."""
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(E, 4)
+        for name, part in parts.items():
+            if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
+                self.register_buffer(name, part)
+            else:
+                setattr(self, name, part)
+
+
+class Sharing(Ensemble):
+    shares_parameters = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ensemble_size = E
+        self.trunk, self.masked = nn.Linear(4, E), MaskedMLP(E, E, [8], 1, scale=2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.masked(self.trunk(x))
+
+
+@pytest.mark.parametrize(
+    "parts, message",
+    [
+        (
+            {"trunk": nn.Linear(4, 4)},
+            r"select: expected parameters \[3, ...\], got trunk.weight of shape \[4",
+        ),
+        ({"gain": nn.Parameter(torch.ones(()))}, r"select: expected parameters \[3, ...\], got gain of sh"),
+        ({"other": nn.ModuleList([EnsembleLinear(2, 4, 1)])}, r"select: other.0: expected 3 members, as the"),
+        (
+            {"seen": torch.ones(E, 1)},
+            r"select: expected a With to define it, for its buffer seen of shape \[",
+        ),
+        ({"frozen": EnsembleMLP(E, 4, [], 1).packed()}, "select: frozen: expected a part that gives its own"),
+    ],
+)
+def test_members_are_not_chosen_from_what_has_none(parts, message):
+    model = With(**parts)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for refuse in (lambda: model.select([0, 2]), lambda: model.member(1)):
+        with pytest.raises(ValueError, match=message):
+            refuse()
+    # fit says so before anything is changed, and not when the first member stops.
+    with pytest.raises(ValueError, match=r"select: |fit: model: expected parameters \[3, ...\]"):
+        train(model, randomness=Randomness(init=True))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_buffers_of_all_members_are_copied_and_those_of_each_left_to_the_class():
+    shift = torch.arange(4.0)
+    model = With(shift=shift)
+    assert torch.equal(model.select([2, 0]).shift, shift) and model.select([1]).shift is not model.shift
+    assert With(shift=shift[None]).member(1).select([0]).shift.shape == (1, 4)
+
+    class Own(With):
+        def select(self, indices):
+            new = super().select(indices)
+            new.each = self.each[indices]
+            return new
+
+    chosen = Own(each=torch.tensor([5, 6, 7])).select([2, 0])
+    assert chosen.each.tolist() == [7, 5] and chosen.ensemble_size == chosen.block.ensemble_size == 2
+
+
+def test_members_that_share_their_parameters_are_chosen_by_their_class():
+    x = torch.randn(5, 4)
+    model = Sharing()
+    with pytest.raises(ValueError, match="select: expected a Sharing, whose members share their parameters"):
+        model.member(1)
+
+    class Own(Sharing):
+        def select(self, indices):
+            return super().select(indices)
+
+    model = Own()
+    assert torch.equal(model.select([2, 0])(x), model(x)[[2, 0]])
+    train(model, early_stopping=1)  # together, so that nobody is left behind
+
+
+def test_parts_choose_with_their_own_select():
+    masked, x = MaskedMLP(E, 4, [8], E, scale=2.0), torch.randn(5, 4)
+    model = With(masked=masked, again=masked, tied=EnsembleLinear(E, 4, 1))
+    model.tied.weight = model.head[0].weight
+    chosen = model.select([2, 0])
+    assert torch.equal(chosen.masked(x), masked(x)[[2, 0]]) and chosen.again is chosen.masked
+    assert chosen.tied.weight is chosen.head[0].weight
+    with pytest.raises(ValueError, match=r"fit: model: expected parameters \[3, ...\], got masked"):
+        train(model)
+    alike = With(masked=MaskedMLP(E, 4, [E, E], E, scale=1.0))  # E wide, as if there were members first
+    with pytest.raises(ValueError, match=r"fit: model: expected members with parameters of .* a MaskedMLP"):
+        train(alike)
+
+
+def test_chosen_masks_have_the_model_as_it_is():
+    class Own(MaskedMLP):
+        pass
+
+    model, x = Own(E, 4, [8], 2, scale=2.0), torch.randn(5, 4)
+    model.note = "kept"
+    model.biases.requires_grad_(False)
+    prune.random_unstructured(model.weights, "0", amount=0.5)
+    with torch.no_grad():
+        model.weights.get_parameter("0_orig").mul_(3)  # what pruning computed last is stale now
+    chosen = model.select([2, 0])
+    assert type(chosen) is Own and chosen.note == "kept" and chosen.scale == 2.0
+    assert set(chosen.state_dict()) == set(model.state_dict())
+    assert [p.requires_grad for p in chosen.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert torch.equal(chosen(x), model(x)[[2, 0]])
+
+
+def test_a_member_of_a_pruned_table_is_as_the_table_is_now():
+    model, rows = EnsembleEmbedding(E, 7, 4), torch.arange(7)
+    prune.random_unstructured(model, "weight", amount=0.5)
+    with torch.no_grad():
+        model.weight_orig.mul_(3)
+    assert torch.equal(model.member(1)(rows), model(rows)[1])

@@ -140,7 +140,7 @@ def test_gradients_of_moments_as_in_torch():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_only_wanted_gradients_of_moments_are_computed():
+def test_only_needed_gradients_of_moments_are_computed():
     outputs, variances = torch.randn(4, 3), torch.rand(4, 3)
     predictive_moments(outputs.requires_grad_(), variances=variances).mean.sum().backward()
     assert outputs.grad is not None and variances.grad is None
@@ -178,9 +178,9 @@ BAD_MOMENTS = {
 @pytest.mark.parametrize("case", BAD_MOMENTS)
 def test_bad_input_of_moments(case):
     (outputs, variances), error, message = BAD_MOMENTS[case]
-    for wanted in (False, outputs.is_floating_point()):
+    for needs_grad in (False, outputs.is_floating_point()):
         with pytest.raises(error, match=r"^predictive_moments: " + message):
-            predictive_moments(outputs.clone().requires_grad_(wanted), variances=variances)
+            predictive_moments(outputs.clone().requires_grad_(needs_grad), variances=variances)
 
 
 # --- CUDA --------------------------------------------------------------------------------------------------

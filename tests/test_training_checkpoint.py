@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyens import _files
+from pyens import EnsembleLinear, _files
 from pyens.nn import TabularEnsemble
 from pyens.optim import fused
 from pyens.training import History, Randomness, fit
@@ -113,6 +113,42 @@ def test_another_run_is_refused_and_the_file_stays(tmp_path: Path, change: dict[
     with pytest.raises(ValueError, match=r"run.pt is of another run: expected .*; name another file"):
         run(path, 2, **change)
     assert path.read_bytes() == content
+
+
+class Shifted(EnsembleLinear):
+    def __init__(self, shift: float, hidden: int = 2) -> None:
+        super().__init__(3, 4, 1)
+        self.register_buffer("shift", torch.tensor([shift, 0.0]))
+        self.unused = torch.nn.Parameter(torch.zeros(3, hidden))
+
+    def forward(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
+        return super().forward(x) + self.shift[0]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [(Shifted(2.0), "expected buffers {'shift'"), (Shifted(1.0, hidden=3), "expected parameters {'weight'")],
+)
+def test_another_model_of_the_same_repr_is_refused(tmp_path: Path, change: Any, message: str) -> None:
+    path, x = tmp_path / "run.pt", torch.randn(20, 4)
+
+    def train(model: Any, epochs: int) -> None:
+        fit(
+            model,
+            (x, x[:, :1]),
+            loss="mse",
+            epochs=epochs,
+            batch_size=5,
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+            checkpoint=path,
+            progress=False,
+        )
+
+    train(Shifted(1.0), 1)
+    train(Shifted(1.0), 2)
+    assert str(change) == str(Shifted(1.0))
+    with pytest.raises(ValueError, match=f"run.pt is of another run: {message}"):
+        train(change, 3)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", "half", "another"])
@@ -244,7 +280,7 @@ def test_writing_is_all_or_nothing_under_kill_9(tmp_path: Path) -> None:
     """Large files, so that most kills hit while one is written."""
     script = """
 import sys
-from pyens import _files
+from pyens import EnsembleLinear, _files
 print("ready", flush=True)
 i = 0
 while True:

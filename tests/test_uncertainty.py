@@ -364,8 +364,8 @@ BAD_UNCERTAINTY = {
 @pytest.mark.parametrize("case", BAD_UNCERTAINTY)
 def test_bad_input(case):
     members, from_probabilities, error, message = BAD_UNCERTAINTY[case]
-    for wanted in (False, members.is_floating_point()):
-        leaf = members.clone().requires_grad_(wanted)
+    for needs_grad in (False, members.is_floating_point()):
+        leaf = members.clone().requires_grad_(needs_grad)
         with pytest.raises(error, match=r"^predictive_uncertainty: " + message):
             predictive_uncertainty(leaf, from_probabilities=from_probabilities)
 

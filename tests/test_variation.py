@@ -173,13 +173,13 @@ def test_one_pass_finds_what_two_passes_find(size, shape, dtype):
     merged = ActivationStatistics()
     for part in reversed(parts):
         merged.merge(part)
-    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
     tolerance = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-6, "atol": 1e-6}
     for found in (statistics, merged):
         mean, std = found.compute()
-        assert found.count == 1000 and mean.dtype == std.dtype == wanted
-        torch.testing.assert_close(mean, h.double().mean(-2).to(wanted), **tolerance)
-        torch.testing.assert_close(std, h.double().std(-2, correction=0).to(wanted), **tolerance)
+        assert found.count == 1000 and mean.dtype == std.dtype == expected
+        torch.testing.assert_close(mean, h.double().mean(-2).to(expected), **tolerance)
+        torch.testing.assert_close(std, h.double().std(-2, correction=0).to(expected), **tolerance)
         assert torch.equal(found.mean, mean) and torch.equal(found.std, std)
 
 

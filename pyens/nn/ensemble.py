@@ -38,7 +38,10 @@ class Ensemble(nn.Module):
                 return self.head(x + self.block(x))
 
     Parameters are `[E, ...]`, member first, unless the class sets `shares_parameters`. A class that has
-    parameters beside those of ensembles also defines `draw`.
+    parameters beside those of ensembles also defines `draw`. Buffers are the same for all members and do not
+    change in training; a class with buffers `[E, ...]`, or whose members share their parameters, defines
+    `select` to be taken apart (and may call the one here, which then copies those as they are). Ensembles
+    inside have as many members, and choose with their own `select`.
 
     Attributes:
         ensemble_size: E, the number of members.
@@ -75,29 +78,32 @@ class Ensemble(nn.Module):
 
         Args:
             batch: what `forward` takes, then the target.
-            loss, temperature, sample_weight: see `pyens.ops.ensemble_mlp_loss`.
+            loss, temperature, sample_weight: see `pyens.ops.ensemble_mlp_loss`. With weights, `forward` is
+                given zeros in place of floating point inputs that are left out (weight 0), whatever is in
+                them: with weights `[E, B]` as `[E, B, ...]`, also where the input was `[B, ...]`.
             options: of `forward`, such as `dropout_seeds`.
 
         Raises:
-            ValueError: an unknown loss; outputs or a target of another shape.
+            ValueError, TypeError: as `pyens.ops.ensemble_mlp_loss`; outputs or a target of another shape. The
+                values of target and weights are read in eager code on the CPU, outside `torch.func`.
         """
+        if len(batch) < 2:
+            raise ValueError(
+                f"loss: batch: expected what forward takes, then the target, got {len(batch)} arguments"
+            )
         *inputs, target = batch
-        output = self(*inputs, **options)
         if loss not in LOSSES:
             raise ValueError(f'loss: loss: expected one of {", ".join(LOSSES)}, got "{loss}"')
         check_temperature("loss", loss, temperature)
+        if sample_weight is not None:
+            inputs = [_without_left_out(t, sample_weight, self.ensemble_size) for t in inputs]
+        output = self(*inputs, **options)
         if output.dim() != 3 or len(output) != self.ensemble_size:
             raise ValueError(
                 f"loss: output: expected [{self.ensemble_size}, B, O] from forward, "
                 f"got shape {list(output.shape)}"
             )
-        each = {"cross_entropy": (), "gaussian_nll": (output.shape[2] // 2,)}.get(loss, output.shape[2:])
-        shape = (*output.shape[:2], *each)
-        if target.shape not in (shape, shape[1:]):
-            raise ValueError(
-                f"loss: target: expected shape {list(shape[1:])} or {list(shape)}, "
-                f"got shape {list(target.shape)}"
-            )
+        _check_loss(output, target, loss, sample_weight)
         return mean_losses(lambda output: output, output, target, loss, temperature, sample_weight)
 
     def config(self) -> dict[str, Any]:
@@ -125,7 +131,7 @@ class Ensemble(nn.Module):
     def draw(self, member: int, generator: torch.Generator | None) -> None:
         """Draws one member anew: on the CPU in float32 and then cast, so that a seed means the same on every
         device and dtype. Here: its parts in every ensemble that this one is made of, in their order."""
-        parts = list(_ensembles(self))
+        parts = [module for _, module in _walk(self) if isinstance(module, Ensemble)]
         if type(self).draw is Ensemble.draw:
             drawn = {id(parameter) for part in parts for parameter in part.parameters()}
             if left := [name for name, p in self.named_parameters() if id(p) not in drawn]:
@@ -138,30 +144,72 @@ class Ensemble(nn.Module):
     def select(self, indices: Indices) -> Self:
         """A new ensemble of copies of the chosen members, in the order of `indices` (ints, slice or mask).
 
-        Buffers are copied as they are, but for the masks of `torch.nn.utils.prune`.
-
         Raises:
-            ValueError: no member chosen, or indices of another kind.
+            ValueError: no member chosen, or indices of another kind; a part that the members cannot be
+                chosen from (see the class), by name. `fit` refuses such a model at once.
             IndexError: an index out of range, or a mask that is not `[E]`.
         """
         members = chosen_members(self.ensemble_size, indices)
         copies: dict[int, Any] = {}  # by id, of what deepcopy is to leave alone
+        self._choose(members, copies)
         for module in self.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    chosen = parameter.detach()[members.to(parameter.device)]
-                    copies[id(parameter)] = nn.Parameter(chosen, parameter.requires_grad)
-                    mask = module._buffers.get(name.removesuffix("_orig") + "_mask")
-                    if mask is not None:
-                        copies[id(mask)] = mask[members.to(mask.device)]
             for value in vars(module).values():  # what pruning computed last, which deepcopy would refuse
                 if isinstance(value, Tensor):
-                    copies[id(value)] = value.detach().clone()
+                    copies.setdefault(id(value), value.detach().clone())
         new = copy.deepcopy(self, copies)
         for module in new.modules():
             if isinstance(module, Ensemble):
                 module.ensemble_size = len(members)
         return new
+
+    def _choose(self, members: Tensor, copies: dict[int, Any]) -> None:
+        """Puts what `select` takes of each parameter, mask of pruning and ensemble inside into `copies`."""
+        size, kind = self.ensemble_size, type(self).__name__
+        generic = type(self).select is Ensemble.select
+        if generic and self.shares_parameters:
+            raise ValueError(f"select: expected a {kind}, whose members share their parameters, to define it")
+        for place, module in [("", self), *_walk(self)]:
+            if module is not self and isinstance(module, Ensemble):
+                if module.ensemble_size != size:
+                    raise ValueError(
+                        f"select: {place}: expected {size} members, as the {kind} that it is part of, "
+                        f"got {module.ensemble_size}"
+                    )
+                if type(module).select is Ensemble.select:
+                    module._choose(members, copies)
+                elif id(module) not in copies:
+                    chosen = module.select(members.tolist())
+                    if type(chosen) is not type(module):
+                        raise ValueError(
+                            f"select: {place}: expected a part that gives its own kind, "
+                            f"got a {type(module).__name__}, which gives a {type(chosen).__name__}"
+                        )
+                    copies[id(module)] = chosen
+                continue
+            masks = set()
+            for name, parameter in module._parameters.items():
+                if parameter is None or self.shares_parameters:
+                    continue
+                if parameter.dim() == 0 or len(parameter) != size:
+                    raise ValueError(
+                        f"select: expected parameters [{size}, ...], got {f'{place}.{name}'.lstrip('.')} of "
+                        f"shape {list(parameter.shape)}"
+                    )
+                chosen = parameter.detach()[members.to(parameter.device)]
+                copies[id(parameter)] = nn.Parameter(chosen, parameter.requires_grad)
+                mask = module._buffers.get(masked := name.removesuffix("_orig") + "_mask")
+                if mask is not None:
+                    copies[id(mask)] = mask[members.to(mask.device)]
+                    masks.add(masked)
+            for name, buffer in module._buffers.items():
+                member_first = buffer is not None and buffer.dim() > 0 and len(buffer) == size
+                # Of one member there is nothing to leave out.
+                if generic and member_first and name not in masks and not len(members) == size == 1:
+                    full, shape = f"{place}.{name}".lstrip("."), list(buffer.shape)
+                    raise ValueError(
+                        f"select: expected a {kind} to define it, for its buffer {full} of shape {shape}, "
+                        "which may be [E, ...]"
+                    )
 
     def member(self, i: int) -> nn.Module:
         """Member i alone, with copies of its parameters: a plain module, or here an ensemble of one."""
@@ -203,13 +251,68 @@ def check_temperature(function: str, loss: str, temperature: float) -> None:
         raise ValueError(f"{function}: temperature: expected a positive number, got {temperature}")
 
 
-def _ensembles(module: nn.Module) -> Iterator[Ensemble]:
-    """The ensembles in it that are not part of another one, in their order."""
-    for child in module.children():
-        if isinstance(child, Ensemble):
-            yield child
-        else:
-            yield from _ensembles(child)
+def _walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules in it with their names, in their order; not those in an ensemble in it, which has them."""
+    for name, child in module.named_children():
+        yield prefix + name, child
+        if not isinstance(child, Ensemble):
+            yield from _walk(child, f"{prefix}{name}.")
+
+
+def _without_left_out(input: Any, weight: Tensor, ensemble_size: int) -> Any:
+    """A floating point input `[B, ...]` or `[E, B, ...]` with 0 where the weight `[B]` or `[E, B]` is 0."""
+    if not isinstance(input, Tensor) or not input.is_floating_point() or weight.dim() not in (1, 2):
+        return input
+    batch_size, shape = weight.shape[-1], tuple(input.shape)
+    shared = shape[:1] == (batch_size,)
+    if shape[:2] == (ensemble_size, batch_size) and not (shared and len(shape) == 2):
+        rest = len(shape) - 2
+    elif shared:
+        rest = len(shape) - 1
+    else:
+        return input
+    present = weight != 0
+    return torch.where(present.reshape(*present.shape, *[1] * rest), input, 0)
+
+
+def _check_loss(output: Tensor, target: Tensor, loss: str, weight: Tensor | None) -> None:
+    """What `pyens.ops.ensemble_mlp_loss` refuses, for outputs `[E, B, O]`."""
+    outputs = output.shape[2]
+    if loss == "gaussian_nll" and outputs % 2:
+        raise ValueError(
+            "loss: output: expected an even number of outputs for gaussian_nll (means, then raw variances), "
+            f"got {outputs}"
+        )
+    each = {"cross_entropy": (), "gaussian_nll": (outputs // 2,)}.get(loss, (outputs,))
+    given = {"target": (target, (*output.shape[:2], *each)), "sample_weight": (weight, output.shape[:2])}
+    for name, (tensor, shape) in given.items():
+        if tensor is None:
+            continue
+        if tensor.shape not in (shape, shape[1:]):
+            raise ValueError(
+                f"loss: {name}: expected shape {list(shape[1:])} or {list(shape)}, "
+                f"got shape {list(tensor.shape)}"
+            )
+        if name == "target" and loss == "cross_entropy":
+            if tensor.dtype != torch.int64:
+                raise TypeError(f"loss: target: expected int64 classes for cross_entropy, got {tensor.dtype}")
+        elif tensor.dtype not in (output.dtype, torch.float32) or (
+            output.dtype == torch.float64 != tensor.dtype
+        ):
+            raise TypeError(
+                f"loss: {name}: expected the dtype of output ({output.dtype}), got {tensor.dtype}"
+            )
+        if tensor.requires_grad:
+            raise ValueError(f"loss: {name}: expected requires_grad=False (it gets no gradient), got True")
+    in_transform = torch._C._functorch.peek_interpreter_stack() is not None
+    if torch.compiler.is_compiling() or in_transform or output.device.type != "cpu":
+        return
+    if weight is not None and not bool((weight.isfinite() & (weight >= 0)).all()):
+        raise ValueError("loss: sample_weight: expected finite weights of at least 0, got one that is not")
+    if loss == "cross_entropy":
+        wrong = (target < 0) | (target >= outputs)
+        if bool((wrong if weight is None else wrong & (weight != 0)).any()):
+            raise ValueError(f"loss: target: expected classes from 0 to {outputs - 1}, got one that is not")
 
 
 def parameters_of(module: nn.Module, names: Sequence[str]) -> list[Tensor]:

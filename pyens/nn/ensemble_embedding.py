@@ -112,14 +112,15 @@ class EnsembleEmbedding(Members):
     def member(self, i: int) -> nn.Embedding:
         """Member i as an `nn.Embedding`, with a copy of its table."""
         self._check_member(i)
+        ((weight,), _) = self.stacked()
         module = nn.Embedding(
             self.num_embeddings,
             self.embedding_dim,
             sparse=self.sparse,
             device="meta",
-            dtype=self.weight.dtype,
+            dtype=weight.dtype,
         )
-        module.weight = nn.Parameter(self.weight[i].detach().clone())
+        module.weight = nn.Parameter(weight[i].detach().clone())
         return module.train(self.training)
 
 

@@ -203,16 +203,12 @@ class MaskedMLP(Derived, Ensemble):
         return masked_weights(given["weights"], given["biases"], self.ensemble_size, plan)
 
     def select(self, indices: Indices) -> Self:
-        """A new model with copies of the chosen masks and of the weights, see `Ensemble.select`."""
-        members = chosen_members(self.ensemble_size, indices).to(self.weights[0].device)
-        new = type(self).from_parameters(
-            [weight.detach().clone() for weight in self.weights],
-            [bias.detach().clone() for bias in self.biases],
-            [mask[members] for mask in self.masks.buffers()],
-            activation=self.activation,
-        )
-        new.scale = self.scale
-        return new.train(self.training)
+        """A copy of the model with the chosen masks, see `Ensemble.select`."""
+        members, new = chosen_members(self.ensemble_size, indices), super().select(indices)
+        for name, mask in self.masks.named_buffers():
+            setattr(new.masks, name, mask[members.to(mask.device)])
+        new._derive()
+        return new
 
     def member(self, i: int) -> nn.Sequential:
         """Member i as an `nn.Sequential` of the units that its mask keeps, with copies of their weights."""
@@ -253,7 +249,7 @@ class MaskedMLP(Derived, Ensemble):
         if mode == "tiled":
             return masked_mlp(input, **self._arguments())
         place, rows = self._assign(input.shape[0], mode, seed, input.device)
-        per_mask = _put(input, place, self.ensemble_size, rows)
+        per_mask = _spread(input, place, self.ensemble_size, rows)
         return masked_mlp(per_mask, **self._arguments()).flatten(0, 1).index_select(0, place)
 
     def loss(
@@ -299,9 +295,12 @@ class MaskedMLP(Derived, Ensemble):
                 )
         place, rows = self._assign(b, mode, seed, input.device)
         # Rows that are there to fill up have weight 0.
-        weights = _put(sample_weight.float() if _is_half(sample_weight) else sample_weight, place, n, rows)
+        weights = _spread(sample_weight.float() if _is_half(sample_weight) else sample_weight, place, n, rows)
         losses = masked_mlp_loss(
-            _put(input, place, n, rows), _put(target, place, n, rows), sample_weight=weights, **arguments
+            _spread(input, place, n, rows),
+            _spread(target, place, n, rows),
+            sample_weight=weights,
+            **arguments,
         )
         shares = weights.sum(1).to(losses.dtype)
         total = shares.sum()
@@ -360,7 +359,7 @@ def _versions(masks: Sequence[Tensor]) -> list[int]:
     return [0 if mask.is_inference() else mask._version for mask in masks]
 
 
-def _put(values: Tensor, place: Tensor, num_masks: int, rows: int) -> Tensor:
+def _spread(values: Tensor, place: Tensor, num_masks: int, rows: int) -> Tensor:
     """`[B, ...]` -> `[num_masks, rows, ...]`, value b at place[b] and zeros in the rest."""
     zeros = values.new_zeros(num_masks * rows, *values.shape[1:])
     return zeros.index_copy(0, place, values).unflatten(0, (num_masks, rows))

@@ -78,7 +78,7 @@ _ensemble_mlp = operation("ensemble_mlp", reference.ensemble_mlp, _vmap)
 
 
 def prepack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> Tensor:
-    """The weights in the order in which the kernel reads them for small batches: uint8 `[E, bytes]`.
+    """The weights in the order in which the kernel reads them for small batches: uint8 `[bytes]`.
 
     The layout belongs to the instruction set that this process runs on: make it at run time, never store it.
     """

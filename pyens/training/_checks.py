@@ -26,6 +26,14 @@ def model(model: nn.Module) -> int:
                 f"fit: model: expected parameters [{members}, ...], got {name} of shape "
                 f"{list(parameter.shape)}"
             )
+    if not model.shares_parameters:
+        for name, module in model.named_modules():
+            if isinstance(module, Ensemble) and module.shares_parameters:
+                raise ValueError(
+                    f"fit: model: expected members with parameters of their own, or shares_parameters, "
+                    f"got {name}, a {type(module).__name__}"
+                )
+        model.select([0])  # members that stop leave the others by it: raises now if it cannot be
     return members
 
 

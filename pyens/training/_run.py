@@ -113,6 +113,10 @@ class Run:
         """What another run must have in common with this one to go on from its checkpoint."""
         arguments = {
             "model": str(self.model),
+            "parameters": {name: list(p.shape) for name, p in self.model.named_parameters()},
+            "buffers": {
+                name: checkpoints.describe_tensor(buffer) for name, buffer in self.model.named_buffers()
+            },
             "loss": self.loss,
             "temperature": self.temperature,
             "batch_size": self.batch_size,

@@ -21,8 +21,8 @@ def describe(
     """What must be the same for a run to be continued: arguments, and data down to the bits."""
     return {
         **arguments,
-        "data": [_describe_tensor(tensor) for tensor in data],
-        "validation data": [_describe_tensor(tensor) for tensor in validation],
+        "data": [describe_tensor(tensor) for tensor in data],
+        "validation data": [describe_tensor(tensor) for tensor in validation],
     }
 
 
@@ -55,7 +55,7 @@ def load(path: Path, described: Mapping[str, Any]) -> dict[str, Any] | None:
     return state
 
 
-def _describe_tensor(tensor: Tensor) -> str:
+def describe_tensor(tensor: Tensor) -> str:
     stored = tensor.detach().cpu().contiguous()
     bits = zlib.crc32(stored.reshape(-1).view(torch.uint8).numpy())
     return f"{stored.dtype} {list(stored.shape)} crc32 {bits:08x}"
