@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import pyens
-from pyens.nn import EnsembleEmbedding, MaskedMLP, TabularEnsemble
+from pyens import EnsembleLinear, EnsembleMLP
+from pyens.nn import Ensemble, EnsembleEmbedding, MaskedMLP, TabularEnsemble
 from pyens.ops import activation_strength
 from pyens.reference.activation_strength import pack_bits
 from pyens.variation import ActivationStatistics, ActivationStrength, strength_of
@@ -275,3 +276,37 @@ def test_with_real_layers_of_every_size():
         h = torch.cat([model[:2](x), model[:4](x)], 1).detach()
         torch.testing.assert_close(found.mean, h.mean(0))
         torch.testing.assert_close(found.std, h.std(0, correction=0))
+
+
+# --- strength_of an ensemble of one's own ------------------------------------------------------------------
+
+
+class Own(Ensemble):
+    def __init__(self, members: int, between: nn.Module) -> None:
+        super().__init__()
+        self.ensemble_size = members
+        self.net = nn.Sequential(EnsembleLinear(members, 6, 9), between, EnsembleLinear(members, 9, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize("members, rows", [(3, 5), (1, 5), (4, 4)])
+def test_an_ensemble_of_ones_own_keeps_its_member_axis(members, rows):
+    mlp, own, x = EnsembleMLP(members, 6, [9], 2), Own(members, nn.ReLU()), torch.randn(rows, 6)
+    for layer in (0, 1):
+        own.net[2 * layer].weight, own.net[2 * layer].bias = mlp.weights[layer], mlp.biases[layer]
+    each = {"mean": torch.randn(members, 9), "std": torch.rand(members, 9) + 0.5}
+    for found in ({}, {name: value[0] for name, value in each.items()}, each):
+        got, expected = (strength_of(model, x, **found, bitpack=True) for model in (own, mlp))
+        assert got.value.shape == (members, rows, 9)
+        torch.testing.assert_close(got.value, expected.value)
+        assert torch.equal(got.active, expected.active) and torch.equal(got.output, own(x))
+
+
+def test_activations_without_members_are_named():
+    own = Own(3, nn.Sequential(nn.Flatten(0, 1), nn.ReLU(), nn.Unflatten(0, (3, -1))))
+    with pytest.raises(
+        ValueError, match=r"strength_of: module: expected \[3, B, ...\] from ReLU\(\), got shape"
+    ):
+        strength_of(own, torch.randn(5, 6))

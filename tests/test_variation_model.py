@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils import prune
 
 import pyens
 from pyens import _files
@@ -191,3 +192,23 @@ def test_a_head_alone_is_enough():
     assert isinstance(estimator.head_, VariationHead)
     rebuilt = VariationModel(model.target, estimator.head_, model.mean, model.std)
     assert torch.equal(rebuilt(*inputs)[1], model(*inputs)[1])
+
+
+@pytest.mark.parametrize("kind", ["prune", "weight norm"])
+def test_a_target_that_could_not_be_loaded_is_not_saved(tmp_path, kind):
+    model, _, inputs = serving("mlp")
+    weights = model.target.weights
+    if kind == "prune":
+        prune.random_unstructured(weights, "0", amount=0.5)
+    else:
+        torch.nn.utils.weight_norm(weights, "0")
+    path = tmp_path / "model.pt"
+    with pytest.raises(
+        ValueError, match=r"VariationModel.save: target: expected the state of a EnsembleMLP as"
+    ):
+        model.save(path)
+    assert not path.exists()
+    if kind == "prune":
+        prune.remove(weights, "0")
+        model.save(path)
+        assert torch.equal(VariationModel.load(path)(*inputs)[0], model(*inputs)[0])

@@ -100,11 +100,18 @@ class VariationModel(nn.Module):
         """Writes the target model, the head and the statistics to one file, atomically.
 
         Raises:
-            ValueError: a target of a class that `pyens.nn` does not have, which `load` could not find.
+            ValueError: a target of a class that `pyens.nn` does not have, which `load` could not find; one
+                that is pruned or has weights computed from others, which it could not build.
         """
         name = type(self.target).__name__
         if getattr(pyens.nn, name, None) is not type(self.target):
             raise ValueError(f"VariationModel.save: target: expected a class of pyens.nn, got {name}")
+        expected = type(self.target)(**self.target.config(), device="meta").state_dict()
+        if set(found := self.target.state_dict()) != set(expected):
+            raise ValueError(
+                f"VariationModel.save: target: expected the state of a {name} as it is built, "
+                f"{sorted(expected)}, got {sorted(found)}: make pruning or parametrizations permanent first"
+            )
         content = {
             "format": FORMAT,
             "target": name,

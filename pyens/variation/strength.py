@@ -32,7 +32,9 @@ def strength_of(
     `pyens.ops.activation_strength` and gives its `[E, B, ΣH]`, without dropout. For any other module forward
     hooks collect what its activation modules return, in the order of their calls and each flattened to
     `[B, units]`: slower, and for an `nn.Sequential` of linear layers and activations the same numbers without
-    the member axis. A module in training mode runs as it is, dropout included.
+    the member axis. Of any other ensemble the activations must be `[E, B, ...]`, and the strengths have its
+    member axis; hidden units within `EnsembleMLP`s in it are not modules and not among them. A module in
+    training mode runs as it is, dropout included.
 
     Args:
         module: the model. An activation after its last layer counts as well.
@@ -65,24 +67,31 @@ def strength_of(
         return activation_strength(
             features, weights, biases, mean, std, activation=module.activation, bitpack=bitpack
         )
-    output, h = _hooked(module, activations, args, kwargs)
+    members = module.ensemble_size if isinstance(module, Ensemble) else None
+    output, h = _hooked(module, activations, args, kwargs, members)
     if mean is None or std is None:
         value, active = h, h > 0
     else:
         for name, statistic in (("mean", mean), ("std", std)):
-            if statistic.shape != h.shape[1:]:
+            units = h.shape[-1:]
+            if statistic.shape != units and (members is None or statistic.shape != (members, *units)):
                 raise ValueError(
-                    f"strength_of: {name}: expected [{h.shape[1]}], a number for each unit, "
+                    f"strength_of: {name}: expected {list(units)}, a number for each unit, "
                     f"got shape {list(statistic.shape)}"
                 )
-        value, active = strength(h, mean, std)
+        value, active = strength(h, *(s.unsqueeze(-2) if s.dim() == 2 else s for s in (mean, std)))
     return ActivationStrength(output, value, pack_bits(active) if bitpack else active)
 
 
 def _hooked(
-    module: nn.Module, kinds: tuple[type[nn.Module], ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module,
+    kinds: tuple[type[nn.Module], ...],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    members: int | None,
 ) -> tuple[Any, Tensor]:
-    """The module's output, and its activations `[B, ΣH]`."""
+    """The module's output, and its activations `[B, ΣH]`, of so many members `[E, B, ΣH]`."""
+    rows = 1 if members is None else 2  # the dimensions before those of units
     found: list[Tensor] = []
 
     def collect(activation: nn.Module, inputs: Any, output: Any) -> None:
@@ -91,13 +100,16 @@ def _hooked(
             raise TypeError(
                 f"strength_of: module: expected floating point tensors from {activation}, got {got}"
             )
-        if output.dim() == 0 or (found and len(output) != len(found[0])):
-            expected = f"[{len(found[0])}, ...]" if found else "[B, ...]"
+        few = output.dim() < rows if members is None else output.dim() <= rows or len(output) != members
+        if few or (found and output.shape[:rows] != found[0].shape[:rows]):
+            axes = [] if members is None else [str(members)]
+            batch = str(found[0].shape[rows - 1]) if found else "B"
+            expected = f"[{', '.join([*axes, batch, '...'])}]"
             raise ValueError(
                 f"strength_of: module: expected {expected} from {activation}, got shape {list(output.shape)}"
             )
         # A copy, for the next module may work in place.
-        found.append(output.detach().reshape(len(output), -1).clone())
+        found.append(output.detach().reshape(*output.shape[:rows], -1).clone())
 
     handles = [m.register_forward_hook(collect) for m in module.modules() if isinstance(m, kinds)]
     try:
@@ -108,4 +120,4 @@ def _hooked(
     if not found:
         names = ", ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"strength_of: module: expected one that calls {names}, got {type(module).__name__}")
-    return output, torch.cat(found, 1)
+    return output, torch.cat(found, -1)
