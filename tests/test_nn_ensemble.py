@@ -604,6 +604,14 @@ MASK = torch.ones(2, 6, dtype=torch.bool)
             lambda: EnsembleMLP(E, 4, [], 1).select("ab"),
             r"select: indices: expected ints, a slice or .* got ab",
         ),
+        (
+            lambda: EnsembleMLP(E, 4, [], 1).select(torch.tensor(1)),
+            r"select: indices: expected ints, a slice or .* got 1",
+        ),
+        (
+            lambda: With(other=EnsembleLinear(4, 4, 1)).reset_parameters(),
+            r"draw: expected 3 members in each part of a With, got 4 in a EnsembleLinear",
+        ),
         (lambda: train(Unfinished()), r"fit: model: expected Unfinished to set ensemble_size, got None"),
         (lambda: EnsembleMLP.from_parameters([], []), r"from_parameters: weights: expected at least one"),
         (

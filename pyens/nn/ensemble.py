@@ -145,6 +145,11 @@ class Ensemble(nn.Module):
                     f"draw: expected a {type(self).__name__} to define it, for its parameters {left}"
                 )
         for part in parts:
+            if part.ensemble_size != self.ensemble_size:
+                raise ValueError(
+                    f"draw: expected {self.ensemble_size} members in each part of a {type(self).__name__}, "
+                    f"got {part.ensemble_size} in a {type(part).__name__}"
+                )
             part.draw(member, generator)
 
     def select(self, indices: Indices) -> Self:
