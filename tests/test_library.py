@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 
 import pyens
 from pyens import _library
@@ -170,3 +171,28 @@ print("all raised")
     result = python(package, code, PYENS_CPU_CAPABILITY="nonsense")
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "all raised"
+
+
+def test_tangents_have_the_dtype_of_autocast():
+    model, x = pyens.EnsembleMLP(3, 8, [4], 1), torch.randn(5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, tangent = torch.func.jvp(model, (x,), (x,))
+    assert output.dtype == tangent.dtype == torch.bfloat16
+    torch.testing.assert_close(tangent.float(), torch.func.jvp(model, (x,), (x,))[1], rtol=5e-2, atol=5e-2)
+
+
+def test_torch_func_in_compiled_code_is_named_or_runs_eagerly():
+    model, x = pyens.EnsembleMLP(3, 8, [4], 1), torch.randn(5, 8)
+
+    def gradient(x):
+        return torch.func.grad(lambda x: model(x).square().sum())(x)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(gradient, backend="aot_eager")(x)
+    torch.testing.assert_close(compiled, gradient(x))
+    torch._dynamo.reset()
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match=r"ensemble_mlp: expected torch.func in eager code"
+    ):
+        torch.compile(gradient, backend="aot_eager", fullgraph=True)(x)
+    torch._dynamo.reset()

@@ -281,7 +281,7 @@ def test_select_takes_numpy():
 @kinds
 @pytest.mark.parametrize(
     "indices",
-    [[], (), slice(2, 2), torch.tensor([]), torch.zeros(4, dtype=torch.bool), torch.tensor(1)],
+    [[], (), slice(2, 2), torch.tensor([]), torch.zeros(4, dtype=torch.bool), torch.tensor([[1]])],
     ids=str,
 )
 def test_select_nothing(kind, indices):

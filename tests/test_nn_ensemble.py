@@ -622,3 +622,91 @@ def test_a_member_of_a_pruned_table_is_as_the_table_is_now():
     with torch.no_grad():
         model.weight_orig.mul_(3)
     assert torch.equal(model.member(1)(rows), model(rows)[1])
+
+
+# --- clear errors ------------------------------------------------------------------------------------------
+
+
+class Unfinished(Ensemble):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def ones(*shapes: tuple[int, ...], **options: Any) -> list[Tensor]:
+    return [torch.ones(shape, **options) for shape in shapes]
+
+
+MASK = torch.ones(2, 6, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda: EnsembleMLP(E, 4, [], 1).reset_parameters(5),
+            r"seeds: expected one for each .* got 5 alone",
+        ),
+        (lambda: EnsembleMLP(E, 4, [], 1).select(2), r"select: indices: expected ints, a slice or .* got 2"),
+        (
+            lambda: EnsembleMLP(E, 4, [], 1).select("ab"),
+            r"select: indices: expected ints, a slice or .* got ab",
+        ),
+        (
+            lambda: EnsembleMLP(E, 4, [], 1).select(torch.tensor(1)),
+            r"select: indices: expected ints, a slice or .* got 1",
+        ),
+        (
+            lambda: With(other=EnsembleLinear(4, 4, 1)).reset_parameters(),
+            r"draw: expected 3 members in each part of a With, got 4 in a EnsembleLinear",
+        ),
+        (lambda: train(Unfinished()), r"fit: model: expected Unfinished to set ensemble_size, got None"),
+        (lambda: EnsembleMLP.from_parameters([], []), r"from_parameters: weights: expected at least one"),
+        (
+            lambda: EnsembleMLP.from_parameters(ones((6, 4)), []),
+            r"weights\[0\]: expected \[E, out, in\], got",
+        ),
+        (
+            lambda: EnsembleMLP.from_parameters(ones((3, 6, 4), (3, 2, 5)), []),
+            r"weights\[1\]: expected \[3, out, 6\], got shape \[3, 2, 5\]",
+        ),
+        (
+            lambda: EnsembleMLP.from_parameters(ones((3, 6, 4), (2, 2, 6)), []),
+            r"weights\[1\]: expected \[3, out, 6\], got shape \[2, 2, 6\]",
+        ),
+        (
+            lambda: EnsembleMLP.from_parameters(ones((3, 6, 4), (3, 2, 6)), ones((3, 6))),
+            "biases: expected none or 2, got 1",
+        ),
+        (
+            lambda: EnsembleMLP.from_parameters(ones((3, 6, 4)), ones((6,))),
+            r"biases\[0\]: expected shape \[3, 6\], got shape \[6\]",
+        ),
+        (
+            lambda: EnsembleMLP.from_parameters(ones((3, 6, 4)), ones((3, 6), dtype=torch.float64)),
+            r"biases\[0\]: expected torch.float32 on cpu like weights\[0\], got torch.float64",
+        ),
+        (
+            lambda: MaskedMLP.from_parameters(ones((6, 4), (2, 5)), [], [MASK]),
+            r"weights\[1\]: expected \[out, 6\], got shape \[2, 5\]",
+        ),
+        (
+            lambda: MaskedMLP.from_parameters(ones((6, 4), (2, 6)), [], []),
+            "masks: expected one for each of 1 hidden layers, got 0",
+        ),
+        (
+            lambda: MaskedMLP.from_parameters(ones((6, 4), (2, 6)), [], [MASK.float()]),
+            r"masks\[0\]: expected bool \[N, 6\], got torch.float32",
+        ),
+        (
+            lambda: MaskedMLP.from_parameters(ones((6, 4), (2, 6)), [], [MASK[:, :5]]),
+            r"masks\[0\]: expected bool \[N, 6\], got torch.bool of shape \[2, 5\]",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()
+
+
+def test_an_ensemble_shows_itself_before_it_has_a_size():
+    assert repr(Unfinished()) == "Unfinished(ensemble_size=None)"

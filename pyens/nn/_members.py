@@ -65,3 +65,39 @@ def listed(modules: Iterable[SomeModule]) -> list[SomeModule]:
     if not modules:
         raise ValueError("from_modules: modules: expected at least one, got none")
     return modules
+
+
+def check_layers(
+    function: str, weights: Sequence[Tensor], biases: Sequence[Tensor], *, members: bool
+) -> None:
+    """Refuses what are not weights `[out, in]` and biases `[out]` of layers on top of each other, with
+    `members` `[E, out, in]` and `[E, out]`."""
+    if len(weights) == 0:
+        raise ValueError(f"{function}: weights: expected at least one, got none")
+    if len(biases) not in (0, len(weights)):
+        raise ValueError(f"{function}: biases: expected none or {len(weights)}, got {len(biases)}")
+    first, axes = weights[0], int(members)
+    width = 0
+    for layer, weight in enumerate(weights):
+        lead = [str(size) for size in first.shape[:axes]] if layer else ["E"] * axes
+        fan_in = str(width) if layer else "in"
+        if weight.dim() != axes + 2 or (
+            layer > 0 and (weight.shape[:axes] != first.shape[:axes] or weight.shape[-1] != width)
+        ):
+            raise ValueError(
+                f"{function}: weights[{layer}]: expected [{', '.join([*lead, 'out', fan_in])}], "
+                f"got shape {list(weight.shape)}"
+            )
+        width = weight.shape[-2]
+        if len(biases) > 0 and biases[layer].shape != weight.shape[:-1]:
+            raise ValueError(
+                f"{function}: biases[{layer}]: expected shape {list(weight.shape[:-1])}, "
+                f"got shape {list(biases[layer].shape)}"
+            )
+    for name, tensors in (("weights", weights), ("biases", biases)):
+        for layer, tensor in enumerate(tensors):
+            if (tensor.dtype, tensor.device) != (first.dtype, first.device):
+                raise TypeError(
+                    f"{function}: {name}[{layer}]: expected {first.dtype} on {first.device} like weights[0], "
+                    f"got {tensor.dtype} on {tensor.device}"
+                )

@@ -9,6 +9,7 @@ from functools import partial
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
@@ -139,6 +140,11 @@ class Ensemble(nn.Module):
                     f"draw: expected a {type(self).__name__} to define it, for its parameters {left}"
                 )
         for part in parts:
+            if part.ensemble_size != self.ensemble_size:
+                raise ValueError(
+                    f"draw: expected {self.ensemble_size} members in each part of a {type(self).__name__}, "
+                    f"got {part.ensemble_size} in a {type(part).__name__}"
+                )
             part.draw(member, generator)
 
     def select(self, indices: Indices) -> Self:
@@ -237,7 +243,7 @@ class Ensemble(nn.Module):
 
     def extra_repr(self) -> str:
         defined = type(self).config is not Ensemble.config
-        config = self.config() if defined else {"ensemble_size": self.ensemble_size}
+        config = self.config() if defined else {"ensemble_size": getattr(self, "ensemble_size", None)}
         return ", ".join(f"{name}={v}" for name, v in config.items() if name != "dropout" or v)
 
 
@@ -344,8 +350,12 @@ def chosen_members(ensemble_size: int, indices: Indices) -> Tensor:
     """int64: the members that `select` is asked for."""
     index: Any = indices
     if not isinstance(index, slice):
-        index = torch.as_tensor(index, device="cpu")
-        if index.is_floating_point() and len(index) > 0:  # torch takes [] for floats
+        try:
+            index = torch.as_tensor(index, device="cpu")
+        except (TypeError, ValueError, RuntimeError):
+            index = None
+        # torch takes [] for floats
+        if index is None or index.dim() == 0 or (index.is_floating_point() and len(index) > 0):
             raise ValueError(f"select: indices: expected ints, a slice or a boolean mask, got {indices}")
         index = index if index.dtype == torch.bool else index.long()
     chosen = torch.arange(ensemble_size, device="cpu")[index]
@@ -358,8 +368,10 @@ def generators(ensemble_size: int, seeds: Sequence[int] | Tensor | None) -> list
     """A generator for each member: its own under its seed, without seeds torch's default one (None)."""
     if seeds is None:
         return [None] * ensemble_size
-    if len(seeds) != ensemble_size:
+    several = isinstance(seeds, (Sequence, np.ndarray)) or (isinstance(seeds, Tensor) and seeds.dim() == 1)
+    if not several or len(seeds) != ensemble_size:
+        got = len(seeds) if several else f"{seeds!r} alone"
         raise ValueError(
-            f"reset_parameters: seeds: expected one for each of the {ensemble_size} members, got {len(seeds)}"
+            f"reset_parameters: seeds: expected one for each of the {ensemble_size} members, got {got}"
         )
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]

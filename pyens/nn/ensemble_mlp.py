@@ -13,7 +13,7 @@ from pyens import ops
 from pyens.masks import check
 from pyens.nn import _sequential
 from pyens.nn._buffers import BufferList, Derived
-from pyens.nn._members import Members, draw_linear, listed
+from pyens.nn._members import Members, check_layers, draw_linear, listed
 from pyens.nn.ensemble import Indices, chosen_members, parameters_of, reader
 from pyens.ops.ensemble_mlp import ensemble_mlp_packed, prepack
 
@@ -294,7 +294,12 @@ class EnsembleMLP(_StackedMLP):
     def from_parameters(
         cls, weights: Sequence[Tensor], biases: Sequence[Tensor], *, activation: str = "relu"
     ) -> Self:
-        """An ensemble of weights `[E, out, in]` and biases `[E, out]` (none: empty), used as they are."""
+        """An ensemble of weights `[E, out, in]` and biases `[E, out]` (none: empty), used as they are.
+
+        Raises:
+            ValueError, TypeError: shapes, dtypes or devices that do not fit each other.
+        """
+        check_layers("from_parameters", weights, biases, members=True)
         first = weights[0]
         *hidden, out = (w.shape[1] for w in weights)
         new = cls(

@@ -12,7 +12,7 @@ from pyens.masks import check, masks_for_channels
 from pyens.nn import _sequential
 from pyens.nn._assignment import MODES, assign_masks, check_mode
 from pyens.nn._buffers import BufferList, Derived
-from pyens.nn._members import draw_linear
+from pyens.nn._members import check_layers, draw_linear
 from pyens.nn.ensemble import Ensemble, Indices, chosen_members, generators, parameters_of
 from pyens.nn.ensemble_mlp import EnsembleMLP
 from pyens.nn.masksembles import Masksembles1D
@@ -133,7 +133,23 @@ class MaskedMLP(Derived, Ensemble):
         """A model of these weights `[out, in]` and biases `[out]` (none: empty), used as they are, and masks.
 
         Masks are bool `[N, H_l]`, one for each hidden layer, and copied.
+
+        Raises:
+            ValueError, TypeError: shapes, dtypes or devices that do not fit each other.
         """
+        check_layers("from_parameters", weights, biases, members=False)
+        if len(masks) != len(weights) - 1:
+            raise ValueError(
+                f"from_parameters: masks: expected one for each of {len(weights) - 1} hidden layers, "
+                f"got {len(masks)}"
+            )
+        for layer, mask in enumerate(masks):
+            width, members = weights[layer].shape[0], masks[0].shape[0] if masks[0].dim() > 0 else "N"
+            if mask.dtype != torch.bool or mask.dim() != 2 or mask.shape != (members, width):
+                raise ValueError(
+                    f"from_parameters: masks[{layer}]: expected bool [{members if layer else 'N'}, {width}], "
+                    f"got {mask.dtype} of shape {list(mask.shape)}"
+                )
         new = cls.__new__(cls)
         new._set(weights, biases, masks, activation, None)
         return new

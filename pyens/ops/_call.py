@@ -2,7 +2,8 @@
 
 Eager code calls the extension, compiled code the dispatcher. `torch.func` knows nothing of autograd functions
 written in C++: there the operation computes the outputs, so its checks run, and the reference gives the
-derivatives. An operation that is given no reference raises there, by name.
+derivatives. An operation that is given no reference raises there, by name. `torch.func` in compiled
+code raises by name: what remains of it under `fullgraph=True`, without it dynamo runs that function eagerly.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,15 @@ Given = dict[str, Any]  # the arguments by their names in the schema, or the map
 Rule = Callable[[int, Given, Given], tuple[Given, int, tuple[int, ...]]]
 
 _peek_transform = torch._C._functorch.peek_interpreter_stack
+
+
+def _in_transform() -> bool:
+    return _peek_transform() is not None
+
+
+# What torch.compiler.assume_constant_result does, whose import takes as long as that of torch: dynamo asks
+# when it traces.
+_in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def operation(
@@ -50,6 +60,10 @@ def operation(
         # In this order: while dynamo compiles, there is always a transform to peek at. Other tracers see the
         # dispatcher, which the extension calls too.
         if is_dynamo_compiling():
+            if _in_transform():
+                raise NotImplementedError(
+                    f"{name}: expected torch.func in eager code, got it in compiled code"
+                )
             return dispatched(*map(_listed, arguments))
         if _peek_transform() is not None and reference is not None:
             given = dict(zip(names, map(_listed, arguments), strict=True))
@@ -79,6 +93,7 @@ def operation(
             ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             ctx.save_for_backward(*tensors)
             ctx.save_for_forward(*tensors)
+            ctx.dtypes = tree_map(lambda one: one.dtype, output)  # under autocast not the reference's
             if constant_output is not None:
                 ctx.mark_non_differentiable(output[constant_output])
 
@@ -98,6 +113,7 @@ def operation(
             output, vjp = _reference_vjp(ctx, moved)
             _, transposed = torch.func.vjp(vjp, tree_map(torch.zeros_like, output))
             (found,) = transposed(tuple(tangents[i] for i in moved))
+            found = tree_map(lambda tangent, dtype: tangent.to(dtype), found, ctx.dtypes)
             if constant_output is None:
                 return found
             return tuple(None if i == constant_output else one for i, one in enumerate(found))

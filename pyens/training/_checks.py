@@ -19,7 +19,9 @@ def count(argument: str, value: int) -> None:
 def model(model: nn.Module) -> int:
     if not isinstance(model, Ensemble):
         raise TypeError(f"fit: model: expected a pyens.nn.Ensemble, got {type(model).__name__}")
-    members = model.ensemble_size
+    members = getattr(model, "ensemble_size", None)
+    if not isinstance(members, int):
+        raise ValueError(f"fit: model: expected {type(model).__name__} to set ensemble_size, got {members!r}")
     for name, parameter in model.named_parameters():
         if not model.shares_parameters and (parameter.dim() == 0 or parameter.shape[0] != members):
             raise ValueError(
