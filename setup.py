@@ -129,8 +129,10 @@ class BuildExtension(cpp_extension.BuildExtension):
         def with_precompiled_headers(**options: Any) -> None:
             source, header = ROOT / "csrc" / "ops" / "torch.h", folder / "ops" / "torch.h"
             precompiled = header.with_suffix(".h.gch")
-            wanted = any("csrc/ops/" in path for path in options["sources"])
-            if wanted and not (precompiled.exists() and precompiled.stat().st_mtime > source.stat().st_mtime):
+            reads_torch = any("csrc/ops/" in path for path in options["sources"])
+            if reads_torch and not (
+                precompiled.exists() and precompiled.stat().st_mtime > source.stat().st_mtime
+            ):
                 header.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, header)  # for what preprocesses apart, as ccache does
                 flags = " ".join([*options["cflags"], *options["post_cflags"]])

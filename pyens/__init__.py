@@ -44,9 +44,7 @@ __all__ = ["Ensemble", "EnsembleEmbedding", "EnsembleLinear", "EnsembleMLP", "__
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        if (
-            name == "select"
-        ):  # warned of here, where the caller is two frames away, and not again by the import
+        if name == "select":  # the import below would blame importlib: the warning is given here, once
             warnings.warn("pyens.select is now pyens.decisions", DeprecationWarning, stacklevel=2)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)

@@ -2,22 +2,7 @@
 
 import warnings
 
-from pyens.decisions import (
-    ABSTAIN,
-    coverage_threshold,
-    most_uncertain,
-    predict_or_abstain,
-    risk_threshold,
-    uncertainty_sampling,
-)
-
-__all__ = [
-    "ABSTAIN",
-    "coverage_threshold",
-    "most_uncertain",
-    "predict_or_abstain",
-    "risk_threshold",
-    "uncertainty_sampling",
-]
+from pyens.decisions import *  # noqa: F403
+from pyens.decisions import __all__ as __all__
 
 warnings.warn("pyens.select is now pyens.decisions", DeprecationWarning, stacklevel=2)
