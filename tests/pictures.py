@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -23,6 +22,11 @@ def saved_figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
     return figures
 
 
-def same_pixels(one: Path, other: Path) -> bool:
+def same_picture(one: Path, other: Path) -> bool:
+    """Whether all pixels agree but for a few at edges.
+
+    In 2 of 330 drawings of the same numbers, two of matplotlib's pixels differed; other numbers change
+    thousands.
+    """
     a, b = imread(one), imread(other)
-    return a.shape == b.shape and bool(np.array_equal(a, b))
+    return a.shape == b.shape and bool((a != b).any(-1).mean() < 1e-5)

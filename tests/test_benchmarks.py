@@ -25,7 +25,7 @@ from benchmarks import (
 )
 from benchmarks.harness import Case, Contestant, Options, Peaks, Report, Result, Target, Timing, measuring
 from benchmarks.harness.pictures import draw
-from tests.pictures import same_pixels, saved_figures
+from tests.pictures import same_picture, saved_figures
 
 PEAKS = Peaks(gflops=100.0, kind="float32 FMA", copy_gbs=10.0)
 
@@ -361,7 +361,7 @@ def test_the_picture_shows_rates_speedups_peak_and_targets(tmp_path):
     faster = report()
     faster.results[0].timings[0].seconds = [1e-4, 4e-4, 1e-4]
     harness.plot(faster, tmp_path / "faster.png")
-    assert not same_pixels(tmp_path / "report.png", tmp_path / "faster.png")
+    assert not same_picture(tmp_path / "report.png", tmp_path / "faster.png")
 
 
 def test_a_picture_of_mixed_units_shows_shares_of_the_peak():
@@ -531,7 +531,7 @@ def test_quick_run_leaves_json_picture_and_markdown(tmp_path, capsys, dtype):
     assert {path.name for path in tmp_path.iterdir()} == {f"{stem.name}.json", f"{stem.name}.png"}
     saved = Report.load(Path(f"{stem}.json"))
     harness.plot(saved, tmp_path / "again.png")
-    assert same_pixels(Path(f"{stem}.png"), tmp_path / "again.png")
+    assert same_picture(Path(f"{stem}.png"), tmp_path / "again.png")
     assert saved.machine["threads"] == 1 and saved.machine["pyens"]["version"]
     (tiny,) = saved.results
     assert {t.name for t in tiny.timed(ours=True)} == {"pyens op", "pyens module", "pyens packed()"}
