@@ -38,10 +38,11 @@ demo: $(BUILT) ## train an ensemble on real data and see what it knows and does 
 test: $(BUILT) ## run all Python tests
 	$(PY) -m pytest $(ARGS)
 
-lint: $(INSTALLED) ## check style: ruff and clang-format
+lint: $(INSTALLED) ## check style and types: ruff, clang-format, mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	$(VENV)/bin/mypy
 
 format: $(INSTALLED) ## rewrite the sources in that style
 	$(VENV)/bin/ruff check --fix --exit-zero .

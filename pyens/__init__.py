@@ -16,11 +16,14 @@ Modules, each imported on first use:
 
 import importlib
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyens._library import build_info
 from pyens._version import __version__
 from pyens.nn import Ensemble, EnsembleEmbedding, EnsembleLinear, EnsembleMLP
+
+if TYPE_CHECKING:  # who checks types does not see what `__getattr__` imports
+    from pyens import adapters, data, decisions, losses, masks, metrics, optim, plots, training, variation  # noqa: F401
 
 _MODULES = (
     "adapters",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyens import build_info, ops, reference
+from pyens._types import Activation
 from pyens.ops.ensemble_embedding import ensemble_embedding_concat
 from pyens.ops.ensemble_mlp import ensemble_mlp_packed, prepack
 from pyens.reference.activation_strength import pack_bits
@@ -30,6 +31,7 @@ BATCHES = (1, 3, 7, 8, 9, 10, 17, 100)  # the CPU kernel maps those under 8, pac
 
 Problem = dict[str, Any]  # the arguments of an operation
 Operation = Callable[..., Any]
+Results = Callable[[Operation, Problem], list[Tensor]]
 
 
 def relative_error(got: Tensor, plain: Tensor, exact: Tensor) -> float:
@@ -60,7 +62,7 @@ def _rms(x: Tensor) -> float:
 class Draw:
     """What the problem of this number is made of."""
 
-    def __init__(self, number: int, dtype: torch.dtype, batch: int, activation: str) -> None:
+    def __init__(self, number: int, dtype: torch.dtype, batch: int, activation: Activation) -> None:
         self.number, self.dtype, self.batch, self.activation = number, dtype, batch, activation
         self.size = random.Random(number).randint
         self.generator = torch.Generator().manual_seed(number)
@@ -249,7 +251,7 @@ def numbers(operation: Operation, problem: Problem) -> list[Tensor]:
 
 
 def check(
-    ours: Operation, theirs: Operation, problems: Iterator[Problem], results: Callable = outputs
+    ours: Operation, theirs: Operation, problems: Iterator[Problem], results: Results = outputs
 ) -> Iterator[float]:
     """The largest error of each problem."""
     for problem in problems:
@@ -285,7 +287,7 @@ def check_packed() -> Iterator[float]:
 def of(
     name: str,
     make: Callable[[Draw], Problem],
-    results: Callable = outputs,
+    results: Results = outputs,
     dtypes: tuple[torch.dtype, ...] = DTYPES,
     each: int = 2,
 ) -> Callable[[], Iterator[float]]:

@@ -14,6 +14,8 @@ import torch
 
 from pyens._version import __version__
 
+__all__ = ["_C", "build_info"]
+
 _BUILD = "pip install --no-build-isolation --force-reinstall --no-deps .   (in a checkout: make build)"
 
 
@@ -38,7 +40,7 @@ def _check_build() -> dict[str, Any]:
             f"pyens: its extension pyens._C is not built. In the folder of its sources run\n    {_BUILD}"
             f"{_shadowed()}"
         )
-    built = json.loads(path.read_text())
+    built: dict[str, Any] = json.loads(path.read_text())
     if built["torch"] != torch.__version__:
         raise ImportError(
             f"pyens: its extension was built for torch {built['torch']}, but torch {torch.__version__} is "
@@ -51,7 +53,7 @@ _built = _check_build()
 try:
     torch.ops.load_library(Path(__file__).with_name("_operations.abi3.so"))
     # Not `from pyens import _C`: where the file is missing, that speaks of circular imports.
-    import pyens._C as _C  # noqa: F401 - for the modules of the operations
+    import pyens._C as _C
 except (ImportError, OSError) as error:
     raise ImportError(
         f"pyens: its extension, built for Python {_built['python']}, does not load ({error}). "

@@ -1,8 +1,24 @@
-"""The named tuples that operations and their references return."""
+"""The named tuples that operations and their references return, and the names that arguments may be."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
+
+Activation = Literal["relu", "gelu", "silu", "elu", "softplus", "tanh", "identity"]
+Loss = Literal["mse", "bce", "gaussian_nll", "cross_entropy"]
+Decorrelation = Literal["correlation", "covariance", "residue"]
+Reduction = Literal["sum", "none"]
+Distance = Literal["squared", "absolute"]
+Space = Literal["probability", "logit"]
+AssignmentMode = Literal["grouped", "round_robin", "random"]  # which row meets which mask
+MaskMode = Literal[AssignmentMode, "tiled"]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+WeightLayout = Literal["out_in", "in_out"]
+Binning = Literal["width", "mass"]
+PredictionVariation = Literal["value", "distribution"]
+UncertaintyScore = Literal["entropy", "margin", "mutual_information", "variation_ratio"]
+VariationTask = Literal["regression", "classification"]
+StrengthFeatures = Literal["binary", "value", "both"]
 
 
 class ActivationStrength(NamedTuple):

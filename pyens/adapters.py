@@ -3,6 +3,7 @@
 All of them are views wherever torch can make one. Nothing else in pyens guesses a layout.
 """
 
+import torch
 from torch import Tensor
 
 __all__ = ["from_masksembles", "from_tabm", "to_masksembles", "to_tabm"]
@@ -27,7 +28,7 @@ def from_masksembles(x: Tensor, ensemble_size: int) -> Tensor:
             f"from_masksembles: x: expected [(m b), ...] with m = ensemble_size = {ensemble_size}, "
             f"got shape {list(x.shape)}"
         )
-    return x.unflatten(0, (ensemble_size, x.shape[0] // ensemble_size))
+    return torch.unflatten(x, 0, (ensemble_size, x.shape[0] // ensemble_size))
 
 
 def to_masksembles(x: Tensor) -> Tensor:

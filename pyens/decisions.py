@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyens import metrics
+from pyens._types import UncertaintyScore
 from pyens.metrics import _checks
 from pyens.metrics.selective import checked_losses
 from pyens.ops import predictive_uncertainty
@@ -148,7 +149,7 @@ def uncertainty_sampling(
     probabilities: Tensor,
     count: int,
     *,
-    by: str = "entropy",
+    by: UncertaintyScore = "entropy",
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """The examples of a pool that the ensemble is least certain of: those to label next.

@@ -66,6 +66,12 @@ class Measure:
     members: Tensor | None  # [E] float64
     ensemble: float
 
+    @property
+    def single(self) -> float:
+        """The mean of the members, where they have a value each."""
+        assert self.members is not None
+        return self.members.mean().item()
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -178,7 +184,8 @@ def _now(device: str) -> float:
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor) -> Tensor:
     """Class probabilities in float64, so that confidences near 1 do not all round to 1."""
-    return model(images).double().softmax(-1)
+    logits: Tensor = model(images)
+    return logits.double().softmax(-1)
 
 
 def evaluate(predictions: Predictions) -> tuple[Measure, ...]:
@@ -264,8 +271,8 @@ def summarise(measures: Sequence[Measure], predictions: Predictions) -> tuple[st
     examples = len(predictions.labels)
     accuracy, likelihood = named["accuracy"], named["NLL [nats]"]
     wrong = examples * (1 - accuracy.ensemble)
-    wrong_single = examples * (1 - accuracy.members.mean().item())
-    likelihoods = _compare(likelihood.ensemble, likelihood.members.mean().item())
+    wrong_single = examples * (1 - accuracy.single)
+    likelihoods = _compare(likelihood.ensemble, likelihood.single)
     errors = (
         f"Of {examples} test digits it knows, the ensemble gets {wrong:.0f} wrong and a single member "
         f"{wrong_single:.1f} on average; its NLL is {likelihoods}."
@@ -288,10 +295,8 @@ def summarise(measures: Sequence[Measure], predictions: Predictions) -> tuple[st
     ood = [m for m in measures if m.name.startswith("OOD AUROC")]
     best = max(ood, key=lambda m: m.ensemble)
     detection = f"Unknown digits stand out best by {_score(best)}, with an AUROC of {best.ensemble:.3f}"
-    best_single = max((m for m in ood if m.members is not None), key=lambda m: m.members.mean().item())
-    detection += (
-        f"; a single member's best is {_score(best_single)}, {best_single.members.mean():.3f} on average."
-    )
+    best_single = max((m for m in ood if m.members is not None), key=lambda m: m.single)
+    detection += f"; a single member's best is {_score(best_single)}, {best_single.single:.3f} on average."
     return errors, confidence, selective, detection
 
 
@@ -335,7 +340,8 @@ def draw(predictions: Predictions, digits: Digits) -> Figure:
     known, unknown = predictions.known, predictions.unknown
     members = len(known)
     figure = plots.new_figure(10, 10)
-    panels, strips = figure.subfigures(2, 1, height_ratios=[3, 1])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[3, 1])
+    panels, strips = parts
     figure.suptitle(
         f"{_count(members, 'network')} trained on the digits {digits.classes[0]}-{digits.classes[-1]}; "
         f"{' and '.join(map(str, UNKNOWN))} are unknown to {'them' if members > 1 else 'it'}"
@@ -431,6 +437,7 @@ def run(settings: Settings) -> Result:
         validation_labels=digits.validation.labels,
     )
     measures = evaluate(predictions)
+    picture: Path | OSError
     try:
         picture = plots.save_figure(draw(predictions, digits), settings.output / PICTURE)
     except OSError as error:  # the numbers are there all the same
@@ -450,7 +457,14 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     defaults = Settings()
     parser = argparse.ArgumentParser(prog="python -m pyens.demo", description=__doc__.split("\n\n")[2])
 
-    def flag(name: str, convert: Callable, fits: Callable[[Any], bool], expected: str, what: str, **options):
+    def flag(
+        name: str,
+        convert: Callable[[str], Any],
+        fits: Callable[[Any], bool],
+        expected: str,
+        what: str,
+        **options: Any,
+    ) -> None:
         def checked(text: str) -> Any:
             try:
                 if fits(value := convert(text)):
@@ -475,7 +489,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
 
 def _present(device: str) -> bool:
     found = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
-    return bool(found) and (device == "cpu" or int(found[1] or 0) < torch.cuda.device_count())
+    return found is not None and (device == "cpu" or int(found[1] or 0) < torch.cuda.device_count())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

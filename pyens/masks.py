@@ -101,7 +101,7 @@ def mask_iou(masks: Tensor) -> float:
     sizes = shared.diagonal()
     union = sizes.unsqueeze(0) + sizes.unsqueeze(1) - shared
     iou = torch.where(union > 0, shared / union, 1)
-    first, second = torch.triu_indices(*iou.shape, offset=1)
+    first, second = torch.triu_indices(len(iou), len(iou), offset=1)
     return iou[first, second].mean().item()
 
 

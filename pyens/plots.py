@@ -154,7 +154,7 @@ def uncertainty_histograms(
                 f"uncertainty_histograms: uncertainties[{name!r}]: expected finite values of shape [B] "
                 f"with B >= 1, got shape {list(values.shape)}"
             )
-    edges = np.histogram_bin_edges(np.concatenate(list(groups.values())), bins=bins)
+    edges = np.histogram_bin_edges(np.concatenate(list(groups.values())), bins=bins).tolist()
     for values, style, _ in _styled(groups):
         share = np.full(len(values), 1 / len(values))
         ax.hist(values, edges, weights=share, color=style["color"], alpha=0.35, label=style.pop("label"))
@@ -241,19 +241,19 @@ def prediction_differences(
         xlabel: what λ is.
     """
     ax = _prepare("prediction_differences", "differences", differences, torch.Tensor, ax)
-    strengths = np.asarray(strengths, dtype=float)
-    if strengths.ndim != 1 or strengths.size == 0 or not (np.isfinite(strengths) & (strengths >= 0)).all():
+    x = np.asarray(strengths, dtype=float)
+    if x.ndim != 1 or x.size == 0 or not (np.isfinite(x) & (x >= 0)).all():
         raise ValueError("prediction_differences: strengths: expected one or more finite numbers >= 0")
-    order = strengths.argsort()
+    order = x.argsort()
     for values, style, marker in _styled(differences):
         heights, name = _array(values), style["label"]
-        if heights.shape != strengths.shape or not (np.isfinite(heights) & (heights > 0)).all():
+        if heights.shape != x.shape or not (np.isfinite(heights) & (heights > 0)).all():
             raise ValueError(
                 f"prediction_differences: differences[{name!r}]: expected finite values > 0 of shape "
-                f"[{len(strengths)}], got shape {list(heights.shape)}"
+                f"[{len(x)}], got shape {list(heights.shape)}"
             )
-        ax.plot(strengths[order], heights[order], **style, marker=marker)
-    positive = strengths[strengths > 0]
+        ax.plot(x[order], heights[order], **style, marker=marker)
+    positive = x[x > 0]
     ax.set_xscale("symlog", linthresh=positive.min() if positive.size else 1.0)
     return _labelled(ax, xlabel=xlabel, ylabel="prediction difference", yscale="log")
 
@@ -279,7 +279,7 @@ def _table(
     return ax
 
 
-def _prepare(function: str, argument: str, items: Mapping, kind: type, ax: Axes | None) -> Axes:
+def _prepare(function: str, argument: str, items: Mapping[str, Any], kind: type, ax: Axes | None) -> Axes:
     """Checks the named items, then gives the axes to draw them on, in the common style."""
     if not isinstance(items, Mapping):
         raise TypeError(

@@ -2,13 +2,17 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from pyens._types import Reduction
 
-def in_full_precision(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+Loss = TypeVar("Loss", bound=Callable[..., Tensor])
+
+
+def in_full_precision(function: Loss) -> Loss:
     """Runs it outside of autocast, on at least float32, after the checks on shape and dtype of `outputs`."""
 
     @functools.wraps(function)
@@ -18,7 +22,7 @@ def in_full_precision(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             wide = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
             return function(wide, *args, **kwargs)
 
-    return wrapper
+    return cast(Loss, wrapper)
 
 
 def by_label(outputs: Tensor) -> Tensor:
@@ -26,7 +30,7 @@ def by_label(outputs: Tensor) -> Tensor:
     return outputs if outputs.ndim == 2 else outputs.movedim(-1, -3)
 
 
-def reduce_labels(losses: Tensor, outputs: Tensor, reduction: str) -> Tensor:
+def reduce_labels(losses: Tensor, outputs: Tensor, reduction: Reduction) -> Tensor:
     """Over the labels, the last axis of the losses; those of [J, B] outputs have none."""
     return losses.sum(-1) if reduction == "sum" and outputs.ndim > 2 else losses
 

@@ -4,12 +4,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyens._types import Space
 from pyens.losses._outputs import in_full_precision
 from pyens.metrics import _checks
 
 
 @in_full_precision
-def combine(outputs: Tensor, weights: Tensor | None = None, *, space: str = "probability") -> Tensor:
+def combine(outputs: Tensor, weights: Tensor | None = None, *, space: Space = "probability") -> Tensor:
     """The logits of the ensemble's prediction, averaged over its components in probability or in logit.
 
     In probability (Output 1 in the source) ``p = Σ_j g_j softmax(z_j)``, in logit (Output 2)
@@ -86,7 +87,8 @@ class Gate(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Weights ``[J, B]`` from features ``[B, I]``."""
-        return self.linear(features).softmax(-1).T
+        logits: Tensor = self.linear(features)
+        return logits.softmax(-1).T
 
 
 def _weights(weights: Tensor | None, z: Tensor) -> Tensor:

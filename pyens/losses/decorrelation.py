@@ -1,17 +1,22 @@
 """Variants of the decorrelation loss: free of scale, by Gram-Schmidt, and with a running estimate."""
 
+from typing import get_args
+
 import torch
 from torch import Tensor, nn
 
 from pyens import ops
+from pyens._types import Decorrelation, Reduction
 from pyens.losses._outputs import by_label, check_outputs, check_positive, in_full_precision, reduce_labels
 from pyens.metrics import _checks
 
-_KINDS = ("correlation", "covariance", "residue")
+_KINDS = get_args(Decorrelation)
 
 
 @in_full_precision
-def decorrelation_loss(outputs: Tensor, *, kind: str = "correlation", reduction: str = "sum") -> Tensor:
+def decorrelation_loss(
+    outputs: Tensor, *, kind: Decorrelation = "correlation", reduction: Reduction = "sum"
+) -> Tensor:
     """`pyens.ops.decorrelation_loss` as a loss of this module: float32 of 16 bits, and 0 of an empty batch,
     where the op is NaN."""
     loss = ops.decorrelation_loss(outputs, kind=kind, reduction=reduction)
@@ -21,7 +26,9 @@ def decorrelation_loss(outputs: Tensor, *, kind: str = "correlation", reduction:
 
 
 @in_full_precision
-def pearson_decorrelation_loss(outputs: Tensor, *, eps: float = 1e-12, reduction: str = "sum") -> Tensor:
+def pearson_decorrelation_loss(
+    outputs: Tensor, *, eps: float = 1e-12, reduction: Reduction = "sum"
+) -> Tensor:
     """Decorrelation that the scale of the outputs cannot satisfy: ``Σ_{i<j} ρ_ij²``, for each label.
 
     ``ρ_ij = Σ_ij / sqrt((Σ_ii + ε)(Σ_jj + ε))`` with the covariances Σ over the batch of equation (3).
@@ -42,17 +49,18 @@ def pearson_decorrelation_loss(outputs: Tensor, *, eps: float = 1e-12, reduction
     _checks.choice("pearson_decorrelation_loss", "reduction", reduction, "sum", "none")
     check_positive("pearson_decorrelation_loss", "eps", eps)
     z = _signal(outputs, "covariance")
+    variance: float | Tensor = eps
     if z.shape[-1] > 0:  # so that no square overflows; both cancel in ρ, so neither has a gradient
         scale = z.detach().abs().amax(-1, keepdim=True).clamp_min(1)
         scale = torch.where(scale.isfinite(), scale, 1)
-        z, eps = z / scale, eps / scale / scale
-    deviation = (z.square().sum(-1, keepdim=True) / max(z.shape[-1], 1) + eps).sqrt()
+        z, variance = z / scale, eps / scale / scale
+    deviation = (z.square().sum(-1, keepdim=True) / max(z.shape[-1], 1) + variance).sqrt()
     return reduce_labels(_below_diagonal(_products(z / deviation)), outputs, reduction)
 
 
 @in_full_precision
 def gram_schmidt_decorrelation_loss(
-    outputs: Tensor, *, kind: str = "correlation", reduction: str = "sum"
+    outputs: Tensor, *, kind: Decorrelation = "correlation", reduction: Reduction = "sum"
 ) -> Tensor:
     """Decorrelation that counts what several components share once: ``Σ_{j<i} (1/B Σ_b z_ib u_jb)²``.
 
@@ -157,9 +165,9 @@ class RunningDecorrelationLoss(nn.Module):
         num_labels: int | None = None,
         num_models: int | None = None,
         *,
-        kind: str = "correlation",
+        kind: Decorrelation = "correlation",
         momentum: float = 0.1,
-        reduction: str = "sum",
+        reduction: Reduction = "sum",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -213,7 +221,7 @@ def _running(outputs: Tensor, state: RunningDecorrelationLoss) -> Tensor:
     return reduce_labels(_below_diagonal(estimate), outputs, state.reduction)
 
 
-def _signal(outputs: Tensor, kind: str) -> Tensor:
+def _signal(outputs: Tensor, kind: Decorrelation) -> Tensor:
     """What is to be decorrelated, [..., K, J, B]."""
     z = by_label(outputs)
     if kind == "correlation" or z.shape[-1] == 0:

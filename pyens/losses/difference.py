@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyens._types import Distance, Reduction
 from pyens.losses._outputs import by_label, check_positive, in_full_precision, reduce_labels
 from pyens.metrics import _checks
 
@@ -12,10 +13,10 @@ from pyens.metrics import _checks
 def difference_loss(
     outputs: Tensor,
     *,
-    distance: str = "squared",
+    distance: Distance = "squared",
     inverse: bool = False,
     eps: float = 1e-6,
-    reduction: str = "sum",
+    reduction: Reduction = "sum",
 ) -> Tensor:
     """Rewards components for differing on each example.
 

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyens._types import Binning
+
 
 class Binned(NamedTuple):
     """Per row and bin, the sums over the examples in it, float64."""
 
-    count: Tensor  # [R, bins]
+    count: Tensor  # type: ignore[assignment]  # [R, bins]
     claimed: Tensor  # [R, bins], of the probabilities
     happened: Tensor  # [R, bins], of the outcomes
 
@@ -26,7 +28,7 @@ def one_vs_rest(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return probabilities.T.contiguous(), F.one_hot(labels, probabilities.shape[-1]).T.double()
 
 
-def bin_of(claimed: Tensor, bins: int, binning: str) -> Tensor:
+def bin_of(claimed: Tensor, bins: int, binning: Binning) -> Tensor:
     """The index of the bin `(lo, hi]` that each of the claimed probabilities [R, B] is in, [R, B].
 
     Only the inner edges count, so that 0 is in the first bin, and a confidence a rounding error above 1 in

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from pyens._types import Binning
 from pyens.metrics import _bins, _checks
 
 
@@ -12,11 +13,11 @@ class ReliabilityCurve(NamedTuple):
 
     confidence: Tensor  # [bins] float64, mean of max_k p
     accuracy: Tensor  # [bins] float64, share of right predictions
-    count: Tensor  # [bins] int64, examples in the bin
+    count: Tensor  # type: ignore[assignment]  # [bins] int64, examples in the bin
 
 
 def reliability_curve(
-    probabilities: Tensor, labels: Tensor, *, bins: int = 15, binning: str = "width"
+    probabilities: Tensor, labels: Tensor, *, bins: int = 15, binning: Binning = "width"
 ) -> ReliabilityCurve:
     """Mean confidence and accuracy in bins ``(lo, hi]`` over the confidence ``max_k p_bk``.
 
@@ -42,7 +43,7 @@ def reliability_curve(
 
 
 def expected_calibration_error(
-    probabilities: Tensor, labels: Tensor, *, bins: int = 15, binning: str = "width"
+    probabilities: Tensor, labels: Tensor, *, bins: int = 15, binning: Binning = "width"
 ) -> Tensor:
     """Gap of confidence and accuracy, averaged over examples: ``Σ_i n_i/B · |accuracy_i - confidence_i|``.
 
@@ -67,7 +68,7 @@ def expected_calibration_error(
 
 
 def classwise_calibration_error(
-    probabilities: Tensor, labels: Tensor, *, bins: int = 15, binning: str = "width"
+    probabilities: Tensor, labels: Tensor, *, bins: int = 15, binning: Binning = "width"
 ) -> Tensor:
     """Gap of claimed probability and frequency, for every class: ``1/K Σ_k Σ_i n_ki/B · |f_ki - p̄_ki|``.
 
@@ -167,7 +168,7 @@ class CalibrationError:
 
 
 def _sums(
-    function: str, probabilities: Tensor, labels: Tensor, bins: int, binning: str, classwise: bool
+    function: str, probabilities: Tensor, labels: Tensor, bins: int, binning: Binning, classwise: bool
 ) -> _bins.Binned:
     _checks.bins(function, bins)
     _checks.choice(function, "binning", binning, "width", "mass")

@@ -64,7 +64,8 @@ def _direction(values: Tensor) -> Tensor:
     exponent = math.frexp(values.detach().abs().amax().item())[1]
     deviations = deviations_of(values * math.ldexp(1.0, -max(exponent, -1000)))
     deviations = deviations / deviations.detach().abs().amax()  # so that no square overflows
-    return deviations / deviations.norm()
+    norm: Tensor = deviations.norm()
+    return deviations / norm
 
 
 def deviations_of(values: Tensor) -> Tensor:

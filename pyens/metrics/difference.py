@@ -31,7 +31,8 @@ def prediction_difference(probabilities: Tensor, *, norm: int = 1) -> Tensor:
         raise ValueError(f"prediction_difference: norm: expected 1 or 2, got {norm!r}")
     _checks.probabilities("prediction_difference", "probabilities", probabilities, "[M, B, K]")
     models = probabilities.double()
-    return torch.linalg.vector_norm(models - models.mean(0), ord=norm, dim=-1).mean()
+    distances: Tensor = torch.linalg.vector_norm(models - models.mean(0), ord=norm, dim=-1)
+    return distances.mean()
 
 
 def relative_prediction_difference(probabilities: Tensor) -> Tensor:

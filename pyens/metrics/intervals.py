@@ -158,7 +158,7 @@ def _cdf(means: Tensor, variances: Tensor, values: Tensor) -> Tensor:
 def _quantile(function: str, means: Tensor, variances: Tensor, probability: float) -> Tensor:
     _check(function, means, variances)
     mu, variance = means.double(), variances.double()
-    z = torch.special.ndtri(torch.tensor(probability, dtype=torch.float64, device=mu.device))
+    z: Tensor = torch.special.ndtri(torch.tensor(probability, dtype=torch.float64, device=mu.device))
     of_members = mu + z * variance.sqrt()
     low, high = of_members.amin(0), of_members.amax(0)
     for _ in range(64):

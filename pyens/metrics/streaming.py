@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyens.ops.uncertainty import Moments, Uncertainty
+from pyens._types import Moments, Uncertainty
 from pyens.reference.uncertainty import entropy, predictive_uncertainty
 
 
@@ -39,10 +39,11 @@ class PredictiveUncertainty:
         self.count = 0  # members so far
         self._dtype = torch.float32
         self._shape: list[int] = []  # of a member
-        self._mean: Tensor | None = None  # [B, K] or [B] float64, of the probabilities
-        self._entropies: Tensor | None = None  # [B] float64, summed
-        self._divergences: Tensor | None = None  # [B] float64, Σ_m KL(p_m ‖ mean)
-        self._votes: Tensor | None = None  # [B, K] int64
+        # The first members bring the rest.
+        self._mean: Tensor  # [B, K] or [B] float64, of the probabilities
+        self._entropies: Tensor  # [B] float64, summed
+        self._divergences: Tensor  # [B] float64, Σ_m KL(p_m ‖ mean)
+        self._votes: Tensor  # [B, K] int64
 
     def update(self, members: Tensor) -> None:
         """Adds a chunk of e >= 1 members, `[e, B, K]` or `[e, B]`, always of the same B and K.
@@ -132,12 +133,12 @@ class PredictiveMoments:
         self.count = 0  # members so far
         self._dtype = torch.float32
         self._shape: list[int] = []  # of a member
-        # All float64 and shaped as a member.
-        self._member: Tensor | None = None  # one of them, 0 where it is not finite
-        self._offset: Tensor | None = None  # mean - member
-        self._squares: Tensor | None = None  # Σ_m (y_m - mean)²
-        self._min: Tensor | None = None
-        self._max: Tensor | None = None
+        # The first members bring the rest, all float64 and shaped as a member.
+        self._member: Tensor  # one of them, 0 where it is not finite
+        self._offset: Tensor  # mean - member
+        self._squares: Tensor  # Σ_m (y_m - mean)²
+        self._min: Tensor
+        self._max: Tensor
         self._variances: Tensor | None = None  # summed; None without
 
     def update(self, members: Tensor, variances: Tensor | None = None) -> None:
@@ -187,7 +188,7 @@ class PredictiveMoments:
             self._squares = self._squares + other._squares + between
             self._min = torch.minimum(self._min, other._min)
             self._max = torch.maximum(self._max, other._max)
-            if self._variances is not None:
+            if self._variances is not None and other._variances is not None:
                 self._variances = self._variances + other._variances
         else:
             self._dtype, self._shape = other._dtype, other._shape
@@ -203,16 +204,15 @@ class PredictiveMoments:
             ValueError: before the first member.
         """
         _check_count("PredictiveMoments.compute", self.count)
-        with_variances = self._variances is not None
-        moments = Moments(
-            mean=self._member + self._offset,
-            std=(self._squares / (self.count - 1)).sqrt(),
-            min=self._min,
-            max=self._max,
-            aleatoric=self._variances / self.count if with_variances else None,
-            epistemic=self._squares / self.count if with_variances else None,
+        variances = self._variances
+        return Moments(
+            mean=(self._member + self._offset).to(self._dtype),
+            std=(self._squares / (self.count - 1)).sqrt().to(self._dtype),
+            min=self._min.to(self._dtype),
+            max=self._max.to(self._dtype),
+            aleatoric=None if variances is None else (variances / self.count).to(self._dtype),
+            epistemic=None if variances is None else (self._squares / self.count).to(self._dtype),
         )
-        return Moments(*(None if x is None else x.to(self._dtype) for x in moments))
 
 
 def _no_example(members: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyens._types import PredictionVariation
 from pyens.metrics import _checks
 from pyens.ops.uncertainty import predictive_moments, predictive_uncertainty
 
@@ -101,7 +102,12 @@ class DeltaRatio(NamedTuple):
 
 @torch.no_grad()
 def delta_ratio(
-    universe: Tensor, sizes: Sequence[int], *, variation: str = "value", draws: int = 20, seed: int = 0
+    universe: Tensor,
+    sizes: Sequence[int],
+    *,
+    variation: PredictionVariation = "value",
+    draws: int = 20,
+    seed: int = 0,
 ) -> DeltaRatio:
     """What is lost by estimating PV with N members: ``dr_N = mean_x |PV_N(x) - PV_gt(x)| / mean_x PV_gt(x)``.
 
@@ -159,7 +165,7 @@ def delta_ratio(
     return DeltaRatio(ratios.mean(1), ratios.std(1), ratios)
 
 
-def _per_member(members: Tensor, variation: str) -> Tensor:
+def _per_member(members: Tensor, variation: PredictionVariation) -> Tensor:
     """PV `[B]` in float64 of members that were checked, that of distributions divided by their number."""
     if variation == "value":
         return predictive_moments(members).std.double()

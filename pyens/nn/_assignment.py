@@ -1,11 +1,14 @@
 """Which row of a batch meets which of N masks."""
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
+from pyens._types import AssignmentMode, MaskMode
 from pyens.reference.ensemble_mlp import splitmix
 
-MODES = ("grouped", "round_robin", "random")
+MODES: tuple[AssignmentMode, ...] = get_args(AssignmentMode)
 
 
 def check_mode(function: str, mode: str, modes: tuple[str, ...]) -> None:
@@ -13,7 +16,7 @@ def check_mode(function: str, mode: str, modes: tuple[str, ...]) -> None:
         raise ValueError(f"{function}: mode: expected one of {', '.join(modes)}, got {mode!r}")
 
 
-def assign_masks(mode: str, batch_size: int, num_masks: int, seed: Tensor) -> tuple[Tensor, Tensor]:
+def assign_masks(mode: MaskMode, batch_size: int, num_masks: int, seed: Tensor) -> tuple[Tensor, Tensor]:
     """The mask of every row, and the row's number among those of this mask; int64 `[batch_size]` each.
 
     No mask gets more than ceil(batch_size / num_masks) rows, and no two rows have both in common.

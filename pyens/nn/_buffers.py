@@ -31,10 +31,10 @@ class Derived(nn.Module):
 
     def _derive_and_follow(self) -> None:
         self._derive()
-        self.register_load_state_dict_post_hook(_derive_after_loading)
+        self.register_load_state_dict_post_hook(_derive_after_loading)  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._derive()
         return self
 
@@ -42,7 +42,7 @@ class Derived(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "_derived"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._derive()
 
 

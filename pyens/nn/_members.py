@@ -45,8 +45,8 @@ class Members(Ensemble):
             raise ValueError(f"load_stacked: params: expected only weights and biases, got {unknown}")
         given_weights = [t for name, t in params.items() if name.endswith("weight")]
         given_biases = [t for name, t in params.items() if name.endswith("bias")]
-        for own, given_tensor in zip((*weights, *biases), given_weights + given_biases, strict=True):
-            own.copy_(given_tensor)
+        for tensor, given_tensor in zip((*weights, *biases), given_weights + given_biases, strict=True):
+            tensor.copy_(given_tensor)
 
 
 def draw_linear(weight: Tensor, bias: Tensor | None, generator: torch.Generator | None) -> None:

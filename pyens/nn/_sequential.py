@@ -6,17 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyens._types import Activation
 from pyens.reference.activations import MODULES
 
 
-def activation_module(name: str, function: str = "EnsembleMLP") -> nn.Module:
+def activation_module(name: Activation, function: str = "EnsembleMLP") -> nn.Module:
     """`name` as a module, with default arguments; `function` is who asks, for the error."""
     if name not in MODULES:
         raise ValueError(f'{function}: activation: expected one of {", ".join(MODULES)}, got "{name}"')
     return MODULES[name]()
 
 
-def _activation_name(module: nn.Module, argument: str) -> str:
+def _activation_name(module: nn.Module, argument: str) -> Activation:
     """The name of an activation module; ValueError if the kernels do not compute just this function."""
     for name, kind in MODULES.items():
         if type(module) is kind and _settings(module) == _settings(kind()):
@@ -45,7 +46,7 @@ def flatten(module: nn.Module) -> Iterator[nn.Module]:
         yield module
 
 
-def parse(module: nn.Module, argument: str) -> tuple[list[nn.Linear], str]:
+def parse(module: nn.Module, argument: str) -> tuple[list[nn.Linear], Activation]:
     """The linear layers of a member and the activation between them ("relu" if there is no hidden layer).
 
     `argument` is what errors call the member.
@@ -53,8 +54,8 @@ def parse(module: nn.Module, argument: str) -> tuple[list[nn.Linear], str]:
     if type(module) is not nn.Sequential:
         raise ValueError(f"{argument}: expected nn.Sequential, got {type(module).__name__}")
     linears: list[nn.Linear] = []
-    activations: set[str] = set()
-    waiting: list[str] = []  # activations since the last linear layer
+    activations: set[Activation] = set()
+    waiting: list[Activation] = []  # activations since the last linear layer
     for child in module:
         if type(child) is not nn.Linear:
             waiting.append(_activation_name(child, argument))
@@ -96,11 +97,11 @@ def stack(modules: Sequence[Sequence[nn.Linear]]) -> tuple[list[Tensor], list[Te
             raise ValueError(
                 f"from_modules: modules[{i}]: expected {len(first)} linear layers, got {len(layers)}"
             )
-    layers = list(zip(*modules, strict=True))
+    across = list(zip(*modules, strict=True))
     with torch.no_grad():
-        weights = [torch.stack([linear.weight for linear in layer]) for layer in layers]
+        weights = [torch.stack([linear.weight for linear in layer]) for layer in across]
         biases = [
-            torch.stack([linear.bias for linear in layer]) for layer in layers if layer[0].bias is not None
+            torch.stack([linear.bias for linear in layer]) for layer in across if layer[0].bias is not None
         ]
     return weights, biases
 

@@ -17,6 +17,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from typing_extensions import Self
 
+from pyens._types import Activation, Loss
 from pyens.reference.ensemble_mlp_loss import LOSSES, mean_losses
 
 Indices = Sequence[int] | slice | Tensor
@@ -56,7 +57,7 @@ class Ensemble(nn.Module):
 
     ensemble_size: int
     dropout: float = 0.0
-    activation: str | None = None
+    activation: Activation | None = None
     shares_parameters: bool = False
 
     def features(self, input: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ class Ensemble(nn.Module):
     def loss(
         self,
         *batch: Tensor,
-        loss: str,
+        loss: Loss,
         temperature: float = 1.0,
         sample_weight: Tensor | None = None,
         **options: Any,
@@ -201,17 +202,17 @@ class Ensemble(nn.Module):
                         f"select: expected parameters [{size}, ...], got {f'{place}.{name}'.lstrip('.')} of "
                         f"shape {list(parameter.shape)}"
                     )
-                chosen = parameter.detach()[members.to(parameter.device)]
-                copies[id(parameter)] = nn.Parameter(chosen, parameter.requires_grad)
+                rows = parameter.detach()[members.to(parameter.device)]
+                copies[id(parameter)] = nn.Parameter(rows, parameter.requires_grad)
                 mask = module._buffers.get(masked := name.removesuffix("_orig") + "_mask")
                 if mask is not None:
                     copies[id(mask)] = mask[members.to(mask.device)]
                     masks.add(masked)
             for name, buffer in module._buffers.items():
-                member_first = buffer is not None and buffer.dim() > 0 and len(buffer) == size
+                shape = [] if buffer is None else list(buffer.shape)
                 # Of one member there is nothing to leave out.
-                if generic and member_first and name not in masks and not len(members) == size == 1:
-                    full, shape = f"{place}.{name}".lstrip("."), list(buffer.shape)
+                if generic and shape[:1] == [size] and name not in masks and not len(members) == size == 1:
+                    full = f"{place}.{name}".lstrip(".")
                     raise ValueError(
                         f"select: expected a {kind} to define it, for its buffer {full} of shape {shape}, "
                         "which may be [E, ...]"
@@ -247,7 +248,7 @@ class Ensemble(nn.Module):
         return ", ".join(f"{name}={v}" for name, v in config.items() if name != "dropout" or v)
 
 
-def check_temperature(function: str, loss: str, temperature: float) -> None:
+def check_temperature(function: str, loss: Loss, temperature: float) -> None:
     if loss != "cross_entropy" and temperature != 1:
         raise ValueError(
             f"{function}: temperature: expected 1 (only cross_entropy has one) with loss {loss}, "
@@ -281,7 +282,7 @@ def _without_left_out(input: Any, weight: Tensor, ensemble_size: int) -> Any:
     return torch.where(present.reshape(*present.shape, *[1] * rest), input, 0)
 
 
-def _check_loss(output: Tensor, target: Tensor, loss: str, weight: Tensor | None) -> None:
+def _check_loss(output: Tensor, target: Tensor, loss: Loss, weight: Tensor | None) -> None:
     """What `pyens.ops.ensemble_mlp_loss` refuses, for outputs `[E, B, O]`."""
     outputs = output.shape[2]
     if loss == "gaussian_nll" and outputs % 2:
@@ -327,7 +328,7 @@ def parameters_of(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
     What pruning, weight norm and parametrizations compute from other parameters is computed here, because
     nobody calls a list of parameters, or a `loss`, through the hooks that would do so.
     """
-    own = module._parameters
+    own: dict[str, Any] = module._parameters
     try:
         return [own[name] for name in names]  # a quarter of what attributes of a module cost
     except KeyError:

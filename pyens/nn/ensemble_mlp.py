@@ -10,6 +10,7 @@ from torch.compiler import is_dynamo_compiling
 from typing_extensions import Self
 
 from pyens import ops
+from pyens._types import Activation, Loss, WeightLayout
 from pyens.masks import check
 from pyens.nn import _sequential
 from pyens.nn._buffers import BufferList, Derived
@@ -21,7 +22,7 @@ from pyens.ops.ensemble_mlp import ensemble_mlp_packed, prepack
 class _StackedMLP(Members):
     """What `EnsembleLinear`, `EnsembleMLP` and `PackedEnsembleMLP` share: a stack of linear layers each."""
 
-    activation: str
+    activation: Activation
 
     def forward(
         self, input: Tensor, *, dropout: float | None = None, dropout_seeds: Tensor | None = None
@@ -45,12 +46,12 @@ class _StackedMLP(Members):
             dropout_seeds=dropout_seeds,
         )
 
-    def loss(
+    def loss(  # type: ignore[override]
         self,
         input: Tensor,
         target: Tensor,
         *,
-        loss: str,
+        loss: Loss,
         temperature: float = 1.0,
         sample_weight: Tensor | None = None,
         dropout: float | None = None,
@@ -91,7 +92,7 @@ class _StackedMLP(Members):
         for layer, weight in enumerate(weights):
             draw_linear(weight[member], biases[layer][member] if biases else None, generator)
 
-    def member(self, i: int) -> nn.Module:
+    def member(self, i: int) -> nn.Sequential:
         """Member i as an `nn.Sequential`, with copies of its parameters and without dropout."""
         self._check_member(i)
         layers: list[nn.Module] = []
@@ -99,7 +100,7 @@ class _StackedMLP(Members):
             layers += [linear, _sequential.activation_module(self.activation)]
         return nn.Sequential(*layers[:-1]).train(self.training)
 
-    def load_stacked(self, params: Mapping[str, Tensor], *, layout: str | None = None) -> None:
+    def load_stacked(self, params: Mapping[str, Tensor], *, layout: WeightLayout | None = None) -> None:
         """Copies in the parameters that `torch.func.stack_module_state(members)` gives.
 
         Names may be anything that ends in `weight` and `bias`; the layers are taken in the mapping's order.
@@ -189,7 +190,7 @@ class EnsembleLinear(_StackedMLP):
         weight, bias = parameters_of(self, ("weight", "bias"))
         return [weight], [] if bias is None else [bias]
 
-    def member(self, i: int) -> nn.Linear:
+    def member(self, i: int) -> nn.Linear:  # type: ignore[override]
         """Member i as an `nn.Linear`, with copies of its parameters."""
         self._check_member(i)
         return _sequential.unstack(*self.stacked(), i)[0].train(self.training)
@@ -231,7 +232,7 @@ class EnsembleMLP(_StackedMLP):
         hidden_features: Sequence[int],
         out_features: int,
         *,
-        activation: str = "relu",
+        activation: Activation = "relu",
         bias: bool = True,
         dropout: float = 0.0,
         device: torch.device | str | None = None,
@@ -292,7 +293,7 @@ class EnsembleMLP(_StackedMLP):
 
     @classmethod
     def from_parameters(
-        cls, weights: Sequence[Tensor], biases: Sequence[Tensor], *, activation: str = "relu"
+        cls, weights: Sequence[Tensor], biases: Sequence[Tensor], *, activation: Activation = "relu"
     ) -> Self:
         """An ensemble of weights `[E, out, in]` and biases `[E, out]` (none: empty), used as they are.
 
@@ -316,7 +317,7 @@ class EnsembleMLP(_StackedMLP):
         return new
 
     def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        modules = self._modules  # submodules as attributes cost half a microsecond each
+        modules: dict[str, Any] = self._modules  # submodules as attributes cost half a microsecond each
         weights, biases = modules["weights"], modules["biases"]
         if not is_dynamo_compiling():  # dynamo does not know what reads them
             try:
@@ -365,7 +366,7 @@ class PackedEnsembleMLP(Derived, _StackedMLP):
         self._derive_and_follow()
         self.eval()
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # without dropout
         """`[B, in_features]` (shared by all members) or `[E, B, in_features]` -> `[E, B, out_features]`."""
         packed, weights, biases = self._derived
         if packed is None:
@@ -376,7 +377,7 @@ class PackedEnsembleMLP(Derived, _StackedMLP):
         _, weights, biases = self._derived
         return weights, biases
 
-    def select(self, indices: Indices) -> EnsembleMLP:
+    def select(self, indices: Indices) -> EnsembleMLP:  # type: ignore[override]
         weights, biases = self.stacked()
         members = chosen_members(self.ensemble_size, indices).to(weights[0].device)
         chosen = EnsembleMLP.from_parameters(

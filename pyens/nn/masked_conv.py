@@ -1,9 +1,12 @@
 """A convolution under masks, and the smaller convolutions that it stands for."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from pyens._types import MaskMode, PaddingMode
 from pyens.masks import check
 from pyens.nn.masksembles import Masksembles2D
 
@@ -39,8 +42,8 @@ class MaskedConv2d(nn.Sequential):
         padding: _Size | str = 0,
         dilation: _Size = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
-        mode: str = "grouped",
+        padding_mode: PaddingMode = "zeros",
+        mode: MaskMode = "grouped",
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -70,7 +73,7 @@ class MaskedConv2d(nn.Sequential):
         num_masks: int,
         scale: float,
         *,
-        mode: str = "grouped",
+        mode: MaskMode = "grouped",
         generator: torch.Generator | None = None,
     ) -> Self:
         """Masks before an existing convolution, which is used as it is, not copied.
@@ -112,6 +115,7 @@ class MaskedConv2d(nn.Sequential):
             raise ValueError(
                 f"compact: out_masks: expected shape {list(expected)}, got {list(out_masks.shape)}"
             )
+        old: Any = self.conv  # what torch says of its sizes does not fit its own constructor
         members = nn.ModuleList()
         for k, mask in enumerate(self.mask.masks):
             rows = slice(None) if out_masks is None else out_masks[k]
@@ -119,12 +123,12 @@ class MaskedConv2d(nn.Sequential):
             conv = nn.Conv2d(
                 weight.shape[1],
                 weight.shape[0],
-                self.conv.kernel_size,
-                self.conv.stride,
-                self.conv.padding,
-                self.conv.dilation,
-                bias=self.conv.bias is not None,
-                padding_mode=self.conv.padding_mode,
+                old.kernel_size,
+                old.stride,
+                old.padding,
+                old.dilation,
+                bias=old.bias is not None,
+                padding_mode=old.padding_mode,
                 device="meta",
                 dtype=weight.dtype,
             )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from pyens._types import Activation, Loss, MaskMode
 from pyens.masks import check, masks_for_channels
 from pyens.nn import _sequential
 from pyens.nn._assignment import MODES, assign_masks, check_mode
@@ -51,6 +52,7 @@ class MaskedMLP(Derived, Ensemble):
         (torch.Size([4, 8, 1]), torch.Size([8, 1]))
     """
 
+    activation: Activation
     shares_parameters = True
 
     def __init__(
@@ -61,7 +63,7 @@ class MaskedMLP(Derived, Ensemble):
         out_features: int,
         *,
         scale: float,
-        activation: str = "relu",
+        activation: Activation = "relu",
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -95,7 +97,7 @@ class MaskedMLP(Derived, Ensemble):
         weights: Sequence[Tensor],
         biases: Sequence[Tensor],
         masks: Sequence[Tensor],
-        activation: str,
+        activation: Activation,
         scale: float | None,
     ) -> None:
         """Everything that this module consists of."""
@@ -128,7 +130,7 @@ class MaskedMLP(Derived, Ensemble):
         biases: Sequence[Tensor],
         masks: Sequence[Tensor],
         *,
-        activation: str = "relu",
+        activation: Activation = "relu",
     ) -> Self:
         """A model of these weights `[out, in]` and biases `[out]` (none: empty), used as they are, and masks.
 
@@ -246,7 +248,7 @@ class MaskedMLP(Derived, Ensemble):
             "bias": len(self.biases) > 0,
         }
 
-    def forward(self, input: Tensor, *, mode: str = "tiled", seed: int | Tensor = 0) -> Tensor:
+    def forward(self, input: Tensor, *, mode: MaskMode = "tiled", seed: int | Tensor = 0) -> Tensor:
         """Each example under each mask, or under one.
 
         Args:
@@ -268,13 +270,13 @@ class MaskedMLP(Derived, Ensemble):
         per_mask = _spread(input, place, self.ensemble_size, rows)
         return masked_mlp(per_mask, **self._arguments()).flatten(0, 1).index_select(0, place)
 
-    def loss(
+    def loss(  # type: ignore[override]
         self,
         input: Tensor,
         target: Tensor,
         *,
-        loss: str,
-        mode: str = "tiled",
+        loss: Loss,
+        mode: MaskMode = "tiled",
         seed: int | Tensor = 0,
         temperature: float = 1.0,
         sample_weight: Tensor | None = None,
@@ -322,7 +324,7 @@ class MaskedMLP(Derived, Ensemble):
         total = shares.sum()
         return (losses * shares).sum() / torch.where(total > 0, total, 1)
 
-    def _check(self, input: Tensor, mode: str) -> None:
+    def _check(self, input: Tensor, mode: MaskMode) -> None:
         check_mode("MaskedMLP", mode, ("tiled", *MODES))
         n = self.ensemble_size
         shared = input.dim() == 2 and input.shape[1] == self.in_features
@@ -334,7 +336,7 @@ class MaskedMLP(Derived, Ensemble):
             )
 
     def _assign(
-        self, batch_size: int, mode: str, seed: int | Tensor, device: torch.device
+        self, batch_size: int, mode: MaskMode, seed: int | Tensor, device: torch.device
     ) -> tuple[Tensor, int]:
         """Where each row goes among N times `rows` rows, mask by mask, int64 `[B]`; and `rows`."""
         rows = -(-batch_size // self.ensemble_size)
@@ -344,16 +346,17 @@ class MaskedMLP(Derived, Ensemble):
 
     def _arguments(self) -> dict[str, Any]:
         """What `masked_mlp` takes beside the input."""
+        modules: dict[str, Any] = self._modules
         masks, plan, versions = self._derived
         if not torch.compiler.is_compiling():
-            buffers = list(self._modules["masks"]._buffers.values())
+            buffers = list(modules["masks"]._buffers.values())
             changed = any(now is not then for now, then in zip(buffers, masks, strict=True))
             if changed or _versions(masks) != versions:
                 self._derive()
                 masks, plan, _ = self._derived
         return {
-            "weights": parameters_of(self._modules["weights"], self._names),
-            "biases": parameters_of(self._modules["biases"], self._bias_names),
+            "weights": parameters_of(modules["weights"], self._names),
+            "biases": parameters_of(modules["biases"], self._bias_names),
             "masks": masks,
             "activation": self.activation,
             "plan": plan,
@@ -378,7 +381,7 @@ def _versions(masks: Sequence[Tensor]) -> list[int]:
 def _spread(values: Tensor, place: Tensor, num_masks: int, rows: int) -> Tensor:
     """`[B, ...]` -> `[num_masks, rows, ...]`, value b at place[b] and zeros in the rest."""
     zeros = values.new_zeros(num_masks * rows, *values.shape[1:])
-    return zeros.index_copy(0, place, values).unflatten(0, (num_masks, rows))
+    return torch.unflatten(zeros.index_copy(0, place, values), 0, (num_masks, rows))
 
 
 def _is_half(values: Tensor) -> bool:

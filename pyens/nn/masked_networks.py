@@ -2,10 +2,12 @@
 
 import fnmatch
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyens._types import AssignmentMode
 from pyens.masks import check
 from pyens.nn._assignment import MODES, check_mode
 from pyens.nn.masked_conv import MaskedConv2d
@@ -19,7 +21,7 @@ def insert_masksembles_(
     *,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
-    mode: str = "grouped",
+    mode: AssignmentMode = "grouped",
     generator: torch.Generator | None = None,
 ) -> nn.Module:
     """Puts a mask layer before layers of an existing network, in place; their parameters stay what they are.
@@ -46,7 +48,7 @@ def insert_masksembles_(
     """
     check("insert_masksembles_", scale, num_masks=num_masks)
     check_mode("insert_masksembles_", mode, MODES)
-    layers: dict[str, nn.Module] = {}
+    layers: dict[str, Any] = {}
     for name, layer in module.named_modules(remove_duplicate=False):
         if name and type(layer) in (nn.Linear, nn.Conv2d, nn.Conv3d):
             parent = module.get_submodule(name.rpartition(".")[0])
@@ -67,7 +69,7 @@ def insert_masksembles_(
     chosen -= named("exclude", exclude)
     if not chosen:
         raise ValueError("insert_masksembles_: module: expected layers to put masks before, got none")
-    masked: dict[nn.Module, nn.Module] = {}  # a layer in two places stays one
+    masked: dict[nn.Module, nn.Sequential] = {}  # a layer in two places stays one
     for name, layer in layers.items():
         if name in chosen:
             if layer not in masked:
@@ -78,12 +80,16 @@ def insert_masksembles_(
 
 
 def _masked(
-    layer: nn.Module, num_masks: int, scale: float, mode: str, generator: torch.Generator | None
+    layer: nn.Linear | nn.Conv2d | nn.Conv3d,
+    num_masks: int,
+    scale: float,
+    mode: AssignmentMode,
+    generator: torch.Generator | None,
 ) -> nn.Sequential:
     device = layer.weight.device
     masked = nn.Sequential()
     if isinstance(layer, nn.Linear):
-        mask = Masksembles1D(
+        mask: _Masksembles = Masksembles1D(
             layer.in_features, num_masks, scale, mode=mode, generator=generator, device=device
         )
         masked.add_module("mask", mask)
@@ -98,7 +104,7 @@ def _masked(
     return masked.train(layer.training)
 
 
-def set_mask_mode_(module: nn.Module, mode: str, *, seed: int = 0) -> nn.Module:
+def set_mask_mode_(module: nn.Module, mode: AssignmentMode, *, seed: int = 0) -> nn.Module:
     """Sets which row meets which mask (grouped, round_robin or random) in all mask layers of a network.
 
     Every layer then has the same masks for the same rows, so that mask n of all of them is one member. With
@@ -135,7 +141,7 @@ def forward_tiled(module: nn.Module, input: Tensor) -> Tensor:
     finally:
         for layer, mode in zip(layers, modes, strict=True):
             layer.mode = mode
-    return output.unflatten(0, (num_masks, input.shape[0]))
+    return torch.unflatten(output, 0, (num_masks, input.shape[0]))
 
 
 def _mask_layers(function: str, module: nn.Module) -> list[_Masksembles]:

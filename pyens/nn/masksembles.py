@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from pyens._types import MaskMode
 from pyens.masks import check, masks_for_channels
 from pyens.nn._assignment import MODES, assign_masks, check_mode
-from pyens.ops import mask_channels
+from pyens.ops.mask_channels import mask_channels
 
 
 class _Masksembles(nn.Module):
@@ -24,7 +25,7 @@ class _Masksembles(nn.Module):
         num_masks: int,
         scale: float,
         *,
-        mode: str = "grouped",
+        mode: MaskMode = "grouped",
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -62,7 +63,8 @@ class _Masksembles(nn.Module):
         if len(masks) != module.n:
             raise ValueError(f"from_masksembles: module: expected n = {module.n} masks, got {len(masks)}")
         # What is drawn here is overwritten: not from torch's default generator.
-        new = cls(masks.shape[1], len(masks), module.scale, generator=torch.Generator(), device=masks.device)
+        scale: Any = module.scale
+        new = cls(masks.shape[1], len(masks), scale, generator=torch.Generator(), device=masks.device)
         new.masks.copy_(masks.detach() != 0)
         return new.train(module.training)
 

@@ -62,9 +62,9 @@ def mc_dropout(
     stacked = _sequential.stack([linears])
     weights, biases = ([tensor[0] for tensor in tensors] for tensors in stacked)
     masks: list[Tensor] = []
-    for layer, rate in enumerate(rates):
-        shape = (num_masks, linears[layer].out_features)
+    for i, rate in enumerate(rates):
+        shape = (num_masks, linears[i].out_features)
         kept = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu") >= (rate or 0)
         masks.append(kept.to(weights[0].device))
-        weights[layer + 1] /= 1 - (rate or 0)
+        weights[i + 1] /= 1 - (rate or 0)
     return MaskedMLP.from_parameters(weights, biases, masks, activation=activation).train(model.training)

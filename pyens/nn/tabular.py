@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyens._types import Activation, Loss
 from pyens.masks import check
 from pyens.nn.ensemble import Ensemble
 from pyens.nn.ensemble_embedding import EnsembleEmbedding
@@ -42,6 +43,8 @@ class TabularEnsemble(Ensemble):
         torch.Size([100, 16, 1])
     """
 
+    embeddings: Any  # torch does not say what a ModuleList holds
+
     def __init__(
         self,
         ensemble_size: int,
@@ -50,7 +53,7 @@ class TabularEnsemble(Ensemble):
         hidden_features: Sequence[int],
         out_features: int,
         *,
-        activation: str = "relu",
+        activation: Activation = "relu",
         bias: bool = True,
         dropout: float = 0.0,
         embedding_std: float = 1.0,
@@ -102,12 +105,12 @@ class TabularEnsemble(Ensemble):
         self.reset_parameters(seeds)
 
     @property
-    def dropout(self) -> float:
+    def dropout(self) -> float:  # type: ignore[override]
         """Of the MLP."""
         return self.mlp.dropout
 
     @property
-    def activation(self) -> str:
+    def activation(self) -> Activation:  # type: ignore[override]
         """Of the MLP."""
         return self.mlp.activation
 
@@ -153,15 +156,16 @@ class TabularEnsemble(Ensemble):
             ValueError: columns missing or not expected, shapes that do not fit, a category out of range, no
                 dropout_seeds in training with dropout.
         """
-        return self.mlp(self.features(categorical, numeric), dropout_seeds=dropout_seeds)
+        output: Tensor = self.mlp(self.features(categorical, numeric), dropout_seeds=dropout_seeds)
+        return output
 
-    def loss(
+    def loss(  # type: ignore[override]
         self,
         categorical: Tensor | None,
         numeric: Tensor | None,
         target: Tensor,
         *,
-        loss: str,
+        loss: Loss,
         temperature: float = 1.0,
         sample_weight: Tensor | None = None,
         dropout_seeds: Tensor | None = None,

@@ -77,7 +77,7 @@ def operation(
 
     def transformed(given: Given) -> Any:
         leaves, spec = tree_flatten(given)
-        return Transformed.apply(spec, *leaves)
+        return Transformed.apply(spec, *leaves)  # type: ignore[no-untyped-call]
 
     class Transformed(torch.autograd.Function):
         @staticmethod
@@ -111,7 +111,7 @@ def operation(
             # The derivative of the vjp, which is linear, so that it does with reverse mode.
             moved = [i for i, t in enumerate(tangents) if t is not None and t.is_floating_point()]
             output, vjp = _reference_vjp(ctx, moved)
-            _, transposed = torch.func.vjp(vjp, tree_map(torch.zeros_like, output))
+            transposed = torch.func.vjp(vjp, tree_map(torch.zeros_like, output))[1]
             (found,) = transposed(tuple(tangents[i] for i in moved))
             found = tree_map(lambda tangent, dtype: tangent.to(dtype), found, ctx.dtypes)
             if constant_output is None:
@@ -121,6 +121,7 @@ def operation(
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], spec: Any, *leaves: Any) -> tuple[Any, int]:
             dims, given = tree_unflatten(in_dims[1:], spec), tree_unflatten(leaves, spec)
+            assert vmap is not None  # it comes with a reference
             given, dim, sizes = vmap(info.batch_size, dims, given)
             return tree_map(lambda output: output.unflatten(dim, sizes), transformed(given)), dim
 
@@ -133,11 +134,13 @@ def operation(
 
         def forward(*values: Tensor) -> Any:
             replaced = dict(zip(chosen, values, strict=True))
+            assert reference is not None
             return reference(
                 **tree_unflatten([replaced.get(i, leaf) for i, leaf in enumerate(leaves)], ctx.spec)
             )
 
-        return torch.func.vjp(forward, *(leaves[i] for i in chosen))
+        output, vjp, *_ = torch.func.vjp(forward, *(leaves[i] for i in chosen))
+        return output, vjp
 
     return call
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pyens._types import ActivationStrength
+from pyens._types import Activation, ActivationStrength
 from pyens.ops._call import operation
 
 _activation_strength = operation("activation_strength")
@@ -17,7 +17,7 @@ def activation_strength(
     mean: Tensor,
     std: Tensor,
     *,
-    activation: str = "relu",
+    activation: Activation = "relu",
     bitpack: bool = False,
 ) -> ActivationStrength:
     r"""The outputs of an ensemble of MLPs, and how strongly each hidden unit of each member was active.

@@ -1,12 +1,17 @@
 """The decorrelation loss."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from pyens import reference
+from pyens._types import Decorrelation, Reduction
 from pyens.ops._call import Given, first, operation
 
 
-def decorrelation_loss(outputs: Tensor, *, kind: str = "correlation", reduction: str = "sum") -> Tensor:
+def decorrelation_loss(
+    outputs: Tensor, *, kind: Decorrelation = "correlation", reduction: Reduction = "sum"
+) -> Tensor:
     r"""How much the components of an ensemble move together over a batch: add λ times this to their losses.
 
     For each model and label, with z the outputs [J, B] of its J components:
@@ -55,4 +60,6 @@ def _vmap(n: int, dims: Given, given: Given) -> tuple[Given, int, tuple[int, ...
     return given | {"outputs": models.flatten(0, 1)}, 0, tuple(models.shape[:2])
 
 
-_decorrelation_loss = operation("decorrelation_loss", reference.decorrelation_loss, _vmap)
+_decorrelation_loss: Callable[..., Tensor] = operation(
+    "decorrelation_loss", reference.decorrelation_loss, _vmap
+)

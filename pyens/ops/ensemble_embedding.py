@@ -1,6 +1,6 @@
 """Embedding tables per member."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -81,5 +81,9 @@ def _vmap_concat(n: int, dims: Given, given: Given) -> tuple[Given, int, tuple[i
     return join_members(n, dims, given, {"tables": 3, "categorical": 3, "numeric": 3})
 
 
-_ensemble_embedding = operation("ensemble_embedding", reference.ensemble_embedding, _vmap)
-_ensemble_embedding_concat = operation("ensemble_embedding_concat", reference_concat, _vmap_concat)
+_ensemble_embedding: Callable[..., Tensor] = operation(
+    "ensemble_embedding", reference.ensemble_embedding, _vmap
+)
+_ensemble_embedding_concat: Callable[..., Tensor] = operation(
+    "ensemble_embedding_concat", reference_concat, _vmap_concat
+)

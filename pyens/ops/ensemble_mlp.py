@@ -1,11 +1,12 @@
 """The fused ensemble MLP."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from pyens import reference
+from pyens._types import Activation
 from pyens.ops._call import Given, join_members, join_rows, mapped, operation
 
 
@@ -14,7 +15,7 @@ def ensemble_mlp(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor] | None = None,
     *,
-    activation: str = "relu",
+    activation: Activation = "relu",
     dropout: float = 0.0,
     dropout_seeds: Tensor | None = None,
 ) -> Tensor:
@@ -74,7 +75,7 @@ def _vmap(n: int, dims: Given, given: Given) -> tuple[Given, int, tuple[int, ...
     return join_members(n, dims, given, {"weights": 3, "biases": 2, "input": 3, "dropout_seeds": 1})
 
 
-_ensemble_mlp = operation("ensemble_mlp", reference.ensemble_mlp, _vmap)
+_ensemble_mlp: Callable[..., Tensor] = operation("ensemble_mlp", reference.ensemble_mlp, _vmap)
 
 
 def prepack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> Tensor:
@@ -82,7 +83,8 @@ def prepack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -
 
     The layout belongs to the instruction set that this process runs on: make it at run time, never store it.
     """
-    return torch.ops.pyens.ensemble_mlp_prepack(list(weights), list(biases or ()))
+    packed: Tensor = torch.ops.pyens.ensemble_mlp_prepack(list(weights), list(biases or ()))
+    return packed
 
 
 def ensemble_mlp_packed(
@@ -91,7 +93,7 @@ def ensemble_mlp_packed(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor] | None = None,
     *,
-    activation: str = "relu",
+    activation: Activation = "relu",
 ) -> Tensor:
     """`ensemble_mlp` for inference: the same bits, sooner for small batches.
 
@@ -101,4 +103,4 @@ def ensemble_mlp_packed(
     return _ensemble_mlp_packed(input, packed, weights, biases or (), activation)
 
 
-_ensemble_mlp_packed = operation("ensemble_mlp_packed")
+_ensemble_mlp_packed: Callable[..., Tensor] = operation("ensemble_mlp_packed")

@@ -1,10 +1,11 @@
 """The loss inside the fused ensemble MLP."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from pyens import reference
+from pyens._types import Activation, Loss
 from pyens.ops._call import Given, join_members, operation
 
 
@@ -14,8 +15,8 @@ def ensemble_mlp_loss(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor] | None = None,
     *,
-    loss: str,
-    activation: str = "relu",
+    loss: Loss,
+    activation: Activation = "relu",
     temperature: float = 1.0,
     sample_weight: Tensor | None = None,
     dropout: float = 0.0,
@@ -87,6 +88,6 @@ def _vmap(n: int, dims: Given, given: Given) -> tuple[Given, int, tuple[int, ...
     return join_members(n, dims, given, ranks | {"target": 3 if given["target"].is_floating_point() else 2})
 
 
-_ensemble_mlp_loss = operation(
+_ensemble_mlp_loss: Callable[..., Tensor] = operation(
     "ensemble_mlp_loss", reference.ensemble_mlp_loss, _vmap, constants=("target", "sample_weight")
 )

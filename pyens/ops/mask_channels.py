@@ -1,5 +1,7 @@
 """Channels kept or zeroed, each row of the batch by a mask of its own."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from pyens import reference
@@ -42,4 +44,4 @@ def _vmap(n: int, dims: Given, given: Given) -> tuple[Given, int, tuple[int, ...
     return joined, 0, (n, input.shape[1])
 
 
-_mask_channels = operation("mask_channels", reference.mask_channels, _vmap)
+_mask_channels: Callable[..., Tensor] = operation("mask_channels", reference.mask_channels, _vmap)

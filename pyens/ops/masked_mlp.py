@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyens._types import Activation, Loss
 from pyens.ops._call import Given, first, operation, shifted
 from pyens.ops.ensemble_mlp import ensemble_mlp
 from pyens.ops.ensemble_mlp_loss import ensemble_mlp_loss
@@ -69,7 +70,7 @@ def masked_mlp(
     biases: Sequence[Tensor] | None,
     masks: Sequence[Tensor],
     *,
-    activation: str = "relu",
+    activation: Activation = "relu",
     plan: Sequence[Tensor] | None = None,
 ) -> Tensor:
     r"""One MLP under N masks of its hidden units: every mask on every example.
@@ -121,8 +122,8 @@ def masked_mlp_loss(
     biases: Sequence[Tensor] | None,
     masks: Sequence[Tensor],
     *,
-    loss: str,
-    activation: str = "relu",
+    loss: Loss,
+    activation: Activation = "relu",
     temperature: float = 1.0,
     sample_weight: Tensor | None = None,
     plan: Sequence[Tensor] | None = None,
@@ -163,7 +164,7 @@ def _check(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor] | None,
     masks: Sequence[Tensor],
-    activation: str,
+    activation: Activation,
     plan: Sequence[Tensor] | None,
 ) -> int:
     """The number of masks."""

@@ -87,7 +87,7 @@ def predictive_moments(outputs: Tensor, *, variances: Tensor | None = None) -> M
     Ensemble", which divides by E; reference in `pyens.reference.predictive_moments`.
     """
     moments = _predictive_moments(outputs, variances)
-    return Moments(*moments) if variances is not None else Moments(*moments[:4], None, None)
+    return Moments(*(moments if variances is not None else (*moments[:4], None, None)))
 
 
 def _vmap(n: int, dims: Given, given: Given) -> tuple[Given, int, tuple[int, ...]]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyens._types import ActivationStrength
+from pyens._types import Activation, ActivationStrength
 from pyens.reference.activations import ACTIVATIONS
 
 
@@ -17,7 +17,7 @@ def activation_strength(
     mean: Tensor,
     std: Tensor,
     *,
-    activation: str = "relu",
+    activation: Activation = "relu",
     bitpack: bool = False,
 ) -> ActivationStrength:
     """See `pyens.ops.activation_strength`."""
@@ -45,5 +45,5 @@ def strength(h: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
 
 def pack_bits(active: Tensor) -> Tensor:
     """bool `[.., H]` to uint8 `[.., ⌈H/8⌉]`: unit u is bit u % 8 of byte u // 8, the lowest bit first."""
-    eights = F.pad(active, (0, -active.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    eights: Tensor = F.pad(active, (0, -active.shape[-1] % 8)).unflatten(-1, (-1, 8))
     return (eights << torch.arange(8, device=active.device)).sum(-1).to(torch.uint8)

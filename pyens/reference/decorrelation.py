@@ -2,8 +2,12 @@
 
 from torch import Tensor
 
+from pyens._types import Decorrelation, Reduction
 
-def decorrelation_loss(outputs: Tensor, *, kind: str = "correlation", reduction: str = "sum") -> Tensor:
+
+def decorrelation_loss(
+    outputs: Tensor, *, kind: Decorrelation = "correlation", reduction: Reduction = "sum"
+) -> Tensor:
     """See `pyens.ops.decorrelation_loss`."""
     z = outputs.unsqueeze(-1) if outputs.dim() == 2 else outputs  # [J, B, K] or [M, J, B, K]
     z = z.movedim(-1, -3)  # [.., K, J, B]

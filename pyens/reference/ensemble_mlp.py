@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyens._types import Activation
 from pyens.reference.activations import ACTIVATIONS
 
 
@@ -13,7 +14,7 @@ def ensemble_mlp(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor] | None = None,
     *,
-    activation: str = "relu",
+    activation: Activation = "relu",
     dropout: float = 0.0,
     dropout_seeds: Tensor | None = None,
 ) -> Tensor:
@@ -24,7 +25,9 @@ def ensemble_mlp(
         if layer > 0:
             hidden = act(hidden)
             if dropout > 0:
-                kept = kept_by_dropout(dropout_seeds, layer - 1, *hidden.shape[1:], dropout)
+                assert dropout_seeds is not None
+                _, rows, units = hidden.shape
+                kept = kept_by_dropout(dropout_seeds, layer - 1, rows, units, dropout)
                 hidden = torch.where(kept, hidden / (1 - dropout), 0)
         hidden = torch.matmul(hidden, weight.transpose(1, 2))  # [E, B, out]
         if biases:

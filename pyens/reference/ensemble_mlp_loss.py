@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyens._types import Activation, Loss
 from pyens.reference.ensemble_mlp import ensemble_mlp
 
 
@@ -30,7 +31,7 @@ def _cross_entropy(output: Tensor, target: Tensor, temperature: float) -> Tensor
 
 
 # Outputs [E, B, O] and target -> the loss of each example, [E, B].
-LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+LOSSES: dict[Loss, Callable[[Tensor, Tensor, float], Tensor]] = {
     "mse": _mse,
     "bce": _bce,
     "gaussian_nll": _gaussian_nll,
@@ -44,8 +45,8 @@ def ensemble_mlp_loss(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor] | None = None,
     *,
-    loss: str,
-    activation: str = "relu",
+    loss: Loss,
+    activation: Activation = "relu",
     temperature: float = 1.0,
     sample_weight: Tensor | None = None,
     dropout: float = 0.0,
@@ -65,7 +66,7 @@ def mean_losses(
     run: Callable[[Tensor], Tensor],
     input: Tensor,
     target: Tensor,
-    loss: str,
+    loss: Loss,
     temperature: float,
     sample_weight: Tensor | None,
 ) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyens._types import Activation, Loss
 from pyens.reference.activations import ACTIVATIONS
 from pyens.reference.ensemble_mlp_loss import mean_losses
 
@@ -16,7 +17,7 @@ def masked_mlp(
     biases: Sequence[Tensor] | None,
     masks: Sequence[Tensor],
     *,
-    activation: str = "relu",
+    activation: Activation = "relu",
 ) -> Tensor:
     """One MLP under N masks: mask n leaves, of each hidden layer l, the units of masks[l][n].
 
@@ -34,7 +35,7 @@ def masked_mlp(
                 weight = weight[:, masks[layer - 1][n]]
             if layer < len(masks):
                 weight = weight[masks[layer][n]]
-                bias = bias[masks[layer][n]] if biases else None
+                bias = None if bias is None else bias[masks[layer][n]]
             hidden = F.linear(hidden, weight, bias)
             if layer < len(masks):
                 hidden = act(hidden)
@@ -49,8 +50,8 @@ def masked_mlp_loss(
     biases: Sequence[Tensor] | None,
     masks: Sequence[Tensor],
     *,
-    loss: str,
-    activation: str = "relu",
+    loss: Loss,
+    activation: Activation = "relu",
     temperature: float = 1.0,
     sample_weight: Tensor | None = None,
 ) -> Tensor:

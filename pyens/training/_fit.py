@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from pyens._files import only_writer
+from pyens._types import Loss
 from pyens.nn import Ensemble
 from pyens.training import _checks
 from pyens.training import checkpoint as checkpoints
@@ -24,7 +25,7 @@ def fit(
     model: Ensemble,
     data: Sequence[Tensor],
     *,
-    loss: str,
+    loss: Loss,
     epochs: int,
     batch_size: int,
     optimizer: MakeOptimizer,

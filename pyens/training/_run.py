@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyens._types import Loss
 from pyens.nn import Ensemble
 from pyens.nn.ensemble import check_temperature
 from pyens.optim import load_member_state, member_state
@@ -33,7 +34,7 @@ class Run:
         model: Ensemble,
         data: Sequence[Tensor],
         *,
-        loss: str,
+        loss: Loss,
         temperature: float,
         batch_size: int,
         optimizer: MakeOptimizer,
@@ -191,8 +192,8 @@ class Run:
             _require(saved[group].keys() == own.keys(), f"{group} of other names")
             for name, tensor in saved[group].items():
                 shared = self.model.shares_parameters
-                shape = own[name].shape if shared else (len(trained), *own[name].shape[1:])
-                same = tensor.shape == shape and tensor.dtype == own[name].dtype
+                expected = own[name].shape if shared else (len(trained), *own[name].shape[1:])
+                same = tensor.shape == expected and tensor.dtype == own[name].dtype
                 _require(same, f"{group}[{name!r}] of another form")
                 if trained.any():
                     known = tensor if shared else tensor[trained]

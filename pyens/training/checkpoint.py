@@ -57,7 +57,7 @@ def load(path: Path, described: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def describe_tensor(tensor: Tensor) -> str:
     stored = tensor.detach().cpu().contiguous()
-    bits = zlib.crc32(stored.reshape(-1).view(torch.uint8).numpy())
+    bits = zlib.crc32(stored.reshape(-1).view(torch.uint8).numpy().data)
     return f"{stored.dtype} {list(stored.shape)} crc32 {bits:08x}"
 
 

@@ -37,7 +37,8 @@ class History:
     @property
     def epochs(self) -> np.ndarray:
         """int64 `[E]`: how many epochs each member trained for."""
-        return np.isfinite(self.train_loss).sum(0)
+        epochs: np.ndarray = np.isfinite(self.train_loss).sum(0)
+        return epochs
 
     @property
     def diverged(self) -> np.ndarray:

@@ -22,7 +22,7 @@ except ImportError as error:
     ) from error
 
 from pyens import metrics
-from pyens._types import ActivationStrength
+from pyens._types import ActivationStrength, StrengthFeatures, VariationTask
 from pyens.nn import EnsembleMLP
 from pyens.optim import fused
 from pyens.training import fit
@@ -82,11 +82,13 @@ class VariationEstimator(RegressorMixin, BaseEstimator):
     and values have no limit; patience and the share for early stopping are not given.
     """
 
+    head_: VariationHead
+
     def __init__(
         self,
         *,
-        task: str = "regression",
-        features: str = "both",
+        task: VariationTask = "regression",
+        features: StrengthFeatures = "both",
         hidden_features: Sequence[int] = (100, 50),
         batch_size: int = 256,
         learning_rate: float = 1e-3,
@@ -131,9 +133,7 @@ class VariationEstimator(RegressorMixin, BaseEstimator):
     def predict_bucket(self, X: Strength) -> np.ndarray:
         """int64 `[B]`: the most probable bucket; of a regression the one that the PV falls into."""
         estimate = self._estimate(X)
-        if self.task == "classification":
-            return estimate.argmax(1)
-        return self._bucket(estimate)
+        return np.argmax(estimate, 1) if self.task == "classification" else self._bucket(estimate)
 
     @available_if(_classifies)
     def predict_proba(self, X: Strength) -> np.ndarray:

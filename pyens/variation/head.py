@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from pyens._types import ActivationStrength
+from pyens._types import ActivationStrength, StrengthFeatures, VariationTask
 from pyens.nn import EnsembleMLP
 
-FEATURES = ("binary", "value", "both")
-TASKS = ("regression", "classification")
+FEATURES, TASKS = get_args(StrengthFeatures), get_args(VariationTask)
 # Values count up to this many deviations. A unit that was all but silent in training has a tiny deviation:
 # where it does fire it is thousands of them away, and one such example outweighs all others.
 MAX_DEVIATIONS = 10.0
@@ -61,8 +60,8 @@ class VariationHead(nn.Module):
         super().__init__()
         self.mlp = mlp
         self.params = {name: _plain(value) for name, value in params.items()}
-        self.task: str = params["task"]
-        self.features: str = params["features"]
+        self.task: VariationTask = params["task"]
+        self.features: StrengthFeatures = params["features"]
         self.register_buffer("limit", limit)
         self.register_buffer("thresholds", thresholds)
         self.requires_grad_(False).eval()
@@ -85,7 +84,7 @@ class VariationHead(nn.Module):
         return self._answer(features.clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS))
 
     def _answer(self, columns: Tensor) -> Tensor:
-        output = self.mlp(columns)  # [1, B, 1 or buckets]
+        output: Tensor = self.mlp(columns)  # [1, B, 1 or buckets]
         if self.task == "classification":
             return output[0].softmax(1)
         return output.flatten().clamp_min(0).minimum(self.limit)

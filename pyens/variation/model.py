@@ -90,6 +90,7 @@ class VariationModel(nn.Module):
         """What the target takes -> its output `[B, O]`, and the estimated variation `[B]`; of an estimator
         that classifies the probabilities of the buckets, `[B, buckets]`."""
         target = self.target
+        assert target.activation is not None
         weights, biases = target.stacked()
         output, value, active = activation_strength(
             target.features(*inputs), weights, biases, self.mean, self.std, activation=target.activation

@@ -73,10 +73,10 @@ def strength_of(
         value, active = h, h > 0
     else:
         for name, statistic in (("mean", mean), ("std", std)):
-            units = h.shape[-1:]
-            if statistic.shape != units and (members is None or statistic.shape != (members, *units)):
+            each = h.shape[-1:]
+            if statistic.shape != each and (members is None or statistic.shape != (members, *each)):
                 raise ValueError(
-                    f"strength_of: {name}: expected {list(units)}, a number for each unit, "
+                    f"strength_of: {name}: expected {list(each)}, a number for each unit, "
                     f"got shape {list(statistic.shape)}"
                 )
         value, active = strength(h, *(s.unsqueeze(-2) if s.dim() == 2 else s for s in (mean, std)))

@@ -1,5 +1,7 @@
 """A factor for each feature of each member."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from pyens import reference
@@ -32,4 +34,4 @@ def _vmap(n: int, dims: Given, given: Given) -> tuple[Given, int, tuple[int, ...
     return join_members(n, dims, given, {"scale": 2, "input": 3})
 
 
-_gain = operation("gain", reference.gain, _vmap)
+_gain: Callable[..., Tensor] = operation("gain", reference.gain, _vmap)
