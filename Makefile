@@ -101,7 +101,7 @@ clean: ## remove what was built
 distclean: clean ## and .venv
 	rm -rf $(VENV)
 
-$(BUILT): $(INSTALLED) $(filter csrc/%,$(CXX_FILES)) setup.py pyens/_version.py
+$(BUILT): $(INSTALLED) $(filter csrc/%,$(CXX_FILES)) setup.py pyens/_version.py build/environment
 	@echo "building pyens._operations and pyens._C"
 	@$(PY) $(BUILD_EXT)
 
@@ -116,6 +116,12 @@ $(INSTALLED): $(VENV)/torch requirements-dev.txt
 $(VENV)/torch: FORCE
 	@mkdir -p $(VENV)
 	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' >$@
+
+# Holds what the environment says of the build, and is touched only when that changes.
+build/environment: FORCE
+	@mkdir -p build
+	@env | LC_ALL=C sort | sed -nE '/^(PYENS_CUDA|CXX|C(PP|XX)?FLAGS|LDFLAGS|TORCH_CUDA_ARCH_LIST|CUDA_HOME)=/p' >$@.now
+	@cmp -s $@.now $@ && rm $@.now || mv $@.now $@
 
 # Without their dependencies: what they need of them is there.
 $(VENV)/peers: $(INSTALLED)

@@ -3,38 +3,77 @@
 Environment:
     PYENS_CUDA=0|1|auto   build the CUDA kernels; auto (default): if torch is a CUDA build and nvcc is there
     TORCH_CUDA_ARCH_LIST  compute capabilities to compile for (default: 8.0 and 9.0, with PTX for later ones)
+    CXX, CXXFLAGS         the C++ compiler, and flags for it after those from here
     MAX_JOBS              how many compilers run at once
+
+What is missing is said before anything is built, and also before pip fetches what pyens needs to run.
 """
 
+import hashlib
 import json
 import os
 import platform
+import re
 import runpy
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import setuptools
+from setuptools.command.build_py import build_py
 
 try:
     import torch
     from torch.utils import cpp_extension
 except ImportError as error:
     raise SystemExit(
-        "pyens compiles against the torch that it will run with, and none can be imported here.\n"
-        "Install torch first, then run: pip install --no-build-isolation ."
+        "pyens compiles against the torch that it will run with, and none can be imported here: pip builds "
+        "in an environment of its own unless it is told not to.\n"
+        "Install torch 2.11 or later first, and setuptools, ninja and a C++ compiler. "
+        "Then run: pip install --no-build-isolation ."
     ) from error
 
-if tuple(map(int, setuptools.__version__.split(".")[:2])) < (70, 1):
-    raise SystemExit(
-        f"pyens needs setuptools 70.1 or later to build, and this is {setuptools.__version__}.\n"
-        "Run: pip install --upgrade setuptools ninja"
-    )
+
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
+
+
+for name, version, least in (
+    ("torch", torch.__version__, "2.11"),
+    ("setuptools", setuptools.__version__, "70.1"),
+):
+    if numbers(version) < numbers(least):
+        raise SystemExit(
+            f"pyens needs {name} {least} or later to build, and this is {version}.\n"
+            f"Run: pip install --upgrade {name}"
+        )
+
+# Where the environment is not activated, its ninja is not on PATH.
+os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
 
 ROOT = Path(__file__).resolve().parent
 VERSION = runpy.run_path(str(ROOT / "pyens" / "_version.py"))["__version__"]
+COMPILER = shlex.split(cpp_extension.get_cxx_compiler())
+
+
+def check_compiler() -> None:
+    """Whether there is a compiler that knows the C++ that torch's headers are written in."""
+    standard = "c++20" if numbers(torch.__version__) >= (2, 13) else "c++17"
+    command = [*COMPILER, f"-std={standard}", "-fsyntax-only", "-x", "c++", os.devnull]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", "").strip() or error
+        raise SystemExit(
+            f"pyens needs a {standard.upper()} compiler, and {shlex.join(COMPILER)!r} is none: {said}\n"
+            "Install one, such as g++, or set CXX to one that is there."
+        ) from None
+
+
+check_compiler()
 
 
 def wants_cuda() -> bool:
@@ -71,6 +110,8 @@ def extension(name: str, sources: list[str], **options: Any) -> setuptools.Exten
     cxx += ["-fopenmp"]
     # Torch's headers as system headers: their warnings are not ours to mend.
     cxx += [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    # Setuptools gives them to the linker alone.
+    cxx += shlex.split(os.environ.get("CXXFLAGS", ""))
     compile_args = {"cxx": cxx}
     if CUDA:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
@@ -102,6 +143,27 @@ def extensions() -> list[setuptools.Extension]:
     ]
 
 
+def settings() -> str:
+    """A name for what objects are made with. Ninja sees no more of that than command lines and our sources:
+    behind one and the same command line there may be another compiler and other headers of torch."""
+    compilers = [COMPILER, *([[os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc")]] if CUDA else [])]
+    versions = [subprocess.run([*c, "--version"], capture_output=True).stdout for c in compilers]
+    flags = ("CFLAGS", "CPPFLAGS", "CXXFLAGS", "LDFLAGS", "NVCC_APPEND_FLAGS", "TORCH_CUDA_ARCH_LIST")
+    made_with = compilers, versions, [os.environ.get(name) for name in flags]
+    digest = hashlib.sha256(repr(made_with).encode()).hexdigest()[:8]
+    return f"torch-{torch.__version__}{'-cuda' * CUDA}-{digest}"
+
+
+class BuildPy(build_py):
+    """Copies the modules to where the wheel is made from."""
+
+    def run(self) -> None:
+        # An earlier build may have left modules and libraries there that are gone.
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "pyens", ignore_errors=True)
+        super().run()
+
+
 class BuildExtension(cpp_extension.BuildExtension):
     """Compiles with ninja, then writes down beside the extension what it was built for.
 
@@ -110,8 +172,8 @@ class BuildExtension(cpp_extension.BuildExtension):
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        # Ninja does not watch torch's headers: another torch gets a folder of its own.
-        self.build_temp = os.path.join(self.build_temp, f"torch-{torch.__version__}{'-cuda' * CUDA}")
+        self.build_temp = os.path.join(self.build_temp, settings())
+        self.force = True  # ninja knows what is up to date; without it, all is compiled
 
     def build_extensions(self) -> None:
         """Has csrc/ops/torch.h precompiled where the compiler is GCC: headers take most of a source's time.
@@ -122,7 +184,7 @@ class BuildExtension(cpp_extension.BuildExtension):
         folder = Path(self.build_temp).resolve() / "precompiled"
         name = "_write_ninja_file_and_compile_objects"
         compile_objects = getattr(cpp_extension, name, None)
-        compiler = cpp_extension.get_cxx_compiler()
+        compiler = shlex.join(COMPILER)
         if compile_objects is None or not cpp_extension.check_compiler_is_gcc(compiler):
             return super().build_extensions()
 
@@ -136,8 +198,10 @@ class BuildExtension(cpp_extension.BuildExtension):
                 header.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, header)  # for what preprocesses apart, as ccache does
                 flags = " ".join([*options["cflags"], *options["post_cflags"]])
-                files = f"-x c++-header {shlex.quote(str(header))} -o {shlex.quote(str(precompiled))}"
+                whole = precompiled.with_suffix(".partial")  # a build that is killed leaves no half of it
+                files = f"-x c++-header {shlex.quote(str(header))} -o {shlex.quote(str(whole))}"
                 subprocess.run(f"{compiler} {flags} {files}", shell=True, check=True)
+                whole.replace(precompiled)
             compile_objects(**options)
 
         for extension in self.extensions:
@@ -163,5 +227,5 @@ class BuildExtension(cpp_extension.BuildExtension):
 setuptools.setup(
     license="Apache-2.0",
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildExtension, "build_py": BuildPy},
 )
