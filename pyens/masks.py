@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyens._kinds import check_number, check_tensor
+
 __all__ = ["expected_iou", "generate_masks", "mask_iou", "masks_for_channels", "model_size"]
 
 
@@ -92,6 +94,7 @@ def mask_iou(masks: Tensor) -> float:
         TypeError: masks that are not boolean.
         ValueError: another shape, or fewer than two masks.
     """
+    check_tensor("mask_iou", "masks", masks)
     if masks.dtype != torch.bool:
         raise TypeError(f"mask_iou: masks: expected bool, got {str(masks.dtype).removeprefix('torch.')}")
     if masks.dim() != 2 or masks.shape[0] < 2:
@@ -130,6 +133,8 @@ def model_size(
     Raises:
         ValueError: a size, N or S below 1.
     """
+    if not isinstance(num_ones, Sequence):
+        raise TypeError(f"model_size: num_ones: expected a list of ints, got {type(num_ones).__name__}")
     hidden = {f"num_ones[{layer}]": ones for layer, ones in enumerate(num_ones)}
     check(
         "model_size", scale, in_features=in_features, out_features=out_features, num_masks=num_masks, **hidden
@@ -144,6 +149,7 @@ def check(function: str, scale: float = 1.0, **sizes: int) -> None:
     for argument, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{function}: {argument}: expected a positive integer, got {size!r}")
+    check_number(function, "scale", scale)
     if not scale >= 1:
         raise ValueError(f"{function}: scale: expected at least 1, got {scale}")
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyens._kinds import REAL, check_number, check_tensor
+
 
 def in_full_precision(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Runs it outside of autocast, on at least float32, after the checks on shape and dtype of `outputs`."""
@@ -32,9 +34,8 @@ def reduce_labels(losses: Tensor, outputs: Tensor, reduction: str) -> Tensor:
 
 
 def check_outputs(function: str, outputs: Tensor) -> None:
-    if not isinstance(outputs, Tensor):
-        raise TypeError(f"{function}: outputs: expected a tensor, got {type(outputs).__name__}")
-    if not outputs.is_floating_point():
+    check_tensor(function, "outputs", outputs)
+    if outputs.dtype not in REAL:
         raise TypeError(f"{function}: outputs: expected a floating dtype, got {outputs.dtype}")
     if outputs.ndim not in (2, 3, 4):
         raise ValueError(
@@ -46,5 +47,6 @@ def check_outputs(function: str, outputs: Tensor) -> None:
 
 
 def check_positive(function: str, argument: str, value: float) -> None:
+    check_number(function, argument, value)
     if not value > 0:
         raise ValueError(f"{function}: {argument}: expected a number > 0, got {value}")

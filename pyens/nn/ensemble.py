@@ -17,6 +17,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from typing_extensions import Self
 
+from pyens._kinds import check_tensor
 from pyens.reference.ensemble_mlp_loss import LOSSES, mean_losses
 
 Indices = Sequence[int] | slice | Tensor
@@ -96,9 +97,15 @@ class Ensemble(nn.Module):
         if loss not in LOSSES:
             raise ValueError(f'loss: loss: expected one of {", ".join(LOSSES)}, got "{loss}"')
         check_temperature("loss", loss, temperature)
+        check_tensor("loss", "target", target)
         if sample_weight is not None:
+            check_tensor("loss", "sample_weight", sample_weight)
+            for i, tensor in enumerate(inputs):
+                if isinstance(tensor, Tensor):
+                    check_tensor("loss", f"batch[{i}]", tensor)
             inputs = [_without_left_out(t, sample_weight, self.ensemble_size) for t in inputs]
         output = self(*inputs, **options)
+        check_tensor("loss", "output", output)
         if output.dim() != 3 or len(output) != self.ensemble_size:
             raise ValueError(
                 f"loss: output: expected [{self.ensemble_size}, B, O] from forward, "
@@ -238,6 +245,8 @@ class Ensemble(nn.Module):
         return True
 
     def _check_member(self, i: int) -> None:
+        if not hasattr(i, "__index__"):
+            raise TypeError(f"member: i: expected an integer, got {type(i).__name__}")
         if not -self.ensemble_size <= i < self.ensemble_size:
             raise IndexError(f"member: i: expected below {self.ensemble_size}, got {i}")
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pyens._kinds import check_tensor
 from pyens.masks import check
 from pyens.nn._assignment import MODES, check_mode
 from pyens.nn.masked_conv import MaskedConv2d
@@ -123,6 +124,7 @@ def forward_tiled(module: nn.Module, input: Tensor) -> Tensor:
         ValueError: a module without mask layers, or with layers of different numbers of masks.
     """
     layers = _mask_layers("forward_tiled", module)
+    check_tensor("forward_tiled", "input", input)
     num_masks, *others = {layer.num_masks for layer in layers}
     if others:
         found = sorted([num_masks, *others])
@@ -139,6 +141,8 @@ def forward_tiled(module: nn.Module, input: Tensor) -> Tensor:
 
 
 def _mask_layers(function: str, module: nn.Module) -> list[_Masksembles]:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{function}: module: expected an nn.Module, got {type(module).__name__}")
     layers = [layer for layer in module.modules() if isinstance(layer, _Masksembles)]
     if not layers:
         raise ValueError(f"{function}: module: expected one with Masksembles layers, got none")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from pyens._kinds import check_tensor
 from pyens.masks import check, masks_for_channels
 from pyens.nn._assignment import MODES, assign_masks, check_mode
 from pyens.ops import mask_channels
@@ -80,6 +81,7 @@ class _Masksembles(nn.Module):
 
     def _check(self, input: Tensor) -> None:
         """The rank, which the operation leaves open, and the channels."""
+        check_tensor(type(self).__name__, "input", input)
         if input.dim() != 1 + self._shape.count(",") or input.shape[1] != self.channels:
             raise ValueError(
                 f"{type(self).__name__}: input: expected {self._shape.replace('C', str(self.channels))}, "
@@ -131,6 +133,7 @@ class Masksembles1D(_Masksembles):
     """
 
     def _check(self, input: Tensor) -> None:
+        check_tensor("Masksembles1D", "input", input)
         if input.dim() < 2 or input.shape[-1] != self.channels:
             raise ValueError(
                 f"Masksembles1D: input: expected [B, {self.channels}] or [B, T, {self.channels}], "

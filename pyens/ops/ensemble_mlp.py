@@ -65,7 +65,7 @@ def ensemble_mlp(
 
     Source: the members are those of "Deep Ensemble"; reference in `pyens.reference.ensemble_mlp`.
     """
-    return _ensemble_mlp(input, weights, biases or (), activation, dropout, dropout_seeds)
+    return _ensemble_mlp(input, weights, () if biases is None else biases, activation, dropout, dropout_seeds)
 
 
 def _vmap(n: int, dims: Given, given: Given) -> tuple[Given, int, tuple[int, ...]]:
@@ -82,7 +82,7 @@ def prepack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -
 
     The layout belongs to the instruction set that this process runs on: make it at run time, never store it.
     """
-    return torch.ops.pyens.ensemble_mlp_prepack(list(weights), list(biases or ()))
+    return torch.ops.pyens.ensemble_mlp_prepack(list(weights), [] if biases is None else list(biases))
 
 
 def ensemble_mlp_packed(
@@ -98,7 +98,7 @@ def ensemble_mlp_packed(
     `packed` is `prepack(weights, biases)`. Large batches read `weights` and `biases`. Not differentiable:
     backward raises.
     """
-    return _ensemble_mlp_packed(input, packed, weights, biases or (), activation)
+    return _ensemble_mlp_packed(input, packed, weights, () if biases is None else biases, activation)
 
 
 _ensemble_mlp_packed = operation("ensemble_mlp_packed")
