@@ -4,7 +4,7 @@ function and the argument."""
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -561,3 +561,190 @@ def test_wrong_kinds_are_refused_by_name(case: Case, argument: str) -> None:
             found = repr(error)
         bad.append(f"{kind}: {str(found)[:SHORT]}")
     assert not bad, "\n".join(bad)
+
+
+@pytest.mark.filterwarnings("ignore:.*will be removed")
+def test_hints_say_what_is_meant() -> None:
+    for value, hint in (
+        (X.numpy(), "got numpy.ndarray: torch.from_numpy makes a tensor of it"),
+        (X.tolist(), "got list: torch.tensor makes a tensor of numbers"),
+        ([X, TARGET], "got list of 2, with tensors in it: of a batch of a DataLoader, .* entry 0"),
+        (X.to_sparse(), "got torch.sparse_coo: to_dense makes a dense one"),
+        (
+            torch.quantize_per_tensor(X, 0.1, 0, torch.qint8),
+            "got a quantized one: dequantize makes a dense one",
+        ),
+    ):
+        with pytest.raises(TypeError, match=rf"^ensemble_mlp: input: expected a .*tensor, {hint}"):
+            MLP(value)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, TARGET), batch_size=2)
+    with pytest.raises(TypeError, match=r"DataLoader"):
+        MLP(next(iter(loader)))
+
+
+def test_numbers_out_of_range_are_short_too() -> None:
+    with pytest.raises(TypeError, match=r"^ensemble_mlp: dropout: expected a number, got int$"):
+        ops.ensemble_mlp(X, WEIGHTS, dropout=10**400)
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules")
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_modules_of_other_dtypes_are_refused(dtype: torch.dtype) -> None:
+    modules = {
+        r"ensemble_mlp: weights\[0\]": pyens.EnsembleMLP(E, INPUTS, [HIDDEN], OUTPUTS).to(dtype),
+        r"ensemble_embedding: weight": pyens.EnsembleEmbedding(E, 4, 2, dtype=dtype),
+        r"MaskedMLP: input|masked_mlp: weights\[0\]": pyens_nn.MaskedMLP(
+            E, INPUTS, [HIDDEN], OUTPUTS, scale=2.0
+        ).to(dtype),
+    }
+    for said, module in modules.items():
+        for input in (X, X.to(dtype)) if "embedding" not in said else (INDEX,):
+            with pytest.raises(TypeError, match=rf"^({said}|ensemble_mlp: input): expected .*, got "):
+                module(input)
+
+
+def test_any_sequence_of_tensors_is_a_list() -> None:
+    expected = ops.ensemble_mlp(X, WEIGHTS, BIASES)
+    for make in (tuple, nn.ParameterList, iter, lambda tensors: (tensor for tensor in tensors)):
+        assert torch.equal(ops.ensemble_mlp(X, make(WEIGHTS), make(BIASES)), expected)
+    with pytest.raises(ValueError, match=r"weights\[1\]: expected in = out of weights\[0\]"):
+        ops.ensemble_mlp(X, iter(WEIGHTS[:1] * 2), BIASES)
+
+
+def test_within_transforms_and_for_derivatives() -> None:
+    for run in (torch.func.grad, torch.func.vmap):
+        with pytest.raises(TypeError, match=r"^ensemble_mlp: biases: expected a list of tensors, got one"):
+            run(lambda x: ops.ensemble_mlp(x.reshape(1, -1), WEIGHTS, BIASES[0]).sum())(X)
+    with pytest.raises(TypeError, match=r"^ensemble_mlp_loss: target: expected a tensor, got list"):
+        torch.func.grad(lambda w: ops.ensemble_mlp_loss(X, [1.0], [w, WEIGHTS[1]], loss="mse").sum())(
+            WEIGHTS[0]
+        )
+
+
+class Logged(torch.Tensor):
+    """A tensor that writes down what is called with it."""
+
+    seen: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen.append(str(func))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Mode(torch.overrides.TorchFunctionMode):
+    """A mode that writes down what is called in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+class Stranger:
+    """No tensor; answers torch's functions itself."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return str(func)
+
+
+OPERATIONS = [name for name in CASES if name.startswith("ops.")]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_classes_and_modes_that_override_functions_see_the_operation(name: str) -> None:
+    case, op = CASES[name], name.removeprefix("ops.").replace("masked_mlp", "ensemble_mlp")
+    expected = case.call(**case.right)
+    with Mode() as mode:
+        case.call(**case.right)
+    assert f"pyens.{op}.default" in mode.seen
+    for argument, right in case.right.items():
+        if isinstance(right, str):
+            continue
+        in_list = isinstance(right, list)
+        logged = [right[0].as_subclass(Logged), *right[1:]] if in_list else right.as_subclass(Logged)
+        Logged.seen.clear()
+        found = case.call(**case.right | {argument: logged})
+        if argument != "masks" or op == "mask_channels":  # of masked_mlp the masks reach no operation
+            assert f"pyens.{op}.default" in Logged.seen
+        for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (found, expected)), strict=True):
+            if argument != "masks" or op == "mask_channels":
+                assert type(one) is Logged
+            assert torch.equal(one.as_subclass(torch.Tensor), other)
+
+
+def test_what_is_no_tensor_may_override_functions_too() -> None:
+    assert ops.ensemble_mlp(Stranger(), WEIGHTS) == "pyens.ensemble_mlp.default"
+    assert ops.ensemble_mlp(X, [Stranger(), WEIGHTS[1]]) == "pyens.ensemble_mlp.default"
+
+
+def test_a_class_that_overrides_functions_has_gradients_and_modules() -> None:
+    x = X.clone().as_subclass(Logged).requires_grad_()
+    Logged.seen.clear()
+    MLP(x).sum().backward()
+    assert "pyens.ensemble_mlp.default" in Logged.seen
+    plain = X.clone().requires_grad_()
+    MLP(plain).sum().backward()
+    assert torch.equal(x.grad.as_subclass(torch.Tensor), plain.grad)
+    with torch.device("cpu"):  # a mode of torch's own
+        assert torch.equal(MLP(X), MLP(plain.detach()))
+
+
+def test_on_meta() -> None:
+    packed = prepack(WEIGHTS, BIASES)
+    x, weights, biases = X.to("meta"), [w.to("meta") for w in WEIGHTS], [b.to("meta") for b in BIASES]
+    for arguments in (
+        (X, packed.to("meta"), WEIGHTS, BIASES),
+        (x, packed, weights, biases),
+        (x, packed.to("meta"), WEIGHTS, BIASES),
+        (X, packed.to("meta"), WEIGHTS),
+    ):
+        with pytest.raises(TypeError, match=r"(packed|input): expected the device of weights\[0\]"):
+            ensemble_mlp_packed(*arguments)
+    assert ensemble_mlp_packed(x, packed.to("meta"), weights, biases).is_meta
+    with pytest.raises(TypeError, match=r"^nll: probabilities: expected a tensor with values, got"):
+        metrics.nll(P.to("meta"), LABELS)
+
+
+@pytest.mark.parametrize("mode", ["tiled", "grouped", "round_robin", "random"])
+def test_masked_models_on_meta_say_shapes(mode: str) -> None:
+    network = nn.Sequential(nn.Linear(INPUTS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, OUTPUTS))
+    for model in (
+        pyens_nn.MaskedMLP(E, INPUTS, [HIDDEN, 7], OUTPUTS, scale=2.0, device="meta"),
+        pyens_nn.MaskedMLP(E, INPUTS, [HIDDEN], OUTPUTS, scale=2.0).to("meta"),
+        pyens_nn.mc_dropout(network, E, 0.5).to("meta"),
+        pyens_nn.mc_dropout(network.to("meta"), E, 0.5),
+    ):
+        output = model(X.to("meta"), mode=mode)
+        assert output.is_meta and output.shape == ((E, B, OUTPUTS) if mode == "tiled" else (B, OUTPUTS))
+        loss = model.loss(X.to("meta"), TARGET.to("meta"), loss="mse", mode=mode)
+        assert loss.is_meta and loss.shape == ((E,) if mode == "tiled" else ())
+        with pytest.raises(ValueError, match=r"stacked: expected masks .*, got masks on meta"):
+            model.stacked()
+
+
+def test_absurd_sizes_are_refused_at_once() -> None:
+    huge = 2**62
+    mlp = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    for call, said in (
+        (lambda: pyens_nn.Masksembles1D(huge, 3, 2.0), "Masksembles1D: channels"),
+        (lambda: pyens_nn.Masksembles2D(2**30, 3, 2.0), "Masksembles2D: channels"),
+        (lambda: pyens_nn.Masksembles1D(3, 2**39, 2.0), "Masksembles1D: channels"),
+        (lambda: pyens_nn.MaskedConv2d(2**30, 1, 1, 3, 2.0), "MaskedConv2d: in_channels"),
+        (lambda: pyens_nn.MaskedMLP(3, 2, [4, 2**30], 1, scale=2.0), r"MaskedMLP: hidden_features\[1\]"),
+        (lambda: pyens_nn.mc_dropout(mlp, 2**30, 0.5), "mc_dropout: num_masks"),
+        (lambda: pyens_nn.insert_masksembles_(mlp, 2**30, 2.0), r"insert_masksembles_: num_masks \(of 2\)"),
+        (lambda: masks.masks_for_channels(2**30, 3, 2.0), "masks_for_channels: channels"),
+        (lambda: masks.generate_masks(2**30, 3, 2.0), "generate_masks: num_ones"),
+        (lambda: masks.generate_masks(2, 3, 1e300), "generate_masks: num_ones"),
+        (lambda: pyens.EnsembleMLP(huge, 2, [3], 1), "EnsembleMLP: ensemble_size"),
+        (lambda: pyens.EnsembleLinear(2, huge, 1), "EnsembleLinear: in_features"),
+        (lambda: pyens.EnsembleEmbedding(2, huge, 1), "EnsembleEmbedding: num_embeddings"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{said}: expected .*, got "):
+            call()
+    assert type(mlp[2]) is nn.Linear

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from pyens._kinds import REAL, check_real, check_tensor
-from pyens.masks import check, masks_for_channels
+from pyens.masks import check, check_masks, masks_for_channels
 from pyens.nn import _sequential
 from pyens.nn._assignment import MODES, assign_masks, check_mode
 from pyens.nn._buffers import BufferList, Derived
@@ -82,6 +82,7 @@ class MaskedMLP(Derived, Ensemble):
             out_features=out_features,
             **widths,
         )
+        check_masks("MaskedMLP", ensemble_size, **widths)
         masks = [masks_for_channels(w, ensemble_size, scale, generator=generator) for w in hidden_features]
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         layers = list(itertools.pairwise([in_features, *hidden_features, out_features]))

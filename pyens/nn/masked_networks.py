@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pyens._kinds import check_tensor
-from pyens.masks import check
+from pyens.masks import check, check_masks
 from pyens.nn._assignment import MODES, check_mode
 from pyens.nn.masked_conv import MaskedConv2d
 from pyens.nn.masksembles import Masksembles1D, Masksembles2D, Masksembles3D, _Masksembles
@@ -68,6 +68,10 @@ def insert_masksembles_(
     chosen -= named("exclude", exclude)
     if not chosen:
         raise ValueError("insert_masksembles_: module: expected layers to put masks before, got none")
+    for name in chosen:  # before anything is changed
+        layer = layers[name]
+        inputs = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+        check_masks("insert_masksembles_", num_masks, **{f"num_masks (of {name})": inputs})
     masked: dict[nn.Module, nn.Module] = {}  # a layer in two places stays one
     for name, layer in layers.items():
         if name in chosen:

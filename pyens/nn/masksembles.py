@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from pyens._kinds import check_tensor
-from pyens.masks import check, masks_for_channels
+from pyens.masks import check, check_masks, masks_for_channels
 from pyens.nn._assignment import MODES, assign_masks, check_mode
 from pyens.ops import mask_channels
 
@@ -32,6 +32,7 @@ class _Masksembles(nn.Module):
         super().__init__()
         name = type(self).__name__
         check(name, scale, channels=channels, num_masks=num_masks)
+        check_masks(name, num_masks, channels=channels)
         check_mode(name, mode, (*MODES, "tiled"))
         self.channels = channels
         self.num_masks = num_masks
