@@ -85,8 +85,8 @@ def by_loss(model: Any) -> Callable[..., Any]:
     return lambda **arguments: model.loss(loss="mse", **arguments)
 
 
-def own_loss(input: Any, target: Any, sample_weight: Any) -> Any:
-    return OwnEnsemble().loss(input, target, loss="mse", sample_weight=sample_weight)
+def own_loss(input: Any, target: Any, sample_weight: Any, loss: Any = "mse", temperature: Any = 1.0) -> Any:
+    return OwnEnsemble().loss(input, target, loss=loss, temperature=temperature, sample_weight=sample_weight)
 
 
 def trained(data: Any, validation: Any = 0.0) -> Any:
@@ -195,6 +195,7 @@ CASES = {
         {"input": X, "target": TARGET, "sample_weight": WEIGHT},
         "loss|ensemble_mlp",
         ("sample_weight",),
+        {"loss": STRING, "temperature": NUMBER},
         called={"input": r"(input|batch\[0\])"},
     ),
     "nn.TabularEnsemble": Case(
@@ -580,6 +581,27 @@ def test_hints_say_what_is_meant() -> None:
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, TARGET), batch_size=2)
     with pytest.raises(TypeError, match=r"DataLoader"):
         MLP(next(iter(loader)))
+
+
+def test_others_are_refused_by_name_too() -> None:
+    masked_3d = pyens_nn.Masksembles1D(INPUTS, 2, 2.0)
+    for call, said in (
+        (lambda: MLP.member("0"), "member: i"),
+        (lambda: MASKED.member(0.5), "member: i"),
+        (lambda: masked_3d(X.unsqueeze(1), [0] * B), "Masksembles1D: index"),
+        (lambda: MASKED(X, mode="random", seed="1"), "MaskedMLP: seed"),
+        (lambda: pyens_nn.set_mask_mode_(MASKS, "random"), "set_mask_mode_: module"),
+        (lambda: pyens_nn.forward_tiled(MASKS, X), "forward_tiled: module"),
+        (lambda: metrics.CalibrationError().merge([1]), r"CalibrationError\.merge: other"),
+        (lambda: metrics.PredictiveMoments().merge([1]), r"PredictiveMoments\.merge: other"),
+        (lambda: metrics.PredictiveUncertainty().merge([1]), r"PredictiveUncertainty\.merge: other"),
+        (lambda: variation.ActivationStatistics().merge([1]), r"ActivationStatistics\.merge: other"),
+        (lambda: metrics.confidence_curve(P, thresholds="a"), "confidence_curve: thresholds"),
+    ):
+        with pytest.raises(TypeError, match=rf"^{said}: expected .*, got \w+"):
+            call()
+    with pytest.raises(ValueError, match=r"activation: expected one of .*, got"):
+        pyens.EnsembleMLP(E, INPUTS, [HIDDEN], OUTPUTS, activation=["relu"])
 
 
 def test_numbers_out_of_range_are_short_too() -> None:

@@ -20,7 +20,9 @@ def floats(function: str, argument: str, value: Tensor, *shapes: str, empty_batc
 
     No axis may be empty, except the axis called B where `empty_batch` allows it.
     """
-    tensor(function, argument, value)
+    check_tensor(function, argument, value)
+    if value.is_meta:
+        raise TypeError(f"{function}: {argument}: expected a tensor with values, got one on meta")
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{function}: {argument}: expected float32 or float64, got {_name(value.dtype)}")
     expected = " or ".join(shapes)
@@ -60,7 +62,7 @@ def probabilities(
 def labels(function: str, value: Tensor, probabilities: Tensor) -> None:
     """`value` is one class index per row of the (already checked) `[B, K]` or `[M, B, K]` probabilities."""
     examples, classes = probabilities.shape[-2:]
-    tensor(function, "labels", value)
+    check_tensor(function, "labels", value)
     if value.dtype != torch.int64:
         raise TypeError(f"{function}: labels: expected int64, got {_name(value.dtype)}")
     if value.shape != (examples,):
@@ -99,7 +101,7 @@ def like(function: str, argument: str, value: Tensor, other: str, model: Tensor)
 
 def mask(function: str, argument: str, value: Tensor, other: str, model: Tensor) -> None:
     """`value` is a bool tensor of the shape and device of `model`, the argument called `other`."""
-    tensor(function, argument, value)
+    check_tensor(function, argument, value)
     if value.dtype != torch.bool:
         raise TypeError(f"{function}: {argument}: expected bool, got {_name(value.dtype)}")
     shape(function, argument, value, other, model)
@@ -156,13 +158,6 @@ def share(function: str, argument: str, value: float) -> None:
 def choice(function: str, argument: str, value: str, *allowed: str) -> None:
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{function}: {argument}: expected {' or '.join(allowed)}, got {value!r}")
-
-
-def tensor(function: str, argument: str, value: object) -> None:
-    """`value` is a dense tensor, and has values to look at."""
-    check_tensor(function, argument, value)
-    if value.is_meta:
-        raise TypeError(f"{function}: {argument}: expected a tensor with values, got one on meta")
 
 
 def _axes(shape: str) -> list[str]:

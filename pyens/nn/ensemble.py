@@ -17,7 +17,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from typing_extensions import Self
 
-from pyens._kinds import check_tensor
+from pyens._kinds import check_number, check_tensor
 from pyens.reference.ensemble_mlp_loss import LOSSES, mean_losses
 
 Indices = Sequence[int] | slice | Tensor
@@ -94,7 +94,7 @@ class Ensemble(nn.Module):
                 f"loss: batch: expected what forward takes, then the target, got {len(batch)} arguments"
             )
         *inputs, target = batch
-        if loss not in LOSSES:
+        if not isinstance(loss, str) or loss not in LOSSES:
             raise ValueError(f'loss: loss: expected one of {", ".join(LOSSES)}, got "{loss}"')
         check_temperature("loss", loss, temperature)
         check_tensor("loss", "target", target)
@@ -257,6 +257,7 @@ class Ensemble(nn.Module):
 
 
 def check_temperature(function: str, loss: str, temperature: float) -> None:
+    check_number(function, "temperature", temperature)
     if loss != "cross_entropy" and temperature != 1:
         raise ValueError(
             f"{function}: temperature: expected 1 (only cross_entropy has one) with loss {loss}, "

@@ -346,6 +346,8 @@ class MaskedMLP(Derived, Ensemble):
         self, batch_size: int, mode: str, seed: int | Tensor, device: torch.device
     ) -> tuple[Tensor, int]:
         """Where each row goes among N times `rows` rows, mask by mask, int64 `[B]`; and `rows`."""
+        if not hasattr(seed, "__index__"):
+            raise TypeError(f"MaskedMLP: seed: expected an integer, got {type(seed).__name__}")
         rows = -(-batch_size // self.ensemble_size)
         seed = torch.as_tensor(seed, device=device)
         mask, number = assign_masks(mode, batch_size, self.ensemble_size, seed)

@@ -71,6 +71,8 @@ class _Masksembles(nn.Module):
     def forward(self, input: Tensor, index: Tensor | None = None) -> Tensor:
         """`input` with channels kept or zeroed, row by row as `mode` says, or by mask index[b] for row b."""
         self._check(input)
+        if index is not None:
+            check_tensor(type(self).__name__, "index", index)
         if index is None and self.mode == "tiled":
             input = input.expand(self.num_masks, *input.shape).flatten(0, 1)
         elif index is None and self.mode != "grouped":
