@@ -2,8 +2,11 @@
 // microsecond or two sooner than torch.ops does. The operations are in a library of their own, which
 // pyens/_library.py loads first.
 
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -19,16 +22,80 @@ using pyens::LossOptions;
 using pyens::MLPOptions;
 using pyens::OptionalTensor;
 
+// A tensor argument, or a list of them, as Python gives it. `plain` are tensors that no class or mode which
+// overrides torch's functions stands before, in a list or a tuple.
+template <class T>
+struct Given {
+  T value{};
+  bool plain = true;
+};
+
+bool read(PyObject* from, Tensor& to) {
+  if (!THPVariable_CheckExact(from) || at::impl::torch_function_mode_enabled()) return false;
+  to = THPVariable_Unpack(from);
+  return true;
+}
+bool read(PyObject* from, OptionalTensor& to) {
+  return from == Py_None || read(from, to.emplace());
+}
+bool read(PyObject* from, std::vector<Tensor>& to) {
+  if (!PyList_Check(from) && !PyTuple_Check(from)) return false;
+  to.resize(static_cast<size_t>(PySequence_Fast_GET_SIZE(from)));
+  for (size_t i = 0; i < to.size(); ++i) {
+    if (!read(PySequence_Fast_GET_ITEM(from, static_cast<Py_ssize_t>(i)), to[i])) return false;
+  }
+  return true;
+}
+
+template <class T>
+const T& value(const T& argument) {
+  return argument;
+}
+template <class T>
+const T& value(const Given<T>& argument) {
+  return argument.value;
+}
+template <class T>
+bool is_plain(const T& /*argument*/) {
+  return true;
+}
+template <class T>
+bool is_plain(const Given<T>& argument) {
+  return argument.plain;
+}
+
 // What pybind makes of a Python argument, to become what the dispatcher takes.
 template <class T>
 struct FromPython {
   using type = T;
 };
 template <>
+struct FromPython<const Tensor&> {
+  using type = const Given<Tensor>&;
+};
+template <>
+struct FromPython<const OptionalTensor&> {
+  using type = const Given<OptionalTensor>&;
+};
+template <>
 struct FromPython<TensorList> {
-  using type = const std::vector<Tensor>&;
+  using type = const Given<std::vector<Tensor>>&;
 };
 
+}  // namespace
+
+template <class T>
+struct pybind11::detail::type_caster<Given<T>> {
+  PYBIND11_TYPE_CASTER(Given<T>, make_caster<T>::name);
+  bool load(handle source, bool /*convert*/) {
+    value.plain = read(source.ptr(), value.value);
+    return true;
+  }
+};
+
+namespace {
+
+// None where the arguments are not plain: torch.ops calls what overrides it, and refuses what is no tensor.
 template <class Signature>
 struct Door;
 template <class R, class... A>
@@ -37,7 +104,10 @@ struct Door<R(A...)> {
     const pyens::Handle<R(A...)> handle(name);
     m.def(
         name,
-        [handle](typename FromPython<A>::type... arguments) -> R { return handle(arguments...); },
+        [handle](typename FromPython<A>::type... arguments) -> std::optional<R> {
+          if (!(is_plain(arguments) && ...)) return std::nullopt;
+          return handle(value(arguments)...);
+        },
         pybind11::call_guard<pybind11::gil_scoped_release>());
   }
 };

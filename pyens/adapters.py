@@ -6,6 +6,8 @@ All of them are views wherever torch can make one. Nothing else in pyens guesses
 import torch
 from torch import Tensor
 
+from pyens._kinds import check_tensor
+
 __all__ = ["from_masksembles", "from_tabm", "to_masksembles", "to_tabm"]
 
 
@@ -23,6 +25,10 @@ def to_tabm(x: Tensor) -> Tensor:
 
 def from_masksembles(x: Tensor, ensemble_size: int) -> Tensor:
     """`[(m b), D]` (Masksembles: the members' batches one after the other) -> `[E, B, D]`, E = m."""
+    check_tensor("from_masksembles", "x", x)
+    if not isinstance(ensemble_size, int):
+        got = type(ensemble_size).__name__
+        raise TypeError(f"from_masksembles: ensemble_size: expected an integer, got {got}")
     if x.dim() < 1 or ensemble_size < 1 or x.shape[0] % ensemble_size:
         raise ValueError(
             f"from_masksembles: x: expected [(m b), ...] with m = ensemble_size = {ensemble_size}, "
@@ -38,5 +44,6 @@ def to_masksembles(x: Tensor) -> Tensor:
 
 
 def _check_rank(name: str, x: Tensor, expected: str) -> None:
+    check_tensor(name, "x", x)
     if x.dim() != 3:
         raise ValueError(f"{name}: x: expected {expected}, got shape {list(x.shape)}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyens import metrics
+from pyens._kinds import check_number
 from pyens._types import UncertaintyScore
 from pyens.metrics import _checks
 from pyens.metrics.selective import checked_losses
@@ -117,6 +118,8 @@ def predict_or_abstain(
         _checks.floats(function, "confidence", confidence, "[B]", empty_batch=True)
         _checks.shape(function, "confidence", confidence, "the predictions", predicted)
         _checks.device(function, "confidence", confidence, "probabilities", probabilities)
+    if not isinstance(threshold, Tensor):
+        check_number(function, "threshold", threshold)
     # In the dtype of the confidence: float32 0.9 reaches the threshold 0.9.
     threshold = torch.as_tensor(threshold, dtype=confidence.dtype, device=confidence.device)
     if threshold.ndim or threshold.isnan():

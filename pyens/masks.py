@@ -14,6 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyens._kinds import check_number, check_tensor
+
+MOST_PLACES = 1 << 26  # of a set of masks
+
 __all__ = ["expected_iou", "generate_masks", "mask_iou", "masks_for_channels", "model_size"]
 
 
@@ -32,11 +36,12 @@ def generate_masks(
         bool `[N, C]`. C <= round(M S) is random, about M S (1 - (1 - 1/S)^N); every column is used.
 
     Raises:
-        ValueError: M, N or S below 1, or S infinite.
+        ValueError: M, N or S below 1, or S infinite; more than 2^26 places in all masks.
     """
     check("generate_masks", scale, num_ones=num_ones, num_masks=num_masks)
     if math.isinf(scale):
         raise ValueError(f"generate_masks: scale: expected a finite number, got {scale}")
+    check_masks("generate_masks", num_masks, num_ones=num_ones * scale)
     positions = round(num_ones * scale)
     masks = torch.zeros(num_masks, positions, dtype=torch.bool, device="cpu")
     for mask in masks:
@@ -65,9 +70,10 @@ def masks_for_channels(
         bool `[N, C]`.
 
     Raises:
-        ValueError: C, N or S below 1.
+        ValueError: C, N or S below 1; more than 2^26 places in all masks.
     """
     check("masks_for_channels", scale, channels=channels, num_masks=num_masks)
+    check_masks("masks_for_channels", num_masks, channels=channels)
     num_ones = min(
         channels, max(round(channels / _columns_per_one(num_masks, scale)), -(-channels // num_masks))
     )
@@ -92,6 +98,7 @@ def mask_iou(masks: Tensor) -> float:
         TypeError: masks that are not boolean.
         ValueError: another shape, or fewer than two masks.
     """
+    check_tensor("mask_iou", "masks", masks)
     if masks.dtype != torch.bool:
         raise TypeError(f"mask_iou: masks: expected bool, got {str(masks.dtype).removeprefix('torch.')}")
     if masks.dim() != 2 or masks.shape[0] < 2:
@@ -130,6 +137,8 @@ def model_size(
     Raises:
         ValueError: a size, N or S below 1.
     """
+    if not isinstance(num_ones, Sequence):
+        raise TypeError(f"model_size: num_ones: expected a list of ints, got {type(num_ones).__name__}")
     hidden = {f"num_ones[{layer}]": ones for layer, ones in enumerate(num_ones)}
     check(
         "model_size", scale, in_features=in_features, out_features=out_features, num_masks=num_masks, **hidden
@@ -144,8 +153,21 @@ def check(function: str, scale: float = 1.0, **sizes: int) -> None:
     for argument, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{function}: {argument}: expected a positive integer, got {size!r}")
+        if size >= 1 << 40:
+            raise ValueError(f"{function}: {argument}: expected below 2^40, got {size}")
+    check_number(function, "scale", scale)
     if not scale >= 1:
         raise ValueError(f"{function}: scale: expected at least 1, got {scale}")
+
+
+def check_masks(function: str, num_masks: int, /, **widths: float) -> None:
+    """Raises a ValueError for masks that nobody could wait for: drawing takes some time for each place."""
+    for argument, width in widths.items():
+        if num_masks * width > MOST_PLACES:
+            raise ValueError(
+                f"{function}: {argument}: expected at most {MOST_PLACES} places in all masks, "
+                f"got {num_masks} masks of {width:.6g}"
+            )
 
 
 def _columns_per_one(num_masks: int, scale: float) -> Fraction:

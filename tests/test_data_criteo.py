@@ -56,6 +56,37 @@ def test_file_folder_and_gzip(tmp_path):
     assert torch.equal(data.numeric, expected.numeric) and torch.equal(data.label, expected.label)
 
 
+@pytest.mark.parametrize("zipped", [False, True])
+def test_lines_may_end_as_on_windows(tmp_path, monkeypatch, zipped):
+    plain = write_criteo(tmp_path) / "train.txt"
+    expected = load_criteo(plain)
+    content = plain.read_bytes().replace(b"\n", b"\r\n")
+    assert b"\t\r\n" in content  # a line whose last category is missing
+    for block in (1 << 24, 999):
+        monkeypatch.setattr(_text, "BLOCK", block)
+        for text in (content, content.removesuffix(b"\n"), content.removesuffix(b"\r\n")):
+            plain.write_bytes(gzip.compress(text) if zipped else text)
+            data = load_criteo(plain)
+            assert torch.equal(data.categorical, expected.categorical)
+            assert torch.equal(data.numeric, expected.numeric) and torch.equal(data.label, expected.label)
+    plain.write_bytes(content.replace(b"\r\n", b"\r\r\n", 1))
+    with pytest.raises(ValueError, match=r"train\.txt:1: expected 8 hex digits or nothing, got '.*\\r'"):
+        load_criteo(plain)
+
+
+def test_a_line_without_an_end_is_not_read_whole(tmp_path, monkeypatch):
+    # A few bytes of gzip hold as much of it as one likes.
+    monkeypatch.setattr(_text, "BLOCK", 1000)
+    monkeypatch.setattr(_text, "MOST_IN_A_LINE", 5000)
+    path = write_criteo(tmp_path) / "train.txt"
+    first = path.read_bytes().splitlines(keepends=True)[0]
+    path.write_bytes(gzip.compress(first + b"a" * 10**6))
+    with pytest.raises(
+        ValueError, match=r"train\.txt:2: expected 40 fields .*, got a line of more than 5000 bytes"
+    ):
+        load_criteo(path)
+
+
 def test_extremes(tmp_path):
     lines = [
         "\t".join(["1"] + ["-3"] * 13 + ["ffffffff"] * 26),
@@ -140,6 +171,8 @@ def test_a_missing_file_is_named(tmp_path):
         (1, ValueError, "expected at least 2, got 1"),
         ([10] * 25, ValueError, "expected 1 or 26 numbers, got 25"),
         ([10] * 25 + [0], ValueError, "expected at least 2, got 0"),
+        (2**63, ValueError, r"expected below 2\^63, got 9223372036854775808"),
+        ([10] * 25 + [2**70], ValueError, r"expected below 2\^63, got"),
         ([10] * 25 + [2.5], TypeError, "expected ints, got float"),
         (1e3, TypeError, "expected an int or a list of them, got float"),
     ],

@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import tracemalloc
 
 import pytest
 import torch
@@ -103,3 +104,42 @@ def test_real_files(data_dir):
         split = load_idx(data_dir(name), part)
         assert split.images.shape == shape and split.labels.unique().tolist() == list(range(10))
         assert split.images.min() == 0 and split.images.max() == 1
+
+
+def test_a_header_that_promises_too_much_is_refused_at_once(tmp_path):
+    path = tmp_path / "file"
+    huge = 2**32 - 1
+    for shape in ([huge] * 2, [huge] * 3, [0, huge, huge, huge], [1] * 65, [1] * 255):
+        header = struct.pack(">BBBB", 0, 0, 8, len(shape)) + struct.pack(f">{len(shape)}I", *shape)
+        for content in (header + b"1", gzip.compress(header + b"1")):
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match=rf"read_idx: {path}: expected .*, got "):
+                read_idx(path)
+    path.write_bytes(struct.pack(">BBBB", 0, 0, 8, 64) + struct.pack(">64I", *[1] * 64) + b"1")
+    assert read_idx(path).shape == (1,) * 64
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_no_more_is_read_than_the_header_promises(tmp_path, monkeypatch, zipped):
+    path = tmp_path / "file"
+    for extra in (1, 10**8):
+        content = idx(LABELS) + bytes(extra)
+        path.write_bytes(gzip.compress(content, 1) if zipped else content)
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=r"file: expected 2 bytes for shape \[2\], got 3 or more"):
+            read_idx(path)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 10**7
+    monkeypatch.setattr("pyens.data.idx.BLOCK", 7)  # in several pieces
+    content = idx(IMAGES)
+    path.write_bytes(gzip.compress(content) if zipped else content)
+    assert torch.equal(read_idx(path), IMAGES.to(torch.uint8))
+
+
+def test_a_damaged_end_of_a_gzip_file_is_seen(tmp_path):
+    content = bytearray(gzip.compress(idx(IMAGES)))
+    content[-6] ^= 1  # of the checksum
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(ValueError, match=r"file: expected a whole gzip file, got CRC"):
+        read_idx(tmp_path / "file")

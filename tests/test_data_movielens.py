@@ -54,6 +54,12 @@ def test_features_are_those_of_the_lines(tmp_path):
     assert data.titles[0].startswith("Été: ")  # latin-1, and a colon in a field
 
 
+def test_lines_may_end_as_on_windows(tmp_path):
+    for path in write_movielens(tmp_path).glob("*.dat"):
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    check(tmp_path)
+
+
 def test_blocks_do_not_matter(tmp_path, monkeypatch):
     write_movielens(tmp_path)
     for block in (1, 7, 100, 1000):

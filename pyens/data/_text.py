@@ -10,6 +10,7 @@ from typing import BinaryIO, NoReturn
 import numpy as np
 
 BLOCK = 1 << 24  # bytes read at a time: the positions of fields take several times as much
+MOST_IN_A_LINE = 1 << 24  # bytes: a small gzip file can hold a line longer than the memory
 MOST_DIGITS = 18  # of an integer, so that it fits into int64
 # Of each byte: its value as a hex digit, or -1.
 HEX_DIGITS = np.array([int(chr(b), 16) if chr(b) in "0123456789abcdefABCDEF" else -1 for b in range(256)])
@@ -24,7 +25,7 @@ class Fields:
         function: whose errors these are.
         path: of the file.
         first: the number in the file of the first of these lines, from 1.
-        content: whole lines, each with its newline.
+        content: whole lines, each with its newline, or carriage return and newline.
         separator: of the fields.
         count: of fields in a line.
         layout: what a line looks like, for errors.
@@ -45,6 +46,8 @@ class Fields:
         self._bytes = np.frombuffer(content, np.uint8)
         ends = np.flatnonzero(self._bytes == ord("\n"))
         starts = np.append(0, ends[:-1] + 1)
+        # A carriage return before the newline belongs to it.
+        ends = ends - ((ends > starts) & (self._bytes[ends - 1] == ord("\r")))
         found = self._find(separator.encode())
         rows = found.reshape(-1, count - 1) if len(found) == (count - 1) * len(ends) else None
         if rows is None or (rows[:, 0] < starts).any() or (rows[:, -1] >= ends).any():
@@ -142,6 +145,11 @@ def read_fields(function: str, path: Path, separator: str, count: int, layout: s
                 yield fields
                 first, rest = first + len(fields), b""
             rest += block[cut:]
+            if len(rest) > MOST_IN_A_LINE:
+                raise ValueError(
+                    f"{function}: {path}:{first}: expected {count} fields ({layout}), "
+                    f"got a line of more than {MOST_IN_A_LINE} bytes"
+                )
     if rest:
         yield Fields(function, path, first, rest + b"\n", separator, count, layout)
     elif first == 1:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,8 @@ def load_criteo(
     """The Criteo Display Advertising data, or a part of it, with a random split into 90 % and 10 %.
 
     Reads lines of 40 fields between tabs, without a header: label, 13 integers, 26 categories of 8 hex
-    digits; an empty field is a missing value. (`test.txt`, which has no labels, is of no use here.)
+    digits; an empty field is a missing value. Lines may end as on Windows. (`test.txt`, which has no labels,
+    is of no use here.)
 
     Args:
         path: the file, plain or gzip by its content, or the folder where `train.txt` or `train.txt.gz` lies.
@@ -91,7 +93,7 @@ def _sizes(buckets: int | Sequence[int]) -> np.ndarray:
         raise TypeError(
             f"load_criteo: buckets: expected an int or a list of them, got {type(buckets).__name__}"
         )
-    sizes = [buckets] * CATEGORIES if isinstance(buckets, Integral) else list(buckets)
+    sizes: list[Any] = [buckets] * CATEGORIES if isinstance(buckets, Integral) else list(buckets)
     if len(sizes) != CATEGORIES:
         raise ValueError(f"load_criteo: buckets: expected 1 or {CATEGORIES} numbers, got {len(sizes)}")
     for size in sizes:
@@ -99,6 +101,8 @@ def _sizes(buckets: int | Sequence[int]) -> np.ndarray:
             raise TypeError(f"load_criteo: buckets: expected ints, got {type(size).__name__}")
         if size < 2:
             raise ValueError(f"load_criteo: buckets: expected at least 2, got {size}")
+        if size >= 1 << 63:
+            raise ValueError(f"load_criteo: buckets: expected below 2^63, got {size}")
     return np.array(sizes, np.int64)
 
 

@@ -3,15 +3,19 @@
 import gzip
 import math
 import os
+import struct
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyens.data.digits import Split
+
+BLOCK = 1 << 20  # bytes read at a time
+MOST_DIMENSIONS = 64  # of a tensor
 
 
 class Mnist(NamedTuple):
@@ -73,29 +77,46 @@ def read_idx(path: str | os.PathLike[str]) -> Tensor:
         OSError: a file that cannot be read.
         ValueError: for another format, or another length than the header's shape says.
     """
-    content = Path(path).read_bytes()
-    if content[:2] == b"\x1f\x8b":
+    path = Path(path)
+    with path.open("rb") as plain:
+        zipped = plain.read(2) == b"\x1f\x8b"
+        plain.seek(0)
         try:
-            content = gzip.decompress(content)
-        except (EOFError, OSError, zlib.error) as error:
+            return _read(path, gzip.GzipFile(fileobj=plain) if zipped else plain)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"read_idx: {path}: expected a whole gzip file, got {error}") from error
+
+
+def _read(path: Path, file: BinaryIO | gzip.GzipFile) -> Tensor:
     # Two zeros, the element type (8: unsigned byte), the number of dimensions, their sizes big-endian.
-    if len(content) < 4 or content[:3] != b"\0\0\x08":
+    start = file.read(4)
+    if len(start) < 4 or start[:3] != b"\0\0\x08":
         raise ValueError(
             f"read_idx: {path}: expected idx of unsigned bytes (00 00 08), "
-            f"got {content[:3].hex(' ') or 'no bytes'}"
+            f"got {start[:3].hex(' ') or 'no bytes'}"
         )
-    header = 4 + 4 * content[3]
-    if len(content) < header:
-        raise ValueError(f"read_idx: {path}: expected a header of {header} bytes, got {len(content)}")
-    shape = np.frombuffer(content, ">u4", content[3], offset=4).tolist()
-    if len(content) != header + math.prod(shape):
+    sizes = file.read(4 * start[3])
+    if len(sizes) < 4 * start[3]:
         raise ValueError(
-            f"read_idx: {path}: expected {math.prod(shape)} bytes for shape {shape}, "
-            f"got {len(content) - header}"
+            f"read_idx: {path}: expected a header of {4 + 4 * start[3]} bytes, got {4 + len(sizes)}"
         )
-    # A copy: what is made of bytes cannot be written to.
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy())
+    shape = list(struct.unpack(f">{start[3]}I", sizes))
+    if len(shape) > MOST_DIMENSIONS or math.prod(size for size in shape if size) >= 1 << 63:
+        raise ValueError(
+            f"read_idx: {path}: expected at most {MOST_DIMENSIONS} dimensions and 2^63 - 1 bytes, got "
+            f"{len(shape)} dimensions and {math.prod(shape):.3g} bytes"
+        )
+    # No more than the header promises, and one byte to see that nothing is left: a small gzip file can hold
+    # more than the memory.
+    expected, content = math.prod(shape), bytearray()
+    while len(content) <= expected and (block := file.read(min(BLOCK, expected + 1 - len(content)))):
+        content += block
+    if len(content) != expected:
+        more = " or more" * (len(content) > expected)
+        raise ValueError(
+            f"read_idx: {path}: expected {expected} bytes for shape {shape}, got {len(content)}{more}"
+        )
+    return torch.from_numpy(np.frombuffer(content, np.uint8)).reshape(shape)
 
 
 def _find(folder: Path, name: str) -> Path:

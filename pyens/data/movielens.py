@@ -71,7 +71,7 @@ def load_movielens(folder: str | os.PathLike[str], *, seed: int = 0) -> MovieLen
     """MovieLens-1M for the prediction of ratings, with a random split into 60 % and 40 %.
 
     Reads `ratings.dat`, `users.dat` and `movies.dat` in `folder` (fields between "::", latin-1, gzip also).
-    Timestamps and zip codes are not kept.
+    Timestamps and zip codes are not kept. Lines may end as on Windows.
 
     Args:
         folder: where the files lie, as they are unpacked.

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from pyens._kinds import REAL, check_number, check_tensor
 from pyens._types import Reduction
 
 Loss = TypeVar("Loss", bound=Callable[..., Tensor])
@@ -36,9 +37,8 @@ def reduce_labels(losses: Tensor, outputs: Tensor, reduction: Reduction) -> Tens
 
 
 def check_outputs(function: str, outputs: Tensor) -> None:
-    if not isinstance(outputs, Tensor):
-        raise TypeError(f"{function}: outputs: expected a tensor, got {type(outputs).__name__}")
-    if not outputs.is_floating_point():
+    check_tensor(function, "outputs", outputs)
+    if outputs.dtype not in REAL:
         raise TypeError(f"{function}: outputs: expected a floating dtype, got {outputs.dtype}")
     if outputs.ndim not in (2, 3, 4):
         raise ValueError(
@@ -50,5 +50,6 @@ def check_outputs(function: str, outputs: Tensor) -> None:
 
 
 def check_positive(function: str, argument: str, value: float) -> None:
+    check_number(function, argument, value)
     if not value > 0:
         raise ValueError(f"{function}: {argument}: expected a number > 0, got {value}")

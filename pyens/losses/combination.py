@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyens._kinds import check_real
 from pyens._types import Space
 from pyens.losses._outputs import in_full_precision
 from pyens.metrics import _checks
@@ -87,6 +88,7 @@ class Gate(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Weights ``[J, B]`` from features ``[B, I]``."""
+        check_real("Gate", "features", features)
         logits: Tensor = self.linear(features)
         return logits.softmax(-1).T
 
@@ -96,6 +98,7 @@ def _weights(weights: Tensor | None, z: Tensor) -> Tensor:
     leading = list(z.shape[:-2])  # [J] or [M, J]
     if weights is None:
         return z.new_full((leading[-1], 1, 1), 1 / leading[-1])
+    check_real("combine", "weights", weights)
     shapes = (leading, [*leading, z.shape[-2]])
     if list(weights.shape) not in shapes:
         raise ValueError(

@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from pyens._kinds import check_tensor
+
 # A float32 softmax over 1000 classes sums to 1 within about 1e-6; logits and counts are off by far more.
 SUM_TOLERANCE = 1e-4
 
@@ -18,7 +20,9 @@ def floats(function: str, argument: str, value: Tensor, *shapes: str, empty_batc
 
     No axis may be empty, except the axis called B where `empty_batch` allows it.
     """
-    _tensor(function, argument, value)
+    check_tensor(function, argument, value)
+    if value.is_meta:
+        raise TypeError(f"{function}: {argument}: expected a tensor with values, got one on meta")
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{function}: {argument}: expected float32 or float64, got {_name(value.dtype)}")
     expected = " or ".join(shapes)
@@ -58,7 +62,7 @@ def probabilities(
 def labels(function: str, value: Tensor, probabilities: Tensor) -> None:
     """`value` is one class index per row of the (already checked) `[B, K]` or `[M, B, K]` probabilities."""
     examples, classes = probabilities.shape[-2:]
-    _tensor(function, "labels", value)
+    check_tensor(function, "labels", value)
     if value.dtype != torch.int64:
         raise TypeError(f"{function}: labels: expected int64, got {_name(value.dtype)}")
     if value.shape != (examples,):
@@ -97,7 +101,7 @@ def like(function: str, argument: str, value: Tensor, other: str, model: Tensor)
 
 def mask(function: str, argument: str, value: Tensor, other: str, model: Tensor) -> None:
     """`value` is a bool tensor of the shape and device of `model`, the argument called `other`."""
-    _tensor(function, argument, value)
+    check_tensor(function, argument, value)
     if value.dtype != torch.bool:
         raise TypeError(f"{function}: {argument}: expected bool, got {_name(value.dtype)}")
     shape(function, argument, value, other, model)
@@ -117,6 +121,12 @@ def device(function: str, argument: str, value: Tensor, other: str, model: Tenso
         raise ValueError(
             f"{function}: {argument}: expected device {model.device}, that of {other}, got {value.device}"
         )
+
+
+def other(function: str, own: object, value: object) -> None:
+    """`value` is of the class of `own`."""
+    if not isinstance(value, type(own)):
+        raise TypeError(f"{function}: other: expected {type(own).__name__}, got {type(value).__name__}")
 
 
 def bins(function: str, value: int) -> None:
@@ -146,13 +156,8 @@ def share(function: str, argument: str, value: float) -> None:
 
 
 def choice(function: str, argument: str, value: str, *allowed: str) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{function}: {argument}: expected {' or '.join(allowed)}, got {value!r}")
-
-
-def _tensor(function: str, argument: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{function}: {argument}: expected a tensor, got {type(value).__name__}")
 
 
 def _axes(shape: str) -> list[str]:

@@ -123,13 +123,12 @@ class CalibrationError:
 
     def update(self, probabilities: Tensor, labels: Tensor) -> None:
         """Adds a batch as the functions take it, of as many classes and on the same device every time."""
-        sums = _sums(
-            "CalibrationError.update", probabilities.detach(), labels, self.bins, "width", self.classwise
-        )
-        self._add("CalibrationError.update: probabilities", sums)
+        sums = _sums("CalibrationError.update", probabilities, labels, self.bins, "width", self.classwise)
+        self._add("CalibrationError.update: probabilities", _bins.Binned(*(part.detach() for part in sums)))
 
     def merge(self, other: "CalibrationError") -> None:
         """Adds all that `other`, of as many bins and of the same kind, was updated with."""
+        _checks.other("CalibrationError.merge", self, other)
         if (other.bins, other.classwise) != (self.bins, self.classwise):
             raise ValueError(
                 f"CalibrationError.merge: other: expected bins={self.bins}, classwise={self.classwise}, "

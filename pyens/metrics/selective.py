@@ -140,7 +140,11 @@ def _thresholds(values: Tensor | Sequence[float] | None) -> Tensor:
     if values is None:
         return torch.arange(101, dtype=torch.float64) / 100
     if not isinstance(values, Tensor):
-        values = torch.tensor(values, dtype=torch.float64)
+        try:
+            values = torch.tensor(values, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            got = type(values).__name__
+            raise TypeError(f"confidence_curve: thresholds: expected a list of numbers, got {got}") from None
     _checks.floats("confidence_curve", "thresholds", values, "[T]")
     if values.min() < 0 or values.max() > 1:
         raise ValueError(

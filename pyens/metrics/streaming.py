@@ -11,7 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyens._kinds import check_real
 from pyens._types import Moments, Uncertainty
+from pyens.metrics import _checks
 from pyens.reference.uncertainty import entropy, predictive_uncertainty
 
 
@@ -51,6 +53,7 @@ class PredictiveUncertainty:
         Raises:
             TypeError, ValueError: as `pyens.ops.predictive_uncertainty`, and for another B or K than before.
         """
+        check_real("PredictiveUncertainty.update", "members", members)
         if self.count:
             _check_shape("PredictiveUncertainty.update: members", list(members.shape[1:]), self._shape)
         op = torch.ops.pyens.predictive_uncertainty
@@ -77,6 +80,7 @@ class PredictiveUncertainty:
         Raises:
             ValueError: for another B or K.
         """
+        _checks.other("PredictiveUncertainty.merge", self, other)
         if not other.count:
             return
         if self.count:
@@ -148,6 +152,9 @@ class PredictiveMoments:
             TypeError, ValueError: as `pyens.ops.predictive_moments`, for another shape than before, and for
                 variances with some chunks only.
         """
+        check_real("PredictiveMoments.update", "members", members)
+        if variances is not None:
+            check_real("PredictiveMoments.update", "variances", variances)
         if self.count:
             _check_shape("PredictiveMoments.update: members", list(members.shape[1:]), self._shape)
             _check_variances("PredictiveMoments.update: variances", variances, self._variances)
@@ -174,6 +181,7 @@ class PredictiveMoments:
         Raises:
             ValueError: for another shape, or if only one of both has variances.
         """
+        _checks.other("PredictiveMoments.merge", self, other)
         if not other.count:
             return
         count = self.count + other.count

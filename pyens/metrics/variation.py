@@ -138,6 +138,8 @@ def delta_ratio(
     _checks.floats("delta_ratio", "universe", universe, shape)
     _checks.finite("delta_ratio", "universe", universe)
     _checks.count("delta_ratio", "draws", draws, 2)
+    if not isinstance(sizes, Sequence):
+        raise TypeError(f"delta_ratio: sizes: expected a list of ints, got {type(sizes).__name__}")
     members, examples = universe.shape[:2]
     for size in sizes:
         _checks.count("delta_ratio", "sizes", size, 2)

@@ -12,7 +12,7 @@ from pyens.reference.activations import MODULES
 
 def activation_module(name: Activation, function: str = "EnsembleMLP") -> nn.Module:
     """`name` as a module, with default arguments; `function` is who asks, for the error."""
-    if name not in MODULES:
+    if not isinstance(name, str) or name not in MODULES:
         raise ValueError(f'{function}: activation: expected one of {", ".join(MODULES)}, got "{name}"')
     return MODULES[name]()
 

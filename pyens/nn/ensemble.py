@@ -17,6 +17,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from typing_extensions import Self
 
+from pyens._kinds import check_number, check_tensor
 from pyens._types import Activation, Loss
 from pyens.reference.ensemble_mlp_loss import LOSSES, mean_losses
 
@@ -94,12 +95,18 @@ class Ensemble(nn.Module):
                 f"loss: batch: expected what forward takes, then the target, got {len(batch)} arguments"
             )
         *inputs, target = batch
-        if loss not in LOSSES:
+        if not isinstance(loss, str) or loss not in LOSSES:
             raise ValueError(f'loss: loss: expected one of {", ".join(LOSSES)}, got "{loss}"')
         check_temperature("loss", loss, temperature)
+        check_tensor("loss", "target", target)
         if sample_weight is not None:
+            check_tensor("loss", "sample_weight", sample_weight)
+            for i, tensor in enumerate(inputs):
+                if isinstance(tensor, Tensor):
+                    check_tensor("loss", f"batch[{i}]", tensor)
             inputs = [_without_left_out(t, sample_weight, self.ensemble_size) for t in inputs]
         output = self(*inputs, **options)
+        check_tensor("loss", "output", output)
         if output.dim() != 3 or len(output) != self.ensemble_size:
             raise ValueError(
                 f"loss: output: expected [{self.ensemble_size}, B, O] from forward, "
@@ -239,6 +246,8 @@ class Ensemble(nn.Module):
         return True
 
     def _check_member(self, i: int) -> None:
+        if not hasattr(i, "__index__"):
+            raise TypeError(f"member: i: expected an integer, got {type(i).__name__}")
         if not -self.ensemble_size <= i < self.ensemble_size:
             raise IndexError(f"member: i: expected below {self.ensemble_size}, got {i}")
 
@@ -249,6 +258,7 @@ class Ensemble(nn.Module):
 
 
 def check_temperature(function: str, loss: Loss, temperature: float) -> None:
+    check_number(function, "temperature", temperature)
     if loss != "cross_entropy" and temperature != 1:
         raise ValueError(
             f"{function}: temperature: expected 1 (only cross_entropy has one) with loss {loss}, "

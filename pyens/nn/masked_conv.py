@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from pyens._types import MaskMode, PaddingMode
-from pyens.masks import check
+from pyens.masks import check, check_masks
 from pyens.nn.masksembles import Masksembles2D
 
 _Size = int | tuple[int, int]
@@ -50,6 +50,7 @@ class MaskedConv2d(nn.Sequential):
     ) -> None:
         super().__init__()
         check("MaskedConv2d", scale, in_channels=in_channels, out_channels=out_channels, num_masks=num_masks)
+        check_masks("MaskedConv2d", num_masks, in_channels=in_channels)
         self.mask = Masksembles2D(
             in_channels, num_masks, scale, mode=mode, generator=generator, device=device
         )

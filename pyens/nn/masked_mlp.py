@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from pyens._kinds import REAL, check_real, check_tensor
 from pyens._types import Activation, Loss, MaskMode
-from pyens.masks import check, masks_for_channels
+from pyens.masks import check, check_masks, masks_for_channels
 from pyens.nn import _sequential
 from pyens.nn._assignment import MODES, assign_masks, check_mode
 from pyens.nn._buffers import BufferList, Derived
@@ -83,6 +84,7 @@ class MaskedMLP(Derived, Ensemble):
             out_features=out_features,
             **widths,
         )
+        check_masks("MaskedMLP", ensemble_size, **widths)
         masks = [masks_for_channels(w, ensemble_size, scale, generator=generator) for w in hidden_features]
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         layers = list(itertools.pairwise([in_features, *hidden_features, out_features]))
@@ -120,8 +122,8 @@ class MaskedMLP(Derived, Ensemble):
 
     def _derive(self) -> None:
         masks = list(self.masks.buffers())
-        # Lists, because gathering buffers costs each call a microsecond. On "meta" there is nothing to read.
-        self._derived = (masks, None if masks[0].is_meta else plan_masks(masks), _versions(masks))
+        # Lists, because gathering buffers costs each call a microsecond.
+        self._derived = (masks, plan_masks(masks), _versions(masks))
 
     @classmethod
     def from_parameters(
@@ -217,8 +219,9 @@ class MaskedMLP(Derived, Ensemble):
     def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """The rows and columns that each mask keeps: the members as MLPs of their own."""
         given = self._arguments()
-        plan = plan_masks(given["masks"]) if given["plan"] is None else given["plan"]
-        return masked_weights(given["weights"], given["biases"], self.ensemble_size, plan)
+        if given["masks"][0].is_meta:
+            raise ValueError("stacked: expected masks that say how wide the members are, got masks on meta")
+        return masked_weights(given["weights"], given["biases"], self.ensemble_size, given["plan"])
 
     def select(self, indices: Indices) -> Self:
         """A copy of the model with the chosen masks, see `Ensemble.select`."""
@@ -299,6 +302,11 @@ class MaskedMLP(Derived, Ensemble):
             ValueError: an unknown mode or loss, another shape.
         """
         self._check(input, mode)
+        check_tensor("MaskedMLP", "target", target)
+        if target.dtype not in (*REAL, torch.int64):
+            raise TypeError(f"MaskedMLP: target: expected numbers, or classes in int64, got {target.dtype}")
+        if sample_weight is not None:
+            check_real("MaskedMLP", "sample_weight", sample_weight)
         arguments = {"loss": loss, "temperature": temperature, **self._arguments()}
         if mode == "tiled":
             return masked_mlp_loss(input, target, sample_weight=sample_weight, **arguments)
@@ -326,6 +334,7 @@ class MaskedMLP(Derived, Ensemble):
 
     def _check(self, input: Tensor, mode: MaskMode) -> None:
         check_mode("MaskedMLP", mode, ("tiled", *MODES))
+        check_real("MaskedMLP", "input", input)
         n = self.ensemble_size
         shared = input.dim() == 2 and input.shape[1] == self.in_features
         per_mask = input.dim() == 3 and input.shape[::2] == (n, self.in_features)
@@ -339,6 +348,8 @@ class MaskedMLP(Derived, Ensemble):
         self, batch_size: int, mode: MaskMode, seed: int | Tensor, device: torch.device
     ) -> tuple[Tensor, int]:
         """Where each row goes among N times `rows` rows, mask by mask, int64 `[B]`; and `rows`."""
+        if not hasattr(seed, "__index__"):
+            raise TypeError(f"MaskedMLP: seed: expected an integer, got {type(seed).__name__}")
         rows = -(-batch_size // self.ensemble_size)
         seed = torch.as_tensor(seed, device=device)
         mask, number = assign_masks(mode, batch_size, self.ensemble_size, seed)

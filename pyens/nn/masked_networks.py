@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyens._kinds import check_tensor
 from pyens._types import AssignmentMode
-from pyens.masks import check
+from pyens.masks import check, check_masks
 from pyens.nn._assignment import MODES, check_mode
 from pyens.nn.masked_conv import MaskedConv2d
 from pyens.nn.masksembles import Masksembles1D, Masksembles2D, Masksembles3D, _Masksembles
@@ -69,6 +70,10 @@ def insert_masksembles_(
     chosen -= named("exclude", exclude)
     if not chosen:
         raise ValueError("insert_masksembles_: module: expected layers to put masks before, got none")
+    for name in chosen:  # before anything is changed
+        layer = layers[name]
+        inputs = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+        check_masks("insert_masksembles_", num_masks, **{f"num_masks (of {name})": inputs})
     masked: dict[nn.Module, nn.Sequential] = {}  # a layer in two places stays one
     for name, layer in layers.items():
         if name in chosen:
@@ -129,6 +134,7 @@ def forward_tiled(module: nn.Module, input: Tensor) -> Tensor:
         ValueError: a module without mask layers, or with layers of different numbers of masks.
     """
     layers = _mask_layers("forward_tiled", module)
+    check_tensor("forward_tiled", "input", input)
     num_masks, *others = {layer.num_masks for layer in layers}
     if others:
         found = sorted([num_masks, *others])
@@ -145,6 +151,8 @@ def forward_tiled(module: nn.Module, input: Tensor) -> Tensor:
 
 
 def _mask_layers(function: str, module: nn.Module) -> list[_Masksembles]:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{function}: module: expected an nn.Module, got {type(module).__name__}")
     layers = [layer for layer in module.modules() if isinstance(layer, _Masksembles)]
     if not layers:
         raise ValueError(f"{function}: module: expected one with Masksembles layers, got none")

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from pyens._kinds import check_tensor
 from pyens._types import MaskMode
-from pyens.masks import check, masks_for_channels
+from pyens.masks import check, check_masks, masks_for_channels
 from pyens.nn._assignment import MODES, assign_masks, check_mode
 from pyens.ops.mask_channels import mask_channels
 
@@ -32,6 +33,7 @@ class _Masksembles(nn.Module):
         super().__init__()
         name = type(self).__name__
         check(name, scale, channels=channels, num_masks=num_masks)
+        check_masks(name, num_masks, channels=channels)
         check_mode(name, mode, (*MODES, "tiled"))
         self.channels = channels
         self.num_masks = num_masks
@@ -71,6 +73,8 @@ class _Masksembles(nn.Module):
     def forward(self, input: Tensor, index: Tensor | None = None) -> Tensor:
         """`input` with channels kept or zeroed, row by row as `mode` says, or by mask index[b] for row b."""
         self._check(input)
+        if index is not None:
+            check_tensor(type(self).__name__, "index", index)
         if index is None and self.mode == "tiled":
             input = input.expand(self.num_masks, *input.shape).flatten(0, 1)
         elif index is None and self.mode != "grouped":
@@ -82,6 +86,7 @@ class _Masksembles(nn.Module):
 
     def _check(self, input: Tensor) -> None:
         """The rank, which the operation leaves open, and the channels."""
+        check_tensor(type(self).__name__, "input", input)
         if input.dim() != 1 + self._shape.count(",") or input.shape[1] != self.channels:
             raise ValueError(
                 f"{type(self).__name__}: input: expected {self._shape.replace('C', str(self.channels))}, "
@@ -133,6 +138,7 @@ class Masksembles1D(_Masksembles):
     """
 
     def _check(self, input: Tensor) -> None:
+        check_tensor("Masksembles1D", "input", input)
         if input.dim() < 2 or input.shape[-1] != self.channels:
             raise ValueError(
                 f"Masksembles1D: input: expected [B, {self.channels}] or [B, T, {self.channels}], "

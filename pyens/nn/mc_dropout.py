@@ -5,6 +5,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from pyens.masks import check_masks
 from pyens.nn import _sequential
 from pyens.nn.masked_mlp import MaskedMLP
 
@@ -59,6 +60,7 @@ def mc_dropout(
     for rate in rates:
         if rate is not None and not 0 <= rate < 1:
             raise ValueError(f"mc_dropout: p: expected 0 <= p < 1, got {rate}")
+    check_masks("mc_dropout", num_masks, num_masks=max(linear.out_features for linear in linears[:-1]))
     stacked = _sequential.stack([linears])
     weights, biases = ([tensor[0] for tensor in tensors] for tensors in stacked)
     masks: list[Tensor] = []

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyens._kinds import check_tensor
 from pyens._types import Activation, Loss
 from pyens.masks import check
 from pyens.nn.ensemble import Ensemble
@@ -177,6 +178,8 @@ class TabularEnsemble(Ensemble):
         have any category.
         """
         if sample_weight is not None and categorical is not None:
+            check_tensor("TabularEnsemble", "categorical", categorical)
+            check_tensor("TabularEnsemble", "sample_weight", sample_weight)
             categorical = self._known_where_unweighted(categorical, sample_weight)
         return self.mlp.loss(
             self.features(categorical, numeric),
@@ -190,7 +193,8 @@ class TabularEnsemble(Ensemble):
     def _known_where_unweighted(self, categorical: Tensor, sample_weight: Tensor) -> Tensor:
         """`categorical` with some category in place of one out of range where all weights are 0."""
         rows = categorical.shape[-2:-1]
-        if categorical.shape[-1] != len(self.embeddings) or sample_weight.shape[-1:] != rows:
+        known = categorical.dtype == torch.int64 and categorical.shape[-1] == len(self.embeddings)
+        if not known or sample_weight.shape[-1:] != rows:
             return categorical  # which is refused later
         present = sample_weight != 0
         if present.dim() > 1 and categorical.dim() == 2:
@@ -230,6 +234,8 @@ class TabularEnsemble(Ensemble):
 def _check_columns(argument: str, value: Tensor | None, columns: int, ensemble_size: int) -> None:
     if value is None and columns == 0:
         return
+    if value is not None:
+        check_tensor("TabularEnsemble", argument, value)
     if (
         value is None
         or value.dim() not in (2, 3)

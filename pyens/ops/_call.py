@@ -1,9 +1,11 @@
 """One way into every operation: eager, compiled, and within `torch.func`.
 
-Eager code calls the extension, compiled code the dispatcher. `torch.func` knows nothing of autograd functions
+Eager code calls the extension, compiled code the dispatcher. The extension leaves to the dispatcher, by
+returning None, what a class of tensors or a mode overrides. `torch.func` knows nothing of autograd functions
 written in C++: there the operation computes the outputs, so its checks run, and the reference gives the
 derivatives. An operation that is given no reference raises there, by name. `torch.func` in compiled
 code raises by name: what remains of it under `fullgraph=True`, without it dynamo runs that function eagerly.
+Arguments of a wrong kind are looked for only when a call has failed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from pyens import _kinds
 from pyens._library import _C
 
 Given = dict[str, Any]  # the arguments by their names in the schema, or the mapped dimension of each
@@ -54,7 +57,7 @@ def operation(
         constant_output: the output that has no derivative.
     """
     eager, dispatched = getattr(_C, name), getattr(torch.ops.pyens, name).default
-    names = [argument.name for argument in dispatched._schema.arguments]
+    kinds = [(argument.name, str(argument.type)) for argument in dispatched._schema.arguments]
 
     def call(*arguments: Any) -> Any:
         # In this order: while dynamo compiles, there is always a transform to peek at. Other tracers see the
@@ -64,16 +67,38 @@ def operation(
                 raise NotImplementedError(
                     f"{name}: expected torch.func in eager code, got it in compiled code"
                 )
-            return dispatched(*map(_listed, arguments))
-        if _peek_transform() is not None and reference is not None:
-            given = dict(zip(names, map(_listed, arguments), strict=True))
-            for constant in constants:
-                if given[constant] is not None and given[constant].requires_grad:
-                    raise ValueError(
-                        f"{name}: {constant}: expected requires_grad=False (it gets no gradient), got True"
-                    )
-            return transformed(given)
-        return eager(*arguments)
+            return dispatched(*listed(arguments))
+        try:
+            if _peek_transform() is not None and reference is not None:
+                return transformed(checked(arguments))
+            found = eager(*arguments)
+            if found is not None:
+                return found
+            # A class or a mode that overrides torch's functions sees the dispatcher's operation.
+            given = listed(arguments)
+            _kinds.check(name, kinds, given)
+            return dispatched(*given)
+        except Exception:  # of any kind: this only looks for a better reason
+            _kinds.check(name, kinds, arguments)
+            raise
+
+    def listed(arguments: tuple[Any, ...]) -> list[Any]:
+        # Any sequence of tensors as a list, which is what the dispatcher and pytrees know.
+        return [
+            list(value) if kind == "List[Tensor]" and not isinstance(value, Tensor) else value
+            for (_, kind), value in zip(kinds, arguments, strict=True)
+        ]
+
+    def checked(arguments: tuple[Any, ...]) -> Given:
+        values = listed(arguments)
+        _kinds.check(name, kinds, values)
+        given = {argument: value for (argument, _), value in zip(kinds, values, strict=True)}
+        for constant in constants:
+            if given[constant] is not None and given[constant].requires_grad:
+                raise ValueError(
+                    f"{name}: {constant}: expected requires_grad=False (it gets no gradient), got True"
+                )
+        return given
 
     def transformed(given: Given) -> Any:
         leaves, spec = tree_flatten(given)
@@ -143,11 +168,6 @@ def operation(
         return output, vjp
 
     return call
-
-
-def _listed(argument: Any) -> Any:
-    """Any sequence of tensors as a list, which is what the dispatcher and pytrees know."""
-    return argument if argument is None or isinstance(argument, (Tensor, str, float, int)) else list(argument)
 
 
 def _like(grads: Sequence[Tensor], output: Any) -> Any:

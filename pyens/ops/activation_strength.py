@@ -63,5 +63,7 @@ def activation_strength(
     its output is greater than 0; reference in `pyens.reference.activation_strength`.
     """
     return ActivationStrength(
-        *_activation_strength(input, weights, biases or (), mean, std, activation, bitpack)
+        *_activation_strength(
+            input, weights, () if biases is None else biases, mean, std, activation, bitpack
+        )
     )

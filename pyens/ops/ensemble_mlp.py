@@ -66,7 +66,7 @@ def ensemble_mlp(
 
     Source: the members are those of "Deep Ensemble"; reference in `pyens.reference.ensemble_mlp`.
     """
-    return _ensemble_mlp(input, weights, biases or (), activation, dropout, dropout_seeds)
+    return _ensemble_mlp(input, weights, () if biases is None else biases, activation, dropout, dropout_seeds)
 
 
 def _vmap(n: int, dims: Given, given: Given) -> tuple[Given, int, tuple[int, ...]]:
@@ -83,7 +83,9 @@ def prepack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -
 
     The layout belongs to the instruction set that this process runs on: make it at run time, never store it.
     """
-    packed: Tensor = torch.ops.pyens.ensemble_mlp_prepack(list(weights), list(biases or ()))
+    packed: Tensor = torch.ops.pyens.ensemble_mlp_prepack(
+        list(weights), [] if biases is None else list(biases)
+    )
     return packed
 
 
@@ -100,7 +102,7 @@ def ensemble_mlp_packed(
     `packed` is `prepack(weights, biases)`. Large batches read `weights` and `biases`. Not differentiable:
     backward raises.
     """
-    return _ensemble_mlp_packed(input, packed, weights, biases or (), activation)
+    return _ensemble_mlp_packed(input, packed, weights, () if biases is None else biases, activation)
 
 
 _ensemble_mlp_packed: Callable[..., Tensor] = operation("ensemble_mlp_packed")

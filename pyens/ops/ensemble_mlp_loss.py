@@ -73,7 +73,7 @@ def ensemble_mlp_loss(
         input,
         target,
         weights,
-        biases or (),
+        () if biases is None else biases,
         loss,
         temperature,
         sample_weight,

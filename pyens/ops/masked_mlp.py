@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyens import _kinds
 from pyens._types import Activation, Loss
 from pyens.ops._call import Given, first, operation, shifted
 from pyens.ops.ensemble_mlp import ensemble_mlp
@@ -22,7 +23,8 @@ def plan_masks(masks: Sequence[Tensor]) -> list[Tensor]:
     """
     plan = []
     for mask in masks:
-        kept = max(1, int(mask.sum(1).max()))
+        # On "meta" there is nothing to read: as many as there could be, which changes no output.
+        kept = mask.shape[1] if mask.is_meta else max(1, int(mask.sum(1).max()))
         units = torch.arange(mask.shape[1], device=mask.device).where(mask, mask.shape[1])
         first = units.sort(1).values[:, :kept]
         plan.append(first.where(first < mask.shape[1], -1))
@@ -42,7 +44,7 @@ def masked_weights(
     ]
     member_biases = [
         _masked_weights(b.unsqueeze(1), r, None, num_masks).squeeze(2)
-        for b, r in zip(biases or (), rows, strict=False)
+        for b, r in zip(() if biases is None else biases, rows, strict=False)
     ]
     return member_weights, member_biases
 
@@ -110,9 +112,13 @@ def masked_mlp(
     Source: "Masksembles", section 3, and the structure that its section 5 leaves as future work; reference in
     `pyens.reference.masked_mlp`.
     """
-    num_masks = _check("masked_mlp", input, weights, biases, masks, activation, plan)
-    parameters = masked_weights(weights, biases, num_masks, plan_masks(masks) if plan is None else plan)
-    return ensemble_mlp(input, *parameters, activation=activation)
+    try:
+        num_masks = _check("masked_mlp", input, weights, biases, masks, activation, plan)
+        parameters = masked_weights(weights, biases, num_masks, plan_masks(masks) if plan is None else plan)
+        return ensemble_mlp(input, *parameters, activation=activation)
+    except Exception:
+        _kinds.check("masked_mlp", _KINDS, (input, weights, biases, masks, activation, plan))
+        raise
 
 
 def masked_mlp_loss(
@@ -145,17 +151,39 @@ def masked_mlp_loss(
 
     Source: as `masked_mlp`; reference in `pyens.reference.masked_mlp_loss`.
     """
-    num_masks = _check("masked_mlp_loss", input, weights, biases, masks, activation, plan)
-    parameters = masked_weights(weights, biases, num_masks, plan_masks(masks) if plan is None else plan)
-    return ensemble_mlp_loss(
-        input,
-        target,
-        *parameters,
-        loss=loss,
-        activation=activation,
-        temperature=temperature,
-        sample_weight=sample_weight,
-    )
+    try:
+        num_masks = _check("masked_mlp_loss", input, weights, biases, masks, activation, plan)
+        parameters = masked_weights(weights, biases, num_masks, plan_masks(masks) if plan is None else plan)
+        return ensemble_mlp_loss(
+            input,
+            target,
+            *parameters,
+            loss=loss,
+            activation=activation,
+            temperature=temperature,
+            sample_weight=sample_weight,
+        )
+    except Exception:
+        values = (input, weights, biases, masks, activation, plan, target, loss, temperature, sample_weight)
+        _kinds.check("masked_mlp_loss", _KINDS + _LOSS_KINDS, values)
+        raise
+
+
+# The arguments, with the names that schemas have for types.
+_KINDS = (
+    ("input", "Tensor"),
+    ("weights", "List[Tensor]"),
+    ("biases", "Optional[List[Tensor]]"),
+    ("masks", "List[Tensor]"),
+    ("activation", "str"),
+    ("plan", "Optional[List[Tensor]]"),
+)
+_LOSS_KINDS = (
+    ("target", "Tensor"),
+    ("loss", "str"),
+    ("temperature", "float"),
+    ("sample_weight", "Optional[Tensor]"),
+)
 
 
 def _check(
@@ -168,6 +196,9 @@ def _check(
     plan: Sequence[Tensor] | None,
 ) -> int:
     """The number of masks."""
+    for argument, tensors in (("weights", weights), ("biases", biases), ("masks", masks), ("plan", plan)):
+        if isinstance(tensors, Tensor):  # whose rows would pass for a list
+            _kinds.check_tensors(op, argument, tensors)
     if activation not in ACTIVATIONS:
         raise ValueError(f'{op}: activation: expected one of {", ".join(ACTIVATIONS)}, got "{activation}"')
     if len(masks) == 0 or len(masks) != len(weights) - 1:
@@ -175,10 +206,11 @@ def _check(
             f"{op}: masks: expected one for each hidden layer, of at least one, with {len(weights)} weights, "
             f"got {len(masks)}"
         )
-    if biases and len(biases) != len(weights):
+    if biases is not None and len(biases) not in (0, len(weights)):
         raise ValueError(f"{op}: biases: expected {len(weights)}, or none, got {len(biases)}")
     if plan is not None and len(plan) != len(masks):
         raise ValueError(f"{op}: plan: expected one for each of the {len(masks)} masks, got {len(plan)}")
+    _kinds.check_real(op, "weights[0]", weights[0])
     for layer, weight in enumerate(weights):
         if weight.dim() != 2 or (layer > 0 and weight.shape[1] != weights[layer - 1].shape[0]):
             fan_in = "in" if layer == 0 else weights[layer - 1].shape[0]
@@ -186,7 +218,7 @@ def _check(
                 f"{op}: weights[{layer}]: expected [out, {fan_in}], got shape {list(weight.shape)}"
             )
         _check_kind(op, f"weights[{layer}]", weight, weights[0])
-        if biases:
+        if biases is not None and len(biases) > 0:
             if biases[layer].shape != weight.shape[:1]:
                 raise ValueError(
                     f"{op}: biases[{layer}]: expected [{weight.shape[0]}], "

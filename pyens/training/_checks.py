@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pyens._kinds import check_tensor
 from pyens.nn import Ensemble
 from pyens.training.randomness import Randomness
 
@@ -67,6 +68,8 @@ def data(
             f"fit: {argument}: expected tensors {form}, inputs and target, "
             f"got {', '.join(got) or 'none'}{more}"
         )
+    for i, tensor in enumerate(data):
+        check_tensor("fit", f"{argument}[{i}]", tensor)
     if members is not None and any(t.shape[0] != members for t in data):
         raise ValueError(
             f"fit: {argument}: expected tensors {form} under own_data, got shapes "

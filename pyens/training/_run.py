@@ -52,7 +52,7 @@ class Run:
         owners = members if own_data else None
         rows = _checks.data("data", data, members=owners)
         _checks.count("batch_size", batch_size)
-        if loss not in LOSSES:
+        if not isinstance(loss, str) or loss not in LOSSES:
             raise ValueError(f"fit: loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
         check_temperature("fit", loss, temperature)
         sources = randomness or Randomness(shuffle=True)

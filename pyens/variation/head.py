@@ -7,6 +7,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from pyens._kinds import check_real, check_tensor
 from pyens._types import ActivationStrength, StrengthFeatures, VariationTask
 from pyens.nn import EnsembleMLP
 
@@ -29,6 +30,12 @@ def strength_features(strength: ActivationStrength) -> Tensor:
     Raises:
         ValueError: of more than one model, or shapes that do not belong together.
     """
+    if not isinstance(strength, tuple) or len(strength) != 3:
+        raise TypeError(
+            f"strength_features: strength: expected ActivationStrength, got {type(strength).__name__}"
+        )
+    check_real("strength_features", "strength.value", strength[1])
+    check_tensor("strength_features", "strength.active", strength[2])
     value, active = (t[0] if t.dim() == 3 and len(t) == 1 else t for t in strength[1:])
     units = value.shape[-1]
     if active.dtype == torch.uint8:
@@ -68,6 +75,10 @@ class VariationHead(nn.Module):
 
     def forward(self, value: Tensor, active: Tensor) -> Tensor:
         """`[B, ΣH]` or `[1, B, ΣH]` each -> `[B]`, or of a classification `[B, buckets]`."""
+        check_real("VariationHead", "value", value)
+        check_tensor("VariationHead", "active", active)
+        if active.dtype not in (torch.bool, torch.uint8):
+            raise TypeError(f"VariationHead: active: expected bool, got {active.dtype}")
         dtype = self.mlp.stacked()[0][0].dtype
         parts = []
         if self.features != "binary":

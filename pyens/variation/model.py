@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 import pyens.nn
 from pyens import _files
+from pyens._kinds import check_real
 from pyens.nn import Ensemble, EnsembleMLP
 from pyens.ops.activation_strength import activation_strength
 from pyens.variation.head import VariationHead
@@ -77,6 +78,7 @@ class VariationModel(nn.Module):
                 f"{expected} columns, got one of {head.mlp.in_features}"
             )
         for name, statistic in (("mean", mean), ("std", std)):
+            check_real("VariationModel", name, statistic)
             if statistic.numel() != self.units or statistic.shape[-1:] != (self.units,):
                 raise ValueError(
                     f"VariationModel: {name}: expected [{self.units}], a number for each hidden unit, "

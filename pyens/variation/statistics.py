@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyens._kinds import REAL, check_tensor
 from pyens.variation.strength import strength_of
 
 
@@ -40,7 +41,8 @@ class ActivationStatistics:
             TypeError: not floating point.
             ValueError: another shape than before.
         """
-        if not activations.is_floating_point():
+        check_tensor("ActivationStatistics.update", "activations", activations)
+        if activations.dtype not in REAL:
             raise TypeError(
                 f"ActivationStatistics.update: activations: expected floating point, got {activations.dtype}"
             )
@@ -77,6 +79,9 @@ class ActivationStatistics:
         Raises:
             ValueError: for other units.
         """
+        if not isinstance(other, ActivationStatistics):
+            got = type(other).__name__
+            raise TypeError(f"ActivationStatistics.merge: other: expected ActivationStatistics, got {got}")
         if other._mean is None or other._squares is None:
             return
         if self._mean is None or self._squares is None:

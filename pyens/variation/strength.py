@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyens._kinds import check_real
 from pyens._types import ActivationStrength
 from pyens.nn import Ensemble
 from pyens.ops.activation_strength import activation_strength
@@ -73,6 +74,7 @@ def strength_of(
         value, active = h, h > 0
     else:
         for name, statistic in (("mean", mean), ("std", std)):
+            check_real("strength_of", name, statistic)
             each = h.shape[-1:]
             if statistic.shape != each and (members is None or statistic.shape != (members, *each)):
                 raise ValueError(
