@@ -203,19 +203,19 @@ Tensor uncertainty_backward(const variable_list& grads, const Tensor& members,
   const Tensor &g_information = grads[3], &g_pv = grads[4];
   const at::Scalar count(members.sym_size(0));
   const bool binary = members.dim() == 2;
-  const at::ScalarType type = accumulation_type(members.scalar_type());
 
   // Information is total less expected entropy, prediction variation E times that.
-  const Tensor difference = added(g_information, g_pv.defined() ? g_pv * count : g_pv);
-  const Tensor of_total = added(g_total, difference);
-  const Tensor of_expected = added(g_expected, difference.defined() ? -difference : difference);
-  if (!g_mean.defined() && !of_total.defined() && !of_expected.defined()) return Tensor();
+  const Tensor information = added(g_information, g_pv.defined() ? g_pv * count : g_pv);
+  if (!g_mean.defined() && !g_total.defined() && !g_expected.defined() && !information.defined()) {
+    return Tensor();
+  }
 
-  // Everything below is [E, B, K]. Logarithms end where the smallest normal number's does: what is
-  // below adds nothing to an entropy.
-  const double tiny =
-      type == at::kDouble ? std::numeric_limits<double>::min() : std::numeric_limits<float>::min();
-  Tensor z = members.to(type);
+  // Everything below is [E, B, K], in double as the op itself: log p - log p̄ is as small as the
+  // members' disagreement. Logarithms end where the smallest normal number's does: what is below adds
+  // nothing to an entropy.
+  const auto exact = [](const Tensor& x) { return x.to(at::kDouble); };
+  const double tiny = std::numeric_limits<double>::min();
+  Tensor z = exact(members);
   // An infinite binary logit is a certain one.
   if (binary && !from_probabilities) z = z.clamp_max(std::numeric_limits<float>::max());
   if (binary) z = at::stack({from_probabilities ? 1 - z : at::zeros_like(z), z}, -1);
@@ -224,13 +224,15 @@ Tensor uncertainty_backward(const variable_list& grads, const Tensor& members,
   const Tensor p = from_probabilities ? z : at::softmax(z, -1);
   Tensor g = at::zeros_like(p);  // d / d p, times E
   if (g_mean.defined()) {
-    const Tensor of_mean = g_mean.to(type);
+    const Tensor of_mean = exact(g_mean);
     g = g + (binary ? at::stack({at::zeros_like(of_mean), of_mean}, -1) : of_mean);
   }
-  if (of_total.defined()) {
-    g = g - of_total.to(type).unsqueeze(-1) * (p.mean(0).clamp_min(tiny).log() + 1);
+  if (g_total.defined() || information.defined()) {
+    const Tensor log_mean = p.mean(0).clamp_min(tiny).log();
+    if (g_total.defined()) g = g - exact(g_total).unsqueeze(-1) * (log_mean + 1);
+    if (information.defined()) g = g + exact(information).unsqueeze(-1) * (log_p - log_mean);
   }
-  if (of_expected.defined()) g = g - of_expected.to(type).unsqueeze(-1) * (log_p + 1);
+  if (g_expected.defined()) g = g - exact(g_expected).unsqueeze(-1) * (log_p + 1);
   g = g / count;
   if (!from_probabilities) g = p * (g - (p * g).sum(-1, /*keepdim=*/true));
   if (binary) {
@@ -275,6 +277,14 @@ Tensor extreme_backward(const Tensor& grad, const Tensor& outputs, const Tensor&
   return grad * there / there.sum(0);
 }
 
+// Per element the exponent of the members' largest difference from the first one, 0 where there is none.
+Tensor exponent_of_spread(const Tensor& x) {
+  at::NoGradGuard constant;
+  const Tensor half = (x * 0.5 - x.select(0, 0) * 0.5).abs().amax(0);
+  const Tensor exponent = std::get<1>(at::frexp(half));
+  return at::where(half.isfinite(), exponent, 0).clamp(-1000, 1000).to(x.scalar_type());
+}
+
 class PredictiveMomentsFunction : public torch::autograd::Function<PredictiveMomentsFunction> {
  public:
   static variable_list forward(AutogradContext* ctx, const Tensor& outputs,
@@ -290,21 +300,28 @@ class PredictiveMomentsFunction : public torch::autograd::Function<PredictiveMom
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const Tensor outputs = ctx->get_saved_variables()[0];
-    const at::ScalarType type = accumulation_type(outputs.scalar_type());
     const at::Scalar count(outputs.sym_size(0)), degrees(outputs.sym_size(0) - 1);
-    const Tensor x = outputs.to(type);
-    variable_list g;  // in the type of accumulation
-    for (const Tensor& grad : grads) g.push_back(grad.defined() ? grad.to(type) : grad);
+    const Tensor x = outputs.to(at::kDouble);  // in which no square of a float leaves the range
+    variable_list g;
+    for (const Tensor& grad : grads) g.push_back(grad.defined() ? grad.to(at::kDouble) : grad);
     Tensor gradient, of_variances;
     if (g[0].defined()) gradient = (g[0] / count).expand_as(x);
     if (g[1].defined() || g[5].defined()) {
-      const Tensor deviation = x - x.mean(0);
+      // std and deviations near 1, by a power of two, so that those of doubles stay in range too.
+      const Tensor exponent =
+          outputs.scalar_type() == at::kDouble ? exponent_of_spread(x) : Tensor();
+      const Tensor y = exponent.defined() ? at::ldexp(x, -exponent) : x;
+      const Tensor difference = y - y.select(0, 0);  // an offset costs no digits
+      const Tensor deviation = difference - difference.mean(0);
       if (g[1].defined()) {
         const Tensor std = (deviation.square().sum(0) / degrees).sqrt();
         const Tensor scale = (g[1] / (std * degrees)).masked_fill(std.eq(0), 0);  // as torch.std
         gradient = added(gradient, scale * deviation);
       }
-      if (g[5].defined()) gradient = added(gradient, g[5] * 2 / count * deviation);
+      if (g[5].defined()) {
+        const Tensor unscaled = exponent.defined() ? at::ldexp(deviation, exponent) : deviation;
+        gradient = added(gradient, g[5] * 2 / count * unscaled);
+      }
     }
     if (g[2].defined()) gradient = added(gradient, extreme_backward(g[2], x, x.amin(0)));
     if (g[3].defined()) gradient = added(gradient, extreme_backward(g[3], x, x.amax(0)));

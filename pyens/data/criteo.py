@@ -97,7 +97,7 @@ def _sizes(buckets: int | Sequence[int]) -> np.ndarray:
     if len(sizes) != CATEGORIES:
         raise ValueError(f"load_criteo: buckets: expected 1 or {CATEGORIES} numbers, got {len(sizes)}")
     for size in sizes:
-        if not isinstance(size, Integral):
+        if not hasattr(size, "__index__"):
             raise TypeError(f"load_criteo: buckets: expected ints, got {type(size).__name__}")
         if size < 2:
             raise ValueError(f"load_criteo: buckets: expected at least 2, got {size}")

@@ -70,7 +70,7 @@ class PredictiveUncertainty:
         chunk.count = len(members)
         chunk._shape = list(members.shape[1:])
         chunk._mean, chunk._entropies = mean, expected * chunk.count
-        chunk._divergences = divergences if chunk.count > 1 else 0 * divergences  # NaN stays
+        chunk._divergences = divergences
         chunk._votes = votes.long()
         self.merge(chunk)
 

@@ -7,6 +7,7 @@ entropy) and what they disagree on (mutual information).
 from torch import Tensor
 
 from pyens.metrics import _checks
+from pyens.ops.uncertainty import predictive_uncertainty
 from pyens.reference.uncertainty import entropy
 
 
@@ -54,13 +55,14 @@ def mutual_information(probabilities: Tensor) -> Tensor:
     """Disagreement of the members, in nats: ``MI = H(p̄) - mean_m H(p_m)``, the epistemic part.
 
     It equals the mean Kullback-Leibler divergence of the members from their mean, so it is never negative;
-    what rounding would leave below 0 is 0.
+    what rounding would leave below 0 is 0. Of members nearly sure of one class, only logits still tell it:
+    `pyens.ops.predictive_uncertainty`, which computes this too, takes them.
 
     Args:
         probabilities: ``[E, B, K]``, rows sum to 1.
 
     Returns:
-        ``[B]`` in the dtype of the input, in [0, min(log E, log K)]; 0 for members that agree.
+        ``[B]`` in the dtype of the input, in [0, min(log E, log K)]; exactly 0 for members that are equal.
 
     Raises:
         TypeError, ValueError: for input that is not as above.
@@ -68,9 +70,7 @@ def mutual_information(probabilities: Tensor) -> Tensor:
     Source: "Deep Ensemble", Mutual Information for Purely Epistemic Uncertainty.
     """
     _checks.probabilities("mutual_information", "probabilities", probabilities, "[E, B, K]", empty_batch=True)
-    members = probabilities.double()
-    difference = entropy(members.mean(0)) - entropy(members).mean(0)
-    return difference.clamp_min(0.0).to(probabilities.dtype)
+    return predictive_uncertainty(probabilities, from_probabilities=True).mutual_information
 
 
 def predictive_variance(outputs: Tensor, *, unbiased: bool = False) -> Tensor:

@@ -50,7 +50,7 @@ def distribution_variation(probabilities: Tensor) -> Tensor:
 
     Returns:
         ``[B]`` in the dtype of the input, in [0, E min(log E, log K)]. What rounding would leave below 0 is
-        0; where all members are equal, and for E = 1, it is 0 to rounding.
+        0; where all members are equal, and for E = 1, it is exactly 0.
 
     Raises:
         TypeError, ValueError: for input that is not as above.

@@ -16,14 +16,20 @@ def predictive_uncertainty(logits: Tensor, *, from_probabilities: bool = False) 
             torch.finfo(logits.dtype).max
         )  # sigmoid(inf) is 1, though inf - inf is NaN
         members = torch.stack([torch.zeros_like(logits), certain], -1)
-    p = members if from_probabilities else members.softmax(-1)
-    mean = p.mean(0)
-    total, expected = entropy(mean), entropy(p).mean(0)
-    information = (total - expected).clamp_min(0)
+    # What members disagree on is a small difference of large entropies: in float64.
+    exact = members.double()
+    p = exact if from_probabilities else exact.softmax(-1)
+    first = p[0]
+    differences = p - first  # exactly 0 for members that are equal
+    mean = first + differences.mean(0)
+    of_members = entropy(p)
+    total, expected = entropy(mean), of_members.mean(0)
+    information = (total - entropy(first)) - (of_members - of_members[0]).mean(0)
+    information = information.clamp_min(0)
     classes = torch.arange(members.shape[-1], device=members.device)
     votes = (members.argmax(-1, keepdim=True) == classes).sum(0)  # [B, K]; the first of classes that tie
-    disagreement = 1 - votes.amax(-1).to(logits.dtype) / len(members)
-    return Uncertainty(
+    disagreement = 1 - votes.amax(-1).double() / len(members)
+    measures = Uncertainty(
         mean_probability=mean[..., 1] if logits.dim() == 2 else mean,
         predictive_entropy=total,
         expected_entropy=expected,
@@ -31,6 +37,7 @@ def predictive_uncertainty(logits: Tensor, *, from_probabilities: bool = False) 
         distribution_pv=len(members) * information,
         vote_disagreement=torch.where(expected.isnan(), torch.nan, disagreement).detach(),
     )
+    return Uncertainty(*(measure.to(logits.dtype) for measure in measures))
 
 
 def entropy(p: Tensor) -> Tensor:
@@ -40,13 +47,22 @@ def entropy(p: Tensor) -> Tensor:
 
 def predictive_moments(outputs: Tensor, *, variances: Tensor | None = None) -> Moments:
     """See `pyens.ops.predictive_moments`."""
-    mean = outputs.mean(0)
-    squares = (outputs - mean).square().sum(0)
-    return Moments(
-        mean=mean,
-        std=(squares / (len(outputs) - 1)).sqrt(),
-        min=outputs.amin(0),
-        max=outputs.amax(0),
-        aleatoric=None if variances is None else variances.mean(0),
-        epistemic=None if variances is None else squares / len(outputs),
+    # In float64 no square of a float leaves the range; a power of two keeps those of float64 within it.
+    x = outputs.double()
+    with torch.no_grad():
+        half_spread = (x / 2 - x[0] / 2).abs().amax(0)
+        exponent = half_spread.where(half_spread.isfinite(), 0).frexp().exponent.clamp(-1000, 1000).double()
+    first = x[0].ldexp(-exponent)
+    differences = x.ldexp(-exponent) - first
+    mean = differences.mean(0)
+    squares = (differences - mean).square().sum(0)
+    finite = mean.isfinite()
+    moments = Moments(
+        mean=torch.where(finite, x[0] + mean.ldexp(exponent), x.mean(0)),
+        std=(squares / (len(x) - 1)).sqrt().ldexp(exponent),
+        min=x.amin(0),
+        max=x.amax(0),
+        aleatoric=None if variances is None else (variances.double() / len(x)).sum(0),
+        epistemic=None if variances is None else (squares / len(x)).ldexp(2 * exponent),
     )
+    return Moments(*(None if moment is None else moment.to(outputs.dtype) for moment in moments))

@@ -6,14 +6,18 @@
 //   p_k = e_k / S,   H(p) = log S - T / S
 //
 // so a logit costs one exponential and a row one logarithm; the logarithms of the mean are taken once
-// per class, not once per member. The exponentials bind (some 25 operations per vector of logits),
-// and memory next.
+// per class, not once per member.
+//
+// What members disagree on is a small difference of large entropies: of members as sure as 1 - 1e-7 it
+// is some 1e-9, where entropies in float32 are off by 1e-7. So logits are exact in double, and
+// everything made of them is double. Sums over members are of differences from the first one: members
+// that are equal differ by exactly 0. The exponentials bind (some 20 operations per vector of 8
+// doubles, of 26), memory does not.
 //
 // A work item is a tile of examples. Its sums over the members, [tile, K], stay in cache while all
 // members stream by. Two mappings by the number of classes: examples in the lanes
 // (uncertainty_columns-inl.h), and from kManyClasses on classes in the lanes
-// (uncertainty_rows-inl.h). Sums over members go in blocks of kMemberBlock, whose sums are added in
-// order: an example's results depend on nothing beside it.
+// (uncertainty_rows-inl.h). An example's results depend on nothing beside it.
 
 #include "kernels/cpu/wide-inl.h"
 #include "kernels/cpu/elementary-inl.h"
@@ -21,48 +25,28 @@
 namespace pyens::PYENS_ISA::uncertainty {
 
 constexpr int64_t kManyClasses = 128;
-constexpr int64_t kMemberBlock = 32;
-constexpr int64_t kClassBlock = 16;      // sums over the lanes' own classes, likewise
-constexpr int64_t kTileElements = 2048;  // of a member: 8 KB of float at a time
+constexpr int64_t kTileElements =
+    1024;  // of a member: 8 KB of sums, and as much of what they are relative to
 constexpr int64_t kFewTiles = 16;  // fewer tiles than this: smaller ones, for the threads' sake
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// e^x for x <= 0, 0 below about -87 where it is subnormal; d = x, but finite where e^x is 0.
-template <class V>
-inline __attribute__((always_inline)) V exp_or_zero(V x, V& d) {
-  if constexpr (std::is_same_v<V, Wide<float>>) {
-    const V low = broadcast<V>(-87.0f);
-    d = x < low ? low : x;
-    V r;
-    const V scale = exp2_integer(split_exponent(d, r));
-    const V e = madd(exp_polynomial(r), scale, scale);
-    return x < low ? V{} : e;
-  } else {
-    const V low = broadcast<V>(-745.0);
-    d = x < low ? low : x;
-    V e{};
-    for (int i = 0; i < lanes_of<V>(); ++i) e[i] = std::exp(x[i]);
-    return e;
-  }
-}
+using Doubles = Wide<double>;
+constexpr int64_t kDoubles = kWideLanes<double>;
 
-template <class V>
-inline __attribute__((always_inline)) V log_of(V x) {
-  if constexpr (std::is_same_v<V, Wide<float>>) {
-    return log_positive(x);
-  } else {
-    for (int i = 0; i < lanes_of<V>(); ++i) x[i] = std::log(x[i]);
-    return x;
-  }
+template <class Real>
+inline __attribute__((always_inline)) Doubles load_doubles(const Real* p) {
+  return __builtin_convertvector(load<Vec<Real, kDoubles>>(p), Doubles);
+}
+template <class Real>
+inline __attribute__((always_inline)) void store_doubles(Real* p, Doubles v) {
+  store(p, __builtin_convertvector(v, Vec<Real, kDoubles>));
 }
 
 // x log x; 0 for 0 and for what is subnormal.
-template <class Real>
-inline __attribute__((always_inline)) Wide<Real> x_log_x(Wide<Real> x) {
-  using V = Wide<Real>;
-  const V product = x * log_of(x);
-  return x < broadcast<V>(std::numeric_limits<Real>::min()) ? V{} : product;
+inline __attribute__((always_inline)) Doubles x_log_x(Doubles x) {
+  const Doubles product = x * log_of_doubles(x);
+  return x < broadcast<Doubles>(std::numeric_limits<double>::min()) ? Doubles{} : product;
 }
 
 inline bool classes_in_lanes(const UncertaintyParams& p) { return p.classes >= kManyClasses; }
@@ -79,11 +63,12 @@ int64_t tile_size(const UncertaintyParams& p) {
 // [example][k].
 template <class Real>
 struct Scratch {
-  int64_t width;        // elements of a row or of a group's columns
-  Real* member;         // one row or group of one member: logits, then their exponentials
-  Real* rows;           // by columns: where rows are copied that cannot be read in place
-  Real *block, *total;  // sums of probabilities: of a block of members, of all
-  double* entropy;      // sums of entropies
+  int64_t width;  // elements of a row or of a group's columns
+  Real* member;   // one row or group of one member
+  Real* rows;     // by columns: where rows are copied that cannot be read in place
+  double* exponentials;
+  double *first, *sum;                  // the first member's probabilities; differences from them
+  double *first_entropy, *entropy_sum;  // of its entropy; of differences from it
   int32_t* votes;
   int32_t* bad;  // per example the first member whose row is no distribution, or -1
   size_t bytes;
@@ -102,9 +87,11 @@ struct Scratch {
     };
     take(member, width);
     take(rows, by_rows ? 0 : N * round_up(p.classes, N));
-    take(block, units * width);
-    take(total, units * width);
-    take(entropy, tile);
+    take(exponentials, by_rows ? width : p.classes * kDoubles);
+    take(first, units * width);
+    take(sum, units * width);
+    take(first_entropy, tile);
+    take(entropy_sum, tile);
     take(votes, units * width);
     take(bad, tile);
   }
@@ -114,20 +101,19 @@ template <class Real>
 void clear(const UncertaintyParams& p, const Scratch<Real>& s) {
   const int64_t tile = tile_size<Real>(p);
   const int64_t n = (classes_in_lanes(p) ? tile : tile / kWideLanes<Real>)*s.width;
-  std::fill(s.block, s.block + n, 0);
-  std::fill(s.total, s.total + n, 0);
+  std::fill(s.sum, s.sum + n, 0);
   std::fill(s.votes, s.votes + n, 0);
-  std::fill(s.entropy, s.entropy + tile, 0);
+  std::fill(s.entropy_sum, s.entropy_sum + tile, 0);
   std::fill(s.bad, s.bad + tile, -1);
 }
 
-// total += block, block = 0, for n elements, a multiple of the lanes.
-template <class Real>
-void fold(Real* block, Real* total, int64_t n) {
-  using V = Wide<Real>;
-  for (int64_t i = 0; i < n; i += kWideLanes<Real>) {
-    store(total + i, load<V>(total + i) + load<V>(block + i));
-    store(block + i, V{});
+// Probabilities p of one member, and of the first one: into its place, or their difference to the sum.
+inline __attribute__((always_inline)) void add_member(bool is_first, Doubles p, double* first,
+                                                      double* sum) {
+  if (is_first) {
+    store(first, p);
+  } else {
+    store(sum, load<Doubles>(sum) + (p - load<Doubles>(first)));
   }
 }
 
@@ -137,35 +123,39 @@ inline void store_result(void* result, int64_t at, Wide<Real> v, int64_t n) {
   store_wide_first<Real>(static_cast<T*>(result) + at, v, n);
 }
 
-// Entropies are summed in double, for their difference is what the members disagree on.
+// What is known of up to a vector of examples once all members have been seen.
 template <class Real>
-using Entropies = Vec<double, kWideLanes<Real>>;
+struct Measures {
+  static constexpr int64_t N = kWideLanes<Real>;
+  Real total[N], expected[N], information[N], variation[N], disagreement[N];
 
-template <class Real>
-inline __attribute__((always_inline)) Entropies<Real> to_double(Wide<Real> v) {
-  return __builtin_convertvector(v, Entropies<Real>);
-}
+  // Of kDoubles examples from lane l on: entropies of the mean and of the first member, both from their
+  // probabilities; the latter's own and the sum of differences from it; the most votes for a class.
+  void set(const UncertaintyParams& p, int64_t l, Doubles of_mean, Doubles of_first,
+           Doubles first_entropy, Doubles entropy_sum, Doubles most_votes) {
+    const Doubles members = broadcast<Doubles>(static_cast<double>(p.ensemble_size));
+    const Doubles mean_difference = entropy_sum / members;
+    const Doubles of_members = at_least(Doubles{}, first_entropy + mean_difference);
+    const Doubles disagreed = at_least(Doubles{}, (of_mean - of_first) - mean_difference);
+    const Doubles minority = broadcast<Doubles>(1.0) - most_votes / members;
+    store_doubles(total + l, at_least(Doubles{}, of_mean));
+    store_doubles(expected + l, of_members);
+    store_doubles(information + l, disagreed);
+    store_doubles(variation + l, disagreed * members);
+    store_doubles(disagreement + l, of_members != of_members ? of_members : minority);
+  }
 
-// The measures of up to a vector of examples from b on.
-template <class T, class Real>
-void store_measures(const UncertaintyParams& p, int64_t b, int64_t n,
-                    const Entropies<Real>& entropy_of_mean, const Entropies<Real>& entropy_sum,
-                    Wide<Real> most_votes) {
-  using V = Wide<Real>;
-  using D = Entropies<Real>;
-  const D members = broadcast<D>(static_cast<double>(p.ensemble_size));
-  const D total = at_least(D{}, entropy_of_mean), expected = at_least(D{}, entropy_sum / members);
-  const D information = at_least(D{}, total - expected);
-  const V disagreement =
-      broadcast<V>(Real{1}) - most_votes / broadcast<V>(static_cast<Real>(p.ensemble_size));
-  const V expected_entropy = __builtin_convertvector(expected, V);
-  store_result<T, Real>(p.predictive_entropy, b, __builtin_convertvector(total, V), n);
-  store_result<T, Real>(p.expected_entropy, b, expected_entropy, n);
-  store_result<T, Real>(p.mutual_information, b, __builtin_convertvector(information, V), n);
-  store_result<T, Real>(p.distribution_pv, b, __builtin_convertvector(information * members, V), n);
-  store_result<T, Real>(p.vote_disagreement, b,
-                        expected_entropy != expected_entropy ? expected_entropy : disagreement, n);
-}
+  // The first n of them, of the examples from b on.
+  template <class T>
+  void write(const UncertaintyParams& p, int64_t b, int64_t n) const {
+    using V = Wide<Real>;
+    store_result<T, Real>(p.predictive_entropy, b, load<V>(total), n);
+    store_result<T, Real>(p.expected_entropy, b, load<V>(expected), n);
+    store_result<T, Real>(p.mutual_information, b, load<V>(information), n);
+    store_result<T, Real>(p.distribution_pv, b, load<V>(variation), n);
+    store_result<T, Real>(p.vote_disagreement, b, load<V>(disagreement), n);
+  }
+};
 
 }  // namespace pyens::PYENS_ISA::uncertainty
 
@@ -208,7 +198,7 @@ void run(const UncertaintyParams& p, int64_t begin, int64_t end, void* base) {
 template <class T, class Real>
 constexpr UncertaintyFunctions kUncertainty = {work_items<Real>, scratch_bytes<Real>, run<T, Real>};
 template <class T, class Real>
-constexpr MomentsFunctions kMoments = {moments_work_items, moments_scratch_bytes<Real>,
+constexpr MomentsFunctions kMoments = {moments_work_items, moments_scratch_bytes,
                                        run_moments<T, Real>};
 
 }  // namespace pyens::PYENS_ISA::uncertainty

@@ -112,83 +112,93 @@ inline __attribute__((always_inline)) WideInts<Real> first_largest(const Real* z
   return at;
 }
 
-// Adds softmax(z) to `sums`; returns its entropy.
+// Where a vector of examples of one member goes: kDoubles lanes of a group's columns, [k][N].
+struct Columns {
+  bool is_first;  // member
+  int64_t classes, stride;
+  double *first, *sum;  // as in Scratch
+};
+
+// Adds softmax(z); returns its entropy.
 template <class Real>
-Wide<Real> add_logits(Real* z, int64_t classes, Wide<Real> largest, Real* sums) {
-  using V = Wide<Real>;
-  constexpr int64_t N = kWideLanes<Real>;
-  V sum{}, weighted{};
-  for (int64_t block = 0; block < classes; block += kClassBlock) {
-    V of_block{}, weighted_block{};
-    for (int64_t k = block; k < std::min(block + kClassBlock, classes); ++k) {
-      V d;
-      const V e = exp_or_zero(load<V>(z + k * N) - largest, d);
-      store(z + k * N, e);
-      of_block += e;
-      weighted_block = madd(e, d, weighted_block);
-    }
-    sum += of_block;
-    weighted += weighted_block;
+Doubles add_logits(const Real* z, Doubles largest, double* exponentials, const Columns& c) {
+  Doubles sum{}, weighted{};
+  for (int64_t k = 0; k < c.classes; ++k) {
+    Doubles d = load_doubles(z + k * c.stride) - largest;
+    const Doubles e = exp_of_doubles(d);
+    d = e == Doubles{} ? Doubles{} : d;  // 0 times an infinity
+    store(exponentials + k * kDoubles, e);
+    sum += e;
+    weighted = madd(e, d, weighted);
   }
-  const V scale = broadcast<V>(Real{1}) / sum;
-  for (int64_t k = 0; k < classes; ++k) {
-    store(sums + k * N, madd(load<V>(z + k * N), scale, load<V>(sums + k * N)));
+  const Doubles scale = broadcast<Doubles>(1.0) / sum;
+  for (int64_t k = 0; k < c.classes; ++k) {
+    add_member(c.is_first, load<Doubles>(exponentials + k * kDoubles) * scale,
+               c.first + k * c.stride, c.sum + k * c.stride);
   }
-  return log_of(sum) - weighted * scale;
+  return log_of_doubles(sum) - weighted * scale;
 }
 
-// Adds the probabilities z to `sums`; returns their entropy. `bad` becomes `member` where they are
-// no distribution and no earlier member was bad. NaN is not reported: it reaches the results.
+// Adds the probabilities z; returns their entropy. bad[l] becomes `member` where they are no
+// distribution and no earlier member was bad. NaN is not reported: it reaches the results.
 template <class Real>
-Wide<Real> add_probabilities(const UncertaintyParams& p, const Real* z, int32_t member, Real* sums,
-                             int32_t* bad) {
-  using V = Wide<Real>;
-  constexpr int64_t N = kWideLanes<Real>;
-  V sum{}, entropy{}, lowest{};
-  for (int64_t k = 0; k < p.classes; ++k) {
-    const V v = load<V>(z + k * N);
+Doubles add_probabilities(const Real* z, double sum_tolerance, int32_t member, int32_t* bad,
+                          const Columns& c) {
+  Doubles sum{}, entropy{}, lowest{};
+  for (int64_t k = 0; k < c.classes; ++k) {
+    const Doubles v = load_doubles(z + k * c.stride);
     lowest = v < lowest ? v : lowest;
     sum += v;
-    entropy -= x_log_x<Real>(v);
-    store(sums + k * N, load<V>(sums + k * N) + v);
+    entropy -= x_log_x(v);
+    add_member(c.is_first, v, c.first + k * c.stride, c.sum + k * c.stride);
   }
-  const V tolerance = broadcast<V>(static_cast<Real>(p.sum_tolerance));
-  const V off = sum - broadcast<V>(Real{1});
-  const WideInts<Real> wrong = (off > tolerance) | (off < -tolerance) | (lowest < V{});
-  for (int64_t l = 0; l < N; ++l) {
+  const Doubles tolerance = broadcast<Doubles>(sum_tolerance);
+  const Doubles off = sum - broadcast<Doubles>(1.0);
+  const WideInts<double> wrong = (off > tolerance) | (off < -tolerance) | (lowest < Doubles{});
+  for (int64_t l = 0; l < kDoubles; ++l) {
     if (wrong[l] && sum[l] == sum[l] && bad[l] < 0) bad[l] = member;
   }
   return entropy;
 }
 
-// The measures of the n examples from b on, from the sums over all members.
+// The measures of the n examples from b on, group g of the tile, from the sums over all members.
 template <class T, class Real>
-void finish_columns(const UncertaintyParams& p, int64_t b, int64_t n, Real* total,
-                    const double* entropy_sum, const int32_t* votes) {
+void finish_columns(const UncertaintyParams& p, int64_t b, int64_t n, int64_t g,
+                    const Scratch<Real>& s) {
   using V = Wide<Real>;
   constexpr int64_t N = kWideLanes<Real>;
-  const V count = broadcast<V>(static_cast<Real>(p.ensemble_size));
-  Entropies<Real> entropy{};
-  Vec<int32_t, N> most{};
-  for (int64_t k = 0; k < p.classes; ++k) {
-    const V mean = load<V>(total + k * N) / count;
-    store(total + k * N, mean);
-    entropy -= to_double<Real>(x_log_x<Real>(mean));
-    const auto of_class = load<Vec<int32_t, N>>(votes + k * N);
-    most = most < of_class ? of_class : most;
+  const double *first = s.first + g * s.width, *sum = s.sum + g * s.width;
+  const int32_t* votes = s.votes + g * s.width;
+  Real* mean = s.member;  // no longer needed: all members are in the sums
+  const Doubles count = broadcast<Doubles>(static_cast<double>(p.ensemble_size));
+  Measures<Real> measures;
+  for (int64_t l = 0; l < N; l += kDoubles) {
+    Doubles of_mean{}, of_first{};
+    Vec<int32_t, kDoubles> most{};
+    for (int64_t k = 0; k < p.classes; ++k) {
+      const int64_t at = k * N + l;
+      const Doubles of_class = load<Doubles>(first + at);
+      const Doubles average = of_class + load<Doubles>(sum + at) / count;
+      store_doubles(mean + at, average);
+      of_mean -= x_log_x(average);
+      of_first -= x_log_x(of_class);
+      const auto v = load<Vec<int32_t, kDoubles>>(votes + at);
+      most = most < v ? v : most;
+    }
+    measures.set(p, l, of_mean, of_first, load<Doubles>(s.first_entropy + g * N + l),
+                 load<Doubles>(s.entropy_sum + g * N + l), __builtin_convertvector(most, Doubles));
   }
-  store_measures<T, Real>(p, b, n, entropy, load<Entropies<Real>>(entropy_sum),
-                          __builtin_convertvector(most, V));
-  T* mean = static_cast<T*>(p.mean_probability);
+  measures.template write<T>(p, b, n);
+  T* out = static_cast<T*>(p.mean_probability);
   if (p.binary) {
-    store_wide_first<Real>(mean + b, load<V>(total + N), n);
+    store_wide_first<Real>(out + b, load<V>(mean + N), n);
   } else {
     Real row[N] = {};
     for (int64_t l = 0; l < n; ++l) {
       for (int64_t k = 0; k < p.classes; k += N) {
         const int64_t in_row = std::min(N, p.classes - k);
-        for (int64_t i = 0; i < in_row; ++i) row[i] = total[(k + i) * N + l];
-        store_wide_first<Real>(mean + (b + l) * p.classes + k, load<V>(row), in_row);
+        for (int64_t i = 0; i < in_row; ++i) row[i] = mean[(k + i) * N + l];
+        store_wide_first<Real>(out + (b + l) * p.classes + k, load<V>(row), in_row);
       }
     }
   }
@@ -206,26 +216,26 @@ void run_columns(const UncertaintyParams& p, int64_t b, int64_t examples, const 
   for (int64_t m = 0; m < p.ensemble_size; ++m) {
     for (int64_t g = 0; g < groups; ++g) {
       load_columns<T>(p, m, b + g * N, std::min(N, examples - g * N), s.member, s.rows);
-      V largest, entropy;
+      V largest;
       const WideInts<Real> vote = first_largest(s.member, p.classes, largest);
-      if (p.from_probabilities) {
-        entropy = add_probabilities(p, s.member, static_cast<int32_t>(m), s.block + g * s.width,
-                                    s.bad + g * N);
-      } else {
-        entropy = add_logits(s.member, p.classes, largest, s.block + g * s.width);
+      Real top[N];
+      store(top, largest);
+      for (int64_t l = 0; l < N; l += kDoubles) {
+        const int64_t at = g * s.width + l;
+        const Columns columns = {m == 0, p.classes, N, s.first + at, s.sum + at};
+        const Doubles entropy =
+            p.from_probabilities
+                ? add_probabilities(s.member + l, p.sum_tolerance, static_cast<int32_t>(m),
+                                    s.bad + g * N + l, columns)
+                : add_logits(s.member + l, load_doubles(top + l), s.exponentials, columns);
+        add_member(m == 0, entropy, s.first_entropy + g * N + l, s.entropy_sum + g * N + l);
       }
-      double* sum = s.entropy + g * N;
-      store(sum, load<Entropies<Real>>(sum) + to_double<Real>(entropy));
       int32_t* votes = s.votes + g * s.width;
       for (int64_t l = 0; l < N; ++l) ++votes[vote[l] * N + l];
     }
-    if ((m + 1) % kMemberBlock == 0 || m + 1 == p.ensemble_size) {
-      fold(s.block, s.total, groups * s.width);
-    }
   }
   for (int64_t g = 0; g < groups; ++g) {
-    finish_columns<T>(p, b + g * N, std::min(N, examples - g * N), s.total + g * s.width,
-                      s.entropy + g * N, s.votes + g * s.width);
+    finish_columns<T>(p, b + g * N, std::min(N, examples - g * N), g, s);
   }
 }
 

@@ -41,67 +41,73 @@ Real load_row(const T* source, int64_t classes, Real padding, Real* z, int64_t* 
   return best;
 }
 
-// Adds softmax(z) to `sums`; returns its entropy.
+// Adds softmax(z); returns its entropy.
 template <class Real>
-Real add_row_of_logits(Real* z, int64_t width, Real largest, Real* sums) {
-  using V = Wide<Real>;
-  constexpr int64_t N = kWideLanes<Real>;
-  const V top = broadcast<V>(largest);
-  V sum{}, weighted{};
-  for (int64_t k = 0; k < width; k += N) {
-    V d;
-    const V e = exp_or_zero(load<V>(z + k) - top, d);
-    store(z + k, e);
+double add_row_of_logits(const Real* z, int64_t width, Real largest, bool is_first,
+                         double* exponentials, double* first, double* sums) {
+  const Doubles top = broadcast<Doubles>(static_cast<double>(largest));
+  Doubles sum{}, weighted{};
+  for (int64_t k = 0; k < width; k += kDoubles) {
+    Doubles d = load_doubles(z + k) - top;
+    const Doubles e = exp_of_doubles(d);
+    d = e == Doubles{} ? Doubles{} : d;  // 0 times an infinity
+    store(exponentials + k, e);
     sum += e;
     weighted = madd(e, d, weighted);
   }
-  const Real whole = sum_lanes(sum), scale = 1 / whole;
-  const V scales = broadcast<V>(scale);
-  for (int64_t k = 0; k < width; k += N) {
-    store(sums + k, madd(load<V>(z + k), scales, load<V>(sums + k)));
+  const double whole = sum_lanes(sum), scale = 1 / whole;
+  const Doubles scales = broadcast<Doubles>(scale);
+  for (int64_t k = 0; k < width; k += kDoubles) {
+    add_member(is_first, load<Doubles>(exponentials + k) * scales, first + k, sums + k);
   }
-  return log_of(broadcast<V>(whole))[0] - sum_lanes(weighted) * scale;
+  return log_of_doubles(broadcast<Doubles>(whole))[0] - sum_lanes(weighted) * scale;
 }
 
-// Adds the probabilities z to `sums`; returns their entropy, and whether they are a distribution
-// (or NaN).
+// Adds the probabilities z; returns their entropy, and whether they are a distribution (or NaN).
 template <class Real>
-Real add_row_of_probabilities(const Real* z, int64_t width, Real tolerance, Real* sums,
-                              bool* good) {
-  using V = Wide<Real>;
-  constexpr int64_t N = kWideLanes<Real>;
-  V sum{}, entropy{}, lowest{};
-  for (int64_t k = 0; k < width; k += N) {
-    const V v = load<V>(z + k);
+double add_row_of_probabilities(const Real* z, int64_t width, double tolerance, bool is_first,
+                                double* first, double* sums, bool* good) {
+  Doubles sum{}, entropy{}, lowest{};
+  for (int64_t k = 0; k < width; k += kDoubles) {
+    const Doubles v = load_doubles(z + k);
     lowest = v < lowest ? v : lowest;
     sum += v;
-    entropy -= x_log_x<Real>(v);
-    store(sums + k, load<V>(sums + k) + v);
+    entropy -= x_log_x(v);
+    add_member(is_first, v, first + k, sums + k);
   }
-  const Real whole = sum_lanes(sum);
+  const double whole = sum_lanes(sum);
   bool negative = false;
-  for (int i = 0; i < N; ++i) negative |= lowest[i] < 0;
+  for (int i = 0; i < kDoubles; ++i) negative |= lowest[i] < 0;
   *good = whole != whole || (!negative && std::abs(whole - 1) <= tolerance);
   return sum_lanes(entropy);
 }
 
+// The measures of example b, the i-th of the tile.
 template <class T, class Real>
-void finish_row(const UncertaintyParams& p, int64_t b, const Real* total, double entropy_sum,
-                const int32_t* votes) {
+void finish_row(const UncertaintyParams& p, int64_t b, int64_t i, const Scratch<Real>& s) {
   using V = Wide<Real>;
   constexpr int64_t N = kWideLanes<Real>;
-  const V count = broadcast<V>(static_cast<Real>(p.ensemble_size));
-  using D = Entropies<Real>;
-  D entropy{};
-  for (int64_t k = 0; k < p.classes; k += N) {
-    const V mean = load<V>(total + k) / count;
-    entropy -= to_double<Real>(x_log_x<Real>(mean));
-    store_wide_first<Real>(static_cast<T*>(p.mean_probability) + b * p.classes + k, mean,
-                           p.classes - k);
+  const double *first = s.first + i * s.width, *sum = s.sum + i * s.width;
+  const int32_t* votes = s.votes + i * s.width;
+  Real* mean = s.member;
+  const Doubles count = broadcast<Doubles>(static_cast<double>(p.ensemble_size));
+  Doubles of_mean{}, of_first{};
+  for (int64_t k = 0; k < s.width; k += kDoubles) {
+    const Doubles of_class = load<Doubles>(first + k);
+    const Doubles average = of_class + load<Doubles>(sum + k) / count;
+    store_doubles(mean + k, average);
+    of_mean -= x_log_x(average);
+    of_first -= x_log_x(of_class);
   }
-  const int32_t most = *std::max_element(votes, votes + p.classes);
-  store_measures<T, Real>(p, b, 1, broadcast<D>(sum_lanes(entropy)), broadcast<D>(entropy_sum),
-                          broadcast<V>(static_cast<Real>(most)));
+  for (int64_t k = 0; k < p.classes; k += N) {
+    store_wide_first<Real>(static_cast<T*>(p.mean_probability) + b * p.classes + k,
+                           load<V>(mean + k), p.classes - k);
+  }
+  const auto all = [](double x) { return broadcast<Doubles>(x); };
+  Measures<Real> measures{};
+  measures.set(p, 0, all(sum_lanes(of_mean)), all(sum_lanes(of_first)), all(s.first_entropy[i]),
+               all(s.entropy_sum[i]), all(*std::max_element(votes, votes + p.classes)));
+  measures.template write<T>(p, b, 1);
   if (p.votes) std::copy(votes, votes + p.classes, p.votes + b * p.classes);
 }
 
@@ -114,24 +120,25 @@ void run_rows(const UncertaintyParams& p, int64_t b, int64_t examples, const Scr
           static_cast<const T*>(p.members) + m * p.member_stride + (b + i) * p.row_stride;
       int64_t vote;
       const Real largest = load_row(source, p.classes, padding, s.member, &vote);
-      Real* sums = s.block + i * s.width;
+      double *first = s.first + i * s.width, *sum = s.sum + i * s.width;
+      double entropy;
       if (p.from_probabilities) {
         bool good;
-        s.entropy[i] += add_row_of_probabilities(s.member, s.width,
-                                                 static_cast<Real>(p.sum_tolerance), sums, &good);
+        entropy =
+            add_row_of_probabilities(s.member, s.width, p.sum_tolerance, m == 0, first, sum, &good);
         if (!good && s.bad[i] < 0) s.bad[i] = static_cast<int32_t>(m);
       } else {
-        s.entropy[i] += add_row_of_logits(s.member, s.width, largest, sums);
+        entropy = add_row_of_logits(s.member, s.width, largest, m == 0, s.exponentials, first, sum);
+      }
+      if (m == 0) {
+        s.first_entropy[i] = entropy;
+      } else {
+        s.entropy_sum[i] += entropy - s.first_entropy[i];
       }
       ++s.votes[i * s.width + vote];
     }
-    if ((m + 1) % kMemberBlock == 0 || m + 1 == p.ensemble_size) {
-      fold(s.block, s.total, examples * s.width);
-    }
   }
-  for (int64_t i = 0; i < examples; ++i) {
-    finish_row<T>(p, b + i, s.total + i * s.width, s.entropy[i], s.votes + i * s.width);
-  }
+  for (int64_t i = 0; i < examples; ++i) finish_row<T>(p, b + i, i, s);
 }
 
 }  // namespace pyens::PYENS_ISA::uncertainty

@@ -9,13 +9,16 @@
 // up to a power of two, at most 32), and goes through its members in order; neighbouring groups have
 // neighbouring examples, so a warp reads neighbouring rows. A lane keeps what belongs to its own
 // classes k = lane, lane + width, ... in shared memory (in global memory where that is too small), so
-// there is nothing to wait for: the group meets only in shuffles. Bound by memory for many examples
-// (4 E B K bytes in float32), by the exponentials where they stay in L2.
+// there is nothing to wait for: the group meets only in shuffles.
 //
-// Sums over members go in blocks of kMemberBlock, as on the CPU; every lane's sum is the same for any
-// examples beside, and the lanes' sums meet in one order: the same bits in every run.
+// As on the CPU, everything made of logits is double, and sums over members are of differences from the
+// first one: cpu/uncertainty-inl.h says why. Bound by the exponentials in double, some 30 operations
+// each, at the rate the GPU has for them: half of float's on data center GPUs, where reading 4 E B K
+// bytes takes nearly as long, but a 64th on others, which pay ten times the time of memory for it. Every
+// lane's sum is the same for any examples beside, and the lanes' sums meet in one order: the same bits
+// in every run.
 //
-// Moments: a thread per element, members in order.
+// Moments: a thread per element, members in order, sums in double as on the CPU.
 
 #include <algorithm>
 #include <cmath>
@@ -29,8 +32,6 @@ namespace pyens {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kMemberBlock = 32;
-constexpr int kMomentBlock = 16;
 
 // How an example's classes are spread, and where what is kept of them lies.
 struct Plan {
@@ -40,14 +41,13 @@ struct Plan {
   bool in_shared;
 };
 
-template <class R>
 Plan make_plan(const UncertaintyParams& p) {
   Plan plan{};
   plan.width = 1;
   while (plan.width < 32 && plan.width < p.classes) plan.width *= 2;
-  // An exponential, two sums and a count of votes for each class.
+  // An exponential, the first member's probability, a sum and a count of votes for each class.
   plan.example_bytes =
-      ceil_div(p.classes * static_cast<int64_t>(3 * sizeof(R) + sizeof(int32_t)), 16) * 16;
+      ceil_div(p.classes * static_cast<int64_t>(3 * sizeof(double) + sizeof(int32_t)), 16) * 16;
   const int64_t limit = shared_limit();
   const auto fits = [&](int64_t threads) {
     return threads / plan.width * plan.example_bytes <= limit;
@@ -58,23 +58,16 @@ Plan make_plan(const UncertaintyParams& p) {
   return plan;
 }
 
-// e^x for x <= 0, 0 where it is subnormal; d = x, but finite where e^x is 0.
-template <class R>
-__device__ inline R exp_or_zero(R x, R* d) {
-  const R low = sizeof(R) == 4 ? R(-87) : R(-745);
-  *d = x < low ? low : x;
-  return x < low ? R(0) : exp(*d);
-}
+// e^x for x <= 0, 0 where it is subnormal, as on the CPU.
+__device__ inline double exp_or_zero(double x) { return x < -708.0 ? 0.0 : exp(x); }
 
 // x log x; 0 for 0 and for what is subnormal.
-template <class R>
-__device__ inline R x_log_x(R x) {
-  return x < smallest_normal<R>() ? R(0) : x * log(x);
+__device__ inline double x_log_x(double x) {
+  return x < smallest_normal<double>() ? 0.0 : x * log(x);
 }
 
-template <class R>
-__device__ inline R not_below_zero(R x) {
-  return x < R(0) ? R(0) : x;  // NaN stays
+__device__ inline double not_below_zero(double x) {
+  return x < 0.0 ? 0.0 : x;  // NaN stays
 }
 
 // Class k of what a member says of example b.
@@ -98,10 +91,10 @@ struct Example {
   const UncertaintyParams& p;
   int64_t b;
   int lane, width;
-  R *exponentials, *block, *total;  // [classes], each lane's own ones
+  double *exponentials, *first, *sum;  // [classes], each lane's own ones
   int32_t* votes;
-  double entropy_sum;
-  bool bad;  // some member's row is no distribution
+  double first_entropy, entropy_sum;  // the first member's, and of differences from it
+  bool bad;                           // some member's row is no distribution
 
   __device__ Example(const UncertaintyParams& params, int64_t example, int lane_of_group, int lanes,
                      void* memory)
@@ -109,15 +102,32 @@ struct Example {
         b(example),
         lane(lane_of_group),
         width(lanes),
-        exponentials(static_cast<R*>(memory)),
-        block(exponentials + params.classes),
-        total(block + params.classes),
-        votes(reinterpret_cast<int32_t*>(total + params.classes)),
+        exponentials(static_cast<double*>(memory)),
+        first(exponentials + params.classes),
+        sum(first + params.classes),
+        votes(reinterpret_cast<int32_t*>(sum + params.classes)),
+        first_entropy(0),
         entropy_sum(0),
         bad(false) {
     for (int64_t k = lane; k < p.classes; k += width) {
-      block[k] = total[k] = 0;
+      sum[k] = 0;
       votes[k] = 0;
+    }
+  }
+
+  // A member's probability of class k: into its place for the first one, else the difference to the sum.
+  __device__ void add_probability(int64_t member, int64_t k, double probability) {
+    if (member == 0) {
+      first[k] = probability;
+    } else {
+      sum[k] += probability - first[k];
+    }
+  }
+  __device__ void add_entropy(int64_t member, double entropy) {
+    if (member == 0) {
+      first_entropy = entropy;
+    } else {
+      entropy_sum += entropy - first_entropy;
     }
   }
 
@@ -147,82 +157,77 @@ struct Example {
   }
 
   __device__ void add_logits(int64_t member, R largest) {
-    R sum = 0, weighted = 0;
+    double whole = 0, weighted = 0;
     for (int64_t k = lane; k < p.classes; k += width) {
-      R d;
-      const R e = exp_or_zero(load_class<T>(p, member, b, k) - largest, &d);
+      const double d =
+          static_cast<double>(load_class<T>(p, member, b, k)) - static_cast<double>(largest);
+      const double e = exp_or_zero(d);
       exponentials[k] = e;
-      sum += e;
-      weighted = fma(e, d, weighted);
+      whole += e;
+      if (e != 0.0) weighted = fma(e, d, weighted);
     }
-    sum = sum_lanes(sum, width);
+    whole = sum_lanes(whole, width);
     weighted = sum_lanes(weighted, width);
-    const R scale = R(1) / sum;
+    const double scale = 1.0 / whole;
+    // __dmul_rn: a product fused with the subtraction would tell equal members apart.
     for (int64_t k = lane; k < p.classes; k += width) {
-      block[k] = fma(exponentials[k], scale, block[k]);
+      add_probability(member, k, __dmul_rn(exponentials[k], scale));
     }
-    entropy_sum += static_cast<double>(log(sum) - weighted * scale);
+    add_entropy(member, log(whole) - weighted * scale);
   }
 
   __device__ void add_probabilities(int64_t member) {
-    R sum = 0, entropy = 0;
+    double whole = 0, entropy = 0;
     int negative = 0;
     for (int64_t k = lane; k < p.classes; k += width) {
-      const R v = load_class<T>(p, member, b, k);
-      negative |= v < R(0);
-      sum += v;
+      const double v = static_cast<double>(load_class<T>(p, member, b, k));
+      negative |= v < 0.0;
+      whole += v;
       entropy -= x_log_x(v);
-      block[k] += v;
+      add_probability(member, k, v);
     }
-    sum = sum_lanes(sum, width);
-    entropy_sum += static_cast<double>(sum_lanes(entropy, width));
-    const R off = sum - R(1), tolerance = static_cast<R>(p.sum_tolerance);
-    bad |= sum_lanes(negative, width) > 0 || off > tolerance || off < -tolerance;
-  }
-
-  __device__ void fold() {
-    for (int64_t k = lane; k < p.classes; k += width) {
-      total[k] += block[k];
-      block[k] = 0;
-    }
+    whole = sum_lanes(whole, width);
+    add_entropy(member, sum_lanes(entropy, width));
+    const double off = whole - 1.0;
+    bad |= sum_lanes(negative, width) > 0 || off > p.sum_tolerance || off < -p.sum_tolerance;
   }
 
   // Stores nothing if the example is only there to fill the warp.
   __device__ void finish(bool exists) {
-    const R nan = static_cast<R>(NAN), members = static_cast<R>(p.ensemble_size);
-    double entropy = 0;
+    const double members = static_cast<double>(p.ensemble_size);
+    double of_mean = 0, of_first = 0;
     int32_t most = 0;
     for (int64_t k = lane; k < p.classes; k += width) {
-      const R mean = bad ? nan : total[k] / members;
-      entropy -= static_cast<double>(x_log_x(mean));
+      const double mean = bad ? NAN : first[k] + sum[k] / members;
+      of_mean -= x_log_x(mean);
+      of_first -= x_log_x(first[k]);
       most = max(most, votes[k]);
       if (!exists) continue;
       T* out = static_cast<T*>(p.mean_probability);
       if (!p.binary) {
-        from_real(mean, out + b * p.classes + k);
+        from_real(static_cast<R>(mean), out + b * p.classes + k);
       } else if (k == 1) {
-        from_real(mean, out + b);
+        from_real(static_cast<R>(mean), out + b);
       }
       if (p.votes) p.votes[b * p.classes + k] = votes[k];
     }
-    entropy = sum_lanes(entropy, width);
+    of_mean = sum_lanes(of_mean, width);
+    of_first = sum_lanes(of_first, width);
     for (int bit = width / 2; bit > 0; bit /= 2) {
       most = max(most, __shfl_xor_sync(kWholeWarp, most, bit));
     }
     if (!exists || lane != 0) return;
-    const double count = static_cast<double>(p.ensemble_size);
-    const double of_mean = not_below_zero(entropy);
-    const double expected = not_below_zero((bad ? NAN : entropy_sum) / count);
-    const double information = not_below_zero(of_mean - expected);
-    const R disagreement = R(1) - static_cast<R>(most) / members;
-    store(p.predictive_entropy, static_cast<R>(of_mean));
-    store(p.expected_entropy, static_cast<R>(expected));
-    store(p.mutual_information, static_cast<R>(information));
-    store(p.distribution_pv, static_cast<R>(information * count));
-    store(p.vote_disagreement, expected != expected ? nan : disagreement);
+    const double mean_difference = entropy_sum / members;
+    const double expected = bad ? NAN : not_below_zero(first_entropy + mean_difference);
+    const double information = not_below_zero((of_mean - of_first) - mean_difference);
+    store(p.predictive_entropy, not_below_zero(of_mean));
+    store(p.expected_entropy, expected);
+    store(p.mutual_information, information);
+    store(p.distribution_pv, information * members);
+    store(p.vote_disagreement, expected != expected ? expected : 1.0 - most / members);
   }
-  __device__ void store(void* result, R value) const {
-    from_real(value, static_cast<T*>(result) + b);
+  __device__ void store(void* result, double value) const {
+    from_real(static_cast<R>(value), static_cast<T*>(result) + b);
   }
 };
 
@@ -245,7 +250,6 @@ __global__ void __launch_bounds__(kThreads, 5)
       } else {
         example.add_logits(m, largest);
       }
-      if ((m + 1) % kMemberBlock == 0 || m + 1 == p.ensemble_size) example.fold();
     }
     example.finish(first + group < p.batch);
   }
@@ -253,68 +257,83 @@ __global__ void __launch_bounds__(kThreads, 5)
 
 // --- moments -------------------------------------------------------------------------------------
 
-// Blocks of members: sums, and sums of deviations from the block's first member, merged into mean and
-// squared deviations (Chan), the means relative to the first member of all. So members that are equal
-// have a spread of exactly 0, and an offset costs no digits.
+// Sums of differences from the first member, and of their squares: cpu/uncertainty_moments-inl.h has the
+// formulas.
+struct MomentsOf {
+  double mean, std, epistemic;
+};
+
+template <class T>
+__device__ MomentsOf moments_of(const MomentsParams& p, const T* x, double low, double high,
+                                double nan) {
+  const double members = static_cast<double>(p.ensemble_size);
+  int exponent = 0;  // all is times 2^-exponent
+  const auto scaled = [&](T v) {
+    const double d = static_cast<double>(to_real(v));
+    return exponent == 0 ? d : ldexp(d, -exponent);
+  };
+  double sum = 0, raw = 0;
+  const auto add_members = [&] {
+    const double first = scaled(*x);
+    sum = raw = 0;
+    for (int64_t m = 0; m < p.ensemble_size; ++m) {
+      const double d = scaled(x[m * p.outputs_stride]) - first;
+      sum += d;
+      raw = fma(d, d, raw);
+    }
+  };
+  add_members();
+  if (sizeof(T) == 8 && nan == 0.0 && isfinite(low) && isfinite(high) && low != high &&
+      (!isfinite(sum) || !isfinite(raw) || raw < 1e-280)) {
+    exponent = ilogb(max(fabs(low), fabs(high)));
+    add_members();
+  }
+  const double squares = not_below_zero(raw - sum * sum / members);
+  MomentsOf result = {scaled(*x) + sum / members, sqrt(squares / (members - 1.0)),
+                      squares / members};
+  // Infinities of one sign are their own mean.
+  if (sum - sum != 0.0) result.mean = nan != nan ? nan : low + high;
+  if (exponent == 0) return result;
+  return {ldexp(result.mean, exponent), ldexp(result.std, exponent),
+          ldexp(result.epistemic, 2 * exponent)};
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads) moments_kernel(const MomentsParams p) {
-  using R = Real<T>;
-  const R members = static_cast<R>(p.ensemble_size);
-  const auto store = [](void* to, int64_t i, R value) {
-    from_real(value, static_cast<T*>(to) + i);
+  const auto store = [](void* to, int64_t i, double value) {
+    from_real(static_cast<Real<T>>(value), static_cast<T*>(to) + i);
   };
   for (int64_t i = first_item(); i < p.size; i += all_threads()) {
     const T* x = static_cast<const T*>(p.outputs) + i;
-    const R origin = to_real(*x);
-    R sum = 0, mean = 0, squares = 0, low = origin, high = origin, nan = 0;
-    for (int64_t m = 0; m < p.ensemble_size; m += kMomentBlock) {
-      const int64_t end = min(m + kMomentBlock, p.ensemble_size);
-      const R count = static_cast<R>(end - m), before = static_cast<R>(m);
-      const R first = to_real(x[m * p.outputs_stride]);
-      R of_block = 0, deviations = 0, block_squares = 0;
-      for (int64_t e = m; e < end; ++e) {
-        const R v = to_real(x[e * p.outputs_stride]), d = v - first;
-        of_block += v;
-        deviations += d;
-        block_squares = fma(d, d, block_squares);
-        low = v < low ? v : low;
-        high = v > high ? v : high;
-        nan = v != v ? v : nan;
-      }
-      const R block_mean = first - origin + deviations / count;
-      block_squares = not_below_zero(block_squares - deviations * deviations / count);
-      const R delta = block_mean - mean;
-      if (m == 0) {
-        mean = block_mean;
-        squares = block_squares;
-      } else {
-        mean = fma(delta, count / (before + count), mean);
-        squares += block_squares + delta * delta * (before * count / (before + count));
-      }
-      sum += of_block;
+    double low = static_cast<double>(to_real(*x)), high = low, nan = 0;
+    for (int64_t m = 0; m < p.ensemble_size; ++m) {
+      const double v = static_cast<double>(to_real(x[m * p.outputs_stride]));
+      low = v < low ? v : low;
+      high = v > high ? v : high;
+      nan = v != v ? v : nan;
     }
-    // The sum of equal members, divided, need not be what they are.
-    store(p.mean, i, squares == R(0) ? origin : sum / members);
-    store(p.std, i, sqrt(squares / (members - R(1))));
+    const MomentsOf moments = moments_of(p, x, low, high, nan);
+    store(p.mean, i, moments.mean);
+    store(p.std, i, moments.std);
     store(p.min, i, nan != nan ? nan : low);
     store(p.max, i, nan != nan ? nan : high);
-    store(p.epistemic, i, squares / members);
+    store(p.epistemic, i, moments.epistemic);
     if (!p.variances) continue;
     const T* variance = static_cast<const T*>(p.variances) + i;
-    R total = 0;
-    for (int64_t m = 0; m < p.ensemble_size; m += kMomentBlock) {
-      R of_block = 0;
-      for (int64_t e = m; e < min(m + kMomentBlock, p.ensemble_size); ++e) {
-        of_block += to_real(variance[e * p.variances_stride]);
-      }
-      total += of_block;
+    const double members = static_cast<double>(p.ensemble_size);
+    double total = 0;
+    for (int64_t m = 0; m < p.ensemble_size; ++m) {
+      total += static_cast<double>(to_real(variance[m * p.variances_stride]));
     }
-    store(p.aleatoric, i, total / members);
+    double aleatoric = total / members;
+    if (sizeof(T) == 8 && isinf(aleatoric)) {
+      aleatoric = 0;  // the sum may be too large, the mean not
+      for (int64_t m = 0; m < p.ensemble_size; ++m) {
+        aleatoric += static_cast<double>(to_real(variance[m * p.variances_stride])) / members;
+      }
+    }
+    store(p.aleatoric, i, aleatoric);
   }
-}
-
-Plan plan_for(const UncertaintyParams& p) {
-  return p.dtype == DType::float64 ? make_plan<double>(p) : make_plan<float>(p);
 }
 
 }  // namespace
@@ -322,14 +341,14 @@ Plan plan_for(const UncertaintyParams& p) {
 namespace uncertainty_cuda {
 
 size_t scratch_bytes(const UncertaintyParams& p) {
-  const Plan plan = plan_for(p);
+  const Plan plan = make_plan(p);
   const int64_t examples = int64_t{plan.blocks} * (plan.threads / plan.width);
   return plan.in_shared ? 0 : static_cast<size_t>(examples * plan.example_bytes);
 }
 
 const char* run(const UncertaintyParams& p, void* scratch, void* stream) {
   if (p.batch == 0) return nullptr;
-  const Plan plan = plan_for(p);
+  const Plan plan = make_plan(p);
   const int64_t shared = plan.in_shared ? plan.threads / plan.width * plan.example_bytes : 0;
   return by_dtype(p.dtype, [&](auto* of) {
     using T = std::remove_pointer_t<decltype(of)>;

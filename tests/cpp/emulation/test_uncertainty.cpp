@@ -169,6 +169,8 @@ void test_special() {
   std::fill(row + 2 * p.row_stride, row + 2 * p.row_stride + 5, -INFINITY);  // NaN
   row[3 * p.row_stride + 1] = NAN;
   row[4 * p.row_stride + 4] = 1e30f;
+  row[4 * p.row_stride + 3] = -3e38f;    // their difference overflows a float
+  row[5 * p.row_stride + 1] = INFINITY;  // NaN as softmax has it
   compare("special logits", p, Values<float>(values), /*count_votes=*/false);
 
   const auto q = params_of<float>(3, 6, 5, false, true);
@@ -192,6 +194,40 @@ void test_special() {
   }
 }
 
+// Members nearly sure of class 1 by `gap` nats, or nearly equal: information is as right as the CPU's,
+// relative to itself; members that are equal have none.
+template <class T>
+void test_small_disagreement(double gap, double spread) {
+  ++problems;
+  Random random(7);
+  const int64_t e = 5, b = 9, k = 4;
+  const auto p = params_of<T>(e, b, k, false, false);
+  const std::vector<T> centre = normal<T>(random, p.member_stride, 1);
+  std::vector<T> values = normal<T>(random, e * p.member_stride, spread);
+  for (size_t i = 0; i < values.size(); ++i) {
+    const size_t in_member = i % static_cast<size_t>(p.member_stride);
+    const bool sure = in_member % static_cast<size_t>(p.row_stride) == 1;
+    values[i] =
+        from_double<T>(to_double(values[i]) + to_double(centre[in_member]) + (sure ? gap : 0));
+  }
+  const Values<T> members(values);
+  const Results<T> expected = run_cpu<T>(p, members.cpu.data());
+  const Results<T> got = run_gpu<T>("small disagreement", p, members.gpu.data());
+  for (size_t i = 0; i < static_cast<size_t>(b); ++i) {
+    const double right = to_double(expected.information[i]);
+    check(right > 0, "members that differ disagree");
+    check(std::abs(to_double(got.information[i]) - right) <= 1e-5 * right, "small information");
+    check(std::abs(to_double(got.pv[i]) - 5 * right) <= 5e-5 * right, "small prediction variation");
+  }
+  for (int64_t m = 1; m < e; ++m) {
+    std::copy_n(values.begin(), p.member_stride, values.begin() + m * p.member_stride);
+  }
+  const Results<T> equal = run_gpu<T>("equal members", p, Values<T>(values).gpu.data());
+  for (const T& information : equal.information) {
+    check(to_double(information) == 0, "equal members agree");
+  }
+}
+
 template <class T>
 void test_moments(int64_t e, int64_t size, bool with_variances) {
   ++problems;
@@ -202,6 +238,22 @@ void test_moments(int64_t e, int64_t size, bool with_variances) {
       values[static_cast<size_t>(m * (size + 3))] = from_double<T>(0.3);
     values[static_cast<size_t>((e - 1) * (size + 3) + 1)] = from_double<T>(NAN);
     values[2] = from_double<T>(INFINITY);
+    values[static_cast<size_t>((e - 1) * (size + 3) + 3)] = from_double<T>(-INFINITY);
+    // A square that leaves the range of T: the largest number of T beside ordinary ones, both signs.
+    const double largest = sizeof(T) == 8                      ? 1.7e308
+                           : std::is_same_v<T, pyens::Float16> ? 65000
+                                                               : 3e38;
+    values[4] = from_double<T>(largest);
+    if (e > 1) values[static_cast<size_t>(size + 3 + 4)] = from_double<T>(-largest);
+  }
+  if (size > 100) {  // and squares that vanish
+    for (int64_t m = 0; m < e; ++m) {
+      const double smallest = sizeof(T) == 8                      ? 1e-200
+                              : std::is_same_v<T, pyens::Float16> ? 1e-6
+                                                                  : 1e-30;
+      values[static_cast<size_t>(m * (size + 3) + 5)] =
+          from_double<T>(smallest * static_cast<double>(m * m + 1));
+    }
   }
   const Values<T> outputs(values), variances(random, e * size, 0.1, 2);
   pyens::MomentsParams p{};
@@ -245,6 +297,8 @@ void test_moments(int64_t e, int64_t size, bool with_variances) {
     check_close(std::string("moments, ") + names[i], first[i], expected[i]);
   }
   if (e > 1 && size > 4) check(to_double(first[1][0]) == 0, "equal members have no spread");
+  if (e > 1 && size > 4) check(std::isfinite(to_double(first[1][4])), "a large spread is finite");
+  if (e > 1 && size > 100) check(to_double(first[1][5]) > 0, "a small spread is one");
 }
 
 template <class T>
@@ -270,6 +324,12 @@ int main() {
   test_all<pyens::BFloat16>();
   test_all<pyens::Float16>();
   test_special();
+  for (const double gap : {0.0, 12.0, 18.0}) {
+    test_small_disagreement<float>(gap, 1);
+    test_small_disagreement<double>(gap, 1);
+    test_small_disagreement<float>(gap, 1e-3);
+    test_small_disagreement<double>(gap, 1e-3);
+  }
   // Where shared memory is too small: one warp to a block, then what is kept in global memory.
   emulation::device.shared_limit = 2000;
   test<float>(2, 5, 70);

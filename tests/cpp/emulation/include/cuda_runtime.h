@@ -79,6 +79,7 @@ inline int __all_sync(unsigned mask, int vote, int line = __builtin_LINE()) {
 }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline double __dmul_rn(double a, double b) { return a * b; }  // built without contraction
 
 // --- tensor cores --------------------------------------------------------------------------------
 
