@@ -56,13 +56,18 @@ def predictive_moments(outputs: Tensor, *, variances: Tensor | None = None) -> M
     differences = x.ldexp(-exponent) - first
     mean = differences.mean(0)
     squares = (differences - mean).square().sum(0)
-    finite = mean.isfinite()
+    dtype = outputs.dtype
     moments = Moments(
-        mean=torch.where(finite, x[0] + mean.ldexp(exponent), x.mean(0)),
-        std=(squares / (len(x) - 1)).sqrt().ldexp(exponent),
-        min=x.amin(0),
-        max=x.amax(0),
-        aleatoric=None if variances is None else (variances.double() / len(x)).sum(0),
-        epistemic=None if variances is None else (squares / len(x)).ldexp(2 * exponent),
+        mean=torch.where(mean.isfinite(), x[0] + mean.ldexp(exponent), x.mean(0)).to(dtype),
+        std=(squares / (len(x) - 1)).sqrt().ldexp(exponent).to(dtype),
+        min=outputs.amin(0),
+        max=outputs.amax(0),
+        aleatoric=None,
+        epistemic=None,
     )
-    return Moments(*(None if moment is None else moment.to(outputs.dtype) for moment in moments))
+    if variances is None:
+        return moments
+    return moments._replace(
+        aleatoric=(variances.double() / len(x)).sum(0).to(dtype),
+        epistemic=(squares / len(x)).ldexp(2 * exponent).to(dtype),
+    )

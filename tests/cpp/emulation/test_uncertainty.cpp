@@ -239,10 +239,10 @@ void test_moments(int64_t e, int64_t size, bool with_variances) {
     values[static_cast<size_t>((e - 1) * (size + 3) + 1)] = from_double<T>(NAN);
     values[2] = from_double<T>(INFINITY);
     values[static_cast<size_t>((e - 1) * (size + 3) + 3)] = from_double<T>(-INFINITY);
-    // A square that leaves the range of T: the largest number of T beside ordinary ones, both signs.
-    const double largest = sizeof(T) == 8                      ? 1.7e308
-                           : std::is_same_v<T, pyens::Float16> ? 65000
-                                                               : 3e38;
+    // A square that leaves the range of T: a number near the largest of T beside ordinary ones, both signs.
+    const double largest = sizeof(T) == 8                      ? 1e308
+                           : std::is_same_v<T, pyens::Float16> ? 40000
+                                                               : 2e38;
     values[4] = from_double<T>(largest);
     if (e > 1) values[static_cast<size_t>(size + 3 + 4)] = from_double<T>(-largest);
   }
@@ -327,9 +327,9 @@ int main() {
   for (const double gap : {0.0, 12.0, 18.0}) {
     test_small_disagreement<float>(gap, 1);
     test_small_disagreement<double>(gap, 1);
-    test_small_disagreement<float>(gap, 1e-3);
-    test_small_disagreement<double>(gap, 1e-3);
   }
+  test_small_disagreement<float>(0, 1e-3);
+  test_small_disagreement<double>(0, 1e-3);
   // Where shared memory is too small: one warp to a block, then what is kept in global memory.
   emulation::device.shared_limit = 2000;
   test<float>(2, 5, 70);
