@@ -150,6 +150,26 @@ def test_nan_and_inf_as_in_torch(dtype, b):
         assert torch.equal(got.active, expected.active)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("b", [2, 20])
+def test_infinite_and_large_statistics_as_in_torch(dtype, b):
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, 3.0]).to(dtype).repeat(b).unsqueeze(1)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    info = torch.finfo(real)
+    inf = float("inf")
+    means = torch.tensor([0.0, 0.5, inf, -inf, info.max, 0.5, 0.5, 0.5], dtype=real)
+    stds = torch.tensor([inf, -inf, 2.0, inf, info.max, info.tiny, -info.tiny, float("nan")], dtype=real)
+    weights = [torch.ones(1, 8, 1, dtype=dtype), torch.ones(1, 1, 8, dtype=dtype)]
+    got = activation_strength(x, weights, None, means, stds, activation="identity")
+    exact = reference.activation_strength(
+        x.double(), [w.double() for w in weights], None, means.double(), stds.double(), activation="identity"
+    )
+    expected = exact.value
+    if real == torch.float32:  # 0.5 / tiny has room in float64 alone
+        expected = expected.float()
+    torch.testing.assert_close(got.value, expected.to(dtype), equal_nan=True)
+
+
 def test_a_softplus_is_always_active():
     p = problem(1, 9, [3, 5, 1], torch.float32)
     assert activation_strength(**p, activation="softplus").active.all()

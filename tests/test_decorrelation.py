@@ -172,6 +172,36 @@ def test_nan_stays_in_its_model_and_label(kind, k):
     assert torch.equal(gradient[others], clean[1][others])
 
 
+def kind_of(x: Tensor) -> Tensor:
+    """0 where finite, 1 and -1 where infinite, 2 where NaN."""
+    return torch.where(x.isnan(), 2, x.isinf() * x.sign()).nan_to_num(2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(2, 37), (3, 2, 5), (2, 4, 37, 5), (2, 3, 40, 70)], ids=str)
+def test_nan_and_inf_as_in_torch(shape, kind, dtype):
+    clean = draw(shape, dtype)
+    large = 1e200 if dtype == torch.float64 else torch.finfo(dtype).max  # its square overflows
+    for value in (float("inf"), -float("inf"), float("nan"), large, -large):
+        for twice in (False, True):
+            outputs = clean.clone()
+            last = outputs[-1] if outputs.dim() == 4 else outputs  # the model, the component, the label
+            last[-1].view(-1)[-1] = value
+            if twice:
+                last[0].view(-1)[-1] = -value
+            got = loss_and_gradient(decorrelation_loss, outputs, kind, "none")
+            # Where float64 has room that this dtype has not, either may be right.
+            same = loss_and_gradient(reference.decorrelation_loss, outputs, kind, "none")
+            wide = loss_and_gradient(reference.decorrelation_loss, outputs.double(), kind, "none")
+            for ours, a, b in zip(got, same, wide, strict=True):
+                kinds = kind_of(ours)
+                right = (kinds == kind_of(a)) | (kinds == kind_of(b.to(ours.dtype)))
+                # The reference multiplies what it leaves out by 0: NaN where the gradient is infinite.
+                right |= ours.isinf() & a.isnan() if ours is got[1] else False
+                assert right.all(), (value, twice, ours[~right], a[~right], b[~right])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_strided_expanded_and_misaligned(dtype, kind):

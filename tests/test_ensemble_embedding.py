@@ -207,6 +207,25 @@ def test_nan_stays_where_it_is():
         assert got.nonzero().tolist() == [[2, index[2, 7].item(), 0]]
 
 
+@dtypes
+@both
+def test_nan_and_inf_as_in_torch(dtype, sparse):
+    index, weight = problem(3, 40, 6, 4, dtype, True)
+    inf, large = float("inf"), torch.finfo(dtype).max
+    weight[1, 2] = torch.tensor([inf, -inf, float("nan"), large], dtype=dtype)
+    expected = reference.ensemble_embedding(index, weight)
+    assert torch.equal(ensemble_embedding(index, weight).nan_to_num(7.0), expected.nan_to_num(7.0))
+    index[2] = 1
+    index[2, :2] = 3
+    grad = torch.randn(3, 40, 4, dtype=torch.float64).to(dtype)
+    # inf + inf, inf - inf, a sum that overflows, and -inf.
+    grad[2, :2] = torch.tensor([[inf, inf, large, -inf], [inf, -inf, large, 1.0]], dtype=dtype)
+    exact = exact_gradient(index, weight, grad).to(dtype)
+    assert exact[2, 3].isinf().tolist() == [True, False, True, True] and exact[2, 3, 1].isnan()
+    got = gradient(index, weight, grad, sparse).to_dense()
+    torch.testing.assert_close(got, exact, equal_nan=True, rtol=0.05, atol=0.1)
+
+
 # --- the same bits -----------------------------------------------------------------------------------------
 
 

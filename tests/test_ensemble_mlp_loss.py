@@ -235,6 +235,157 @@ def test_a_weight_of_zero_leaves_out_whatever_is_there(device, loss, own, bad):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def of_all_three(arguments: Problem) -> dict[str, list[Tensor]]:
+    """Loss and gradients by the kernel, composed of torch's operations, and by the reference."""
+    composed = cast(arguments, arguments["input"].dtype, arguments["input"].device)
+    tensors = [t.requires_grad_() for t in differentiable(composed)]
+    loss = ensemble_mlp_loss(**composed)
+    again = torch.autograd.grad(loss.sum(), tensors, create_graph=True, materialize_grads=True)
+    return {
+        "kernel": with_gradients(ensemble_mlp_loss, arguments),
+        "composed": [loss.detach(), *(t.detach() for t in again)],
+        "reference": with_gradients(reference.ensemble_mlp_loss, arguments),
+    }
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_weight_of_zero_excuses_the_same_everywhere(device, loss, own, bad, dtype):
+    arguments = problem(
+        3,
+        21,
+        [5, 8, 3],
+        loss,
+        dtype,
+        device,
+        per_member=own,
+        own_target=own,
+        weighted="own" if own else "shared",
+    )
+    clean = of_all_three(arguments)
+    left_out = arguments["sample_weight"] == 0
+    arguments["input"][left_out] = bad
+    arguments["target"][left_out] = -100 if loss == "cross_entropy" else bad
+    for way, got in of_all_three(arguments).items():
+        for ours, theirs in zip(got, clean[way], strict=True):
+            assert torch.equal(ours, theirs), way
+        assert got[0].isfinite().all() and not got[1][left_out].any()
+    # Nor does it meet an infinite parameter: its zeros there would make NaN of the loss and of its gradient.
+    arguments["weights"][-1][0] = float("inf")
+    got = of_all_three(arguments)
+    for way in got:
+        torch.testing.assert_close(got[way][0], got["reference"][0], equal_nan=True, rtol=0.01, atol=0.01)
+        by_input = got[way][1]
+        assert not (by_input if own else by_input[left_out])[left_out if own else ...].any(), way
+
+
+# The largest is 4 times 2^exponent or less, the smallest 1/4 of it: subnormal, or their sum overflows.
+EXPONENTS = {
+    torch.float32: (-140, 125),
+    torch.float64: (-1066, 1021),
+    torch.bfloat16: (-129, 125),
+    torch.float16: (-21, 13),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_at_the_ends_of_their_range(device, loss, own, dtype):
+    arguments = problem(
+        3, 21, [5, 8, 3], loss, dtype, device, per_member=own, weighted="own" if own else "shared"
+    )
+    weight = arguments["sample_weight"].double()
+    weight[..., 1] = 0.25
+    exact = with_gradients(
+        reference.ensemble_mlp_loss,
+        cast(arguments, torch.float64, device) | {"sample_weight": weight},
+    )
+    rtol = {torch.float32: 1e-4, torch.float64: 1e-11}.get(dtype, 0.05)
+    for exponent in EXPONENTS[dtype]:
+        # In two steps, neither of which overflows.
+        half = exponent // 2
+        scaled = (weight * 2.0**half * 2.0 ** (exponent - half)).to(dtype)
+        assert torch.equal(scaled.double() * 2.0**-half * 2.0 ** (half - exponent), weight)
+        for way, got in of_all_three(arguments | {"sample_weight": scaled}).items():
+            for ours, theirs in zip(got, exact, strict=True):
+                error = (ours.double() - theirs).abs().max()
+                assert error <= rtol * theirs.abs().max(), (way, exponent)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_one_weight_so_large_that_the_others_do_not_count(device, loss, own, dtype):
+    arguments = problem(3, 21, [5, 8, 3], loss, dtype, device, per_member=own)
+    weight = torch.full((3, 21) if own else (21,), torch.finfo(dtype).tiny / 8, dtype=dtype, device=device)
+    weight[..., 4] = torch.finfo(dtype).max
+    weight[..., 5:7] = 0
+    if own:
+        weight[1] = 0  # a member that has nothing
+    one_hot = torch.zeros_like(weight)
+    one_hot[..., 4] = 1
+    one_hot *= weight != 0
+    exact = with_gradients(
+        reference.ensemble_mlp_loss, cast(arguments | {"sample_weight": one_hot}, torch.float64, device)
+    )
+    for way, got in of_all_three(arguments | {"sample_weight": weight}).items():
+        for ours, theirs in zip(got, exact, strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-6, msg=way)
+    # They are there: what is wrong in one of them is not excused.
+    arguments["input"][..., 2, :] = float("nan")
+    members = [0, 2] if own else [0, 1, 2]
+    for way, got in of_all_three(arguments | {"sample_weight": weight}).items():
+        assert got[0][members].isnan().all(), way
+
+
+# --- NaN and Inf -------------------------------------------------------------------------------------------
+
+
+def kind_of(x: Tensor) -> Tensor:
+    """0 where finite, 1 and -1 where infinite, 2 where NaN."""
+    return torch.where(x.isnan(), 2, x.isinf() * x.sign()).nan_to_num(2)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    ("activation", "dtype"),
+    [*((a, torch.float32) for a in ACTIVATIONS), *((a, d) for a in ("relu", "gelu") for d in DTYPES[1:])],
+    ids=str,
+)
+def test_nan_and_inf_as_in_torch(device, activation, loss, dtype):
+    # 19 examples fill no vector.
+    clean = problem(2, 19, [5, 6, 3], loss, dtype, device, activation=activation, per_member=True)
+    clean_results = with_gradients(ensemble_mlp_loss, clean)
+    large = 1e200 if dtype == torch.float64 else torch.finfo(dtype).max  # its square overflows
+    for value in (float("inf"), -float("inf"), float("nan"), large, -large):
+        for place in ("input", "target", "weights", "biases", "last weights", "last biases"):
+            arguments = cast(clean, dtype, device)
+            if place == "target":
+                if loss == "cross_entropy":
+                    continue
+                arguments["target"] = arguments["target"].expand(2, -1, -1).clone()
+                arguments["target"][1, 4, 0] = value
+            elif place == "input":
+                arguments["input"][1, 4, 0] = value
+            else:
+                layers = arguments[place.removeprefix("last ")]
+                layers[-1 if place.startswith("last") else 0][1].view(-1)[0] = value
+            got = with_gradients(ensemble_mlp_loss, arguments)
+            # Where float64 has room that this dtype has not, either may be right.
+            same = with_gradients(reference.ensemble_mlp_loss, arguments)
+            wide = with_gradients(reference.ensemble_mlp_loss, cast(arguments, torch.float64, device))
+            for i, (ours, a, b) in enumerate(zip(got, same, wide, strict=True)):
+                kinds = kind_of(ours)
+                right = (kinds == kind_of(a)) | (kinds == kind_of(b.to(ours.dtype)))
+                if abs(value) == large:  # where torch has overflowed, ours may later or not
+                    right |= ~a.isfinite() & ~ours.isnan()
+                assert right.all(), (value, place, i, ours[~right], a[~right], b[~right])
+                assert torch.equal(ours[0], clean_results[i][0])  # of the other member
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("own", [False, True])
 def test_a_left_out_example_might_as_well_not_be_there(device, loss, own):
@@ -367,7 +518,7 @@ def test_backward_of_the_outputs_has_the_same_bits_for_any_threads_and_members(b
             assert torch.equal(ours, theirs[[4, 8]])
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("per_member", [False, True])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("b", [20, 600])

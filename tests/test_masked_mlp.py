@@ -141,7 +141,7 @@ def test_strided_expanded_and_misaligned(b, dtype):
     assert torch.equal(masked_mlp(x[:1].expand(4, -1, -1), weights, biases, masks), expected)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("b", [3, 40])
 def test_what_a_mask_leaves_out_takes_no_part(value, b):
     x, weights, biases, masks = problem(4, b, [6, 12, 10, 3])
@@ -165,14 +165,19 @@ def test_what_a_mask_leaves_out_takes_no_part(value, b):
     assert torch.equal(gradients[0][unit], torch.zeros(6))
 
 
-def test_nan_in_an_example_stays_there():
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nan_and_inf_in_an_example_stay_there(value):
     x, weights, biases, masks = problem(4, 9, [6, 12, 10, 3])
     clean = masked_mlp(x, weights, biases, masks)
     x = x.clone()
-    x[2, 1] = math.nan
+    x[2, 1] = value
     output = masked_mlp(x, weights, biases, masks)
     rows = [0, 1, *range(3, 9)]
-    assert torch.equal(output[:, rows], clean[:, rows]) and output[:, 2].isnan().all()
+    assert torch.equal(output[:, rows], clean[:, rows])
+    expected = reference.masked_mlp(
+        x.double(), *[[t.double() for t in ts] for ts in (weights, biases)], masks
+    )
+    torch.testing.assert_close(output[:, 2].double(), expected[:, 2], equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
 # --- properties --------------------------------------------------------------------------------------------

@@ -240,6 +240,26 @@ def test_loss_with_weights(mode):
         model.zero_grad()
 
 
+@pytest.mark.parametrize("mode", ["tiled", "grouped", "round_robin", "random"])
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_loss_with_weights_at_the_ends_of_their_range(mode, loss):
+    model = mlp()
+    exact = copy.deepcopy(model).double()
+    x, y = torch.randn(11, 6), torch.randint(3, (11,)) if loss == "cross_entropy" else torch.randn(11, 3)
+    weight = torch.randint(1, 5, (11,)) / 4.0
+    weight[2] = 0
+    expected = exact.loss(
+        x.double(), y if loss == "cross_entropy" else y.double(),
+        loss=loss, mode=mode, sample_weight=weight.double(),
+    )  # fmt: skip
+    gradients = torch.autograd.grad(expected.sum(), list(exact.parameters()))
+    for scale in (2.0**-140, 2.0**127):  # subnormal; their sum overflows
+        got = model.loss(x, y, loss=loss, mode=mode, sample_weight=weight * scale)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
+        for a, b in zip(torch.autograd.grad(got.sum(), list(model.parameters())), gradients, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_loss_of_other_dtypes(dtype):
     model = mlp(dtype=dtype)

@@ -148,7 +148,7 @@ const char* check_prepacked(const EnsembleMLP& mlp, const void* prepacked, int64
 
 // Training is three rounds over items, each split among threads like `run`. `prepare_training` sums
 // the sample weights of a range of members and tells whether what it reads can be trained on.
-enum class TrainingError : int { none, target_out_of_range, sample_weight_negative };
+enum class TrainingError : int { none, target_out_of_range, sample_weight_invalid };
 struct TrainingPlan {
   int64_t items, grain_size, finish_items, finish_grain_size;
   size_t partial_bytes;  // needs no initial value

@@ -274,7 +274,7 @@ void TrainingCall::run_on_cpu(const char* op) {
                  const TrainingError found = prepare_training(training, begin, end);
                  if (found != TrainingError::none) error = found;
                });
-    PYENS_CHECK_VALUE(error != TrainingError::sample_weight_negative, op, "sample_weight",
+    PYENS_CHECK_VALUE(error != TrainingError::sample_weight_invalid, op, "sample_weight",
                       "finite weights of at least 0", "one that is not");
     PYENS_CHECK_VALUE(error != TrainingError::target_out_of_range, op, "target",
                       c10::str("classes from 0 to ", params.layers[params.num_layers - 1].out - 1),

@@ -210,15 +210,25 @@ Tensor composed_loss(const LossOptions& options, const Tensor& input, const Tens
            at::clamp_min(at::scalar_tensor(input.sym_size(-2), losses.options()), 1);
   }
   // Selected, not multiplied by 0: what is left out may be NaN.
-  const Tensor weight = options.sample_weight->to(real), present = weight != 0;
+  const Tensor given = *options.sample_weight, present = given != 0;
+  // Only ratios count. The largest becomes 1, or sums overflow, and a division by a subnormal one gives a
+  // gradient of NaN; what is too small beside it stays above 0. The 0 behind them is for an empty batch.
+  const Tensor exact =
+      at::where(given.isfinite().bitwise_and(given >= 0), given.to(at::kDouble), NAN);
+  const Tensor largest = at::constant_pad_nd(exact, {0, 1}).amax(-1, /*keepdim=*/true);
+  const Tensor ratio = (exact / at::where(largest == 0, 1, largest)).to(real);
+  const double smallest = real == at::kDouble
+                              ? std::numeric_limits<double>::denorm_min()
+                              : static_cast<double>(std::numeric_limits<float>::denorm_min());
+  const Tensor weight = at::where(present.bitwise_and(ratio == 0), smallest, ratio).to(real);
   const Tensor x = at::where(present.unsqueeze(-1), input, at::zeros({}, input.options()));
   const Tensor y = at::where(classes ? present : present.unsqueeze(-1), expected,
                              at::zeros({}, expected.options()));
-  const Tensor losses = evaluate(x, y), total = weight.sum(-1);
-  const Tensor zero = at::zeros({}, losses.options());
+  const Tensor zero = at::zeros({}, weight.options());
+  const Tensor losses = at::where(present, evaluate(x, y), zero), total = weight.sum(-1);
   // Divided by 1 where there is nothing, or the gradient would be 0/0.
-  const Tensor mean = (losses * weight).sum(-1) / at::where(total > 0, total, zero + 1);
-  return at::where(total > 0, mean, zero);
+  const Tensor mean = (losses * weight).sum(-1) / at::where(total == 0, zero + 1, total);
+  return at::where(total == 0, zero, mean);
 }
 
 Tensor ensemble_mlp_loss_cuda(const LossOptions& options, const Tensor& input, const Tensor& target,

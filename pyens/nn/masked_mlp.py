@@ -328,7 +328,11 @@ class MaskedMLP(Derived, Ensemble):
             sample_weight=weights,
             **arguments,
         )
-        shares = weights.sum(1).to(losses.dtype)
+        shares = weights.double()
+        if b > 0:  # the largest to 1, as in the loss of each mask
+            largest = shares.max()
+            shares = shares / torch.where(largest > 0, largest, 1)
+        shares = shares.sum(1).to(losses.dtype)
         total = shares.sum()
         return (losses * shares).sum() / torch.where(total > 0, total, 1)
 

@@ -83,7 +83,11 @@ def mean_losses(
     if output.dtype != torch.float64:
         output, target = output.float(), _to_float(target)
     weight = weight.to(output.dtype)
-    losses = LOSSES[loss](output, target, temperature)
+    # What is too small beside the largest stays above 0.
+    info = torch.finfo(weight.dtype)
+    smallest = info.smallest_normal * info.eps
+    weight = torch.where(present & (weight == 0), smallest, weight)
+    losses = torch.where(present, LOSSES[loss](output, target, temperature), 0)
     total = weight.sum(-1)
     # Never a division by 0, whose gradient would be NaN even where it is not selected.
     mean = (losses * weight).sum(-1) / torch.where(total > 0, total, 1)

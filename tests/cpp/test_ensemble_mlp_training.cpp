@@ -26,6 +26,10 @@ using Doubles = std::vector<double>;
 
 int failures = 0;
 
+// Where sample weights lie: in the middle of their range, at its ends, so that the smallest ones and the sum
+// of the largest ones are no normal numbers, all but one so much smaller than that one, or all at 0.
+enum class Weights { ordinary, subnormal, overflowing, one_huge, zero };
+
 struct Case {
   int64_t ensemble_size, batch;
   std::vector<int64_t> widths;
@@ -34,6 +38,7 @@ struct Case {
   bool shared_input, shared_target, with_bias;
   int weighted;  // 0 no, 1 one weight per example, 2 one per member and example
   double dropout;
+  Weights weights = Weights::ordinary;
 };
 
 void check(bool condition, const char* what, const Case& c, double error = 0) {
@@ -160,7 +165,7 @@ struct Model {
     }
     for (int64_t i = 0; i < (c.weighted == 0 ? 0 : c.weighted == 1 ? 1 : e) * b; ++i) {
       const bool left_out = b > 1 && i % 5 == 1;
-      sample_weight.push_back(left_out ? 0 : static_cast<T>(0.25 * static_cast<double>(1 + i % 7)));
+      sample_weight.push_back(left_out ? 0 : weight(i));
       // What is left out may be anything.
       if (left_out && c.weighted == 1) {
         for (int64_t m = 0; m < (c.shared_input ? 1 : e); ++m) {
@@ -179,6 +184,19 @@ struct Model {
       for (int64_t m = 0; m < e; ++m) member_scale.push_back(static_cast<T>(m) - T{0.5});
     }
     for (int64_t m = 0; m < e; ++m) seeds.push_back(m * 7919 - 3);
+  }
+
+  T weight(int64_t i) const {
+    using Limits = std::numeric_limits<T>;
+    const T ordinary = static_cast<T>(0.25 * static_cast<double>(1 + i % 7));
+    switch (c.weights) {
+      case Weights::ordinary: return ordinary;
+      case Weights::subnormal: return ordinary * (Limits::min() / 64);
+      case Weights::overflowing: return ordinary * (Limits::max() / 2);
+      case Weights::one_huge: return i % c.batch == 0 ? Limits::max() : ordinary * Limits::min();
+      case Weights::zero: return i / c.batch == 0 ? 0 : ordinary;  // of the first member
+    }
+    return ordinary;
   }
 
   int64_t target_features() const {
@@ -275,13 +293,14 @@ struct Model {
     }
     for (int64_t m = 0; m < e; ++m) {
       const auto weight_of = [&](int64_t row) {
-        if (!c.weighted) return 1.0;
-        return static_cast<double>(sample_weight[index((c.weighted == 2 ? m * b : 0) + row)]);
+        if (!c.weighted) return 1.0L;  // long double: its range is wider
+        return static_cast<long double>(sample_weight[index((c.weighted == 2 ? m * b : 0) + row)]);
       };
-      double total = 0;
+      long double total = 0;
       for (int64_t row = 0; row < b; ++row) total += weight_of(row);
       for (int64_t row = 0; row < b; ++row) {
-        if (weight_of(row) != 0) add_example(m, row, weight_of(row) / total, results);
+        const long double weight = weight_of(row);
+        if (weight != 0) add_example(m, row, static_cast<double>(weight / total), results);
       }
     }
     return results;
@@ -442,9 +461,9 @@ void test_values() {
       check(prepare(1, 3) == TrainingError::target_out_of_range, "a label too large", c);
       check(prepare(1, -1) == TrainingError::target_out_of_range, "a negative label", c);
       check(prepare(0, own_labels ? 3 : 2) == TrainingError::none, "a label left out", c);
-      check(prepare(-1, 2) == TrainingError::sample_weight_negative, "a negative weight", c);
-      check(prepare(NAN, 2) == TrainingError::sample_weight_negative, "a NaN for a weight", c);
-      check(prepare(INFINITY, 2) == TrainingError::sample_weight_negative, "an infinite weight", c);
+      check(prepare(-1, 2) == TrainingError::sample_weight_invalid, "a negative weight", c);
+      check(prepare(NAN, 2) == TrainingError::sample_weight_invalid, "a NaN for a weight", c);
+      check(prepare(INFINITY, 2) == TrainingError::sample_weight_invalid, "an infinite weight", c);
     }
   }
 }
@@ -480,6 +499,20 @@ int main() {
   // Several tiles to a span; so wide that tiles are smaller.
   for (int repeat = 0; repeat < 4; ++repeat) test_both(4097 + 64 * repeat, {3, 4, 2});
   test_both(140, {4200, 3, 2});
+  // Sample weights at the ends of their range.
+  for (const Weights weights :
+       {Weights::subnormal, Weights::overflowing, Weights::one_huge, Weights::zero}) {
+    for (const Loss loss : losses) {
+      if (loss == Loss::none) continue;
+      for (const int weighted : {1, 2}) {
+        const Case c{3,    70,       {5, 7, 4}, loss,   ActivationKind::tanh, weighted == 2, true,
+                     true, weighted, 0,         weights};
+        test<float>(c);
+        test<double>(c);
+        ++i;
+      }
+    }
+  }
   test_values();
   if (failures == 0) std::printf("ok: %d cases\n", i);
   return failures != 0;

@@ -1,7 +1,7 @@
 // Activation strength: turns the hidden layers of a tile or of a small batch into rows [units] of
 // value and active.
 //
-//   value = (h - mean) * scale, scale = 1 / std; value and scale are 0 if std is below any normal number
+//   value = (h - mean) * scale, scale = 1 / std; value is 0 if std is below any normal number
 //   active = h > 0
 //
 // Bound by writing. A few examples' activations are gathered to whole rows; each row is computed
@@ -55,9 +55,9 @@ void load_statistics(const ActivationStrengthParams& s, int64_t member, Real* me
   for (int64_t u = 0; u < padded; ++u) {
     const bool present = u < s.units;
     mean[u] = present ? from_mean[u] : 0;
-    // A scale of 0 is the sign of a dead unit. (An infinite std has it too, and the same value.)
+    // An infinite scale, which is that of no normal number, is the sign of a dead unit.
     const bool dead = !present || std::abs(from_std[u]) < std::numeric_limits<Real>::min();
-    scale[u] = dead ? 0 : 1 / from_std[u];
+    scale[u] = dead ? std::numeric_limits<Real>::infinity() : 1 / from_std[u];
   }
 }
 
@@ -68,10 +68,11 @@ void strength_row(const StrengthScratch<A>& s, const typename A::Real* h, int64_
   using Real = typename A::Real;
   using V = Wide<Real>;
   constexpr int N = lanes_of<V>();
+  const V dead = broadcast<V>(std::numeric_limits<Real>::infinity());
   for (int64_t u = 0; u < units; u += N) {
     const V x = load<V>(h + u), scale = load<V>(s.scale + u);
     const V z = (x - load<V>(s.mean + u)) * scale;
-    store_wide<Real>(value + u, scale == V{} ? V{} : z);  // a NaN in a dead unit too
+    store_wide<Real>(value + u, scale == dead ? V{} : z);  // a NaN in a dead unit too
     store(flags + u, __builtin_convertvector((x > V{}) & 1, Vec<uint8_t, N>));
   }
 }

@@ -198,12 +198,15 @@ void load_tile(const DecorrelationParams& p, const Layout<Real>& l, int64_t mode
     }
   }
   if (p.kind != DecorrelationKind::residue) return;
-  // Relative to the first component, so that a common offset cancels exactly.
+  // Relative to the first component, so that a common offset cancels exactly; unless it is so far off that the
+  // difference overflows.
+  const V far = broadcast<V>(static_cast<Real>(sizeof(Real) == 8 ? 0x1p970 : 0x1p102));
   const V j_count = broadcast<V>(static_cast<Real>(l.components));
   for (int64_t f = 0; f < phase_count; ++f) {
     for (int64_t i = 0; i < count; ++i) {
       Real* x = s.tile + (f * kTile + i) * l.N;
-      const V first = load<V>(x);
+      V first = load<V>(x);
+      first = first < far && first > -far ? first : V{};
       V sum{};
       for (int64_t j = 0; j < l.components; ++j) sum += load<V>(x + j * l.row_stride) - first;
       const V mean = sum / j_count;
@@ -370,8 +373,14 @@ void finish(const DecorrelationParams& p) {
         for (int64_t k = 0; k < labels; ++k) {
           double c = mean_over_batch(l.pair(i, j), k);
           if (covariance) {
-            c -= offset[static_cast<size_t>(i * labels + k)] *
-                 offset[static_cast<size_t>(j * labels + k)];
+            const double of_i = offset[static_cast<size_t>(i * labels + k)];
+            const double of_j = offset[static_cast<size_t>(j * labels + k)];
+            // An infinite mean leaves NaN; a sum that overflowed stays infinite.
+            if (!std::isfinite(of_i) || !std::isfinite(of_j)) {
+              c = std::numeric_limits<double>::quiet_NaN();
+            } else if (!std::isinf(c)) {
+              c -= of_i * of_j;
+            }
           }
           Real* of_label = correlations + k * components * components;
           of_label[i * components + j] = of_label[j * components + i] = static_cast<Real>(c);

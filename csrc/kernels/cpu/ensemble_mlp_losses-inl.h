@@ -81,8 +81,11 @@ struct BCE {  // max(z, 0) - z y + log(1 + e^-|z|)
   static V run(const LossArguments<Real>& a) {
     V loss{};
     for (int64_t f = 0; f < a.features; ++f) {
-      const V z = a.out(f), y = a.expected(f);
-      loss += at_least(V{}, z) - z * y + elementary<SoftplusExcess>(z);
+      const V z = a.out(f), y = a.expected(f), zy = z * y, excess = elementary<SoftplusExcess>(z);
+      const V one = broadcast<V>(Real{1}), negative = z > V{} ? V{} : z;
+      // Where that is a difference of infinities, as torch has it: (1 - y) z - log sigmoid(z).
+      const V far = (one - y) * z - (negative - excess);
+      loss += zy - zy == V{} ? at_least(V{}, z) - zy + excess : far;
       a.set_gradient(f, elementary<Sigmoid>(z) - y);
     }
     return loss;

@@ -87,10 +87,11 @@ struct TrainingSchedule {
 template <class A>
 struct TrainingPartial {
   using Real = typename A::Real;
-  double* weight_sum;  // [E]
-  double* loss_sum;    // [E, spans]
-  Real* gradients;     // [spans, E, member_gradients], by_span
-  Real* input;         // [groups, tiles, panels of in], of a shared input
+  double* weight_scale;  // [E], by which sample weights are multiplied
+  double* weight_sum;    // [E], of weights times that
+  double* loss_sum;      // [E, spans]
+  Real* gradients;       // [spans, E, member_gradients], by_span
+  Real* input;           // [groups, tiles, panels of in], of a shared input
   size_t bytes;
 
   TrainingPartial(const Training& t, const TrainingSchedule<A>& s) {
@@ -103,6 +104,7 @@ struct TrainingPartial {
     };
     const auto real = static_cast<int64_t>(sizeof(Real)),
                wide = static_cast<int64_t>(sizeof(double));
+    weight_scale = reinterpret_cast<double*>(take(e * wide));
     weight_sum = reinterpret_cast<double*>(take(e * wide));
     loss_sum = reinterpret_cast<double*>(take(e * s.spans * wide));
     gradients =
@@ -127,7 +129,7 @@ struct TrainingScratch {
   using Real = typename A::Real;
   Real* input;           // panels of the tile's input
   Real* target;          // panels of its targets
-  Real* example_weight;  // [tile], 0 behind the last example
+  Real* example_weight;  // [tile], scaled; 0 behind the last example
   Real** hidden;         // [layers]: panels of what each layer puts out
   Real** slope;          // [layers]: derivative of the activation there, unless it is the ReLU
   Real* gradient[2];     // by what a layer reads, in turn
@@ -173,7 +175,8 @@ struct TrainingScratch {
 // --- gradients -------------------------------------------------------------------------------------
 
 // g[r] <- ((first ? 0 : g[r]) + sum_o w[o][r] z[o]) times the derivative of the activation, which is
-// what `slope` holds; or for the ReLU, scaled by dropout, `scale` where `relu` is not <= 0.
+// what `slope` holds; or for the ReLU, scaled by dropout, `scale` where `relu` is not <= 0. Lanes of weight 0
+// get nothing: those without an example, and examples that are left out.
 template <class A>
 struct InputGradientBlock {
   using Real = typename A::Real;
@@ -186,6 +189,8 @@ struct InputGradientBlock {
   const Real* slope;
   const Real* relu;
   Real scale;
+  bool cuts;  // dropout: slopes of 0 are selected, not multiplied
+  const Real* example_weight;
 
   template <int R, int NV>
   void run(int64_t row) const {
@@ -197,10 +202,14 @@ struct InputGradientBlock {
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) {
         const int64_t at = (row + r) * kPanel<A> + v * lanes_of<V>();
-        V g = first ? sum[r][v] : load<V>(z + at) + sum[r][v];
+        const V before = first ? V{} : load<V>(z + at);
+        V g = first ? sum[r][v] : before + sum[r][v];
         if (relu) g = load<V>(relu + at) <= V{} ? V{} : g * broadcast<V>(scale);
-        if (slope) g *= load<V>(slope + at);
-        store(z + at, g);
+        if (slope) {
+          const V by = load<V>(slope + at);
+          g = cuts && by == V{} ? V{} : g * by;
+        }
+        store(z + at, load<V>(example_weight + v * lanes_of<V>()) == V{} ? before : g);
       }
     }
   }
@@ -211,7 +220,7 @@ template <class A>
 void input_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, int64_t examples,
                     const typename A::Real* gradient, typename A::Real* result, bool add,
                     const typename A::Real* hidden, const typename A::Real* slope,
-                    typename A::Real* weights) {
+                    const typename A::Real* example_weight, typename A::Real* weights) {
   constexpr int64_t P = kPanel<A>;
   const MLPLayer& layer = p.layers[l];
   const bool relu = l > 0 && p.layers[l - 1].activation.kind == ActivationKind::relu;
@@ -224,6 +233,7 @@ void input_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, int64
           A::weight_block(layer, member, k, block.k_count, row, rows, weights, &block.w_stride);
       block.first = k == 0 && !add;
       block.scale = static_cast<typename A::Real>(1 / (1 - p.dropout.p));
+      block.cuts = p.dropout.p > 0;
       const bool finished = k + block.k_count == layer.out;
       for (int64_t panel = 0; panel * P < examples; ++panel) {
         const int64_t at = (panel * layer.in + row) * P;
@@ -231,6 +241,7 @@ void input_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, int64
         block.z = result + at;
         block.relu = finished && relu ? hidden + at : nullptr;
         block.slope = finished && slope ? slope + at : nullptr;
+        block.example_weight = example_weight + panel * P;
         run_panel<A>(rows, examples - panel * P, block);
       }
     }
@@ -340,8 +351,9 @@ struct InPanels {
 };
 
 template <class A>
-void load_tile(const Training& t, const TrainingSchedule<A>& s, int64_t member, int64_t tile,
-               const TrainingScratch<A>& scratch, InPanels& in_panels) {
+void load_tile(const Training& t, const TrainingSchedule<A>& s, const TrainingPartial<A>& partial,
+               int64_t member, int64_t tile, const TrainingScratch<A>& scratch,
+               InPanels& in_panels) {
   using Real = typename A::Real;
   using Elem = typename A::Elem;
   const EnsembleMLPParams& p = t.forward;
@@ -356,7 +368,10 @@ void load_tile(const Training& t, const TrainingSchedule<A>& s, int64_t member, 
     to_panels<A>(rows, p.input_row_stride, examples, p.layers[0].in, scratch.input, weight);
     in_panels.input = tile;
     for (int64_t b = 0; b < s.tile; ++b) {
-      scratch.example_weight[b] = b >= examples ? 0 : weight ? weight[b] : 1;
+      scratch.example_weight[b] =
+          b >= examples ? 0
+          : weight      ? scaled_sample_weight(weight[b], partial.weight_scale[member])
+                        : 1;
     }
   }
   if (t.target_member_stride == 0 && in_panels.target == tile) return;
@@ -374,6 +389,20 @@ void load_tile(const Training& t, const TrainingSchedule<A>& s, int64_t member, 
   } else {
     to_panels<Plain<Real, Real>>(static_cast<const Real*>(t.target) + offset, t.target_row_stride,
                                  examples, target_features(t), scratch.target);
+  }
+}
+
+// Zeros in the lanes behind the last example: a bias that is infinite left them so, and the sums over the
+// examples multiply them by 0.
+template <class Real>
+void clear_padding(Real* panels, int64_t width, int64_t examples) {
+  using V = Wide<Real>;
+  constexpr int64_t N = lanes_of<V>(), P = kPanelOf<Real>;
+  const int64_t left = examples % N, b = examples - left;
+  if (left == 0) return;
+  for (int64_t u = 0; u < width; ++u) {
+    Real* lanes = panels + (b / P * width + u) * P + b % P;
+    std::fill(lanes + left, lanes + N, Real{0});
   }
 }
 
@@ -398,6 +427,7 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
     x = h;
     if (last) break;
     hidden_epilogue<Real>(p, l, member, first, examples, h, d);
+    clear_padding(h, p.layers[l].out, examples);
   }
 
   const double loss =
@@ -421,13 +451,13 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
     Real* result = scratch.gradient[l % 2];
     if (l > 0) {
       input_gradient<A>(p, l, member, examples, gradient, result, false, read, scratch.slope[l - 1],
-                        scratch.weights);
+                        scratch.example_weight, scratch.weights);
     } else if (shared_input) {
       input_gradient<A>(p, l, member, examples, gradient, shared_input, !first_member, read,
-                        nullptr, scratch.weights);
+                        nullptr, scratch.example_weight, scratch.weights);
     } else {
       input_gradient<A>(p, l, member, examples, gradient, result, false, read, nullptr,
-                        scratch.weights);
+                        scratch.example_weight, scratch.weights);
       from_panels<Plain<Real, Real>>(
           result, examples, in, static_cast<Real*>(t.grad_input) + (member * p.batch + first) * in);
     }
@@ -470,16 +500,20 @@ ensemble_mlp_cpu::TrainingError prepare_training(const Training& t, int64_t begi
   for (int64_t m = begin; m < end; ++m) {
     const auto* weight = static_cast<const Real*>(t.sample_weight);
     if (weight) weight += m * t.sample_weight_member_stride;
-    double sum = weight ? 0 : static_cast<double>(p.batch);
+    double scale = 1, sum = weight ? 0 : static_cast<double>(p.batch);
     if (m > begin && !own_weights) {
+      scale = partial.weight_scale[begin];
       sum = partial.weight_sum[begin];
     } else if (weight) {
+      Real largest = 0;
       for (int64_t b = 0; b < p.batch; ++b) {
-        if (!(weight[b] >= 0)) return TrainingError::sample_weight_negative;
-        sum += static_cast<double>(weight[b]);
+        if (!(weight[b] >= 0) || std::isinf(weight[b])) return TrainingError::sample_weight_invalid;
+        largest = std::max(largest, weight[b]);
       }
-      if (std::isinf(sum)) return TrainingError::sample_weight_negative;
+      scale = sample_weight_scale(static_cast<double>(largest));
+      for (int64_t b = 0; b < p.batch; ++b) sum += static_cast<double>(weight[b]) * scale;
     }
+    partial.weight_scale[m] = scale;
     partial.weight_sum[m] = sum;
     if (t.loss != Loss::cross_entropy) continue;
     if (m > begin && !own_weights && t.target_member_stride == 0) continue;  // checked already
@@ -531,7 +565,7 @@ void train_group(const Training& t, const TrainingSchedule<A>& s, const Training
       if (s.input_gradients) {
         shared_input = partial.input + group * s.input_gradients + tile * s.tile * p.layers[0].in;
       }
-      load_tile(t, s, m, tile, scratch, in_panels);
+      load_tile(t, s, partial, m, tile, scratch, in_panels);
       loss += train_tile(t, s, m, tile, scale, scratch, sums, tile == first_tile, shared_input,
                          m == first_member);
     }

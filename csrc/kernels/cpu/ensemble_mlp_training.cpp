@@ -7,6 +7,7 @@
 #include "kernels/cpu/choose.h"
 #include "kernels/dropout.h"
 #include "kernels/ensemble_mlp.h"
+#include "kernels/sample_weights.h"
 
 namespace pyens {
 namespace {

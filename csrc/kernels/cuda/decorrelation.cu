@@ -54,6 +54,14 @@ int64_t residue_size(const DecorrelationParams& p) {
   return p.kind == DecorrelationKind::residue ? p.models * p.batch * p.labels : 0;
 }
 
+// What the components' residue is relative to: the first of them, so that a common offset cancels exactly;
+// unless it is so far off that differences overflow.
+template <class R>
+__device__ inline R anchor(R first) {
+  const R far = sizeof(R) == 8 ? R(0x1p970) : R(0x1p102f);
+  return first < far && first > -far ? first : R(0);
+}
+
 // z of one model.
 template <class T>
 struct Outputs {
@@ -80,7 +88,7 @@ struct Outputs {
     if (kind == DecorrelationKind::covariance) {
       return z - mean[j * labels + k] - mean_rest[j * labels + k];
     }
-    if (kind == DecorrelationKind::residue) return z - to_real(from[e]) - residue[e];
+    if (kind == DecorrelationKind::residue) return z - anchor(to_real(from[e])) - residue[e];
     return z;
   }
 };
@@ -121,8 +129,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t elements = p.batch * p.labels;
   for (int64_t i = first_item(); i < p.models * elements; i += all_threads()) {
     const T* z = static_cast<const T*>(p.outputs) + i / elements * p.model_stride + i % elements;
-    const R first = to_real(*z);
-    R sum = 0;
+    const R own = to_real(*z), first = anchor(own);
+    R sum = own - first;
     for (int64_t j = 1; j < p.components; ++j) sum += to_real(z[j * p.component_stride]) - first;
     residues[i] = sum / static_cast<R>(p.components);
   }

@@ -27,14 +27,17 @@ __host__ __device__ inline Int bank_stride(Int width) {
   return width | 1;
 }
 
-// Activation strength, value = (h - mean) * scale: scale = 1 / std; both are 0 if std is below any normal number.
+// Activation strength, value = (h - mean) * scale: scale = 1 / std; infinite, and the value 0, if std is below
+// any normal number.
 template <class R>
 __device__ inline R strength_scale(R std) {
-  return fabs(std) < smallest_normal<R>() ? R(0) : R(1) / std;
+  return fabs(std) < smallest_normal<R>() ? static_cast<R>(INFINITY) : R(1) / std;
 }
 template <class R>
 __device__ inline R strength_value(R h, R mean, R scale) {
-  return scale == R(0) ? R(0) : (h - mean) * scale;  // a NaN in a dead unit gives 0 too
+  return scale == static_cast<R>(INFINITY)
+             ? R(0)
+             : (h - mean) * scale;  // a NaN in a dead unit gives 0 too
 }
 
 // Dropout of a hidden activation: x / (1 - p) where batch row `row` keeps the unit of this key, else 0.

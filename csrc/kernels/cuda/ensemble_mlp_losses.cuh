@@ -24,8 +24,10 @@ template <class R>
 __device__ R bce(R* z, int64_t n, const R* target, R factor) {
   R loss = 0;
   for (int64_t f = 0; f < n; ++f) {
-    const R x = z[f], y = target[f], positive = x < R(0) ? R(0) : x;
-    loss += positive - x * y + log1p(exp(-fabs(x)));
+    const R x = z[f], y = target[f], xy = x * y, excess = log1p(exp(-fabs(x)));
+    const R positive = x < R(0) ? R(0) : x, negative = x > R(0) ? R(0) : x;
+    // Where that is a difference of infinities, as torch has it: (1 - y) x - log sigmoid(x).
+    loss += xy - xy == R(0) ? positive - xy + excess : (R(1) - y) * x - (negative - excess);
     z[f] = (Sigmoid::value(x) - y) * factor;
   }
   return loss;

@@ -29,6 +29,7 @@
 #include "kernels/cuda/ensemble_mlp.cuh"
 #include "kernels/cuda/ensemble_mlp_losses.cuh"
 #include "kernels/dropout.h"
+#include "kernels/sample_weights.h"
 
 namespace pyens {
 namespace {
@@ -58,9 +59,9 @@ struct Arguments {
   int64_t example_reals, member_gradients;
   int64_t tile, tiles, tiles_per_span, spans;
   int64_t lowest;  // the lowest layer that is differentiated
-  // In scratch: double [E], double [E, spans], Real [spans, E, member_gradients], and for a shared
+  // In scratch: double [E] twice, double [E, spans], Real [spans, E, member_gradients], and for a shared
   // input Real [E, B, I].
-  double *weight_sums, *loss_sums;
+  double *weight_scales, *weight_sums, *loss_sums;
   void *span_gradients, *member_inputs;
   size_t scratch_bytes;
 };
@@ -121,6 +122,7 @@ Arguments make_arguments(const EnsembleMLPTraining& t, void* scratch) {
     return taken;
   };
   const int64_t members = p.ensemble_size, shared_input = t.grad_input && t.sum_grad_input;
+  a.weight_scales = reinterpret_cast<double*>(take(members * 8));
   a.weight_sums = reinterpret_cast<double*>(take(members * 8));
   a.loss_sums = reinterpret_cast<double*>(take(members * a.spans * 8));
   a.span_gradients = take(a.spans * members * a.member_gradients * real);
@@ -136,24 +138,37 @@ __device__ inline int64_t loss_terms(const MLPTrainingCall& t, int64_t outputs) 
 
 // --- the sums of the sample weights ----------------------------------------------------------------
 
-// A block per member. NaN where a weight is negative or not finite.
+__device__ inline bool is_sample_weight(double w) { return w >= 0 && w <= 1.7976931348623157e308; }
+
+// A block per member: by what its weights are multiplied, and their sum then. NaN where a weight is negative
+// or not finite.
 template <class R>
 __global__ void __launch_bounds__(kThreads) weight_sums_kernel(const Arguments a) {
-  PYENS_SHARED(double[kThreads], sums);
+  PYENS_SHARED(double[kThreads], found);
   const MLPTrainingCall& t = a.training;
   const int64_t batch = a.forward.batch, m = blockIdx.x;
   const R* weight = static_cast<const R*>(t.sample_weight);
   if (weight) weight += m * t.sample_weight_member_stride;
-  double sum = 0;
+  double largest = 0, sum = 0;
   for (int64_t b = threadIdx.x; b < batch; b += kThreads) {
     const double w = weight ? static_cast<double>(weight[b]) : 1;
-    sum += w >= 0 && w <= 1.7976931348623157e308 ? w : static_cast<double>(NAN);
+    if (is_sample_weight(w) && w > largest) largest = w;
   }
-  sums[threadIdx.x] = sum;
+  found[threadIdx.x] = largest;
+  __syncthreads();
+  for (int i = 0; i < kThreads; ++i) largest = found[i] > largest ? found[i] : largest;
+  const double scale = sample_weight_scale(largest);
+  for (int64_t b = threadIdx.x; b < batch; b += kThreads) {
+    const double w = weight ? static_cast<double>(weight[b]) : 1;
+    sum += is_sample_weight(w) ? w * scale : static_cast<double>(NAN);
+  }
+  __syncthreads();
+  found[threadIdx.x] = sum;
   __syncthreads();
   if (threadIdx.x != 0) return;
   sum = 0;
-  for (int i = 0; i < kThreads; ++i) sum += sums[i];
+  for (int i = 0; i < kThreads; ++i) sum += found[i];
+  a.weight_scales[m] = scale;
   a.weight_sums[m] = sum;
 }
 
@@ -253,7 +268,8 @@ struct Tile {
       reads(0)[b * row + j] = kept ? to_real(input[b * p.input_row_stride + j]) : R(0);
     }
     for (int b = threadIdx.x; b < examples; b += kThreads) {
-      example_weights()[b] = weights ? weights[b] : R(1);
+      example_weights()[b] =
+          weights ? scaled_sample_weight(weights[b], a.weight_scales[member]) : R(1);
     }
   }
 
@@ -415,7 +431,9 @@ struct Tile {
           R* below = gradient(l - 1) + b * in_row + j[k];
           *below = cuts && *below == R(0) ? R(0) : *below * total;
         } else {
-          input[(member * a.forward.batch + first + b) * in + j[k]] = total;
+          // An example that is left out gets nothing, even of a weight that is infinite.
+          input[(member * a.forward.batch + first + b) * in + j[k]] =
+              example_weights()[b] == R(0) ? R(0) : total;
         }
       });
     });

@@ -166,10 +166,45 @@ void run_all_orders(const std::string& what, const std::vector<T>& expected, dou
   check_close(what, first, expected, tolerance);
 }
 
+// No ordinary numbers, and a largest one, any two of which overflow: what is planted where a kernel must keep
+// an element to itself.
+template <class T>
+std::vector<T> unusual() {
+  const double infinity = std::numeric_limits<double>::infinity();
+  const double largest = std::is_same_v<T, double>            ? std::numeric_limits<double>::max()
+                         : std::is_same_v<T, pyens::Float16>  ? 65504
+                         : std::is_same_v<T, pyens::BFloat16> ? 0x1.fep127
+                                                              : std::numeric_limits<float>::max();
+  return {from_double<T>(infinity), from_double<T>(-infinity), from_double<T>(NAN),
+          from_double<T>(largest), from_double<T>(-largest)};
+}
+
+// Every seventh of them, and the first.
+template <class T>
+void plant_unusual(std::vector<T>& values) {
+  const std::vector<T> planted = unusual<T>();
+  for (size_t i = 0; i < values.size(); i += 7) values[i] = planted[i / 7 % planted.size()];
+}
+
+// None of them 0; among them NaN and infinities of each type of that size.
 template <class Word>
 std::vector<Word> random_words(Random& random, int64_t n) {
+  std::vector<Word> infinities;
+  if (sizeof(Word) == 2) {
+    infinities = {static_cast<Word>(0x7c00), static_cast<Word>(0xfc00), static_cast<Word>(0x7f80),
+                  static_cast<Word>(0xff80)};
+  } else {
+    const int exponent = sizeof(Word) == 4 ? 23 : 52, sign = static_cast<int>(sizeof(Word)) * 8 - 1;
+    const Word ones = (Word{1} << (sign - exponent)) - 1;
+    infinities = {static_cast<Word>(ones << exponent),
+                  static_cast<Word>((ones << exponent) | Word{1} << sign)};
+  }
   std::vector<Word> words(static_cast<size_t>(n));
-  for (Word& word : words) word = static_cast<Word>(random() | 1);
+  for (size_t i = 0; i < words.size(); ++i) {
+    words[i] = static_cast<Word>(random() | 1);
+    if (i % 5 == 0)
+      words[i] = static_cast<Word>(infinities[i / 5 % infinities.size()] | (i % 3 == 0));
+  }
   return words;
 }
 

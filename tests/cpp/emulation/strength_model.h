@@ -48,6 +48,7 @@ struct Model {
     for (size_t u = 0; u < stds.size(); ++u) {
       stds[u] = std::abs(stds[u]) + R(0.1);
       if (u % 5 == 1) stds[u] = u % 2 ? R(0) : -std::numeric_limits<R>::min() / 2;  // dead
+      if (u % 7 == 3) stds[u] = std::numeric_limits<R>::infinity();
       if (statistics == Statistics::none) means[u] = 0, stds[u] = 1;
     }
     std::vector<int64_t> seed_values;
@@ -55,6 +56,13 @@ struct Model {
     seeds = std::make_unique<Values<int64_t>>(seed_values, "dropout_seeds");
     mean = std::make_unique<Values<R>>(means, "mean");
     std = std::make_unique<Values<R>>(stds, "std");
+  }
+
+  // On both sides, in the first number of the last example.
+  void plant_in_input(double value) {
+    std::vector<T> changed = input->cpu;
+    changed[changed.size() - static_cast<size_t>(widths[0])] = from_double<T>(value);
+    input = std::make_unique<Values<T>>(changed, "input");
   }
 
   int64_t active_bytes(bool pack) const { return pack ? (units + 7) / 8 : units; }

@@ -15,9 +15,10 @@ Results<T> on_gpu(Model<T>& model, bool pack, uint64_t seed, bool with_strength 
 
 template <class T>
 void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths,
-          ActivationKind activation, Statistics statistics, bool pack) {
+          ActivationKind activation, Statistics statistics, bool pack, double planted = 0) {
   ++problems;
   Model<T> model(members, batch, widths, activation, statistics);
+  if (planted != 0) model.plant_in_input(planted);
   const Results<T> expected = model.on_cpu(pack), first = on_gpu(model, pack, 1);
   for (const uint64_t seed : {2, 3}) {
     const Results<T> again = on_gpu(model, pack, seed);
@@ -98,6 +99,19 @@ int main() {
     if (widths.size() > 2) {
       test_active<float>(2, 9, widths);
       test_active<pyens::Float16>(2, 9, widths);
+    }
+  }
+  // Infinite numbers, NaN, and those whose products overflow: those of 16 bits where they are rounded, which is
+  // not the same everywhere.
+  const double infinity = std::numeric_limits<double>::infinity();
+  for (const double planted : {infinity, -infinity, double{NAN}, 3e38, -6e4}) {
+    for (const ActivationKind activation : kActivationKinds) {
+      const Statistics statistics = ++i % 2 ? Statistics::own : Statistics::shared;
+      test<float>(2, 9, {5, 17, 9, 3}, activation, statistics, i % 4 < 2, planted);
+      test<double>(1, 3, {5, 17, 9, 3}, activation, statistics, i % 4 >= 2, planted);
+      if (std::isfinite(planted)) continue;
+      test<pyens::BFloat16>(2, 9, {5, 17, 9, 3}, activation, statistics, true, planted);
+      test<pyens::Float16>(1, 9, {5, 17, 9, 3}, activation, statistics, false, planted);
     }
   }
   test_nan();

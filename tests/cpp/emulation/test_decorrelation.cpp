@@ -11,9 +11,15 @@ using pyens::DecorrelationKind;
 namespace cpu = pyens::decorrelation_cpu;
 namespace gpu = pyens::decorrelation_cuda;
 
+// In the outputs of one component at one example and label, of which all others are free.
+struct Planted {
+  double value = 0;
+  bool twice = false;  // in another component too
+};
+
 template <class T>
 void test(int64_t models, int64_t components, int64_t batch, int64_t labels, DecorrelationKind kind,
-          bool sum_labels, double offset = 0.5) {
+          bool sum_labels, double offset = 0.5, const Planted& planted = {}) {
   using R = RealFor<T>;
   ++problems;
   const std::string what = "decorrelation, kind " + std::to_string(static_cast<int>(kind)) +
@@ -21,7 +27,13 @@ void test(int64_t models, int64_t components, int64_t batch, int64_t labels, Dec
                            ", " + std::to_string(batch) + ", " + std::to_string(labels);
   Random random(static_cast<uint64_t>(models + 10 * components + 100 * batch + 1000 * labels));
   const int64_t stride = batch * labels + 3;  // components lie further apart than they are long
-  const Values<T> outputs(random, models * components * stride, 1, offset);
+  std::vector<T> values = normal<T>(random, models * components * stride, 1, offset);
+  if (planted.value != 0) {
+    const auto at = static_cast<size_t>((components > 2 ? stride : 0) + (batch / 2) * labels);
+    values[at] = from_double<T>(planted.value);
+    if (planted.twice) values[at + static_cast<size_t>(stride)] = from_double<T>(-planted.value);
+  }
+  const Values<T> outputs(values);
   const auto losses = static_cast<size_t>(sum_labels ? models : models * labels);
   std::vector<R> grad_values(losses);
   for (size_t i = 0; i < losses; ++i) grad_values[i] = static_cast<R>(1) + static_cast<R>(i) / 4;
@@ -108,6 +120,21 @@ int main() {
     }
   }
   test<pyens::Float16>(2, 3, 9, 4, DecorrelationKind::residue, true);
+  // Infinite numbers, NaN, and those whose squares overflow.
+  const double infinity = std::numeric_limits<double>::infinity();
+  for (const double value : {infinity, -infinity, double{NAN}, 3e38, 6e4}) {
+    for (const auto kind : {DecorrelationKind::correlation, DecorrelationKind::covariance,
+                            DecorrelationKind::residue}) {
+      const int64_t small[][4] = {{2, 3, 20, 4}, {1, 2, 3, 70}};
+      for (const auto& s : small) {
+        const Planted planted{value, i++ % 2 == 0};
+        test<float>(s[0], s[1], s[2], s[3], kind, i % 3 == 0, 0.5, planted);
+        test<double>(s[0], s[1], s[2], s[3], kind, i % 3 == 1, 0.5, planted);
+        test<pyens::BFloat16>(s[0], s[1], s[2], s[3], kind, i % 3 == 2, 0.5, planted);
+        test<pyens::Float16>(s[0], s[1], s[2], s[3], kind, i % 3 == 0, 0.5, planted);
+      }
+    }
+  }
   // Far from zero.
   test<float>(1, 3, 200, 2, DecorrelationKind::covariance, true, 1000);
   test<float>(1, 3, 200, 2, DecorrelationKind::residue, true, 1000);

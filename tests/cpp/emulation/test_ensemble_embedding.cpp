@@ -66,12 +66,17 @@ struct Problem {
   void test_gather() {
     constexpr int64_t kPad = 2;  // rows lie further apart than they are long
     std::vector<std::unique_ptr<Values<T>>> weights;
-    const Values<T> numbers(random, (shared ? 1 : members) * batch * (numeric + kPad));
+    std::vector<T> number_values =
+        normal<T>(random, (shared ? 1 : members) * batch * (numeric + kPad));
+    plant_unusual(number_values);
+    const Values<T> numbers(number_values, "numeric");
     std::vector<pyens::EmbeddingTable> on_cpu, on_gpu;
     int64_t offset = 0;
     for (size_t t = 0; t < dims.size(); ++t) {
       const int64_t row = dims[t] + kPad;
-      weights.push_back(std::make_unique<Values<T>>(random, members * rows[t] * row));
+      std::vector<T> rows_of_table = normal<T>(random, members * rows[t] * row);
+      plant_unusual(rows_of_table);
+      weights.push_back(std::make_unique<Values<T>>(rows_of_table, "weight"));
       pyens::EmbeddingTable table{};
       table.num_embeddings = rows[t];
       table.dim = dims[t];
@@ -125,8 +130,10 @@ struct Problem {
     }
   }
 
-  void test_scatter() {
-    const Values<T> grad(random, members * batch * features);
+  void test_scatter(bool with_unusual) {
+    std::vector<T> grad_values = normal<T>(random, members * batch * features);
+    if (with_unusual) plant_unusual(grad_values);
+    const Values<T> grad(grad_values, "grad");
     int64_t offset = 0;
     for (size_t t = 0; t < dims.size(); ++t) {
       const auto size = static_cast<size_t>(members * rows[t] * dims[t]);
@@ -249,7 +256,8 @@ void test(int64_t e, int64_t b, const std::vector<int64_t>& rows, const std::vec
           int64_t numeric, bool shared) {
   Problem<T> problem(e, b, rows, dims, numeric, shared);
   problem.test_gather();
-  problem.test_scatter();
+  problem.test_scatter(false);
+  problem.test_scatter(true);
 }
 
 template <class T>

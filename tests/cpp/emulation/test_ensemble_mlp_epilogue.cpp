@@ -77,9 +77,10 @@ const char* forward(const pyens::EnsembleMLPParams& p, int64_t first, int64_t ro
 template <class T>
 void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths,
           ActivationKind activation, Statistics statistics, bool with_strength, bool pack,
-          double dropout) {
+          double dropout, double planted = 0) {
   ++problems;
   Model<T> model(members, batch, widths, activation, statistics);
+  if (planted != 0) model.plant_in_input(planted);
   model.dropout = dropout;
   const auto whole = [&](const auto& p) { return forward<T>(p, 0, batch); };
   const auto in_two = [&](const auto& p) {  // chunks of the batch
@@ -122,6 +123,22 @@ void test_shapes() {
   }
 }
 
+// Infinite numbers, NaN, and those whose products overflow: those of 16 bits where they are rounded, which is not
+// the same everywhere.
+template <class T>
+void test_unusual() {
+  const double infinity = std::numeric_limits<double>::infinity();
+  int i = 0;
+  for (const double planted : {infinity, -infinity, double{NAN}, 3e38, -6e4}) {
+    if (sizeof(T) == 2 && std::isfinite(planted)) continue;
+    for (const ActivationKind activation : pyens::kActivationKinds) {
+      const Statistics statistics = ++i % 2 ? Statistics::own : Statistics::shared;
+      test<T>(2, 9, {5, 16, 9, 3}, activation, statistics, i % 3 > 0, i % 4 == 0,
+              i % 3 == 0 ? 0.3 : 0, planted);
+    }
+  }
+}
+
 // A NaN stays in its example, and reaches the values of what is alive.
 void test_nan() {
   ++problems;
@@ -145,6 +162,10 @@ int main() {
   test_shapes<double>();
   test_shapes<pyens::BFloat16>();
   test_shapes<pyens::Float16>();
+  test_unusual<float>();
+  test_unusual<double>();
+  test_unusual<pyens::BFloat16>();
+  test_unusual<pyens::Float16>();
   test_nan();
   return finish();
 }

@@ -17,6 +17,17 @@ using pyens::Loss;
 namespace cpu = pyens::ensemble_mlp_cpu;
 namespace gpu = pyens::ensemble_mlp_cuda;
 
+// Where sample weights lie: in the middle of their range, at its ends, so that the smallest ones and the sum
+// of the largest ones are no normal numbers, all but one so much smaller than that one, or all at 0.
+enum class Weights { ordinary, subnormal, overflowing, one_huge, zero };
+
+// What is no ordinary number, and where. Example 2 has it, or all of member 1 has.
+enum class Place { nowhere, input, target, weight, bias };
+struct Planted {
+  Place place = Place::nowhere;
+  double value = 0;
+};
+
 struct Case {
   int64_t members, batch;
   std::vector<int64_t> widths;
@@ -26,6 +37,8 @@ struct Case {
   int weighted;  // 0 no, 1 one weight per example, 2 one per member and example
   double dropout;
   unsigned needs_grad = 7;  // bit 0 the input's gradient, 1 the weights', 2 the biases'
+  Weights sample_weights = Weights::ordinary;
+  Planted planted = {};
 };
 
 template <class T>
@@ -66,8 +79,7 @@ struct Problem {
     std::vector<R> example_weights;
     for (int64_t i = 0; i < (c.weighted == 2 ? e : 1) * b; ++i) {
       const bool left_out = b > 1 && i % 5 == 1;
-      example_weights.push_back(left_out ? R(0)
-                                         : static_cast<R>(0.25 * static_cast<double>(1 + i % 7)));
+      example_weights.push_back(left_out ? R(0) : weight(i));
       if (!left_out || c.weighted != 1) continue;
       // What all members leave out may be anything.
       for (int64_t m = 0; m < (c.shared_input ? 1 : e); ++m) {
@@ -78,6 +90,7 @@ struct Problem {
         y[static_cast<size_t>((m * b + i) * targets)] = std::numeric_limits<R>::infinity();
       }
     }
+    plant(x, y);
     std::vector<R> scales;
     for (int64_t m = 0; m < e; ++m) scales.push_back(static_cast<R>(m) - R(0.5));
     input = std::make_unique<Values<T>>(x, "input");
@@ -87,6 +100,37 @@ struct Problem {
     sample_weight = std::make_unique<Values<R>>(example_weights, "sample_weight");
     member_scale = std::make_unique<Values<R>>(scales, "member_scale");
     output_gradient = std::make_unique<Values<T>>(grid<T>(random, e * b * out, 1, 0.25), "grad");
+  }
+
+  R weight(int64_t i) const {
+    using Limits = std::numeric_limits<R>;
+    const R ordinary = static_cast<R>(0.25 * static_cast<double>(1 + i % 7));
+    switch (c.sample_weights) {
+      case Weights::ordinary: return ordinary;
+      case Weights::subnormal: return ordinary * (Limits::min() / 64);
+      case Weights::overflowing: return ordinary * (Limits::max() / 2);
+      case Weights::one_huge: return i % c.batch == 0 ? Limits::max() : ordinary * Limits::min();
+      case Weights::zero: return i / c.batch == 0 ? R(0) : ordinary;  // of the first member
+    }
+    return ordinary;
+  }
+
+  void plant(std::vector<T>& x, std::vector<R>& y) {
+    const T value = from_double<T>(c.planted.value);
+    const auto of_member = [&](auto& values) {  // the first number of member 1's
+      auto changed = values->cpu;
+      changed[changed.size() / static_cast<size_t>(c.members)] = value;
+      values = std::make_unique<Values<T>>(changed);
+    };
+    switch (c.planted.place) {
+      case Place::nowhere: return;
+      case Place::input: x[static_cast<size_t>(2 * c.widths[0])] = value; return;
+      case Place::target:
+        y[static_cast<size_t>(2 * targets)] = static_cast<R>(c.planted.value);
+        return;
+      case Place::weight: return of_member(weights[0]);
+      case Place::bias: return of_member(biases[0]);
+    }
   }
 
   // What both sides are given, but for the memory they write to.
@@ -273,6 +317,35 @@ int main() {
         if (i % 5 == 4) c.needs_grad = static_cast<unsigned>(i / 5 % 8);
         test<double>(c);
         if (i % 2 == 0) test<float>(c);
+        ++i;
+      }
+    }
+  }
+  // Sample weights at the ends of their range.
+  for (const Weights weights :
+       {Weights::subnormal, Weights::overflowing, Weights::one_huge, Weights::zero}) {
+    for (const Loss loss : losses) {
+      if (loss == Loss::none) continue;
+      const int weighted = 1 + i++ % 2;
+      Case c{3, 70, {5, 7, 4}, loss, ActivationKind::tanh, weighted == 2, true, true, weighted, 0};
+      c.sample_weights = weights;
+      test<double>(c);
+      test<float>(c);
+    }
+  }
+  // Infinite numbers, NaN, and those whose products overflow.
+  const double infinity = std::numeric_limits<double>::infinity();
+  for (const double value : {infinity, -infinity, double{NAN}, 3e38, -6e4}) {
+    for (const Place place : {Place::input, Place::target, Place::weight, Place::bias}) {
+      for (const Loss loss : losses) {
+        const auto kind = i % 2 ? ActivationKind::relu : kActivationKinds[i / 2 % kActivations];
+        Case c{2, 19, {5, 7, 4}, loss, kind, i % 3 == 0, true, true, i % 3, i % 4 == 0 ? 0.25 : 0};
+        if (loss == Loss::none) c.weighted = 0;
+        c.planted = {place, value};
+        test<double>(c);
+        test<float>(c);
+        test<pyens::BFloat16>(c);
+        test<pyens::Float16>(c);
         ++i;
       }
     }

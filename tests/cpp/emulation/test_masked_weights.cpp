@@ -60,7 +60,9 @@ void test_masked_weights(int64_t num_masks, int64_t rows, int64_t columns, bool 
   };
   expect_bits("masked_weights", expected, gather);
 
-  const Values<Real> grad(random, kept);
+  std::vector<Real> grad_values = normal<Real>(random, kept);
+  if (num_masks > 1) plant_unusual(grad_values);
+  const Values<Real> grad(grad_values, "grad");
   std::vector<Real> sums(static_cast<size_t>(rows * columns));
   cpu::run_backward(on_cpu, dtype_of<Real>(), grad.cpu.data(), sums.data(), 0, rows);
   const auto scatter = [&](Real* output) {

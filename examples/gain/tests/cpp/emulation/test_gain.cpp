@@ -11,8 +11,10 @@ using namespace emulated_test;
 template <class T>
 void test_gain(int64_t members, int64_t batch, int64_t features, bool shared) {
   Random random(members * 1000 + batch * 10 + features);
-  const Values<T> input(random, (shared ? 1 : members) * batch * features);
-  const Values<T> scale(random, members * features);
+  std::vector<T> numbers = normal<T>(random, (shared ? 1 : members) * batch * features);
+  plant_unusual(numbers);
+  const Values<T> input(numbers, "input");
+  const Values<T> scale(random, members * features, 2);
   std::vector<T> expected(static_cast<size_t>(members * batch * features));
   pyens::GainParams p{};
   p.dtype = dtype_of<T>();
