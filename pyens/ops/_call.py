@@ -75,9 +75,7 @@ def operation(
             if found is not None:
                 return found
             # A class or a mode that overrides torch's functions sees the dispatcher's operation.
-            given = listed(arguments)
-            _kinds.check(name, kinds, given)
-            return dispatched(*given)
+            return dispatched(*listed(arguments))
         except Exception:  # of any kind: this only looks for a better reason
             _kinds.check(name, kinds, arguments)
             raise
