@@ -349,6 +349,46 @@ def kind_of(x: Tensor) -> Tensor:
     return torch.where(x.isnan(), 2, x.isinf() * x.sign()).nan_to_num(2)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["relu", "softplus"])
+@pytest.mark.parametrize("b", [1, 7, 19, 130])
+def test_lanes_without_an_example_meet_no_infinite_weight(device, b, activation, dtype):
+    # Inputs are positive: a weight of -inf shuts the unit, but times the 0 of an empty lane it is NaN.
+    arguments = problem(2, b, [3, 4, 2], "mse", dtype, device, activation=activation)
+    arguments["input"] = arguments["input"].abs() + 0.25
+    arguments["weights"][0][1, 2, 1] = -float("inf")
+    got = with_gradients(ensemble_mlp_loss, arguments)
+    exact = with_gradients(reference.ensemble_mlp_loss, cast(arguments, torch.float64, device))
+    assert exact[0].isfinite().all() and exact[2].isfinite().all() and exact[3].isfinite().all()
+    for ours, theirs in zip(got, exact, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0.05, atol=0.05, equal_nan=True)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "tanh"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_dropped_unit_meets_no_infinite_gradient(device, activation, dtype):
+    arguments = problem(2, 19, [3, 8, 2], "mse", dtype, device, activation=activation, per_member=True)
+    arguments |= {"dropout": 0.5, "dropout_seeds": torch.tensor([3, 8], device=device)}
+    arguments["target"][4] = float("inf")
+    got = with_gradients(ensemble_mlp_loss, arguments)
+    exact = with_gradients(reference.ensemble_mlp_loss, cast(arguments, torch.float64, device))
+    assert exact[2].isfinite().any() and not exact[2].isfinite().all()
+    for ours, theirs in zip(got, exact, strict=True):
+        assert torch.equal(kind_of(ours), kind_of(theirs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bce_of_infinite_logits_as_in_torch(device, dtype):
+    large = torch.finfo(dtype).max
+    for z in (float("inf"), -float("inf"), large, -large, large / 2):
+        for y in (0.0, 0.5, 1.0, 2.0):
+            logit, target = torch.tensor([[z]], dtype=dtype), torch.tensor([[y]], dtype=dtype)
+            one = torch.ones(1, 1, 1, dtype=dtype, device=device)
+            got = ensemble_mlp_loss(logit.to(device), target.to(device), [one], loss="bce")
+            exact = torch.nn.functional.binary_cross_entropy_with_logits(logit, target)
+            torch.testing.assert_close(got[0].cpu(), exact, equal_nan=True)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(
     ("activation", "dtype"),
