@@ -16,7 +16,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -261,13 +261,14 @@ def record_of(capability: str) -> tuple[str, dict[str, str]]:
     return found["capability"], found["checksums"]
 
 
-def saved() -> dict[str, dict[str, str]]:
+def saved() -> dict[str, dict[str, str | None]]:
+    """None: changed on purpose where there was no such processor, and not recorded since."""
     return json.loads(FILE.read_text()) if FILE.exists() else {}
 
 
-def differences(expected: dict[str, str], found: dict[str, str]) -> list[str]:
+def differences(expected: Mapping[str, str | None], found: Mapping[str, str]) -> list[str]:
     names = dict.fromkeys([*expected, *found])
-    return [name for name in names if expected.get(name) != found.get(name)]
+    return [name for name in names if expected.get(name, "") not in (None, found.get(name))]
 
 
 def main() -> None:
