@@ -6,6 +6,7 @@ from torch import Tensor
 
 Activation = Literal["relu", "gelu", "silu", "elu", "softplus", "tanh", "identity"]
 Loss = Literal["mse", "bce", "gaussian_nll", "cross_entropy"]
+Bootstrap = Literal["poisson", "multinomial"]
 Decorrelation = Literal["correlation", "covariance", "residue"]
 Reduction = Literal["sum", "none"]
 Distance = Literal["squared", "absolute"]

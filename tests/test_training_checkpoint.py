@@ -117,7 +117,7 @@ def test_another_run_is_refused_and_the_file_stays(tmp_path: Path, change: dict[
 
 class Shifted(EnsembleLinear):
     def __init__(self, shift: float, hidden: int = 2) -> None:
-        super().__init__(3, 4, 1)
+        super().__init__(3, 4, 1, seeds=[1, 2, 3])
         self.register_buffer("shift", torch.tensor([shift, 0.0]))
         self.unused = torch.nn.Parameter(torch.zeros(3, hidden))
 

@@ -104,7 +104,7 @@ class Ensemble(nn.Module):
             for i, tensor in enumerate(inputs):
                 if isinstance(tensor, Tensor):
                     check_tensor("loss", f"batch[{i}]", tensor)
-            inputs = [_without_left_out(t, sample_weight, self.ensemble_size) for t in inputs]
+            inputs = [without_left_out(t, sample_weight, self.ensemble_size) for t in inputs]
         output = self(*inputs, **options)
         check_tensor("loss", "output", output)
         if output.dim() != 3 or len(output) != self.ensemble_size:
@@ -114,6 +114,12 @@ class Ensemble(nn.Module):
             )
         _check_loss(output, target, loss, sample_weight)
         return mean_losses(lambda output: output, output, target, loss, temperature, sample_weight)
+
+    def check_inputs(self, *inputs: Tensor | None) -> None:
+        """Raises a ValueError for values that `forward` would refuse; `fit` gives it all rows beforehand.
+
+        Here nothing; a class that looks rows up in tables says which row, and which column, is out of range.
+        """
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments as JSON knows them: `type(model)(**model.config())` is built alike.
@@ -175,6 +181,53 @@ class Ensemble(nn.Module):
             if isinstance(module, Ensemble):
                 module.ensemble_size = len(members)
         return new
+
+    @torch.no_grad()
+    def select_(self, indices: Indices) -> Self:
+        """Leaves all but the chosen members behind, in place: what `select` copies, the same objects hold.
+
+        Parameters stay the parameters they are (`p.data = p.data[indices]`), and so does all that knows
+        them: optimizers and their groups, schedules, hooks, `requires_grad`, attributes. Gradients go. What
+        an optimizer remembers of the others is for `pyens.optim.keep_members`. Call it between two steps,
+        without a graph that is still to go backward.
+
+        Returns:
+            Itself.
+
+        Raises:
+            ValueError, IndexError: as `select`, before anything is changed.
+        """
+        members = chosen_members(self.ensemble_size, indices)
+        copies: dict[int, Any] = {}
+        self._choose(members, copies)  # raises what is to be raised, and knows of parts with their own select
+        if type(self).select is not Ensemble.select:
+            copies = {id(self): self.select(members.tolist())}
+        for name, parameter in self.named_parameters():
+            if _is_held(parameter):
+                raise RuntimeError(
+                    f"select_: expected no graph that waits for gradients, got one of {name}: of a loss that "
+                    "was kept, or of DistributedDataParallel, which needs a new model by select"
+                )
+        self._take(copies, len(members))
+        return self
+
+    def _take(self, copies: dict[int, Any], members: int) -> None:
+        """What `_choose` found, into the objects that there are."""
+        chosen = copies.get(id(self))
+        for place, module in [("", self), *_walk(self)]:
+            if module is not self and isinstance(module, Ensemble):
+                module._take(copies, members)
+                continue
+            new = None if chosen is None else chosen.get_submodule(place)
+            for name, parameter in module._parameters.items():
+                own = copies.get(id(parameter)) if new is None else new._parameters[name]
+                if parameter is not None and own is not None:
+                    parameter.grad, parameter.data = None, own.data
+            for name, buffer in module._buffers.items():
+                own = copies.get(id(buffer)) if new is None else new._buffers[name]
+                if own is not None:
+                    module._buffers[name] = own
+        self.ensemble_size = members
 
     def _choose(self, members: Tensor, copies: dict[int, Any]) -> None:
         """Puts what `select` takes of each parameter, mask of pruning and ensemble inside into `copies`."""
@@ -276,7 +329,7 @@ def _walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]
             yield from _walk(child, f"{prefix}{name}.")
 
 
-def _without_left_out(input: Any, weight: Tensor, ensemble_size: int) -> Any:
+def without_left_out(input: Any, weight: Tensor, ensemble_size: int) -> Any:
     """A floating point input `[B, ...]` or `[E, B, ...]` with 0 where the weight `[B]` or `[E, B]` is 0."""
     if not isinstance(input, Tensor) or not input.is_floating_point() or weight.dim() not in (1, 2):
         return input
@@ -330,6 +383,20 @@ def _check_loss(output: Tensor, target: Tensor, loss: Loss, weight: Tensor | Non
         wrong = (target < 0) | (target >= outputs)
         if bool((wrong if weight is None else wrong & (weight != 0)).any()):
             raise ValueError(f"loss: target: expected classes from 0 to {outputs - 1}, got one that is not")
+
+
+def _is_held(parameter: nn.Parameter) -> bool:
+    """Whether somebody holds the node that adds to its gradient, which remembers the shape."""
+    if not parameter.requires_grad:
+        return False
+    whole = parameter.data
+    parameter.data = whole.new_empty(0)
+    try:  # without one that is held, a new one is made
+        node: Any = torch.autograd.graph.get_gradient_edge(parameter).node
+        return tuple(node._input_metadata[0].shape) != tuple(parameter.shape)
+    finally:
+        node = None
+        parameter.data = whole
 
 
 def parameters_of(module: nn.Module, names: Sequence[str]) -> list[Tensor]:

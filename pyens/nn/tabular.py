@@ -203,6 +203,22 @@ class TabularEnsemble(Ensemble):
         last = torch.tensor(sizes, device=categorical.device) - 1
         return torch.where(present.unsqueeze(-1), categorical, categorical.clamp_min(0).minimum(last))
 
+    def check_inputs(self, *inputs: Tensor | None) -> None:
+        """Refuses a category out of range, by row and column."""
+        if len(self.embeddings) == 0 or inputs[0] is None:
+            return
+        categorical = inputs[0]
+        sizes = torch.tensor([e.num_embeddings for e in self.embeddings], device=categorical.device)
+        if categorical.dtype != torch.int64 or categorical.shape[-1:] != sizes.shape:
+            return  # refused by forward
+        wrong = (categorical < 0) | (categorical >= sizes)
+        if wrong.any():
+            *_, row, column = where = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"TabularEnsemble: categorical: expected categories from 0 to {int(sizes[column]) - 1} "
+                f"in column {column}, got {int(categorical[tuple(where)])} in row {row}"
+            )
+
     def features(self, categorical: Tensor | None = None, numeric: Tensor | None = None) -> Tensor:
         """What the MLPs take: `[E, B, I]`, or `[B, I]` where nothing differs between the members."""
         columns = len(self.embeddings)

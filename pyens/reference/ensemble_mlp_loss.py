@@ -76,18 +76,24 @@ def mean_losses(
     present = weight != 0
     input = torch.where(present.unsqueeze(-1), input, 0)
     target = torch.where(present if loss == "cross_entropy" else present.unsqueeze(-1), target, 0)
-    if weight.shape[-1] > 0:  # the largest to 1: a division by a subnormal total has a gradient of NaN
-        largest = weight.detach().double().amax(-1, keepdim=True)
-        weight = weight.double() / torch.where(largest > 0, largest, 1)
     output = run(input)
     if output.dtype != torch.float64:
         output, target = output.float(), _to_float(target)
-    weight = weight.to(output.dtype)
+    return weighted_mean(LOSSES[loss](output, target, temperature), weight)
+
+
+def weighted_mean(losses: Tensor, weight: Tensor) -> Tensor:
+    """`[E]` of losses `[E, B]` with weights `[B]` or `[E, B]`; 0 where all of them are 0."""
+    present = weight != 0
+    if weight.shape[-1] > 0:  # the largest to 1: a division by a subnormal total has a gradient of NaN
+        largest = weight.detach().double().amax(-1, keepdim=True)
+        weight = weight.double() / torch.where(largest > 0, largest, 1)
+    weight = weight.to(losses.dtype)
     # What is too small beside the largest stays above 0.
     info = torch.finfo(weight.dtype)
     smallest = info.smallest_normal * info.eps
     weight = torch.where(present & (weight == 0), smallest, weight)
-    losses = torch.where(present, LOSSES[loss](output, target, temperature), 0)
+    losses = torch.where(present, losses, 0)
     total = weight.sum(-1)
     # Never a division by 0, whose gradient would be NaN even where it is not selected.
     mean = (losses * weight).sum(-1) / torch.where(total > 0, total, 1)

@@ -1,7 +1,7 @@
 """Training runs of ensembles: every member its own randomness, one command, safe to kill."""
 
 from pyens.training._fit import fit
-from pyens.training.history import History
+from pyens.training.history import History, oof_predictions
 from pyens.training.randomness import Randomness, derive_seed, member_seeds
 
-__all__ = ["History", "Randomness", "derive_seed", "fit", "member_seeds"]
+__all__ = ["History", "Randomness", "derive_seed", "fit", "member_seeds", "oof_predictions"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pyens._kinds import check_tensor
@@ -50,16 +51,45 @@ def tensors(argument: str, data: Any) -> None:
         )
 
 
-def data(
-    argument: str,
-    data: Sequence[Tensor],
-    like: Sequence[Tensor] | None = None,
-    *,
-    members: int | None = None,
-) -> int:
+def home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where the parameters are, and of what precision: their first floating one's."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            return parameter.device, parameter.dtype
+    raise ValueError(f"fit: model: expected parameters to train, got a {type(model).__name__} without")
+
+
+def scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
+    if scheduler is None:
+        return
+    kind = type(scheduler).__name__
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise TypeError(
+            f"fit: scheduler: expected a schedule of epochs or steps, got a {kind}, by which a member's rate "
+            "would depend on the losses of the others"
+        )
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
+        raise TypeError(
+            f"fit: scheduler: expected a function that gives an LRScheduler, got a {kind} from it"
+        )
+    if scheduler.optimizer is not optimizer:
+        raise ValueError(
+            f"fit: scheduler: expected one of the optimizer that it is given, got a {kind} of another"
+        )
+
+
+def alike(argument: str, data: Sequence[Any], like: Sequence[Any], axis: int) -> None:
+    """Rows of the same form."""
+    forms = [[None if t is None else tuple(t.shape[axis + 1 :]) for t in tensors] for tensors in (data, like)]
+    if forms[0] != forms[1]:
+        raise ValueError(f"fit: {argument}: expected rows like those of data, got shapes {forms[0]}")
+
+
+def data(argument: str, data: Sequence[Any], *, members: int | None = None) -> int:
     """The number of rows; with `members` every member has as many of its own, `[E, N, ...]`."""
     axis, form = (0, "[N, ...]") if members is None else (1, f"[{members}, N, ...]")
-    if len(data) < 2 or not all(isinstance(t, Tensor) and t.dim() > axis for t in data):
+    given = [t for t in data[:-1] if t is not None] + list(data[-1:])
+    if len(given) < 2 or not all(isinstance(t, Tensor) and t.dim() > axis for t in given):
         got = [
             f"shape {list(t.shape)}" if isinstance(t, Tensor) else f"a {type(t).__name__}" for t in data[:4]
         ]
@@ -68,24 +98,22 @@ def data(
             f"fit: {argument}: expected tensors {form}, inputs and target, "
             f"got {', '.join(got) or 'none'}{more}"
         )
-    for i, tensor in enumerate(data):
-        check_tensor("fit", f"{argument}[{i}]", tensor)
-    if members is not None and any(t.shape[0] != members for t in data):
+    if members is not None and any(t.shape[0] != members for t in given):
         raise ValueError(
             f"fit: {argument}: expected tensors {form} under own_data, got shapes "
-            f"{[list(t.shape) for t in data]}"
+            f"{[list(t.shape) for t in given]}"
         )
-    if len({t.shape[axis] for t in data}) > 1 or data[0].shape[axis] == 0:
+    if len({t.shape[axis] for t in given}) > 1 or given[0].shape[axis] == 0:
         raise ValueError(
             f"fit: {argument}: expected the same number of rows in all, at least one, "
-            f"got {[t.shape[axis] for t in data]}"
+            f"got {[t.shape[axis] for t in given]}"
         )
-    if len({t.device for t in data}) > 1:
-        raise TypeError(f"fit: {argument}: expected one device, got {sorted({str(t.device) for t in data})}")
-    shapes = [tuple(t.shape[axis + 1 :]) for t in data]
-    if like is not None and shapes != [tuple(t.shape[axis + 1 :]) for t in like]:
-        raise ValueError(f"fit: {argument}: expected rows like those of data, got shapes {shapes}")
-    return data[0].shape[axis]
+    if len({t.device for t in given}) > 1:
+        raise TypeError(f"fit: {argument}: expected one device, got {sorted({str(t.device) for t in given})}")
+    for t in given:
+        check_tensor("fit", argument, t)
+    rows: int = given[0].shape[axis]
+    return rows
 
 
 def jackknife(

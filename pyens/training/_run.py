@@ -7,23 +7,27 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyens._types import Loss
+from pyens._types import Bootstrap, Loss
 from pyens.nn import Ensemble
-from pyens.nn.ensemble import check_temperature
-from pyens.optim import load_member_state, member_state
-from pyens.reference.ensemble_mlp_loss import LOSSES
-from pyens.training import _checks
+from pyens.nn.ensemble import check_temperature, without_left_out
+from pyens.optim import clip_member_grad_norm_, keep_members, load_member_state, member_state
+from pyens.reference.ensemble_mlp_loss import LOSSES, mean_losses, weighted_mean
+from pyens.training import _checks, _data
 from pyens.training import checkpoint as checkpoints
 from pyens.training.history import DIVERGED, FINISHED, RUNNING, STATUS, STOPPED, History
 from pyens.training.randomness import Order, Randomness, generator, member_seeds, partition, split_rows
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+MakeScheduler = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+# Outputs [E, B, K] and target -> losses [E, B] or [E].
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+Penalty = Callable[[Tensor], Tensor]  # outputs -> [E], or one number for all members
 
 
 class Run:
@@ -32,29 +36,47 @@ class Run:
     def __init__(
         self,
         model: Ensemble,
-        data: Sequence[Tensor],
+        data: Sequence[Any],
         *,
-        loss: Loss,
+        loss: Loss | LossFunction,
+        penalty: Penalty | None,
         temperature: float,
+        sample_weight: Any,
+        bootstrap: Bootstrap | None,
         batch_size: int,
         optimizer: MakeOptimizer,
+        scheduler: MakeScheduler | None,
+        schedule_steps: bool,
+        clip_norm: float | None,
         randomness: Randomness | None,
         seed: int,
         seeds: Sequence[int] | None,
         groups: int | None,
         left_out: Sequence[int] | None,
-        validation: float | Sequence[Tensor],
+        validation: float | Sequence[Any],
         early_stopping: int | None,
         own_data: bool,
+        check: bool,
     ) -> None:
         members = _checks.model(model)
-        _checks.tensors("data", data)
-        owners = members if own_data else None
+        if not (loss in LOSSES if isinstance(loss, str) else callable(loss)):
+            raise ValueError(
+                f"fit: loss: expected one of {', '.join(LOSSES)}, or a function of outputs and target, "
+                f"got {loss!r}"
+            )
+        check_temperature("fit", loss, temperature)  # type: ignore[arg-type]
+        if bootstrap not in (None, *get_args(Bootstrap)):
+            raise ValueError(
+                f"fit: bootstrap: expected None or one of {', '.join(get_args(Bootstrap))}, got {bootstrap!r}"
+            )
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"fit: clip_norm: expected a positive number, got {clip_norm}")
+        owners, axis = members if own_data else None, int(own_data)
+        device, dtype = _checks.home(model)
+        data = _data.as_tensors("data", data, dtype, loss, device)
         rows = _checks.data("data", data, members=owners)
+        data = _data.as_targets(data, loss, axis)
         _checks.count("batch_size", batch_size)
-        if not isinstance(loss, str) or loss not in LOSSES:
-            raise ValueError(f"fit: loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
-        check_temperature("fit", loss, temperature)
         sources = randomness or Randomness(shuffle=True)
         own_seeds = member_seeds(seed, members) if seeds is None else [int(s) for s in seeds]
         if len(own_seeds) != members:
@@ -63,12 +85,14 @@ class Run:
             raise ValueError("fit: randomness: expected no R for members that share their parameters, got it")
         self.groups, self.left_out = _checks.jackknife(sources, members, groups, left_out)
 
-        self.model = self.working = model
+        self.model = model
         self.active = list(range(members))
-        self.data = tuple(data)
+        self.data, self.rows, self.device = data, rows, device
+        double = any(p.dtype == torch.float64 for p in model.parameters())
+        self.dtype = torch.float64 if double else torch.float32  # of weights and losses
         self.own_data = own_data
-        self.loss, self.temperature, self.batch_size = loss, temperature, batch_size
-        self.make_optimizer = optimizer
+        self.loss, self.penalty, self.temperature, self.batch_size = loss, penalty, temperature, batch_size
+        self.schedule_steps, self.clip_norm = schedule_steps, clip_norm
         self.randomness, self.seed = randomness, seed
         self.patience = early_stopping
         share = validation if isinstance(validation, (int, float)) else 0.0
@@ -77,13 +101,24 @@ class Run:
         training, held_out = split_rows(rows, share, seed)
         if len(training) == 0:
             raise ValueError(f"fit: data: expected rows beside the validation rows, got {rows} in all")
+        weight = _data.check_weights(sample_weight, members, rows, training, device)
+        self.validation_weight = None
         if isinstance(validation, (int, float)):
-            self.validation = tuple(t.index_select(int(own_data), held_out.to(t.device)) for t in data)
+            self.validation = tuple(
+                None if t is None else t.index_select(axis, held_out.to(t.device)) for t in data
+            )
+            self.validation_rows = len(held_out)
+            if weight is not None:
+                self.validation_weight = weight.index_select(-1, held_out.to(device))
         else:
-            _checks.tensors("validation", validation)
-            self.validation = tuple(validation)
-            _checks.data("validation", self.validation, like=data, members=owners)
-        self.validation_rows = self.validation[0].shape[int(own_data)]
+            given = _data.as_tensors("validation", validation, dtype, loss, device)
+            self.validation_rows = _checks.data("validation", given, members=owners)
+            self.validation = _data.as_targets(given, loss, axis)
+            _checks.alike("validation", self.validation, data, axis)
+        if check:
+            _data.check_values("data", data, model, loss, axis, weight)
+            if not isinstance(validation, (int, float)) and self.validation_rows > 0:
+                _data.check_values("validation", self.validation, model, loss, axis, None)
         if early_stopping is not None:
             _checks.count("early_stopping", early_stopping)
             if self.validation_rows == 0:
@@ -98,16 +133,35 @@ class Run:
             in_group = partition(training, rows, self.groups, seed)
         self.order = Order(training, tuple(own_seeds), sources.shuffle, in_group, self.left_out)
         self.steps = math.ceil(len(training) / batch_size)
+        self.bootstrap, self.weight = bootstrap, weight
+        if bootstrap is not None:
+            counts = torch.stack([_resampled(bootstrap, training, rows, own) for own in own_seeds]).to(device)
+            self.weight = counts.double() if weight is None else weight * counts
+        # What the optimizer begins with; a schedule changes it, and so does nobody else.
+        self.optimizer = optimizer(model.parameters())
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"fit: optimizer: expected a function that gives an optimizer of the parameters, "
+                f"got a {type(self.optimizer).__name__} from it"
+            )
+        self.optimizer_at_first = _described(self.optimizer)
+        self.scheduler = None if scheduler is None else scheduler(self.optimizer)
+        _checks.scheduler(self.scheduler, self.optimizer)
         # Whatever the model refuses, before anything is changed.
         with torch.no_grad(), _mode(model, training=False):
-            first = torch.zeros(1, dtype=torch.int64, device=data[0].device)
+            first = torch.zeros(1, dtype=torch.int64, device=device)
             try:
-                self._losses(self._batch(data, first))
+                with torch.enable_grad():
+                    losses = self._losses(self._batch(data, first), penalty=self.penalty)
+                if not losses.requires_grad and any(p.requires_grad for p in model.parameters()):
+                    raise ValueError("a loss with a gradient was expected, got one without")
             except (TypeError, ValueError) as error:
                 kind = TypeError if isinstance(error, TypeError) else ValueError
+                shapes = ", ".join(str(None if t is None else list(t.shape)) for t in data[:4])
+                more = f" and {len(data) - 4} more" * (len(data) > 4)
                 raise kind(
                     f"fit: data: expected rows that {type(model).__name__}.loss takes, got tensors of shapes "
-                    f"{[list(t.shape) for t in data]}, of whose first row alone it says: {error}"
+                    f"{shapes}{more}, of whose first row alone it says: {error}"
                 ) from error
 
     def describe(self) -> dict[str, Any]:
@@ -118,8 +172,15 @@ class Run:
             "buffers": {
                 name: checkpoints.describe_tensor(buffer) for name, buffer in self.model.named_buffers()
             },
-            "loss": self.loss,
+            "loss": _name(self.loss),
+            "penalty": _name(self.penalty),
             "temperature": self.temperature,
+            "optimizer": self.optimizer_at_first,
+            "scheduler": None if self.scheduler is None else type(self.scheduler).__name__,
+            "schedule_steps": self.schedule_steps,
+            "clip_norm": self.clip_norm,
+            "bootstrap": self.bootstrap,
+            "weights": None if self.weight is None else checkpoints.describe_tensor(self.weight),
             "batch_size": self.batch_size,
             "randomness": None if self.randomness is None else self.randomness.code,
             "seed": self.seed,
@@ -128,6 +189,10 @@ class Run:
             "left_out": list(self.left_out),
             "early_stopping": self.patience,
         }
+        if self.randomness is None:
+            arguments["initial parameters"] = {
+                name: checkpoints.describe_tensor(p) for name, p in self.model.named_parameters()
+            }
         return checkpoints.describe(arguments, self.data, self.validation)
 
     # --------------------------------------------------------------------------------------------------------
@@ -142,26 +207,37 @@ class Run:
         self.epoch = 0
         self.losses: list[np.ndarray] = []  # of each epoch [2, E]: train, validation
         self.seconds: list[float] = []  # of each epoch
+        self.rates: list[float] = []  # of each epoch, of the optimizer's first group
         self.best = np.full(members, np.inf)
         self.best_epoch = np.full(members, -1)
         self.status = np.full(members, RUNNING)
+        self.kept = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.whole = [
+            (module, module.ensemble_size) for module in self.model.modules() if isinstance(module, Ensemble)
+        ]
+        self.buffers = [
+            (module, name, buffer)
+            for module in self.model.modules()
+            for name, buffer in module._buffers.items()
+        ]
         if saved is None:
-            self.kept = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-            self.optimizer = self.make_optimizer(self.working.parameters())
             return
         self.epoch = saved["epoch"]
         self.active = saved["active"]
         self.losses = list(saved["losses"].numpy())
-        self.seconds = list(saved["seconds"])
+        self.seconds, self.rates = list(saved["seconds"]), list(saved["rates"])
         self.best, self.best_epoch = saved["best"].numpy(), saved["best_epoch"].numpy()
         self.status = saved["status"].numpy()
-        self.kept = {name: t.to(self.data[0].device) for name, t in saved["kept"].items()}
+        self.kept = {name: t.to(self.device) for name, t in saved["kept"].items()}
         if self.active:
             if len(self.active) < members:
-                self.working = self.model.select(self.active)
-            _copy(self.working, saved["parameters"])
-            self.optimizer = self.make_optimizer(self.working.parameters())
+                self._leave_all_but(self.active)
+            _copy(self.model, saved["parameters"])
             load_member_state(self.optimizer, saved["optimizer"])
+            for group, options in zip(self.optimizer.param_groups, saved["options"], strict=True):
+                group.update(options)
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(saved["scheduler"])
 
     def check(self, saved: dict[str, Any]) -> None:
         """Refuses what `state` cannot have made, before any of it is used.
@@ -174,6 +250,7 @@ class Run:
         best_epoch = saved["best_epoch"]
         _require(type(epoch) is int and epoch >= 1, f"epoch {epoch!r}")
         _require(all(type(m) is int for m in active) and active == running, f"active members {active!r}")
+        _require(len(saved["rates"]) == epoch, "other rates")
         _require(len(saved["seconds"]) == epoch and all(s >= 0 for s in saved["seconds"]), "other seconds")
         for name, shape, dtype in (
             ("losses", (epoch, 2, members), torch.float64),
@@ -198,6 +275,10 @@ class Run:
                 if trained.any():
                     known = tensor if shared else tensor[trained]
                     _require(known.isfinite().all(), f"{group}[{name!r}] with NaN or Inf")
+        options = saved["options"]
+        own_options = [_options(group) for group in self.optimizer.param_groups]
+        same = [set(a) for a in own_options] == [set(b) for b in options]
+        _require(same, "options of another optimizer")
         states = saved["optimizer"]
         _require(isinstance(states, list) and all(isinstance(s, dict) for s in states), "another optimizer")
 
@@ -208,21 +289,53 @@ class Run:
             "active": self.active,
             "losses": torch.from_numpy(np.stack(self.losses)),
             "seconds": self.seconds,
+            "rates": self.rates,
             "best": torch.from_numpy(self.best),
             "best_epoch": torch.from_numpy(self.best_epoch),
             "status": torch.from_numpy(self.status),
             "kept": self.kept,
-            "parameters": {name: p.detach() for name, p in self.working.named_parameters()},
+            "parameters": {name: p.detach() for name, p in self.model.named_parameters()},
             "optimizer": member_state(self.optimizer),
+            "options": [_options(group) for group in self.optimizer.param_groups],
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
         }
 
     def finish(self) -> History:
         """Gives the model the weights that were kept."""
-        _copy(self.model, self.kept)
+        self.restore()
         self.status[self.status == RUNNING] = FINISHED
         train, validation = np.stack(self.losses, 1) if self.losses else np.empty((2, 0, len(self.status)))
         status = tuple(STATUS[status] for status in self.status)
-        return History(train, validation, self.best_epoch, status, np.array(self.seconds))
+        return History(
+            train,
+            validation,
+            self.best_epoch,
+            status,
+            np.array(self.seconds),
+            np.array(self.rates),
+            self._groups().numpy(),
+            np.array(self.left_out) if self.left_out else np.full(len(self.status), -2),
+            None if self.weight is None else (self.weight > 0).cpu().numpy(),
+        )
+
+    def _groups(self) -> Tensor:
+        """int32 `[N]`: the jackknife group of each row, 0 without, -1 for validation rows."""
+        if self.order.groups is not None:
+            return self.order.groups
+        groups = torch.full((self.rows,), -1, dtype=torch.int32)
+        groups[self.order.rows.long()] = 0
+        return groups
+
+    def restore(self) -> None:
+        """Brings back the members that have left: the model whole, with the weights that were kept."""
+        for ensemble, ensemble_size in self.whole:
+            ensemble.ensemble_size = ensemble_size
+        for module, name, buffer in self.buffers:
+            module._buffers[name] = buffer
+        for name, parameter in self.model.named_parameters():
+            if parameter.shape != self.kept[name].shape:
+                parameter.grad, parameter.data = None, torch.empty_like(self.kept[name])
+        _copy(self.model, self.kept)
 
     # --------------------------------------------------------------------------------------------------------
     # An epoch
@@ -230,31 +343,39 @@ class Run:
     def train(self, advance: Callable[[], Any]) -> None:
         """One pass over the training rows."""
         self.begun = time.perf_counter()
-        device, members = self.data[0].device, self.active
-        double = any(p.dtype == torch.float64 for p in self.working.parameters())
-        dtype = torch.float64 if double else torch.float32
+        device, members = self.device, self.active
         order = self.order.epoch(self.epoch, members)
         seeds = self._dropout_seeds()
-        total = torch.zeros(len(members), dtype=torch.float64, device=device)
-        with _mode(self.working, training=True):
+        total, weighed = torch.zeros(2, len(members), dtype=torch.float64, device=device)
+        with _mode(self.model, training=True):
             for step, rows in enumerate(order.split(self.batch_size, dim=-1)):
-                weights = self.order.weights(rows, members)
+                weights = self._weights(rows)
                 losses = self._losses(
                     self._batch(self.data, rows.to(device)),
-                    sample_weight=None if weights is None else weights.to(device, dtype),
+                    sample_weight=None if weights is None else weights.to(self.dtype),
+                    penalty=self.penalty,
                     **({} if seeds is None else {"dropout_seeds": seeds[step]}),
                 )
                 self.optimizer.zero_grad()
                 losses.sum().backward()
+                if self.clip_norm is not None:
+                    clip_member_grad_norm_(self._trained, self.clip_norm)
                 self.optimizer.step()
-                total += losses.detach() * rows.shape[-1]
+                if self.scheduler is not None and self.schedule_steps:
+                    self.scheduler.step()
+                share = rows.shape[-1] if weights is None else weights.sum(-1)
+                total += losses.detach() * share
+                weighed += share
                 advance()
-        self.train_loss = (total / order.shape[-1]).cpu().numpy()
+        self.rates.append(float(self.optimizer.param_groups[0]["lr"]))
+        if self.scheduler is not None and not self.schedule_steps:
+            self.scheduler.step()
+        self.train_loss = (total / weighed).cpu().numpy()
 
     @torch.no_grad()
     def end_epoch(self) -> None:
         """Validation after an epoch: who is best now, who stops, who has diverged."""
-        members, active = self.model.ensemble_size, np.array(self.active)
+        members, active = len(self.status), np.array(self.active)
         losses = np.full((2, members), np.nan)
         losses[0, active] = self.train_loss
         healthy = np.isfinite(self.train_loss) & self._finite()
@@ -300,28 +421,89 @@ class Run:
 
     def _validate(self) -> np.ndarray:
         """Each member's mean loss over the validation rows, float64."""
-        count = self.validation_rows
-        total = torch.zeros(len(self.active), dtype=torch.float64)
-        with _mode(self.working, training=False):
-            for rows in torch.arange(count, device=self.data[0].device).split(self.batch_size):
-                total += self._losses(self._batch(self.validation, rows)).double().cpu() * len(rows)
-        return (total / count).numpy()
+        total, weighed = torch.zeros(2, len(self.active), dtype=torch.float64)
+        weight = self.validation_weight
+        if weight is not None and weight.dim() == 2:
+            weight = weight[self.active]
+        with _mode(self.model, training=False):
+            for rows in torch.arange(self.validation_rows, device=self.device).split(self.batch_size):
+                own = None if weight is None else weight[..., rows].to(self.dtype)
+                losses = self._losses(self._batch(self.validation, rows), sample_weight=own)
+                share = len(rows) if own is None else own.sum(-1).cpu()
+                total += losses.double().cpu() * share
+                weighed += share
+        means: np.ndarray = (total / weighed).numpy()
+        return means
 
-    def _batch(self, tensors: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
+    def _weights(self, rows: Tensor) -> Tensor | None:
+        """What these rows, `[B]` or `[E, B]`, weigh for the active members, in one of these shapes."""
+        present = self.order.weights(rows, self.active)
+        if present is not None:
+            present = present.to(self.device)
+        if self.weight is None:
+            return present
+        rows, own = rows.to(self.device).long(), self.weight
+        each = torch.arange(len(self.active), device=self.device).unsqueeze(1)
+        own = own[rows] if own.dim() == 1 else own[self.active][each, rows]
+        return own if present is None else own * present
+
+    def _batch(self, tensors: Sequence[Tensor | None], rows: Tensor) -> list[Tensor | None]:
         """These rows, `[B]` or `[E, B]`, of each tensor, for the active members."""
         if not self.own_data:
             return _rows(tensors, rows)
         owners = torch.tensor(self.active, device=rows.device).unsqueeze(1)
-        return _rows([t.flatten(0, 1) for t in tensors], owners * tensors[0].shape[1] + rows)
+        return [None if t is None else t[owners, rows.long()] for t in tensors]
 
-    def _losses(self, batch: Sequence[Tensor], **options: Any) -> Tensor:
-        if self.loss == "cross_entropy":
-            options["temperature"] = self.temperature
-        return self.working.loss(*batch, loss=self.loss, **options)
+    def _losses(
+        self,
+        batch: Sequence[Tensor | None],
+        *,
+        sample_weight: Tensor | None = None,
+        penalty: Penalty | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Each active member's loss `[E]`."""
+        loss, members = self.loss, len(self.active)
+        if isinstance(loss, str) and penalty is None:
+            if loss == "cross_entropy":
+                options["temperature"] = self.temperature
+            return self.model.loss(*batch, loss=loss, sample_weight=sample_weight, **options)  # type: ignore[arg-type]
+        *inputs, target = batch
+        if sample_weight is not None:
+            inputs = [without_left_out(t, sample_weight, members) for t in inputs]
+        output = self.model(*inputs, **options)
+        if isinstance(loss, str):
+            assert target is not None
+            losses = mean_losses(lambda x: x, output, target, loss, self.temperature, sample_weight)
+        else:
+            losses = self._reduced(loss(output, target), output, sample_weight)  # type: ignore[arg-type]
+        if penalty is None:
+            return losses
+        added = penalty(output)
+        if not isinstance(added, Tensor) or added.shape not in ((), (members,)):
+            raise ValueError(
+                f"fit: penalty: expected [{members}] or one number, got {_form(added)} from {_name(penalty)}"
+            )
+        return losses + (added / members if added.dim() == 0 else added)  # of one number, each its share
+
+    def _reduced(self, losses: Tensor, output: Tensor, weight: Tensor | None) -> Tensor:
+        members, rows = output.shape[:2]
+        form = f"[{members}, {rows}]" + f" or [{members}]" * (weight is None)
+        if isinstance(losses, Tensor) and losses.shape == (members, rows):
+            if weight is None:
+                return losses.mean(-1)
+            return weighted_mean(losses, weight)
+        if isinstance(losses, Tensor) and losses.shape == (members,) and weight is None:
+            return losses
+        raise ValueError(f"fit: loss: expected {form}, got {_form(losses)} from {_name(self.loss)}")
+
+    @property
+    def _trained(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _dropout_seeds(self) -> Tensor | None:
         """int64 `[steps, members]` for this epoch; None for a model without dropout."""
-        if not self.working.dropout:
+        if not self.model.dropout:
             return None
         drawn = [
             torch.randint(
@@ -329,24 +511,24 @@ class Run:
             )
             for m in self.active
         ]
-        return torch.stack(drawn, 1).to(self.data[0].device)
+        return torch.stack(drawn, 1).to(self.device)
 
     def _finite(self) -> np.ndarray:
         """bool, of each active member: whether it has no NaN or infinite parameter."""
         if self.model.shares_parameters:
-            return np.array(all(parameter.isfinite().all() for parameter in self.working.parameters()))
-        flags = [parameter.isfinite().flatten(1).all(1) for parameter in self.working.parameters()]
+            return np.array(all(parameter.isfinite().all() for parameter in self.model.parameters()))
+        flags = [parameter.isfinite().flatten(1).all(1) for parameter in self.model.parameters()]
         return torch.stack(flags).all(0).cpu().numpy()
 
     def _keep(self, chosen: np.ndarray) -> None:
         """Remembers the present weights of some of the active members (bool) as the ones to end with."""
         if self.model.shares_parameters:
             if chosen.all():
-                self.kept = {name: p.detach().clone() for name, p in self.working.named_parameters()}
+                self.kept = {name: p.detach().clone() for name, p in self.model.named_parameters()}
             return
-        places = torch.from_numpy(np.flatnonzero(chosen)).to(self.data[0].device)
+        places = torch.from_numpy(np.flatnonzero(chosen)).to(self.device)
         members = torch.tensor(self.active, device=places.device)[places]
-        for name, parameter in self.working.named_parameters():
+        for name, parameter in self.model.named_parameters():
             self.kept[name][members] = parameter.detach()[places]
 
     def _go_on_with(self, places: np.ndarray) -> None:
@@ -354,17 +536,13 @@ class Run:
         self.active = [self.active[place] for place in places]
         if not self.active:
             return
-        chosen = torch.from_numpy(places).to(self.data[0].device)
-        remembered = [
-            {
-                name: value[chosen] if isinstance(value, Tensor) and value.dim() > 0 else value
-                for name, value in state.items()
-            }
-            for state in member_state(self.optimizer)
-        ]
-        self.working = self.working.select(places.tolist())
-        self.optimizer = self.make_optimizer(self.working.parameters())
-        load_member_state(self.optimizer, remembered)
+        self._leave_all_but(places.tolist())
+
+    def _leave_all_but(self, places: list[int]) -> None:
+        """In place: the parameters stay the objects that optimizer, schedule, hooks and user hold."""
+        members = self.model.ensemble_size
+        keep_members(self.optimizer, places, members)
+        self.model.select_(places)
 
 
 def _require(condition: bool | Tensor, otherwise: str) -> None:
@@ -372,10 +550,45 @@ def _require(condition: bool | Tensor, otherwise: str) -> None:
         raise ValueError(otherwise)
 
 
-def _rows(tensors: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
+def _rows(tensors: Sequence[Tensor | None], rows: Tensor) -> list[Tensor | None]:
     """`[..., *]` of each tensor `[N, *]`."""
     flat = rows.reshape(-1)
-    return [t.index_select(0, flat).view(*rows.shape, *t.shape[1:]) for t in tensors]
+    return [None if t is None else t.index_select(0, flat).view(*rows.shape, *t.shape[1:]) for t in tensors]
+
+
+def _resampled(kind: Bootstrap, training: Tensor, rows: int, seed: int) -> Tensor:
+    """int16 `[rows]`: how often one member meets each row, drawn from its seed; 0 for validation rows."""
+    n, drawn_from = len(training), generator(seed, "bootstrap")
+    if kind == "poisson":
+        drawn = torch.poisson(torch.ones(n), generator=drawn_from)
+    else:
+        drawn = torch.bincount(torch.randint(n, (n,), generator=drawn_from), minlength=n)
+    counts = torch.zeros(rows, dtype=torch.int16)
+    counts[training.sort().values.long()] = drawn.short()
+    return counts
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+def _described(optimizer: torch.optim.Optimizer) -> str:
+    """Its kind and the options of its groups."""
+    groups = [
+        {name: float(v) if isinstance(v, Tensor) else v for name, v in _options(group).items()}
+        for group in optimizer.param_groups
+    ]
+    return f"{type(optimizer).__name__} {groups}"
+
+
+def _name(function: Any) -> str | None:
+    if function is None or isinstance(function, str):
+        return function
+    return getattr(function, "__qualname__", type(function).__name__)
+
+
+def _form(value: Any) -> str:
+    return f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 @torch.no_grad()

@@ -12,17 +12,17 @@ from torch import Tensor
 
 from pyens import _files
 
-FORMAT = "pyens.training 1"
+FORMAT = "pyens.training 2"
 
 
 def describe(
-    arguments: Mapping[str, Any], data: Sequence[Tensor], validation: Sequence[Tensor]
+    arguments: Mapping[str, Any], data: Sequence[Tensor | None], validation: Sequence[Tensor | None]
 ) -> dict[str, Any]:
     """What must be the same for a run to be continued: arguments, and data down to the bits."""
     return {
         **arguments,
-        "data": [describe_tensor(tensor) for tensor in data],
-        "validation data": [describe_tensor(tensor) for tensor in validation],
+        "data": [None if t is None else describe_tensor(t) for t in data],
+        "validation data": [None if t is None else describe_tensor(t) for t in validation],
     }
 
 

@@ -1,0 +1,142 @@
+"""The rows that `fit` trains on: brought to tensors once, and looked at before the first step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyens._types import Loss
+from pyens.nn import Ensemble
+from pyens.training import _checks
+
+Row = Tensor | None  # None stands for an input that the model does without
+
+
+def as_tensors(
+    argument: str, data: Any, dtype: torch.dtype, loss: Any, device: torch.device
+) -> tuple[Row, ...]:
+    """Tensors of what people have: arrays of numpy, columns and frames of pandas, numbers of other types.
+
+    Floating point numbers of another precision become `dtype`, the parameters' (16-bit models keep float32
+    targets), small integers int64, and so do bools; a target of one of the named losses on real numbers
+    becomes `dtype` and, where it is one number a row, `[N, 1]`.
+    """
+    _checks.tensors(argument, data)
+    tensors: list[Row] = []
+    said = []
+    for i, given in enumerate(data):
+        tensor = _tensor(given, device)
+        if isinstance(tensor, Tensor):
+            target, real = i == len(data) - 1, loss in ("mse", "bce", "gaussian_nll")
+            wanted = _dtype(tensor.dtype, dtype, real=target and real)
+            if wanted != tensor.dtype:
+                if tensor.dtype == torch.float64:
+                    said.append(f"{argument}[{i}]")
+                tensor = tensor.to(wanted)
+        tensors.append(tensor)
+    if said:
+        named = ", ".join(said[:4]) + f" and {len(said) - 4} more" * (len(said) > 4)
+        warnings.warn(f"fit: {named}: float64, cast to {dtype} once", stacklevel=5)
+    return tuple(tensors)
+
+
+def _tensor(given: Any, device: torch.device) -> Any:
+    if hasattr(given, "to_numpy"):
+        given = given.to_numpy()
+    if isinstance(given, np.ndarray) and given.dtype.kind in "bifu":
+        # A copy where torch could not own it: a view with negative strides, or one that is not writable.
+        shared = given.flags.writeable and all(stride >= 0 for stride in given.strides)
+        return torch.from_numpy(given if shared else given.copy()).to(device)
+    return given  # what is of no kind that fits is refused by name
+
+
+def _dtype(own: torch.dtype, parameters: torch.dtype, *, real: bool) -> torch.dtype:
+    if own.is_floating_point:
+        half = parameters in (torch.bfloat16, torch.float16)
+        return own if own == parameters or (half and own == torch.float32) else parameters
+    if own in (torch.bool, torch.int8, torch.int16, torch.int32, torch.int64):
+        return parameters if real else torch.int64
+    return own
+
+
+def as_targets(tensors: Sequence[Row], loss: Any, axis: int) -> tuple[Row, ...]:
+    """With a target `[..., 1]` where it is one number a row, for the named losses on real numbers."""
+    *inputs, target = tensors
+    if loss in ("mse", "bce", "gaussian_nll") and isinstance(target, Tensor) and target.dim() == axis + 1:
+        target = target.unsqueeze(-1)
+    return (*inputs, target)
+
+
+def check_values(
+    argument: str, tensors: Sequence[Row], model: Ensemble, loss: Loss | Any, axis: int, weight: Tensor | None
+) -> None:
+    """Refuses what would surface in the middle of an epoch, or as members that diverge: by row and column.
+
+    Rows that weigh nothing for any member may hold anything.
+    """
+    present = None if weight is None else (weight != 0) if weight.dim() == 1 else (weight != 0).any(0)
+    for i, tensor in enumerate(tensors):
+        if tensor is None or not tensor.is_floating_point():
+            continue
+        bad = ~tensor.isfinite()
+        if present is not None and axis == 0:
+            bad &= present.to(bad.device).view(-1, *[1] * (bad.dim() - 1))
+        if bad.any():
+            where = bad.nonzero()[0].tolist()
+            value = float(tensor[tuple(where)])
+            raise ValueError(
+                f"fit: {argument}[{i}]: expected finite numbers, got {value} in {_place(where, axis)} and "
+                f"{int(bad.sum()) - 1} more; a row with sample_weight 0 may hold anything"
+            )
+    *inputs, target = tensors
+    if axis == 0 and present is not None:
+        inputs = [None if t is None else t[present.to(t.device)] for t in inputs]
+    if axis == 0 or present is None:
+        model.check_inputs(*inputs)
+    if loss == "cross_entropy" and target is not None and not target.is_floating_point():
+        with torch.no_grad():
+            classes = model(*(None if t is None else t.narrow(axis, 0, 1) for t in inputs)).shape[-1]
+        wrong = (target < 0) | (target >= classes)
+        if present is not None and axis == 0:
+            wrong &= present.to(wrong.device)
+        if wrong.any():
+            where = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"fit: {argument}[{len(tensors) - 1}]: expected classes from 0 to {classes - 1}, "
+                f"got {int(target[tuple(where)])} in {_place(where, axis)}"
+            )
+
+
+def _place(index: list[int], axis: int) -> str:
+    member = f"member {index[0]}, " if axis else ""
+    column = f", column {', '.join(map(str, index[axis + 1 :]))}" if len(index) > axis + 1 else ""
+    return f"{member}row {index[axis]}{column}"
+
+
+def check_weights(
+    weight: Any, members: int, rows: int, training: Tensor, device: torch.device
+) -> Tensor | None:
+    """`sample_weight` as a tensor `[N]` or `[E, N]`, or None."""
+    if weight is None:
+        return None
+    weight = _tensor(weight, device)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"fit: sample_weight: expected a tensor, got a {type(weight).__name__}")
+    if list(weight.shape) not in ([rows], [members, rows]):
+        raise ValueError(
+            f"fit: sample_weight: expected shape [{rows}] or [{members}, {rows}], got {list(weight.shape)}"
+        )
+    weight = weight.double()
+    if not (weight.isfinite() & (weight >= 0)).all():
+        raise ValueError("fit: sample_weight: expected finite weights of at least 0, got one that is not")
+    total = weight.index_select(-1, training.to(weight.device)).sum(-1)
+    if not (total > 0).all():
+        who = f" of member {int((total <= 0).nonzero()[0])}" if total.dim() else ""
+        raise ValueError(f"fit: sample_weight: expected a training row with weight above 0, got none{who}")
+    checked: Tensor = weight
+    return checked
