@@ -40,7 +40,9 @@ class Plain(nn.Module):
 
 
 def make(categorical=CATEGORICAL, numeric=NUMERIC, **kwargs) -> TabularEnsemble:
-    return TabularEnsemble(E, categorical, numeric, [9, 5], OUT, **{"activation": "tanh", **kwargs})
+    return TabularEnsemble(
+        E, categorical, numeric, [9, 5], OUT, **{"activation": "tanh", "embedding_std": 1.0, **kwargs}
+    )
 
 
 def plain(model: TabularEnsemble, i: int) -> Plain:
@@ -136,7 +138,7 @@ def test_sparse_has_the_bits_of_dense(dtype, each):
 
 
 def test_the_same_bits_whichever_members_are_beside():
-    model, one = make(seeds=SEEDS), TabularEnsemble(1, CATEGORICAL, NUMERIC, [9, 5], OUT, activation="tanh")
+    model, one = make(seeds=SEEDS), make(seeds=SEEDS).select([0])
     categorical, numeric = data(dtype=torch.float32, batch=300)
     output = model(categorical, numeric)
     output.square().sum().backward()
@@ -399,7 +401,7 @@ def test_loss_trains_to_the_same_bits_whichever_members_are_beside():
     batches = [(*data(dtype=torch.float32), torch.randn(E, B, OUT)) for _ in range(5)]
     together = trained(make(seeds=SEEDS), [0, 1, 2])
     for i in range(E):
-        model = TabularEnsemble(1, CATEGORICAL, NUMERIC, [9, 5], OUT, activation="tanh", seeds=[SEEDS[i]])
+        model = make(seeds=SEEDS).select([i])
         for ours, theirs in zip(trained(model, [i]), together, strict=True):
             assert torch.equal(ours[0], theirs[i])
 

@@ -525,7 +525,7 @@ def test_an_interruption_leaves_the_model_whole() -> None:
         ({"epochs": 2}, "epochs: expected at least the 3 of"),
         (
             {"model": EnsembleMLP(5, 4, [6, 5], 1, activation="silu", seeds=[5] * 5)},
-            "expected initial parameters",
+            "got other initial parameters",
         ),
     ],
     ids=["rate", "optimizer", "scheduler", "clip", "bootstrap", "weights", "epochs", "initial"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args
 
@@ -189,10 +189,6 @@ class Run:
             "left_out": list(self.left_out),
             "early_stopping": self.patience,
         }
-        if self.randomness is None:
-            arguments["initial parameters"] = {
-                name: checkpoints.describe_tensor(p) for name, p in self.model.named_parameters()
-            }
         return checkpoints.describe(arguments, self.data, self.validation)
 
     # --------------------------------------------------------------------------------------------------------
@@ -212,6 +208,7 @@ class Run:
         self.best_epoch = np.full(members, -1)
         self.status = np.full(members, RUNNING)
         self.kept = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.initial = saved["initial"] if saved is not None else _described_all(self.kept)
         self.whole = [
             (module, module.ensemble_size) for module in self.model.modules() if isinstance(module, Ensemble)
         ]
@@ -249,6 +246,11 @@ class Run:
         running = [m for m, status in enumerate(saved["status"].tolist()) if status == RUNNING]
         best_epoch = saved["best_epoch"]
         _require(type(epoch) is int and epoch >= 1, f"epoch {epoch!r}")
+        if self.randomness is None:
+            present = _described_all(dict(self.model.named_parameters()))
+            # Those that the run began with, or the model as that run left it.
+            known = present in (saved["initial"], _described_all(saved["kept"]))
+            _require(known, "other initial parameters; build the model as it was, or name another file")
         _require(all(type(m) is int for m in active) and active == running, f"active members {active!r}")
         _require(len(saved["rates"]) == epoch, "other rates")
         _require(len(saved["seconds"]) == epoch and all(s >= 0 for s in saved["seconds"]), "other seconds")
@@ -294,6 +296,7 @@ class Run:
             "best_epoch": torch.from_numpy(self.best_epoch),
             "status": torch.from_numpy(self.status),
             "kept": self.kept,
+            "initial": self.initial,
             "parameters": {name: p.detach() for name, p in self.model.named_parameters()},
             "optimizer": member_state(self.optimizer),
             "options": [_options(group) for group in self.optimizer.param_groups],
@@ -566,6 +569,10 @@ def _resampled(kind: Bootstrap, training: Tensor, rows: int, seed: int) -> Tenso
     counts = torch.zeros(rows, dtype=torch.int16)
     counts[training.sort().values.long()] = drawn.short()
     return counts
+
+
+def _described_all(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: checkpoints.describe_tensor(tensor) for name, tensor in tensors.items()}
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
