@@ -24,10 +24,11 @@ template <class R>
 __device__ R bce(R* z, int64_t n, const R* target, R factor) {
   R loss = 0;
   for (int64_t f = 0; f < n; ++f) {
-    const R x = z[f], y = target[f], xy = x * y, excess = log1p(exp(-fabs(x)));
-    const R positive = x < R(0) ? R(0) : x, negative = x > R(0) ? R(0) : x;
-    // Where that is a difference of infinities, as torch has it: (1 - y) x - log sigmoid(x).
-    loss += xy - xy == R(0) ? positive - xy + excess : (R(1) - y) * x - (negative - excess);
+    const R x = z[f], y = target[f];
+    R term = (x < R(0) ? R(0) : x) - x * y;
+    // A difference of infinities, as torch has it: (1 - y) x - log sigmoid(x).
+    if (term - term != R(0)) term = (R(1) - y) * x - (x > R(0) ? R(0) : x);
+    loss += term + log1p(exp(-fabs(x)));
     z[f] = (Sigmoid::value(x) - y) * factor;
   }
   return loss;

@@ -266,11 +266,12 @@ struct MomentsOf {
 template <class T>
 __device__ MomentsOf moments_of(const MomentsParams& p, const T* x, double low, double high,
                                 double nan) {
+  constexpr bool kCanLeaveRange = sizeof(T) == 8;  // no square of a float leaves double's
   const double members = static_cast<double>(p.ensemble_size);
   int exponent = 0;  // all is times 2^-exponent
-  const auto scaled = [&](T v) {
+  const auto scaled = [&](const T& v) {
     const double d = static_cast<double>(to_real(v));
-    return exponent == 0 ? d : ldexp(d, -exponent);
+    return kCanLeaveRange && exponent != 0 ? ldexp(d, -exponent) : d;
   };
   double sum = 0, raw = 0;
   const auto add_members = [&] {
@@ -283,7 +284,7 @@ __device__ MomentsOf moments_of(const MomentsParams& p, const T* x, double low, 
     }
   };
   add_members();
-  if (sizeof(T) == 8 && nan == 0.0 && isfinite(low) && isfinite(high) && low != high &&
+  if (kCanLeaveRange && nan == 0.0 && isfinite(low) && isfinite(high) && low != high &&
       (!isfinite(sum) || !isfinite(raw) || raw < 1e-280)) {
     exponent = ilogb(max(fabs(low), fabs(high)));
     add_members();
@@ -293,13 +294,13 @@ __device__ MomentsOf moments_of(const MomentsParams& p, const T* x, double low, 
                       squares / members};
   // Infinities of one sign are their own mean.
   if (sum - sum != 0.0) result.mean = nan != nan ? nan : low + high;
-  if (exponent == 0) return result;
+  if (!kCanLeaveRange || exponent == 0) return result;
   return {ldexp(result.mean, exponent), ldexp(result.std, exponent),
           ldexp(result.epistemic, 2 * exponent)};
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) moments_kernel(const MomentsParams p) {
+__global__ void __launch_bounds__(kThreads, 8) moments_kernel(const MomentsParams p) {
   const auto store = [](void* to, int64_t i, double value) {
     from_real(static_cast<Real<T>>(value), static_cast<T*>(to) + i);
   };
