@@ -1,140 +1,306 @@
 """What `torch.optim` needs to train members as if each were alone."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim import SGD, Adagrad, Adam
 
 __all__ = ["MemberLearningRates", "fused", "load_member_state", "member_state"]
 
 # torch's widest vectors hold 64 bytes: 16 numbers of float32, more of the shorter types.
 _VECTOR = 64
+# Tensors of fewer numbers are cheaper to copy than to give to the kernel one by one.
+_SMALL = 8192
 
 SomeOptimizer = TypeVar("SomeOptimizer", bound=torch.optim.Optimizer)
 
 
-def fused(kind: type[SomeOptimizer], parameters: Iterable[Tensor], **options: Any) -> SomeOptimizer:
+def fused(
+    kind: type[SomeOptimizer], parameters: Iterable[Tensor] | Iterable[dict[str, Any]], **options: Any
+) -> SomeOptimizer:
     """`kind(parameters, fused=True, **options)` under which a member's bits do not depend on the others.
 
     torch's fused CPU optimizers round the last numbers of a tensor, those that do not fill a vector,
     differently from the others. So the bits of a member depend on where the tensor ends, that is on how many
-    members there are. Here the optimizer sees each parameter as a view without these last numbers, and them
-    as the beginning of a vector of its own. Speed and memory are those of the fused optimizer.
+    members there are. Here torch's kernel sees small tensors as one that is filled up to whole vectors, and
+    the ends of large tensors a second time in it; what it made of them there counts.
+
+    All else is as in torch: `param_groups` hold the parameters, so groups, schedulers, hooks, closures and
+    `torch.amp.GradScaler` act on these and their gradients; `state` holds tensors of a parameter's shape, so
+    `state_dict` goes to and from a plain `kind`, fused or not.
 
     Args:
-        kind: Adam, AdamW, Adagrad or SGD of `torch.optim`, or another that takes `fused=True`.
-        parameters: stacked parameters `[E, ...]`, contiguous, of one group.
+        kind: Adam, AdamW, Adagrad or SGD of `torch.optim`.
+        parameters: stacked parameters `[E, ...]`, contiguous, or groups of them as torch takes them.
         options: of the optimizer, but for `fused`.
 
-    Returns:
-        The optimizer. Its `zero_grad` and `step` act on `parameters`; its `param_groups` and `state` hold the
-        views, so its `state_dict` loads into an optimizer that was made in the same way.
-
-    It can be pickled and copied, together with the parameters; hooks are left behind, as in torch.
+    It can be pickled and copied, together with the parameters; hooks are left behind, as in torch. A step
+    may move what `state` holds into other tensors, as `load_state_dict` does.
 
     Raises:
-        TypeError: a group of parameters, or something else that is no tensor.
+        TypeError: another kind, or a parameter that is no tensor.
         ValueError: a parameter that is not contiguous, that is computed from others, or given twice; in a
-            step a sparse gradient, or a closure.
+            step a sparse gradient, or state of another shape than its parameter's.
     """
-    owners = list(parameters)
-    place: dict[Tensor, int] = {}
-    for i, owner in enumerate(owners):
-        if not isinstance(owner, Tensor):
-            raise TypeError(f"fused: parameters[{i}]: expected a tensor, got a {type(owner).__name__}")
-        if not owner.is_contiguous():
-            raise ValueError(f"fused: parameters[{i}]: expected contiguous, got strides {owner.stride()}")
-        if not owner.is_leaf:
-            raise ValueError(f"fused: parameters[{i}]: expected a leaf, got what is computed from others")
-        if place.setdefault(owner, i) != i:
-            raise ValueError(
-                f"fused: parameters[{i}]: expected each parameter once, got parameters[{place[owner]}] again"
-            )
-    views = [_Views(owner) for owner in owners]
+    if not (isinstance(kind, type) and issubclass(kind, (Adam, Adagrad, SGD))):
+        raise TypeError(f"fused: kind: expected Adam, AdamW, Adagrad or SGD of torch.optim, got {kind!r}")
+    return _fused(kind)(parameters, fused=True, **options)
+
+
+@functools.cache
+def _fused(kind: type[SomeOptimizer]) -> type[SomeOptimizer]:
+    # Within the hooks, which are around our own step, and without torch's switch of grad mode.
+    step_of_kind = inspect.unwrap(kind.step)
 
     class Fused(kind):  # type: ignore[misc, valid-type]
-        # For the functions below: what the caller calls parameters, and how the optimizer sees each of them.
-        members = owners
-        pieces: ClassVar = {owner: view.all for owner, view in zip(owners, views, strict=True)}
+        _step_supports_amp_scaling = True
+        _plan: "_Plan | None" = None
 
-        def zero_grad(self, set_to_none: bool = True) -> None:
-            super().zero_grad(set_to_none=True)
-            for owner in owners:
-                if set_to_none or owner.grad is None:
-                    owner.grad = None
-                else:
-                    owner.grad.detach_().zero_()
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            with torch.no_grad():
+                trained = _trained(self)
+                if self._plan is None or not self._plan.holds(self, trained):
+                    self._plan = _Plan(self, trained)
+                if not self._plan.step(self, step_of_kind):
+                    self._plan = None
+            return loss
+
+        def add_param_group(self, param_group: dict[str, Any]) -> None:
+            if isinstance(param_group, dict) and not isinstance(param_group["params"], (Tensor, set)):
+                param_group["params"] = list(param_group["params"])
+                _check_parameters(param_group["params"])
+            super().add_param_group(param_group)
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            # An optimizer that is not fused says so in its groups; this one stays what it is.
+            groups = [group | {"fused": True, "foreach": None} for group in state_dict["param_groups"]]
+            super().load_state_dict(state_dict | {"param_groups": groups})
 
         def __reduce__(self) -> tuple[Any, ...]:
-            # Views and hooks are made anew: a copy of them would no longer be of the parameters.
-            return _again, (kind, owners, options, self.state_dict())
+            return _blank, (kind,), self.__getstate__()
 
     Fused.__name__ = Fused.__qualname__ = kind.__name__
-    optimizer = Fused([v for view in views for v in view.all], fused=True, **options)
-
-    def before_step(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # The instance comes first. A closure would make its gradients when they have been taken already.
-        if any(closure is not None for closure in (*args[1:], *kwargs.values())):
-            raise ValueError("fused: step: expected no closure, got one")
-        for view in views:
-            view.take()
-
-    def after_step(*_: Any) -> None:
-        for view in views:
-            view.give_back()
-
-    optimizer.register_step_pre_hook(before_step)
-    optimizer.register_step_post_hook(after_step)
-    return optimizer
+    return Fused
 
 
-def _again(
-    kind: type[torch.optim.Optimizer],
-    parameters: list[Tensor],
-    options: dict[str, Any],
-    state: dict[str, Any],
-) -> torch.optim.Optimizer:
-    optimizer = fused(kind, parameters, **options)
-    optimizer.load_state_dict(state)
-    return optimizer
+def _blank(kind: type[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+    return object.__new__(_fused(kind))
 
 
-class _Views:
-    """A parameter as the optimizer sees it: whole vectors of it where they lie, and a copy of the rest."""
+def _check_parameters(parameters: list[Any]) -> None:
+    place: dict[Tensor, int] = {}
+    for i, named in enumerate(parameters):
+        parameter = named[1] if isinstance(named, tuple) else named
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"fused: parameters[{i}]: expected a tensor, got a {type(parameter).__name__}")
+        if not parameter.is_contiguous():
+            raise ValueError(f"fused: parameters[{i}]: expected contiguous, got strides {parameter.stride()}")
+        if not parameter.is_leaf:
+            raise ValueError(f"fused: parameters[{i}]: expected a leaf, got what is computed from others")
+        if place.setdefault(parameter, i) != i:
+            raise ValueError(
+                f"fused: parameters[{i}]: expected each parameter once, "
+                f"got parameters[{place[parameter]}] again"
+            )
 
-    def __init__(self, owner: Tensor) -> None:
-        self.owner = owner
-        self.whole = owner.numel() - owner.numel() % (_VECTOR // min(owner.element_size(), 4))
-        self.body = nn.Parameter(self._flat()[: self.whole])
-        self.rest = nn.Parameter(owner.new_zeros(_VECTOR // min(owner.element_size(), 4)))
-        self.all = [self.body] * (self.whole > 0) + [self.rest] * (self.whole < owner.numel())
 
-    def _flat(self) -> Tensor:
-        return self.owner.detach().view(-1)
+def _trained(optimizer: torch.optim.Optimizer) -> list[list[Tensor]]:
+    """The parameters that have a gradient, of each group."""
+    trained = []
+    for group in optimizer.param_groups:
+        trained.append(there := [])
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is not None:
+                if gradient.layout is not torch.strided:
+                    raise ValueError(f"fused: gradient: expected dense, got {gradient.layout}")
+                there.append(parameter)
+    return trained
 
-    @torch.no_grad()
-    def take(self) -> None:
-        # The owner's memory may be another by now (`module.to`, assignment to `.data`).
-        rest = self.owner.numel() - self.whole
-        self.body.data = self._flat()[: self.whole]
-        self.rest[:rest] = self._flat()[self.whole :]
-        grad = self.owner.grad
-        if grad is None:
-            self.body.grad = self.rest.grad = None
-            return
-        if grad.layout != torch.strided:
-            raise ValueError(f"fused: gradient: expected dense, got {grad.layout}")
-        flat = grad.contiguous().view(-1)
-        self.body.grad = flat[: self.whole]
-        if rest:
-            self.rest.grad = torch.zeros_like(self.rest)
-            self.rest.grad[:rest] = flat[self.whole :]
 
-    @torch.no_grad()
-    def give_back(self) -> None:
-        self._flat()[self.whole :] = self.rest[: self.owner.numel() - self.whole]
-        self.body.grad = self.rest.grad = None
+_form = operator.attrgetter("shape", "dtype", "device")
+
+
+class _Plan:
+    """What torch's step is given instead of the parameters, for as long as these and the state are the same.
+
+    Parameters of a group that have the same kinds of state, and made as many steps, go together.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, trained: list[list[Tensor]]) -> None:
+        self.trained = trained
+        self.forms = [[*map(_form, there)] for there in trained]
+        # For each call of the kernel the group whose options it takes, and its tensors.
+        self.calls: list[tuple[int, list[Tensor]]] = []
+        self.joined: list[_Joined] = []
+        self.large: list[Tensor] = []
+        for i, there in enumerate(trained):
+            alike: dict[Any, list[Tensor]] = {}
+            for parameter in there:
+                alike.setdefault(_kind_of_state(optimizer, parameter), []).append(parameter)
+            for parameters in alike.values():
+                self.calls.append((i, self._tensors(optimizer, parameters)))
+        self.memory = _memory(optimizer)
+
+    def _tensors(self, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> list[Tensor]:
+        if not parameters[0].is_cpu:  # Elsewhere torch rounds all numbers alike.
+            return parameters
+        small = [p for p in parameters if p.numel() < _SMALL]
+        if len(small) == 1 and _beyond_vectors(small[0]) == 0:
+            small = []
+        copied = {id(p) for p in small}
+        large = [p for p in parameters if id(p) not in copied]
+        self.large += large
+        cut = [p for p in large if _beyond_vectors(p)]
+        if not small and not cut:
+            return large
+        self.joined.append(_Joined(optimizer, small, cut))
+        return [*large, self.joined[-1].tensor]
+
+    def holds(self, optimizer: torch.optim.Optimizer, trained: list[list[Tensor]]) -> bool:
+        return (
+            [[*map(id, there)] for there in trained] == [[*map(id, there)] for there in self.trained]
+            and [[*map(_form, there)] for there in trained] == self.forms
+            and [*map(id, _memory(optimizer))] == [*map(id, self.memory)]
+            and all(joined.holds() for joined in self.joined)
+        )
+
+    def step(self, optimizer: torch.optim.Optimizer, step_of_kind: Callable[..., Any]) -> bool:
+        """A step; whether the plan has all the state that there is now."""
+        for parameter in self.large:
+            if not parameter.is_contiguous():
+                raise ValueError(f"fused: parameter: expected contiguous, got strides {parameter.stride()}")
+            if not parameter.grad.is_contiguous():
+                parameter.grad = parameter.grad.contiguous()  # The kernel looks at no strides.
+        groups = optimizer.param_groups
+        for joined in self.joined:
+            joined.take(optimizer)
+        try:
+            optimizer.param_groups = [groups[i] | {"params": tensors} for i, tensors in self.calls]
+            step_of_kind(optimizer)
+        finally:
+            optimizer.param_groups = groups
+            states = [optimizer.state.pop(joined.tensor, {}) for joined in self.joined]
+        unscaled = getattr(optimizer, "grad_scale", None) is not None
+        for joined, state in zip(self.joined, states, strict=True):
+            joined.give_back(optimizer, state, unscaled)
+        return len(_memory(optimizer)) == len(self.memory)
+
+
+def _kind_of_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Any:
+    """Equal for parameters of the same names in their state and as many steps; makes the state fit."""
+    state = optimizer.state.get(parameter, {})
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.dim() > 0:
+            if _form(value) != _form(parameter):
+                raise ValueError(
+                    f"fused: state[{name!r}]: expected shape, dtype and device of the parameter, "
+                    f"{_form(parameter)}, got {_form(value)}"
+                )
+            state[name] = value.contiguous()
+    names = frozenset(name for name, value in state.items() if isinstance(value, Tensor))
+    steps = state["step"].item() if "step" in state and parameter.is_cpu else None
+    return parameter.is_cpu, parameter.dtype, names, steps
+
+
+def _memory(optimizer: torch.optim.Optimizer) -> list[Any]:
+    return [value for state in optimizer.state.values() for value in state.values()]
+
+
+def _beyond_vectors(tensor: Tensor) -> int:
+    """How many numbers of it, the last ones, do not fill a vector."""
+    return tensor.numel() % (_VECTOR // min(tensor.element_size(), 4))
+
+
+def _end(tensor: Tensor) -> Tensor:
+    return tensor.view(-1)[tensor.numel() - _beyond_vectors(tensor) :]
+
+
+class _Joined:
+    """Small parameters and the ends of large ones as one tensor of whole vectors.
+
+    The state of the small ones lives here, as that of the whole; each has views of it. All else is copied
+    in every step.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, small: list[Tensor], cut: list[Tensor]) -> None:
+        self.small, self.cut = small, cut
+        self.places = [p.data_ptr() for p in cut]
+        self.pieces = [*small, *map(_end, cut)]
+        like, state = self.pieces[0], optimizer.state.get((small or cut)[0], {})
+        lengths = [piece.numel() for piece in self.pieces]
+        rest = -sum(lengths) % (_VECTOR // min(like.element_size(), 4))
+
+        def room() -> tuple[Tensor, list[Tensor]]:
+            whole = torch.zeros(sum(lengths) + rest, dtype=like.dtype, device=like.device)
+            parts = whole.split_with_sizes([*lengths, rest])[:-1]
+            return whole, [part.view(piece.shape) for part, piece in zip(parts, self.pieces, strict=True)]
+
+        self.tensor, self.values = room()
+        self.tensor.grad, self.gradients = room()
+        self.state: dict[str, Tensor] = {}
+        self.ends: list[Tensor] = []  # of the state of large parameters, and where they go
+        self.copies_of_ends: list[Tensor] = []
+        for name in [n for n, value in state.items() if isinstance(value, Tensor) and value.dim() > 0]:
+            self.state[name], parts = room()
+            for parameter, part in zip(small, parts, strict=False):
+                part.copy_(optimizer.state[parameter][name])
+                optimizer.state[parameter][name] = part
+            self.ends += [_end(optimizer.state[parameter][name]) for parameter in cut]
+            self.copies_of_ends += parts[len(small) :]
+        self.steps: list[Tensor] = []
+        if "step" in state:
+            # The first counts for the whole, the others are those of the small parameters.
+            steps = state["step"].repeat(1 + len(small))
+            self.state["step"], *own = steps.unbind()
+            for parameter, step in zip(small, own, strict=True):
+                optimizer.state[parameter]["step"] = step
+            self.others = steps[1:]
+            self.steps = [steps, *(optimizer.state[p]["step"] for p in cut)]
+
+    def holds(self) -> bool:
+        """Whether memory is where it was and all made as many steps: somebody may have changed it."""
+        counts = {n for steps in self.steps for n in steps.reshape(-1).tolist()}
+        return len(counts) <= 1 and [p.data_ptr() for p in self.cut] == self.places
+
+    def take(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad for p in self.small] + [_end(p.grad) for p in self.cut]
+        torch._foreach_copy_(
+            self.values + self.gradients + self.copies_of_ends, self.pieces + gradients + self.ends
+        )
+        optimizer.state[self.tensor] = dict(self.state)
+
+    def give_back(self, optimizer: torch.optim.Optimizer, state: dict[str, Tensor], unscaled: bool) -> None:
+        """To the parameters what torch made of the whole; `state` is what it remembers of it."""
+        to, parts = self.pieces + self.ends, self.values + self.copies_of_ends
+        if unscaled:
+            to = to + [p.grad for p in self.small]
+            parts = parts + self.gradients[: len(self.small)]
+        torch._foreach_copy_(to, parts)
+        if self.steps:
+            self.others.copy_(self.state["step"])
+        for name in state.keys() - self.state.keys():
+            self._remember(optimizer, name, state[name])
+
+    def _remember(self, optimizer: torch.optim.Optimizer, name: str, value: Tensor) -> None:
+        """Something that torch made in this step."""
+        start = 0
+        for i, (parameter, piece) in enumerate(zip([*self.small, *self.cut], self.pieces, strict=True)):
+            part = value if value.dim() == 0 else value[start : start + piece.numel()].view(piece.shape)
+            start += piece.numel()
+            if i < len(self.small):
+                optimizer.state[parameter][name] = part.clone()
+            elif value.dim() > 0:
+                _end(optimizer.state[parameter][name]).copy_(part)
 
 
 class MemberLearningRates:
@@ -196,21 +362,9 @@ class MemberLearningRates:
 def member_state(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """What an optimizer of stacked parameters remembers: for each parameter a dict, its tensors `[E, ...]`.
 
-    Unlike `state_dict` it has no trace of how `fused` cuts the parameters up, so members can be taken out of
-    it: index the tensors that are not 0-dim. Tensors may share memory with the optimizer's.
+    Members can be taken out of it: index the tensors that are not 0-dim. The tensors are the optimizer's own.
     """
-    states = []
-    for parameter in _parameters(optimizer):
-        pieces = _pieces(optimizer, parameter)
-        remembered = [optimizer.state.get(piece, {}) for piece in pieces]
-        state = {}
-        for name, value in remembered[0].items():
-            if isinstance(value, Tensor) and value.shape == pieces[0].shape and pieces[0] is not parameter:
-                flat = torch.cat([memory[name] for memory in remembered])
-                value = flat[: parameter.numel()].view(parameter.shape)
-            state[name] = value
-        states.append(state)
-    return states
+    return [dict(optimizer.state.get(parameter, {})) for parameter in _parameters(optimizer)]
 
 
 def load_member_state(optimizer: torch.optim.Optimizer, states: Sequence[Mapping[str, Any]]) -> None:
@@ -232,40 +386,16 @@ def load_member_state(optimizer: torch.optim.Optimizer, states: Sequence[Mapping
                     f"load_member_state: states[{i}][{name!r}]: expected {parameter.shape[0]} members first, "
                     f"got shape {list(value.shape)}"
                 )
-        pieces, start = _pieces(optimizer, parameter), 0
-        for piece in pieces:
-            optimizer.state[piece] = {
-                name: _piece(_there(value, optimizer, parameter), parameter, piece, start)
-                if isinstance(value, Tensor)
-                else value
-                for name, value in state.items()
-            }
-            start += piece.numel()
-
-
-def _there(value: Tensor, optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
-    """On the parameter's device; a count of steps only where the optimizer wants it there, as in torch."""
-    groups = optimizer.param_groups
-    counts_there = any(group.get("fused") or group.get("capturable") for group in groups)
-    return value.to(parameter.device) if value.dim() > 0 or counts_there else value
-
-
-def _pieces(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:
-    """The tensors that stand for a parameter inside the optimizer; together they may be longer than it."""
-    pieces = getattr(optimizer, "pieces", None)
-    return [parameter] if pieces is None else pieces[parameter]
-
-
-def _piece(value: Tensor, parameter: Tensor, piece: Tensor, start: int) -> Tensor:
-    """A copy of the part of a parameter's state that belongs to one of its pieces."""
-    if piece is parameter or value.shape != parameter.shape:
-        return value.clone()
-    part = value.new_zeros(piece.shape)
-    there = value.reshape(-1)[start : start + piece.numel()]
-    part[: there.numel()] = there
-    return part
+    # A count of steps is on the parameter's device only where the optimizer wants it there, as in torch.
+    counts_there = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    for parameter, state in zip(parameters, states, strict=True):
+        optimizer.state[parameter] = {
+            name: value.to(parameter.device if value.dim() > 0 or counts_there else value.device, copy=True)
+            if isinstance(value, Tensor)
+            else value
+            for name, value in state.items()
+        }
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    own = getattr(optimizer, "members", None)
-    return own or [p for group in optimizer.param_groups for p in group["params"]]
+    return [p for group in optimizer.param_groups for p in group["params"]]
