@@ -196,6 +196,7 @@ def test_left_out_rows_do_not_reach_a_member_whatever_is_in_them() -> None:
                 loss="mse",
                 epochs=2,
                 batch_size=16,
+                check=False,
                 optimizer=OPTIMIZERS["fused adam"],
                 randomness=Randomness.from_code("R5"),
                 seed=3,
