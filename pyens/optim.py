@@ -2,7 +2,9 @@
 
 import functools
 import inspect
+import math
 import operator
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -10,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam
 
-__all__ = ["MemberLearningRates", "fused", "load_member_state", "member_state"]
+__all__ = [
+    "MemberLearningRates",
+    "clip_member_grad_norm_",
+    "fused",
+    "keep_members",
+    "load_member_state",
+    "member_state",
+]
 
 # torch's widest vectors hold 64 bytes: 16 numbers of float32, more of the shorter types.
 _VECTOR = 64
@@ -332,11 +341,14 @@ class MemberLearningRates:
             optimizer.register_step_pre_hook(self._keep),
             optimizer.register_step_post_hook(self._scale),
         )
+        _rates.setdefault(optimizer, weakref.WeakSet()).add(self)
 
     def remove(self) -> None:
         """Leaves the optimizer as it was."""
         for hook in self._hooks:
             hook.remove()
+        for of_optimizer in _rates.values():
+            of_optimizer.discard(self)
 
     def _factors_of(self, parameter: Tensor) -> Tensor:
         if self.factors.dim() != 1 or parameter.shape[:1] != self.factors.shape:
@@ -357,6 +369,161 @@ class MemberLearningRates:
             scaled = before + factor * (after - before)
             after.copy_(torch.where(factor == 1, after, torch.where(factor == 0, before, scaled)))
         self._before = []
+
+
+# For keep_members, which is given the optimizer alone.
+_rates: "weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.WeakSet[MemberLearningRates]]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def keep_members(
+    optimizer: torch.optim.Optimizer, indices: Sequence[int] | Tensor, ensemble_size: int
+) -> None:
+    """Leaves all but some members behind, in what the optimizer remembers.
+
+    The optimizer stays the same object, and so do its groups, schedulers, hooks and `MemberLearningRates`,
+    whose factors are those of the members that are kept. It does not touch parameters and gradients: take the
+    same members of them, before or after, by `p.data = p.data[indices]` and `p.grad = None`. The members that
+    are kept then train on bit for bit as they would have with the others beside them.
+
+    Args:
+        optimizer: of stacked parameters `[E, ...]`, all of them; plain or `fused`.
+        indices: which members are kept, in this order.
+        ensemble_size: E, how many members there are before.
+
+    Raises:
+        TypeError: indices that are no integers.
+        ValueError: no such member, or something remembered whose first axis is not of E members.
+    """
+    kept = torch.as_tensor(indices)
+    if kept.dim() != 1 or len(kept) == 0:
+        raise ValueError(f"keep_members: indices: expected some members, got shape {list(kept.shape)}")
+    if kept.dtype == torch.bool or kept.is_floating_point() or kept.is_complex():
+        raise TypeError(f"keep_members: indices: expected integers, got {kept.dtype}")
+    if kept.min() < 0 or kept.max() >= ensemble_size:
+        raise ValueError(
+            f"keep_members: indices: expected from 0 to {ensemble_size - 1}, got {kept.min()} to {kept.max()}"
+        )
+    new: list[tuple[dict[str, Any], str, Tensor]] = []
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if (isinstance(value, Tensor) and value.dim() == 0) or isinstance(value, int | float | None):
+                continue
+            if not isinstance(value, Tensor) or len(value) != ensemble_size:
+                got = list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise ValueError(
+                    f"keep_members: state[{name!r}]: expected {ensemble_size} members first, got {got}"
+                )
+            new.append((state, name, value[kept.to(value.device)]))
+    rates = list(_rates.get(optimizer, ()))
+    factors = [r.factors[kept.to(r.factors.device)] for r in rates if len(r.factors) == ensemble_size]
+    if len(factors) < len(rates):
+        raise ValueError(f"keep_members: factors: expected one for each of {ensemble_size} members")
+    for state, name, value in new:
+        state[name] = value
+    for of_members, those in zip(rates, factors, strict=True):
+        of_members.factors = those
+
+
+def clip_member_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    *,
+    error_if_nonfinite: bool = False,
+) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_` of each member: scales its gradients where their norm is too large.
+
+    With n[m] the norm of all gradients of member m together,
+
+        p.grad[m] <- p.grad[m] * min(1, max_norm / (n[m] + 1e-6))
+
+    A member's bits do not depend on the others, nor does a NaN or Inf in one of them reach another: its own
+    gradients are then what torch makes of them, NaN for a norm of NaN, zeros and NaN for one of Inf. No
+    square overflows or vanishes on the way to a norm.
+
+    Args:
+        parameters: stacked parameters `[E, ...]`; those without a gradient are left out.
+        max_norm: the largest norm that a member may have.
+        norm_type: 1, 2 or inf.
+        error_if_nonfinite: raise, and change nothing, where a member's norm is NaN or Inf.
+
+    Returns:
+        The norms before clipping, `[E]`, in the gradients' type, float32 at least; `[0]` without a gradient.
+
+    Raises:
+        RuntimeError: see `error_if_nonfinite`.
+        ValueError: another `norm_type`, gradients of different numbers of members, or sparse.
+    """
+    if norm_type not in (1, 2, math.inf):
+        raise ValueError(f"clip_member_grad_norm_: norm_type: expected 1, 2 or inf, got {norm_type}")
+    gradients = []
+    for i, parameter in enumerate([parameters] if isinstance(parameters, Tensor) else parameters):
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        if gradient.layout != torch.strided:
+            raise ValueError(
+                f"clip_member_grad_norm_: parameters[{i}].grad: expected dense, got {gradient.layout}"
+            )
+        if gradient.dim() == 0 or (gradients and len(gradient) != len(gradients[0])):
+            expected = f"[{len(gradients[0])}, ...]" if gradients else "[E, ...]"
+            raise ValueError(
+                f"clip_member_grad_norm_: parameters[{i}].grad: expected {expected}, "
+                f"got shape {list(gradient.shape)}"
+            )
+        gradients.append(gradient.detach())
+    if not gradients:
+        return torch.zeros(0)
+    with torch.no_grad():
+        norms = _member_norms(gradients, norm_type)
+        if error_if_nonfinite and not norms.isfinite().all():
+            raise RuntimeError(
+                f"clip_member_grad_norm_: expected finite norms, got {norms[~norms.isfinite()].tolist()} for "
+                f"members {(~norms.isfinite()).nonzero().flatten().tolist()}"
+            )
+        factors = (max_norm / (norms + 1e-6)).clamp_(max=1.0)
+        of_type = {g.dtype: factors.to(g.dtype) for g in gradients}
+        torch._foreach_mul_(gradients, [of_type[g.dtype].view(-1, *[1] * (g.dim() - 1)) for g in gradients])
+    kind = functools.reduce(torch.promote_types, {g.dtype for g in gradients}, torch.float32)
+    return norms.to(kind)
+
+
+def _member_norms(gradients: list[Tensor], norm_type: float) -> Tensor:
+    """Each member's norm in float64, `[E]`."""
+    rows = [g.reshape(len(g), math.prod(g.shape[1:])) for g in gradients]
+    norms = _added_up(rows, norm_type)
+    # Where squares may have left the range of numbers, which each member finds by itself: once more, from
+    # gradients divided by their largest.
+    safe = (norms > 1e-12) & (norms < 1e15)
+    if norm_type == math.inf or safe.all():
+        return norms
+    odd = [row[~safe].to(torch.promote_types(row.dtype, torch.float32)) for row in rows]
+    largest = _added_up(odd, math.inf)
+    by = torch.where(largest == 0, 1, largest)[:, None]
+    own = largest * _added_up([row / by.to(row) for row in odd], norm_type)
+    norms[~safe] = torch.where(largest.isinf(), math.inf, own)
+    return norms
+
+
+def _added_up(rows: list[Tensor], norm_type: float) -> Tensor:
+    """The norm of each row over all of `[E, *]`; its bits depend on this row alone."""
+    norms = []
+    for row in rows:
+        if norm_type == math.inf:
+            norms.append(row.abs().amax(1) if row.shape[1] else row.new_zeros(len(row)))
+            continue
+        # torch adds up rows one by one, the same way however many there are, unless there is one alone.
+        several = row.contiguous() if row.shape[0] > 1 else row.contiguous().expand(2, -1)
+        kind = torch.promote_types(row.dtype, torch.float32)
+        norms.append(torch.linalg.vector_norm(several, norm_type, dim=1, dtype=kind)[: row.shape[0]])
+    of_each = torch.stack([norm.double() for norm in norms])
+    if norm_type == math.inf:
+        return of_each.amax(0)
+    first, *others = (of_each * of_each if norm_type == 2 else of_each).unbind()
+    total = functools.reduce(torch.add, others, first)
+    return total.sqrt() if norm_type == 2 else total
 
 
 def member_state(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
