@@ -58,15 +58,17 @@ def fused(
     """
     if not (isinstance(kind, type) and issubclass(kind, (Adam, Adagrad, SGD))):
         raise TypeError(f"fused: kind: expected Adam, AdamW, Adagrad or SGD of torch.optim, got {kind!r}")
-    return _fused(kind)(parameters, fused=True, **options)
+    plain: Any = kind
+    optimizer: SomeOptimizer = _fused(plain)(parameters, fused=True, **options)
+    return optimizer
 
 
 @functools.cache
-def _fused(kind: type[SomeOptimizer]) -> type[SomeOptimizer]:
+def _fused(kind: Any) -> Any:
     # Within the hooks, which are around our own step, and without torch's switch of grad mode.
     step_of_kind = inspect.unwrap(kind.step)
 
-    class Fused(kind):  # type: ignore[misc, valid-type]
+    class Fused(kind):  # type: ignore[misc]
         _step_supports_amp_scaling = True
         _plan: "_Plan | None" = None
 
@@ -101,7 +103,7 @@ def _fused(kind: type[SomeOptimizer]) -> type[SomeOptimizer]:
     return Fused
 
 
-def _blank(kind: type[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+def _blank(kind: Any) -> Any:
     return object.__new__(_fused(kind))
 
 
@@ -124,7 +126,7 @@ def _check_parameters(parameters: list[Any]) -> None:
 
 def _trained(optimizer: torch.optim.Optimizer) -> list[list[Tensor]]:
     """The parameters that have a gradient, of each group."""
-    trained = []
+    trained: list[list[Tensor]] = []
     for group in optimizer.param_groups:
         trained.append(there := [])
         for parameter in group["params"]:
@@ -188,8 +190,9 @@ class _Plan:
         for parameter in self.large:
             if not parameter.is_contiguous():
                 raise ValueError(f"fused: parameter: expected contiguous, got strides {parameter.stride()}")
-            if not parameter.grad.is_contiguous():
-                parameter.grad = parameter.grad.contiguous()  # The kernel looks at no strides.
+            gradient: Any = parameter.grad
+            if not gradient.is_contiguous():
+                parameter.grad = gradient.contiguous()  # The kernel looks at no strides.
         groups = optimizer.param_groups
         for joined in self.joined:
             joined.take(optimizer)
@@ -202,7 +205,7 @@ class _Plan:
         unscaled = getattr(optimizer, "grad_scale", None) is not None
         for joined, state in zip(self.joined, states, strict=True):
             joined.give_back(optimizer, state, unscaled)
-        return len(_memory(optimizer)) == len(self.memory)
+        return sum(map(len, optimizer.state.values())) == len(self.memory)
 
 
 def _kind_of_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Any:
@@ -282,7 +285,8 @@ class _Joined:
         return len(counts) <= 1 and [p.data_ptr() for p in self.cut] == self.places
 
     def take(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [p.grad for p in self.small] + [_end(p.grad) for p in self.cut]
+        gradients: list[Any] = [p.grad for p in self.small]
+        gradients += [_end(gradient) for gradient in [p.grad for p in self.cut] if gradient is not None]
         torch._foreach_copy_(
             self.values + self.gradients + self.copies_of_ends, self.pieces + gradients + self.ends
         )
@@ -292,12 +296,12 @@ class _Joined:
         """To the parameters what torch made of the whole; `state` is what it remembers of it."""
         to, parts = self.pieces + self.ends, self.values + self.copies_of_ends
         if unscaled:
-            to = to + [p.grad for p in self.small]
+            to = to + [p.grad for p in self.small if p.grad is not None]
             parts = parts + self.gradients[: len(self.small)]
         torch._foreach_copy_(to, parts)
         if self.steps:
             self.others.copy_(self.state["step"])
-        for name in state.keys() - self.state.keys():
+        for name in [name for name in state if name not in self.state]:
             self._remember(optimizer, name, state[name])
 
     def _remember(self, optimizer: torch.optim.Optimizer, name: str, value: Tensor) -> None:
@@ -458,7 +462,7 @@ def clip_member_grad_norm_(
     """
     if norm_type not in (1, 2, math.inf):
         raise ValueError(f"clip_member_grad_norm_: norm_type: expected 1, 2 or inf, got {norm_type}")
-    gradients = []
+    gradients: list[Tensor] = []
     for i, parameter in enumerate([parameters] if isinstance(parameters, Tensor) else parameters):
         gradient = parameter.grad
         if gradient is None:
