@@ -301,7 +301,7 @@ class _Joined:
         torch._foreach_copy_(to, parts)
         if self.steps:
             self.others.copy_(self.state["step"])
-        for name in state.keys() - self.state.keys():
+        for name in [name for name in state if name not in self.state]:
             self._remember(optimizer, name, state[name])
 
     def _remember(self, optimizer: torch.optim.Optimizer, name: str, value: Tensor) -> None:
