@@ -552,6 +552,8 @@ def test_wrong_kinds_are_refused_by_name(case: Case, argument: str) -> None:
     said = rf"\b({case.names}): {case.called.get(argument, argument)}(\W.*)?: expected .*, got "
     bad = []
     for kind, value in wrong_values(case, argument).items():
+        if case.call is trained and kind == "a list with numpy":
+            continue  # which `fit` takes
         try:
             found: Any = case.call(**case.right | {argument: value})
         except (TypeError, ValueError) as error:

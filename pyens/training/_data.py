@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyens._kinds import REAL, check_tensor
 from pyens._types import Loss
 from pyens.nn import Ensemble
 from pyens.training import _checks
@@ -32,6 +33,11 @@ def as_tensors(
     for i, given in enumerate(data):
         tensor = _tensor(given, device)
         if isinstance(tensor, Tensor):
+            check_tensor("fit", argument, tensor)
+            if tensor.is_floating_point() and tensor.dtype not in REAL:
+                raise TypeError(
+                    f"fit: {argument}: expected float32, float64, bfloat16 or float16, got {tensor.dtype}"
+                )
             target, real = i == len(data) - 1, loss in ("mse", "bce", "gaussian_nll")
             wanted = _dtype(tensor.dtype, dtype, real=target and real)
             if wanted != tensor.dtype:
