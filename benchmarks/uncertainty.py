@@ -55,7 +55,20 @@ def uncertainty(shape: tuple[int, ...], options: harness.Options) -> list[harnes
     """All measures of the same logits."""
     logits = draw(shape, options)
     expected = pyens.reference.predictive_uncertainty(logits.double())
-    peers = {"reference": pyens.reference.predictive_uncertainty}
+
+    def single(logits: Tensor) -> tuple[Tensor, ...]:
+        # As people write it, in the logits' own precision, which loses what nearly equal members disagree on.
+        p = logits.softmax(-1)
+        mean = p.mean(0)
+        tiny = torch.finfo(p.dtype).tiny
+        total, members = (-(q * q.clamp_min(tiny).log()).sum(-1) for q in (mean, p))
+        of_members = members.mean(0)
+        information = (total - of_members).clamp_min(0)
+        winners = logits.argmax(-1).mode(0)
+        most = (logits.argmax(-1) == winners.values).sum(0) / len(logits)
+        return mean, total, of_members, information, len(logits) * information, 1 - most
+
+    peers = {"reference": pyens.reference.predictive_uncertainty, "without float64": single}
     return contestants(pyens.ops.predictive_uncertainty, peers, logits, expected, options)
 
 

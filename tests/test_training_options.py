@@ -427,7 +427,7 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "bootstrap": (
         {"bootstrap": "jack"},
-        "bootstrap: expected None or one of poisson, multinomial, got 'jack'",
+        "bootstrap: expected one of poisson, multinomial, got 'jack'",
     ),
     "clip": ({"clip_norm": 0.0}, "clip_norm: expected a positive number, got 0"),
     "schedule": ({"schedule": "batch"}, "schedule: expected 'epoch' or 'step', got 'batch'"),
@@ -572,3 +572,8 @@ def test_rows_are_predicted_by_the_members_that_left_them_out() -> None:
 def test_the_history_knows_the_learning_rates() -> None:
     _, history = trained(epochs=3, scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.5))
     assert history.learning_rate.tolist() == [1e-2, 5e-3, 2.5e-3]
+
+
+def test_classes_are_looked_at_without_dropout() -> None:
+    model = EnsembleMLP(2, 4, [6], 3, dropout=0.2)
+    trained(range(2), (rows()[0], torch.arange(N) % 3), model=model, loss="cross_entropy", epochs=1)

@@ -39,6 +39,19 @@ def conv(**options):
     return nn.MaskedConv2d(6, 2, 1, 3, 2.0, **options)
 
 
+def resample(bootstrap):
+    pyens.training.fit(
+        pyens.EnsembleMLP(2, 3, [4], 1),
+        (torch.rand(9, 3), torch.rand(9, 1)),
+        loss="mse",
+        epochs=1,
+        batch_size=9,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+        bootstrap=bootstrap,
+        progress=False,
+    )
+
+
 CALLS = [
     ("Activation", lambda n: ops.ensemble_mlp(X, WEIGHTS, activation=n)),
     ("Activation", lambda n: ops.ensemble_mlp_loss(X, target("mse"), WEIGHTS, loss="mse", activation=n)),
@@ -57,6 +70,7 @@ CALLS = [
     ("Reduction", lambda n: losses.pearson_decorrelation_loss(MEMBERS, reduction=n)),
     ("Reduction", lambda n: losses.difference_loss(MEMBERS, reduction=n)),
     ("Distance", lambda n: losses.difference_loss(MEMBERS, distance=n)),
+    ("Bootstrap", lambda n: resample(n)),
     ("Space", lambda n: losses.combine(MEMBERS, space=n)),
     ("AssignmentMode", lambda n: nn.set_mask_mode_(nn.Masksembles1D(6, 3, 2.0), n)),
     (

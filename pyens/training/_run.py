@@ -61,13 +61,12 @@ class Run:
         members = _checks.model(model)
         if not (loss in LOSSES if isinstance(loss, str) else callable(loss)):
             raise ValueError(
-                f"fit: loss: expected one of {', '.join(LOSSES)}, or a function of outputs and target, "
-                f"got {loss!r}"
+                f"fit: loss: expected one of {', '.join(LOSSES)}, got {loss!r}, which is no function either"
             )
         check_temperature("fit", loss, temperature)  # type: ignore[arg-type]
         if bootstrap not in (None, *get_args(Bootstrap)):
             raise ValueError(
-                f"fit: bootstrap: expected None or one of {', '.join(get_args(Bootstrap))}, got {bootstrap!r}"
+                f"fit: bootstrap: expected one of {', '.join(get_args(Bootstrap))}, got {bootstrap!r}"
             )
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"fit: clip_norm: expected a positive number, got {clip_norm}")
@@ -116,9 +115,10 @@ class Run:
             self.validation = _data.as_targets(given, loss, axis)
             _checks.alike("validation", self.validation, data, axis)
         if check:
-            _data.check_values("data", data, model, loss, axis, weight)
-            if not isinstance(validation, (int, float)) and self.validation_rows > 0:
-                _data.check_values("validation", self.validation, model, loss, axis, None)
+            with _mode(model, training=False):
+                _data.check_values("data", data, model, loss, axis, weight)
+                if not isinstance(validation, (int, float)) and self.validation_rows > 0:
+                    _data.check_values("validation", self.validation, model, loss, axis, None)
         if early_stopping is not None:
             _checks.count("early_stopping", early_stopping)
             if self.validation_rows == 0:
