@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyens import EnsembleMLP
 from pyens.losses import decorrelation_loss
-from pyens.nn import TabularEnsemble
+from pyens.nn import MaskedMLP, TabularEnsemble
 from pyens.optim import MemberLearningRates, fused
 from pyens.training import Randomness, derive_seed, fit, member_seeds, oof_predictions
 from pyens.training.randomness import generator, partition, split_rows
@@ -577,3 +577,71 @@ def test_the_history_knows_the_learning_rates() -> None:
 def test_classes_are_looked_at_without_dropout() -> None:
     model = EnsembleMLP(2, 4, [6], 3, dropout=0.2)
     trained(range(2), (rows()[0], torch.arange(N) % 3), model=model, loss="cross_entropy", epochs=1)
+
+
+def test_members_left_without_rows_are_refused() -> None:
+    for weight in (torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])):
+        with pytest.raises(ValueError, match=r"after bootstrap and jackknife, got none for members \[[01]\]"):
+            trained(
+                range(2),
+                (torch.randn(2, 4), torch.randn(2, 1)),
+                sample_weight=weight,
+                randomness=Randomness(jackknife=True),
+                jackknife_groups=2,
+                validation=0,
+            )
+    _, held_out = split_rows(N, 0.1, 3)
+    weight = torch.ones(N)
+    weight[held_out] = 0
+    with pytest.raises(ValueError, match="expected a validation row with weight above 0"):
+        trained(sample_weight=weight, validation=0.1)
+
+
+def test_a_first_row_that_weighs_nothing() -> None:
+    ids = torch.zeros(N, 1, dtype=torch.int64)
+    ids[0] = 99
+    model = TabularEnsemble(2, [(7, 2)], 0, [3], 1)
+    trained(
+        range(2), (ids, None, rows()[1]), model=model, sample_weight=(torch.arange(N) > 0).float(), epochs=1
+    )
+
+
+def test_inputs_become_what_the_parameters_are() -> None:
+    for dtype in (torch.bfloat16, torch.float64):
+        model = EnsembleMLP(2, 4, [6], 1, dtype=dtype)
+        _, history = trained(range(2), model=model, epochs=1, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+        assert np.isfinite(history.train_loss).all()
+
+
+def test_a_checkpoint_that_cannot_be_taken_up_leaves_the_model_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.pt"
+    _, whole = trained(**STOPPING)
+    epochs = sorted(whole.epochs)
+    assert epochs[0] < epochs[-1] - 1
+    trained(checkpoint=path, **{**STOPPING, "epochs": int(epochs[0]) + 1})  # some have left, some train
+    model = EnsembleMLP(5, 4, [6, 5], 1, activation="silu")
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("not this one")
+
+    monkeypatch.setattr("pyens.training._run.load_member_state", refuse)
+    with pytest.raises(ValueError, match="not this one"):
+        trained(model=model, checkpoint=path, **STOPPING)
+    assert model.ensemble_size == 5
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_select_in_place_of_models_with_what_is_derived() -> None:
+    x = torch.randn(6, 4)
+    model = MaskedMLP(4, 4, [12], 1, scale=2.0, seed=3)
+    expected = model(x).detach()[[2, 0]]
+    assert torch.equal(model.select_([2, 0])(x), expected) and model.ensemble_size == 2
+    packed = EnsembleMLP(3, 4, [6], 1).packed()
+    with pytest.raises(
+        ValueError, match=r"select_: expected a class .* got a PackedEnsembleMLP, which gives"
+    ):
+        packed.select_([0])
+    assert packed(x).shape == (3, 6, 1)

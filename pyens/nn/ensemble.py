@@ -19,6 +19,7 @@ from typing_extensions import Self
 
 from pyens._kinds import check_number, check_tensor
 from pyens._types import Activation, Loss
+from pyens.nn._buffers import Derived
 from pyens.reference.ensemble_mlp_loss import LOSSES, mean_losses
 
 Indices = Sequence[int] | slice | Tensor
@@ -195,13 +196,20 @@ class Ensemble(nn.Module):
             Itself.
 
         Raises:
-            ValueError, IndexError: as `select`, before anything is changed.
+            ValueError, IndexError: as `select`, before anything is changed; where `select` gives another kind.
+            RuntimeError: somebody holds a graph of a parameter, such as DistributedDataParallel.
         """
         members = chosen_members(self.ensemble_size, indices)
         copies: dict[int, Any] = {}
         self._choose(members, copies)  # raises what is to be raised, and knows of parts with their own select
         if type(self).select is not Ensemble.select:
-            copies = {id(self): self.select(members.tolist())}
+            chosen = self.select(members.tolist())
+            if type(chosen) is not type(self):
+                raise ValueError(
+                    f"select_: expected a class whose select gives its own kind, got a "
+                    f"{type(self).__name__}, which gives a {type(chosen).__name__}"
+                )
+            copies = {id(self): chosen}
         for name, parameter in self.named_parameters():
             if _is_held(parameter):
                 raise RuntimeError(
@@ -228,6 +236,9 @@ class Ensemble(nn.Module):
                 if own is not None:
                     module._buffers[name] = own
         self.ensemble_size = members
+        for _, module in [("", self), *_walk(self)]:
+            if isinstance(module, Derived):
+                module._derive()  # of the buffers that it has now
 
     def _choose(self, members: Tensor, copies: dict[int, Any]) -> None:
         """Puts what `select` takes of each parameter, mask of pruning and ensemble inside into `copies`."""

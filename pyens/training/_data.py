@@ -39,7 +39,7 @@ def as_tensors(
                     f"fit: {argument}: expected float32, float64, bfloat16 or float16, got {tensor.dtype}"
                 )
             target, real = i == len(data) - 1, loss in ("mse", "bce", "gaussian_nll")
-            wanted = _dtype(tensor.dtype, dtype, real=target and real)
+            wanted = _dtype(tensor.dtype, dtype, target=target, real=target and real)
             if wanted != tensor.dtype:
                 if tensor.dtype == torch.float64:
                     said.append(f"{argument}[{i}]")
@@ -61,10 +61,10 @@ def _tensor(given: Any, device: torch.device) -> Any:
     return given  # what is of no kind that fits is refused by name
 
 
-def _dtype(own: torch.dtype, parameters: torch.dtype, *, real: bool) -> torch.dtype:
+def _dtype(own: torch.dtype, parameters: torch.dtype, *, target: bool, real: bool) -> torch.dtype:
     if own.is_floating_point:
         half = parameters in (torch.bfloat16, torch.float16)
-        return own if own == parameters or (half and own == torch.float32) else parameters
+        return own if own == parameters or (target and half and own == torch.float32) else parameters
     if own in (torch.bool, torch.int8, torch.int16, torch.int32, torch.int64):
         return parameters if real else torch.int64
     return own

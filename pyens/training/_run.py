@@ -137,6 +137,7 @@ class Run:
         if bootstrap is not None:
             counts = torch.stack([_resampled(bootstrap, training, rows, own) for own in own_seeds]).to(device)
             self.weight = counts.double() if weight is None else weight * counts
+        self._check_members_have_rows()
         # What the optimizer begins with; a schedule changes it, and so does nobody else.
         self.optimizer = optimizer(model.parameters())
         if not isinstance(self.optimizer, torch.optim.Optimizer):
@@ -149,7 +150,7 @@ class Run:
         _checks.scheduler(self.scheduler, self.optimizer)
         # Whatever the model refuses, before anything is changed.
         with torch.no_grad(), _mode(model, training=False):
-            first = torch.zeros(1, dtype=torch.int64, device=device)
+            first = self._first_row()
             try:
                 with torch.enable_grad():
                     losses = self._losses(self._batch(data, first), penalty=self.penalty)
@@ -163,6 +164,32 @@ class Run:
                     f"fit: data: expected rows that {type(model).__name__}.loss takes, got tensors of shapes "
                     f"{shapes}{more}, of whose first row alone it says: {error}"
                 ) from error
+
+    def _check_members_have_rows(self) -> None:
+        """That weights, draws and groups together leave each member rows to train on and to be judged by."""
+        members = list(range(self.model.ensemble_size))
+        if self.weight is not None or self.order.groups is not None:
+            total = torch.zeros(len(members), dtype=torch.float64, device=self.device)
+            for rows in self.order.rows.split(self.batch_size):
+                weights = self._weights(rows)
+                assert weights is not None
+                total = total + weights.sum(-1, dtype=torch.float64)
+            if not (total > 0).all():
+                raise ValueError(
+                    "fit: data: expected a training row with weight above 0 for each member, after bootstrap "
+                    f"and jackknife, got none for members {(total <= 0).nonzero().flatten().tolist()}"
+                )
+        weight = self.validation_weight
+        if weight is not None and self.validation_rows > 0 and not (weight.sum(-1) > 0).all():
+            raise ValueError("fit: sample_weight: expected a validation row with weight above 0, got none")
+
+    def _first_row(self) -> Tensor:
+        """int64 `[1]`: the first row that weighs something."""
+        rows = torch.arange(self.rows, device=self.device)
+        if self.weight is not None:
+            weighs = self.weight > 0
+            rows = rows[weighs if weighs.dim() == 1 else weighs.any(0)]
+        return rows[:1]
 
     def describe(self) -> dict[str, Any]:
         """What another run must have in common with this one to go on from its checkpoint."""
@@ -225,16 +252,20 @@ class Run:
         self.seconds, self.rates = list(saved["seconds"]), list(saved["rates"])
         self.best, self.best_epoch = saved["best"].numpy(), saved["best_epoch"].numpy()
         self.status = saved["status"].numpy()
-        self.kept = {name: t.to(self.device) for name, t in saved["kept"].items()}
         if self.active:
-            if len(self.active) < members:
-                self._leave_all_but(self.active)
-            _copy(self.model, saved["parameters"])
-            load_member_state(self.optimizer, saved["optimizer"])
-            for group, options in zip(self.optimizer.param_groups, saved["options"], strict=True):
-                group.update(options)
-            if self.scheduler is not None:
-                self.scheduler.load_state_dict(saved["scheduler"])
+            try:
+                if len(self.active) < members:
+                    self._leave_all_but(self.active)
+                _copy(self.model, saved["parameters"])
+                load_member_state(self.optimizer, saved["optimizer"])
+                for group, options in zip(self.optimizer.param_groups, saved["options"], strict=True):
+                    group.update(options)
+                if self.scheduler is not None:
+                    self.scheduler.load_state_dict(saved["scheduler"])
+            except BaseException:
+                self.restore()  # as it was given
+                raise
+        self.kept = {name: t.to(self.device) for name, t in saved["kept"].items()}
 
     def check(self, saved: dict[str, Any]) -> None:
         """Refuses what `state` cannot have made, before any of it is used.
