@@ -196,7 +196,7 @@ class Ensemble(nn.Module):
             Itself.
 
         Raises:
-            ValueError, IndexError: as `select`, before anything is changed; where `select` gives another kind.
+            ValueError, IndexError: as `select`, before anything is changed; a `select` of another kind.
             RuntimeError: somebody holds a graph of a parameter, such as DistributedDataParallel.
         """
         members = chosen_members(self.ensemble_size, indices)
