@@ -14,10 +14,12 @@ from torch.optim import SGD, Adagrad, Adam
 
 __all__ = [
     "MemberLearningRates",
+    "MemberWeightDecay",
     "clip_member_grad_norm_",
     "fused",
     "keep_members",
     "load_member_state",
+    "member_options",
     "member_state",
 ]
 
@@ -316,7 +318,47 @@ class _Joined:
                 _end(optimizer.state[parameter][name]).copy_(part)
 
 
-class MemberLearningRates:
+class _OfMembers:
+    """Numbers `[E]`, one for each member, that hooks of an optimizer read: the attribute `_name`."""
+
+    _name: str
+
+    def __init__(self, optimizer: torch.optim.Optimizer, numbers: Sequence[float] | Tensor) -> None:
+        setattr(self, self._name, torch.as_tensor(numbers))
+        for parameter in _parameters(optimizer):
+            self._of(parameter)  # raises where they do not fit
+        self._hooks = self._register(optimizer)
+        _of_members.setdefault(optimizer, weakref.WeakSet()).add(self)
+
+    def _register(self, optimizer: torch.optim.Optimizer) -> Sequence[Any]:
+        raise NotImplementedError
+
+    def remove(self) -> None:
+        """Leaves the optimizer as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        for of_optimizer in _of_members.values():
+            of_optimizer.discard(self)
+
+    def _of(self, parameter: Tensor) -> Tensor:
+        """The numbers as the parameter's first axis."""
+        numbers = getattr(self, self._name)
+        if numbers.dim() != 1 or parameter.shape[:1] != numbers.shape:
+            raise ValueError(
+                f"{type(self).__name__}: {self._name}: expected [E] for parameters [E, ...], got shape "
+                f"{list(numbers.shape)} for a parameter of shape {list(parameter.shape)}"
+            )
+        of: Tensor = numbers.to(parameter).view(-1, *[1] * (parameter.dim() - 1))
+        return of
+
+
+# For keep_members and checkpoints, which are given the optimizer alone.
+_of_members: "weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.WeakSet[_OfMembers]]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class MemberLearningRates(_OfMembers):
     """Multiplies the optimizer's learning rate by a factor of each member's own.
 
     After every `optimizer.step()`, for each member m of each parameter p,
@@ -336,31 +378,18 @@ class MemberLearningRates:
         ValueError: factors that are not one for each member of every parameter.
     """
 
+    _name = "factors"
+    factors: Tensor
+
     def __init__(self, optimizer: torch.optim.Optimizer, factors: Sequence[float] | Tensor) -> None:
-        self.factors = torch.as_tensor(factors)
         self._before: list[Tensor] = []
-        for parameter in _parameters(optimizer):
-            self._factors_of(parameter)  # raises where they do not fit
-        self._hooks = (
+        super().__init__(optimizer, factors)
+
+    def _register(self, optimizer: torch.optim.Optimizer) -> Sequence[Any]:
+        return (
             optimizer.register_step_pre_hook(self._keep),
             optimizer.register_step_post_hook(self._scale),
         )
-        _rates.setdefault(optimizer, weakref.WeakSet()).add(self)
-
-    def remove(self) -> None:
-        """Leaves the optimizer as it was."""
-        for hook in self._hooks:
-            hook.remove()
-        for of_optimizer in _rates.values():
-            of_optimizer.discard(self)
-
-    def _factors_of(self, parameter: Tensor) -> Tensor:
-        if self.factors.dim() != 1 or parameter.shape[:1] != self.factors.shape:
-            raise ValueError(
-                f"MemberLearningRates: factors: expected [E] for parameters [E, ...], got shape "
-                f"{list(self.factors.shape)} for a parameter of shape {list(parameter.shape)}"
-            )
-        return self.factors.to(parameter).view(-1, *[1] * (parameter.dim() - 1))
 
     def _keep(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._before = [p.detach().clone() for p in _parameters(optimizer)]
@@ -368,17 +397,64 @@ class MemberLearningRates:
     @torch.no_grad()
     def _scale(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for after, before in zip(_parameters(optimizer), self._before, strict=True):
-            factor = self._factors_of(after)
+            factor = self._of(after)
             # Single roundings, which are the same in every lane; lerp's differ between vectors and tails.
             scaled = before + factor * (after - before)
             after.copy_(torch.where(factor == 1, after, torch.where(factor == 0, before, scaled)))
         self._before = []
 
 
-# For keep_members, which is given the optimizer alone.
-_rates: "weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.WeakSet[MemberLearningRates]]" = (
-    weakref.WeakKeyDictionary()
-)
+class MemberWeightDecay(_OfMembers):
+    """Gives each member a weight decay of its own, for ensembles over hyperparameters.
+
+    Before every `optimizer.step()`, for each member m of each parameter p that has a gradient,
+
+        p[m] <- p[m] * (1 - lr * decays[m])
+
+    with the learning rate of p's group: what AdamW does with `weight_decay=decays[m]`, beside any optimizer,
+    whose own weight decay is then best 0. No member depends on another; a decay of 0 changes no bit. Beside
+    `MemberLearningRates` make those first: their factors then scale the decay too, as a learning rate does.
+
+    Args:
+        optimizer: of stacked parameters `[E, ...]`, all of them.
+        decays: `[E]`, at least 0. May be assigned to.
+
+    Raises:
+        ValueError: decays that are negative, not finite, or not one for each member of every parameter.
+
+    Source: Wenzel et al., "Hyperparameter Ensembles for Robustness and Uncertainty Quantification".
+    """
+
+    _name = "decays"
+    decays: Tensor
+
+    def __init__(self, optimizer: torch.optim.Optimizer, decays: Sequence[float] | Tensor) -> None:
+        super().__init__(optimizer, decays)
+        if not bool((self.decays.isfinite() & (self.decays >= 0)).all()):
+            self.remove()
+            raise ValueError(
+                f"MemberWeightDecay: decays: expected numbers from 0, got {self.decays.tolist()}"
+            )
+
+    def _register(self, optimizer: torch.optim.Optimizer) -> Sequence[Any]:
+        return (optimizer.register_step_pre_hook(self._shrink),)
+
+    @torch.no_grad()
+    def _shrink(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    lr = float(group["lr"])
+                    parameter.mul_((1 - lr * self._of(parameter).double()).to(parameter.dtype))
+
+
+def member_options(optimizer: torch.optim.Optimizer) -> dict[str, list[float]]:
+    """What the members of an optimizer have of their own, by the name of the class that gives it to them."""
+    return {type(own).__name__: getattr(own, own._name).tolist() for own in _own(optimizer)}
+
+
+def _own(optimizer: torch.optim.Optimizer) -> list[_OfMembers]:
+    return sorted(_of_members.get(optimizer, ()), key=lambda own: type(own).__name__)
 
 
 def keep_members(
@@ -386,10 +462,11 @@ def keep_members(
 ) -> None:
     """Leaves all but some members behind, in what the optimizer remembers.
 
-    The optimizer stays the same object, and so do its groups, schedulers, hooks and `MemberLearningRates`,
-    whose factors are those of the members that are kept. It does not touch parameters and gradients: take the
-    same members of them, before or after, by `p.data = p.data[indices]` and `p.grad = None`. The members that
-    are kept then train on bit for bit as they would have with the others beside them.
+    The optimizer stays the same object, and so do its groups, schedulers, hooks, `MemberLearningRates` and
+    `MemberWeightDecay`, whose numbers are those of the members that are kept. It does not touch parameters
+    and gradients: take the same members of them, before or after, by `p.data = p.data[indices]` and
+    `p.grad = None`. The members that are kept then train on bit for bit as they would have with the others
+    beside them.
 
     Args:
         optimizer: of stacked parameters `[E, ...]`, all of them; plain or `fused`.
@@ -420,14 +497,19 @@ def keep_members(
                     f"keep_members: state[{name!r}]: expected {ensemble_size} members first, got {got}"
                 )
             new.append((state, name, value[kept.to(value.device)]))
-    rates = list(_rates.get(optimizer, ()))
-    factors = [r.factors[kept.to(r.factors.device)] for r in rates if len(r.factors) == ensemble_size]
-    if len(factors) < len(rates):
-        raise ValueError(f"keep_members: factors: expected one for each of {ensemble_size} members")
+    numbers: list[tuple[_OfMembers, Tensor]] = []
+    for own in _own(optimizer):
+        present: Tensor = getattr(own, own._name)
+        if len(present) != ensemble_size:
+            raise ValueError(
+                f"keep_members: {own._name}: expected one for each of {ensemble_size} members, "
+                f"got {len(present)}"
+            )
+        numbers.append((own, present[kept.to(present.device)]))
     for state, name, value in new:
         state[name] = value
-    for of_members, those in zip(rates, factors, strict=True):
-        of_members.factors = those
+    for own, those in numbers:
+        setattr(own, own._name, those)
 
 
 def clip_member_grad_norm_(

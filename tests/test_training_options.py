@@ -16,7 +16,7 @@ from torch import Tensor
 from pyens import EnsembleMLP
 from pyens.losses import decorrelation_loss
 from pyens.nn import MaskedMLP, TabularEnsemble
-from pyens.optim import MemberLearningRates, fused
+from pyens.optim import MemberLearningRates, MemberWeightDecay, fused
 from pyens.training import Randomness, derive_seed, fit, member_seeds, oof_predictions
 from pyens.training.randomness import generator, partition, split_rows
 
@@ -34,6 +34,18 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
     return fused(torch.optim.Adam, parameters, lr=1e-2)
 
 
+def hyper(members: Any) -> Any:
+    """A learning rate and a weight decay for each member."""
+
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        made = adam(parameters)
+        MemberLearningRates(made, [0.5 + 0.1 * m for m in members])
+        MemberWeightDecay(made, [0.2 * m for m in members])
+        return made
+
+    return make
+
+
 def trained(members: Any = range(5), data: Any = None, model: Any = None, **options: Any) -> Any:
     """A model and its history. Members beside each other keep the seeds that they have alone."""
     model = EnsembleMLP(len(members), 4, [6, 5], 1, activation="silu") if model is None else model
@@ -47,7 +59,10 @@ def trained(members: Any = range(5), data: Any = None, model: Any = None, **opti
         "seeds": [SEEDS[m] for m in members],
         "progress": False,
     }
-    return model, fit(model, rows() if data is None else data, **(arguments | options))
+    arguments |= options
+    if arguments["optimizer"] == "of members":
+        arguments["optimizer"] = hyper(members)
+    return model, fit(model, rows() if data is None else data, **arguments)
 
 
 def assert_same(a: Any, b: Any) -> None:
@@ -199,7 +214,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "weights": [{}, {"sample_weight": torch.linspace(0, 2, N)}],
     "bootstrap": [{}, {"bootstrap": "poisson"}, {"bootstrap": "multinomial"}],
     "schedule": [{}, {"scheduler": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9)}],
-    "clip": [{}, {"clip_norm": 0.05}],
+    "clip": [{}, {"clip_norm": 0.05}, {"clip_value": 0.01, "clip_norm": 0.05}],
+    "parts": [{}, {"micro_batch_size": 10}],
+    "average": [{}, {"ema": 0.9}, {"swa_start": 1}],
+    "metrics": [{}, {"metrics": ["rmse"], "monitor": "rmse"}],
+    "precision": [{}, {"autocast": torch.bfloat16}],
+    "decay": [{}, {"optimizer": "of members"}],
     "stopping": [{}, STOPPING],
     "sources": [{}, {"randomness": Randomness(init=True, shuffle=True, jackknife=True)}],
 }
@@ -627,7 +647,7 @@ def test_a_checkpoint_that_cannot_be_taken_up_leaves_the_model_as_it_was(
     def refuse(*_: Any) -> None:
         raise ValueError("not this one")
 
-    monkeypatch.setattr("pyens.training._run.load_member_state", refuse)
+    monkeypatch.setattr("pyens.training.trainer.load_member_state", refuse)
     with pytest.raises(ValueError, match="not this one"):
         trained(model=model, checkpoint=path, **STOPPING)
     assert model.ensemble_size == 5

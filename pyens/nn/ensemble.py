@@ -105,7 +105,7 @@ class Ensemble(nn.Module):
             for i, tensor in enumerate(inputs):
                 if isinstance(tensor, Tensor):
                     check_tensor("loss", f"batch[{i}]", tensor)
-            inputs = [without_left_out(t, sample_weight, self.ensemble_size) for t in inputs]
+            inputs = self.without_left_out(inputs, sample_weight)
         output = self(*inputs, **options)
         check_tensor("loss", "output", output)
         if output.dim() != 3 or len(output) != self.ensemble_size:
@@ -115,6 +115,13 @@ class Ensemble(nn.Module):
             )
         _check_loss(output, target, loss, sample_weight)
         return mean_losses(lambda output: output, output, target, loss, temperature, sample_weight)
+
+    def without_left_out(self, inputs: Sequence[Any], sample_weight: Tensor) -> list[Any]:
+        """What `forward` is given instead of its arguments where rows have weight 0, whatever is in them.
+
+        Here zeros in floating point inputs; a class that looks rows up in tables also says which row of them.
+        """
+        return [_without_left_out(t, sample_weight, self.ensemble_size) for t in inputs]
 
     def check_inputs(self, *inputs: Tensor | None) -> None:
         """Raises a ValueError for values that `forward` would refuse; `fit` gives it all rows beforehand.
@@ -211,7 +218,7 @@ class Ensemble(nn.Module):
                 )
             copies = {id(self): chosen}
         for name, parameter in self.named_parameters():
-            if _is_held(parameter):
+            if is_held(parameter):
                 raise RuntimeError(
                     f"select_: expected no graph that waits for gradients, got one of {name}: of a loss that "
                     "was kept, or of DistributedDataParallel, which needs a new model by select"
@@ -340,7 +347,7 @@ def _walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]
             yield from _walk(child, f"{prefix}{name}.")
 
 
-def without_left_out(input: Any, weight: Tensor, ensemble_size: int) -> Any:
+def _without_left_out(input: Any, weight: Tensor, ensemble_size: int) -> Any:
     """A floating point input `[B, ...]` or `[E, B, ...]` with 0 where the weight `[B]` or `[E, B]` is 0."""
     if not isinstance(input, Tensor) or not input.is_floating_point() or weight.dim() not in (1, 2):
         return input
@@ -396,7 +403,7 @@ def _check_loss(output: Tensor, target: Tensor, loss: Loss, weight: Tensor | Non
             raise ValueError(f"loss: target: expected classes from 0 to {outputs - 1}, got one that is not")
 
 
-def _is_held(parameter: nn.Parameter) -> bool:
+def is_held(parameter: nn.Parameter) -> bool:
     """Whether somebody holds the node that adds to its gradient, which remembers the shape."""
     if not parameter.requires_grad:
         return False
@@ -408,6 +415,18 @@ def _is_held(parameter: nn.Parameter) -> bool:
     finally:
         node = None
         parameter.data = whole
+
+
+def renew_accumulator(parameter: nn.Parameter) -> None:
+    """Parts a parameter from the node that somebody holds, so that it may have another shape.
+
+    The graph that has the node still adds its gradients to the parameter. Hooks on the node are lost, those
+    of `register_hook` and `register_post_accumulate_grad_hook` stay.
+    """
+    whole = parameter.data
+    other = torch.float32 if whole.dtype == torch.float64 else torch.float64
+    parameter.grad, parameter.data = None, whole.new_empty(0, dtype=other)  # torch forgets it with the dtype
+    parameter.data = whole
 
 
 def parameters_of(module: nn.Module, names: Sequence[str]) -> list[Tensor]:

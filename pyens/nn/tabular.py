@@ -191,6 +191,13 @@ class TabularEnsemble(Ensemble):
             dropout_seeds=dropout_seeds,
         )
 
+    def without_left_out(self, inputs: Sequence[Any], sample_weight: Tensor) -> list[Any]:
+        """As in `Ensemble`; a row that is left out may have any category."""
+        categorical, *rest = inputs
+        if isinstance(categorical, Tensor):
+            categorical = self._known_where_unweighted(categorical, sample_weight)
+        return [categorical, *super().without_left_out(rest, sample_weight)]
+
     def _known_where_unweighted(self, categorical: Tensor, sample_weight: Tensor) -> Tensor:
         """`categorical` with some category in place of one out of range where all weights are 0."""
         rows = categorical.shape[-2:-1]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +42,16 @@ def model(model: nn.Module) -> int:
                 )
         model.select([0])  # members that stop leave the others by it: raises now if it cannot be
     return members
+
+
+def dense(model: nn.Module, clip_norm: float | None, clip_value: float | None) -> None:
+    for argument, value in (("clip_norm", clip_norm), ("clip_value", clip_value)):
+        if value is None:
+            continue
+        for module in model.modules():
+            if getattr(module, "sparse", False):
+                kind = type(module).__name__
+                raise ValueError(f"fit: {argument}: expected dense gradients, got those of a sparse {kind}")
 
 
 def tensors(argument: str, data: Any) -> None:
@@ -135,3 +148,17 @@ def jackknife(
             f"got {list(chosen)}"
         )
     return groups, chosen
+
+
+def name_of(function: Any) -> str | None:
+    if function is None or isinstance(function, str):
+        return function
+    return getattr(function, "__qualname__", type(function).__name__)
+
+
+def warn(message: str) -> None:
+    """Warns whoever called into this folder."""
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(os.path.dirname(__file__)):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

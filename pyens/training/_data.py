@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,14 +46,15 @@ def as_tensors(
         tensors.append(tensor)
     if said:
         named = ", ".join(said[:4]) + f" and {len(said) - 4} more" * (len(said) > 4)
-        warnings.warn(f"fit: {named}: float64, cast to {dtype} once", stacklevel=5)
+        _checks.warn(f"fit: {named}: float64, cast to {dtype} once")
     return tuple(tensors)
 
 
 def _tensor(given: Any, device: torch.device) -> Any:
     if hasattr(given, "to_numpy"):
         given = given.to_numpy()
-    if isinstance(given, np.ndarray) and given.dtype.kind in "bifu":
+    if isinstance(given, np.ndarray) and given.dtype.kind in "bifu" and given.dtype.itemsize <= 8:
+        given = given.astype(given.dtype.newbyteorder("="), copy=False)
         # A copy where torch could not own it: a view with negative strides, or one that is not writable.
         shared = given.flags.writeable and all(stride >= 0 for stride in given.strides)
         return torch.from_numpy(given if shared else given.copy()).to(device)
@@ -146,3 +146,42 @@ def check_weights(
         raise ValueError(f"fit: sample_weight: expected a training row with weight above 0, got none{who}")
     checked: Tensor = weight
     return checked
+
+
+def check_validation(validation: Any, rows: int) -> float | Tensor | Any:
+    """A share, bool `[N]` of the rows that are meant, or rows of their own, which `as_tensors` takes."""
+    if isinstance(validation, (int, float)):
+        if not 0 <= validation < 1:
+            raise ValueError(
+                f"fit: validation: expected a share in [0, 1), indices of rows, or rows, got {validation}"
+            )
+        return float(validation)
+    index = None if isinstance(validation, (tuple, list)) else _tensor(validation, torch.device("cpu"))
+    if not isinstance(index, Tensor) or index.dim() != 1 or index.is_floating_point():
+        _checks.tensors("validation", validation)
+        return validation
+    index = index.cpu()
+    if index.dtype == torch.bool:
+        if len(index) != rows:
+            raise ValueError(f"fit: validation: expected a mask of {rows} rows, got {len(index)}")
+        return index
+    if len(index) == 0 or index.min() < 0 or index.max() >= rows:
+        got = f"{int(index.min())} to {int(index.max())}" if len(index) else "none"
+        raise ValueError(f"fit: validation: expected rows from 0 to {rows - 1}, got {got}")
+    mask = torch.zeros(rows, dtype=torch.bool)
+    mask[index.long()] = True
+    return mask
+
+
+def check_groups(groups: Any, rows: int) -> Tensor | None:
+    """int64 `[N]`: `groups` numbered from 0, or None."""
+    if groups is None:
+        return None
+    if isinstance(groups, Tensor):
+        groups = groups.cpu().numpy()
+    values = np.asarray(groups)
+    if values.shape != (rows,):
+        raise ValueError(f"fit: groups: expected one for each of {rows} rows, got shape {list(values.shape)}")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ValueError("fit: groups: expected no NaN or Inf, got one")
+    return torch.from_numpy(np.unique(values, return_inverse=True)[1].astype(np.int64))

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pyens._files import only_writer
+import torch
+
 from pyens._types import Bootstrap, Loss
 from pyens.nn import Ensemble
-from pyens.training import _checks
-from pyens.training import checkpoint as checkpoints
-from pyens.training._run import LossFunction, MakeOptimizer, MakeScheduler, Penalty, Run
+from pyens.training.callbacks import Callback, Progress
 from pyens.training.history import History
+from pyens.training.metrics import Metric, Mode
 from pyens.training.randomness import Randomness
+from pyens.training.trainer import LossFunction, MakeOptimizer, MakeScheduler, Penalty, Trainer
 
 
 def fit(
@@ -30,22 +28,34 @@ def fit(
     scheduler: MakeScheduler | None = None,
     schedule: Literal["epoch", "step"] = "epoch",
     clip_norm: float | None = None,
+    clip_value: float | None = None,
     penalty: Penalty | None = None,
+    micro_batch_size: int | None = None,
+    autocast: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    ema: float | None = None,
+    swa_start: int | None = None,
     sample_weight: Any = None,
     bootstrap: Bootstrap | None = None,
     randomness: Randomness | None = None,
     seed: int = 0,
     seeds: Sequence[int] | None = None,
+    groups: Any = None,
     jackknife_groups: int | None = None,
     left_out: Sequence[int] | None = None,
     temperature: float = 1.0,
-    validation: float | Sequence[Any] = 0.05,
+    validation: Any = 0.05,
+    metrics: Sequence[str] | Mapping[str, Metric] = (),
     early_stopping: int | None = None,
+    monitor: str = "loss",
+    mode: Mode | None = None,
+    min_delta: float = 0.0,
+    callbacks: Sequence[Callback | Callable[[Progress], Any]] = (),
     own_data: bool = False,
     check: bool = True,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 1,
-    progress: bool = True,
+    progress: bool | Literal["bar", "lines"] = True,
 ) -> History:
     r"""Trains all members of an ensemble together, each as if it were alone.
 
@@ -62,7 +72,7 @@ def fit(
             for a `TabularEnsemble` `(categorical, numeric, target)`, None for what it does without. Tensors
             on the model's device, numpy arrays, columns or frames of pandas. Floating point numbers become
             the parameters' dtype, once (float64 with a warning), smaller integers and bools int64; a target
-            of             mse, bce or gaussian_nll becomes floating point, and `[N, 1]` where it is `[N]`.
+            of mse, bce or gaussian_nll becomes floating point, and `[N, 1]` where it is `[N]`.
         loss: one of those of `pyens.ops.ensemble_mlp_loss`; or a function of the outputs `[E, B, K]` and the
             target that gives `[E, B]` or, without weights, `[E]`. Each member minimises its own mean loss.
         temperature: of cross_entropy.
@@ -76,10 +86,23 @@ def fit(
         epochs: the most any member trains for.
         batch_size: examples of a step for each member; the last batch of an epoch may be smaller.
         optimizer: makes an optimizer of the parameters, `lambda p: pyens.optim.fused(torch.optim.Adam, p)`.
-            Called once. Members that stop leave it and the model in place, see `Ensemble.select_`.
+            Called once. Members that stop leave it and the model in place, see `Ensemble.select_`. It may
+            give several that share the parameters out, such as SparseAdam for the tables of a sparse
+            `TabularEnsemble` beside Adam for the rest; a schedule is then made for each.
         scheduler: makes a schedule of `torch.optim.lr_scheduler` of that optimizer; stepped after every
             epoch, or after every step where `schedule` says so, and resumed from a checkpoint.
         clip_norm: each member's gradient is scaled down to this norm, over all of its parameters.
+        clip_value: each number of a gradient is brought into [-clip_value, clip_value], before `clip_norm`.
+        micro_batch_size: a step's batch is computed in parts of at most so many rows, whose gradients add up
+            to the whole's but for rounding ("gradient accumulation"). What `penalty`, or a `loss` that gives
+            `[E]`, makes of each part counts by its rows.
+        autocast: torch.bfloat16 or torch.float16, in which the model is computed (`torch.autocast`); the
+            parameters stay as they are.
+        scaler: a `torch.amp.GradScaler`, for float16. It has one scale for all members, and leaves a step out
+            for all where one overflows: the one option besides `penalty` that lets members depend on others.
+        ema: the decay of a moving average of each member's weights over the steps. It is what validation
+            looks at, and what the members have in the end.
+        swa_start: the epoch from which on the weights after each epoch are averaged evenly, likewise.
         randomness: the sources of randomness. If given, `model.reset_parameters` is called first: with
             `seeds` under R, else with `seed` for all members. None keeps the weights the model has, and every
             member shuffles.
@@ -88,14 +111,26 @@ def fit(
         seeds: one per member, feeds its weights (R), its order (S) and its dropout, which a model with
             dropout has under every setting. None derives them from `seed`, member m's the same however many
             members there are.
+        groups: `[N]`, numbers or names: rows of one group (a patient, a user) stay together, on one side of
+            the validation share, and in one jackknife group.
         jackknife_groups: under J into how many groups, equal to within one row, the training rows fall; None:
             ensemble_size.
         left_out: under J the group that each member leaves out; None: m.
         validation: the share of the rows, drawn by `seed` and the same for all members, that nobody trains
-            on; or other rows, as `data`. 0: none.
-        early_stopping: after how many epochs without a lower validation loss a member stops; it then costs
-            nothing more. Every member ends with the weights of its best epoch. None: all epochs, and the
-            weights of the last.
+            on; or which rows, int indices or a bool mask `[N]`, as scikit-learn's splitters give them (by
+            time: `validation=when >= cutoff`); or other rows, as `data`. 0: none.
+        metrics: what is measured of each member on the validation rows after every epoch, and kept in the
+            history. Names, for the named losses: accuracy, auroc, brier_score, expected_calibration_error and
+            nll (cross_entropy, bce), r_squared and rmse (mse, gaussian_nll), all of `pyens.metrics`. Or a
+            dict of functions of one member's outputs `[B, K]` and the target that give a number. Rows with
+            weight 0 are left out, all others count once.
+        early_stopping: after how many epochs without a better value of `monitor` a member stops; it then
+            costs nothing more. Every member ends with the weights of its best epoch. None: all epochs, and
+            the weights of the last.
+        monitor: the validation "loss", or one of the metrics.
+        mode: whether lower ("min") or higher ("max") is better, for a metric of one's own.
+        min_delta: by how much a value must be better to count.
+        callbacks: see `pyens.training.Callback`; a function of the progress is called after each epoch.
         check: whether all values are looked at before the first step: numbers finite, classes and categories
             in range. False saves a pass over data that is known to be good.
         own_data: whether every member has rows of its own, the same number: all tensors of `data` (and
@@ -107,13 +142,16 @@ def fit(
             may be larger; of functions (`loss`, `penalty`) only the names are compared. Only one run at a
             time may use it.
         checkpoint_every: epochs between two checkpoints; there is always one at the end.
-        progress: a bar with mean and spread of the members' losses, where tqdm is installed.
+        progress: a bar with mean and spread of the members' losses, where tqdm is installed; "lines": a line
+            for each epoch on the error output. False: nothing.
 
     A member whose loss or parameters become NaN or infinite is frozen with its last good weights (those of
     its best epoch so far under early stopping) and reported by a warning; it changes no bit of the others.
 
     While members have left, `model.ensemble_size` is that of the others; whatever ends the run, Ctrl-C too,
     leaves the model whole, with each member's weights as far as they had come.
+
+    This is `Trainer(model, ...).fit(data, ...)`; a `Trainer` can also make single steps.
 
     Returns:
         The losses of every member in every epoch.
@@ -125,93 +163,44 @@ def fit(
     Source: "Beyond Point Estimate", section on randomness; definitions in `Randomness`. Without S one fixed
     seeded permutation serves all members in all epochs.
     """
-    _checks.count("epochs", epochs)
-    _checks.count("checkpoint_every", checkpoint_every)
-    if schedule not in ("epoch", "step"):
-        raise ValueError(f"fit: schedule: expected 'epoch' or 'step', got {schedule!r}")
-    path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and not path.parent.is_dir():
-        raise ValueError(f"fit: checkpoint: expected a file in a folder that exists, got {path}")
-    with nullcontext() if path is None else only_writer(path, "fit: checkpoint"):
-        run = Run(
-            model,
-            data,
-            loss=loss,
-            penalty=penalty,
-            temperature=temperature,
-            sample_weight=sample_weight,
-            bootstrap=bootstrap,
-            batch_size=batch_size,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            schedule_steps=schedule == "step",
-            clip_norm=clip_norm,
-            randomness=randomness,
-            seed=seed,
-            seeds=seeds,
-            groups=jackknife_groups,
-            left_out=left_out,
-            validation=validation,
-            early_stopping=early_stopping,
-            own_data=own_data,
-            check=check,
-        )
-        described = {} if path is None else run.describe()
-        saved = None if path is None else checkpoints.load(path, described)
-        if saved is not None:
-            try:
-                run.check(saved)
-            except Exception as error:
-                raise ValueError(
-                    f"fit: checkpoint: {path}: expected the state of such a run, got {error}"
-                ) from error
-            if saved["epoch"] > epochs:
-                raise ValueError(
-                    f"fit: epochs: expected at least the {saved['epoch']} of {path}, got {epochs}"
-                )
-        run.start(saved)
-        first = run.epoch
-        try:
-            with _bar(progress, epochs - first, run.steps) as bar:
-                for epoch in range(first, epochs):
-                    if not run.active:
-                        break
-                    run.train(bar.update)
-                    run.end_epoch()
-                    bar.set_postfix_str(run.summary())
-                    if path is not None and (epoch + 1) % checkpoint_every == 0:
-                        checkpoints.save(path, described, run.state())
-            if path is not None and run.epoch > first and run.epoch % checkpoint_every != 0:
-                checkpoints.save(path, described, run.state())
-        except BaseException:
-            run.restore()
-            raise
-        return run.finish()
-
-
-@contextmanager
-def _bar(progress: bool, epochs: int, steps: int) -> Iterator[Any]:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        if progress:
-            _say_once("fit: no bar of its progress without tqdm: pip install tqdm, or progress=False")
-        progress = False
-    if not progress:
-        yield _NoBar()
-        return
-    with tqdm(total=max(0, epochs) * steps, unit="step") as bar:
-        yield bar
-
-
-@cache
-def _say_once(message: str) -> None:
-    warnings.warn(message, stacklevel=5)
-
-
-class _NoBar:
-    def update(self) -> None:
-        pass
-
-    def set_postfix_str(self, text: str) -> None:
-        pass
+    trainer = Trainer(
+        model,
+        loss=loss,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        schedule=schedule,
+        penalty=penalty,
+        temperature=temperature,
+        clip_norm=clip_norm,
+        clip_value=clip_value,
+        micro_batch_size=micro_batch_size,
+        autocast=autocast,
+        scaler=scaler,
+        ema=ema,
+        swa_start=swa_start,
+        seed=seed,
+        seeds=seeds,
+    )
+    return trainer.fit(
+        data,
+        epochs=epochs,
+        batch_size=batch_size,
+        sample_weight=sample_weight,
+        bootstrap=bootstrap,
+        randomness=randomness,
+        groups=groups,
+        jackknife_groups=jackknife_groups,
+        left_out=left_out,
+        validation=validation,
+        metrics=metrics,
+        early_stopping=early_stopping,
+        monitor=monitor,
+        mode=mode,
+        min_delta=min_delta,
+        callbacks=callbacks,
+        own_data=own_data,
+        check=check,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        progress=progress,
+    )

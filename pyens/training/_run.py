@@ -1,108 +1,91 @@
-"""The state of a training run, and what an epoch does to it."""
+"""Training over rows that there are, epoch by epoch: who meets what, who is judged how, who stops."""
 
 from __future__ import annotations
 
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyens._types import Bootstrap, Loss
+from pyens._types import Bootstrap
 from pyens.nn import Ensemble
-from pyens.nn.ensemble import check_temperature, without_left_out
-from pyens.optim import clip_member_grad_norm_, keep_members, load_member_state, member_state
-from pyens.reference.ensemble_mlp_loss import LOSSES, mean_losses, weighted_mean
 from pyens.training import _checks, _data
 from pyens.training import checkpoint as checkpoints
+from pyens.training import metrics as measures
+from pyens.training._bar import bar
+from pyens.training.callbacks import Callback, Progress, call
 from pyens.training.history import DIVERGED, FINISHED, RUNNING, STATUS, STOPPED, History
-from pyens.training.randomness import Order, Randomness, generator, member_seeds, partition, split_rows
+from pyens.training.randomness import Order, Randomness, generator, partition, split_rows
 
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-MakeScheduler = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
-# Outputs [E, B, K] and target -> losses [E, B] or [E].
-LossFunction = Callable[[Tensor, Tensor], Tensor]
-Penalty = Callable[[Tensor], Tensor]  # outputs -> [E], or one number for all members
+if TYPE_CHECKING:
+    from pyens.training.trainer import Trainer
 
 
 class Run:
-    """A run between two epochs. `active` are the members that still train, in the order of `model`'s."""
+    """A run between two epochs. `active` are the members that still train, in the order of the model's."""
 
     def __init__(
         self,
-        model: Ensemble,
+        trainer: Trainer,
         data: Sequence[Any],
         *,
-        loss: Loss | LossFunction,
-        penalty: Penalty | None,
-        temperature: float,
+        batch_size: int,
         sample_weight: Any,
         bootstrap: Bootstrap | None,
-        batch_size: int,
-        optimizer: MakeOptimizer,
-        scheduler: MakeScheduler | None,
-        schedule_steps: bool,
-        clip_norm: float | None,
         randomness: Randomness | None,
-        seed: int,
-        seeds: Sequence[int] | None,
-        groups: int | None,
+        groups: Any,
+        jackknife_groups: int | None,
         left_out: Sequence[int] | None,
-        validation: float | Sequence[Any],
+        validation: Any,
+        metrics: Sequence[str] | Mapping[str, measures.Metric],
         early_stopping: int | None,
+        monitor: str,
+        mode: measures.Mode | None,
+        min_delta: float,
+        callbacks: Sequence[Callback | Callable[[Progress], Any]],
         own_data: bool,
         check: bool,
     ) -> None:
+        model, loss, device = trainer.model, trainer.loss, trainer.device
         members = _checks.model(model)
-        if not (loss in LOSSES if isinstance(loss, str) else callable(loss)):
-            raise ValueError(
-                f"fit: loss: expected one of {', '.join(LOSSES)}, got {loss!r}, which is no function either"
-            )
-        check_temperature("fit", loss, temperature)  # type: ignore[arg-type]
         if bootstrap not in (None, *get_args(Bootstrap)):
             raise ValueError(
                 f"fit: bootstrap: expected one of {', '.join(get_args(Bootstrap))}, got {bootstrap!r}"
             )
-        if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"fit: clip_norm: expected a positive number, got {clip_norm}")
+        _checks.dense(model, trainer.clip_norm, trainer.clip_value)
         owners, axis = members if own_data else None, int(own_data)
-        device, dtype = _checks.home(model)
-        data = _data.as_tensors("data", data, dtype, loss, device)
+        data = _data.as_tensors("data", data, trainer.dtype, loss, device)
         rows = _checks.data("data", data, members=owners)
         data = _data.as_targets(data, loss, axis)
         _checks.count("batch_size", batch_size)
         sources = randomness or Randomness(shuffle=True)
-        own_seeds = member_seeds(seed, members) if seeds is None else [int(s) for s in seeds]
-        if len(own_seeds) != members:
-            raise ValueError(f"fit: seeds: expected one for each of {members} members, got {len(own_seeds)}")
         if model.shares_parameters and sources.init:
             raise ValueError("fit: randomness: expected no R for members that share their parameters, got it")
-        self.groups, self.left_out = _checks.jackknife(sources, members, groups, left_out)
+        self.parts, self.left_out = _checks.jackknife(sources, members, jackknife_groups, left_out)
 
-        self.model = model
-        self.active = list(range(members))
-        self.data, self.rows, self.device = data, rows, device
-        double = any(p.dtype == torch.float64 for p in model.parameters())
-        self.dtype = torch.float64 if double else torch.float32  # of weights and losses
-        self.own_data = own_data
-        self.loss, self.penalty, self.temperature, self.batch_size = loss, penalty, temperature, batch_size
-        self.schedule_steps, self.clip_norm = schedule_steps, clip_norm
-        self.randomness, self.seed = randomness, seed
+        self.trainer, self.model = trainer, model
+        trainer.members = list(range(members))
+        self.data, self.rows, self.device, self.axis = data, rows, device, axis
+        self.batch_size, self.randomness = batch_size, randomness
         self.patience = early_stopping
-        share = validation if isinstance(validation, (int, float)) else 0.0
-        if not 0 <= share < 1:
-            raise ValueError(f"fit: validation: expected a share in [0, 1) or tensors, got {validation}")
-        training, held_out = split_rows(rows, share, seed)
+        chosen = _data.check_validation(validation, rows)
+        share = chosen if isinstance(chosen, float) else 0.0
+        held = chosen if isinstance(chosen, Tensor) else None
+        together = _data.check_groups(groups, rows)
+        training, held_out = split_rows(rows, share, trainer.seed, together, held)
         if len(training) == 0:
-            raise ValueError(f"fit: data: expected rows beside the validation rows, got {rows} in all")
+            of = "" if groups is None else f" and {int(together.max()) + 1} groups"  # type: ignore[union-attr]
+            raise ValueError(f"fit: data: expected rows beside the validation rows, got {rows} in all{of}")
         weight = _data.check_weights(sample_weight, members, rows, training, device)
         self.validation_weight = None
-        if isinstance(validation, (int, float)):
+        self.validation: tuple[Tensor | None, ...]
+        if isinstance(chosen, (float, Tensor)):
             self.validation = tuple(
                 None if t is None else t.index_select(axis, held_out.to(t.device)) for t in data
             )
@@ -110,50 +93,62 @@ class Run:
             if weight is not None:
                 self.validation_weight = weight.index_select(-1, held_out.to(device))
         else:
-            given = _data.as_tensors("validation", validation, dtype, loss, device)
+            given = _data.as_tensors("validation", chosen, trainer.dtype, loss, device)
             self.validation_rows = _checks.data("validation", given, members=owners)
             self.validation = _data.as_targets(given, loss, axis)
             _checks.alike("validation", self.validation, data, axis)
         if check:
-            with _mode(model, training=False):
+            with training_mode(model, False):
                 _data.check_values("data", data, model, loss, axis, weight)
-                if not isinstance(validation, (int, float)) and self.validation_rows > 0:
+                if not isinstance(chosen, (float, Tensor)):
                     _data.check_values("validation", self.validation, model, loss, axis, None)
         if early_stopping is not None:
             _checks.count("early_stopping", early_stopping)
             if self.validation_rows == 0:
                 raise ValueError("fit: early_stopping: expected validation rows, got none")
-        in_group = None
-        if sources.jackknife:
-            if self.groups > len(training):
-                raise ValueError(
-                    f"fit: jackknife_groups: expected at most the {len(training)} training rows, "
-                    f"got {self.groups}"
+        self.metrics = measures.resolve(metrics, loss, trainer.temperature)
+        self.metric_names = list(self.metrics)
+        if self.metrics and self.validation_rows == 0:
+            raise ValueError("fit: metrics: expected validation rows, got none")
+        self.monitor = monitor
+        self.direction = measures.direction(metrics, monitor, mode)  # 1: lower is better, -1: higher
+        if not 0 <= min_delta < math.inf:
+            raise ValueError(f"fit: min_delta: expected a number from 0, got {min_delta}")
+        self.min_delta = min_delta
+        for i, callback in enumerate(callbacks):
+            if not isinstance(callback, Callback) and not callable(callback):
+                raise TypeError(
+                    f"fit: callbacks[{i}]: expected a Callback or a function of the progress, "
+                    f"got a {type(callback).__name__}"
                 )
-            in_group = partition(training, rows, self.groups, seed)
-        self.order = Order(training, tuple(own_seeds), sources.shuffle, in_group, self.left_out)
+        self.callbacks = list(callbacks)
+        in_part = None
+        if sources.jackknife:
+            units, what = len(training), "training rows"
+            if together is not None:
+                units, what = len(together[training.long()].unique()), "groups of training rows"
+            if self.parts > units:
+                raise ValueError(
+                    f"fit: jackknife_groups: expected at most the {units} {what}, got {self.parts}"
+                )
+            in_part = partition(training, rows, self.parts, trainer.seed, together)
+        self.order = Order(training, tuple(trainer.seeds), sources.shuffle, in_part, self.left_out)
         self.steps = math.ceil(len(training) / batch_size)
         self.bootstrap, self.weight = bootstrap, weight
         if bootstrap is not None:
-            counts = torch.stack([_resampled(bootstrap, training, rows, own) for own in own_seeds]).to(device)
+            counts = torch.stack([_resampled(bootstrap, training, rows, own) for own in trainer.seeds])
+            counts = counts.to(device)
             self.weight = counts.double() if weight is None else weight * counts
         self._check_members_have_rows()
+        trainer.begin()
         # What the optimizer begins with; a schedule changes it, and so does nobody else.
-        self.optimizer = optimizer(model.parameters())
-        if not isinstance(self.optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                f"fit: optimizer: expected a function that gives an optimizer of the parameters, "
-                f"got a {type(self.optimizer).__name__} from it"
-            )
-        self.optimizer_at_first = _described(self.optimizer)
-        self.scheduler = None if scheduler is None else scheduler(self.optimizer)
-        _checks.scheduler(self.scheduler, self.optimizer)
+        self.described_at_first = trainer.describe()
         # Whatever the model refuses, before anything is changed.
-        with torch.no_grad(), _mode(model, training=False):
+        with torch.no_grad(), training_mode(model, False):
             first = self._first_row()
             try:
                 with torch.enable_grad():
-                    losses = self._losses(self._batch(data, first), penalty=self.penalty)
+                    losses = trainer.losses(self._batch(data, first), penalty=trainer.penalty)
                 if not losses.requires_grad and any(p.requires_grad for p in model.parameters()):
                     raise ValueError("a loss with a gradient was expected, got one without")
             except (TypeError, ValueError) as error:
@@ -164,6 +159,8 @@ class Run:
                     f"fit: data: expected rows that {type(model).__name__}.loss takes, got tensors of shapes "
                     f"{shapes}{more}, of whose first row alone it says: {error}"
                 ) from error
+            if self.metrics:
+                self._measure()
 
     def _check_members_have_rows(self) -> None:
         """That weights, draws and groups together leave each member rows to train on and to be judged by."""
@@ -194,29 +191,69 @@ class Run:
     def describe(self) -> dict[str, Any]:
         """What another run must have in common with this one to go on from its checkpoint."""
         arguments = {
-            "model": str(self.model),
+            **self.described_at_first,
             "parameters": {name: list(p.shape) for name, p in self.model.named_parameters()},
             "buffers": {
                 name: checkpoints.describe_tensor(buffer) for name, buffer in self.model.named_buffers()
             },
-            "loss": _name(self.loss),
-            "penalty": _name(self.penalty),
-            "temperature": self.temperature,
-            "optimizer": self.optimizer_at_first,
-            "scheduler": None if self.scheduler is None else type(self.scheduler).__name__,
-            "schedule_steps": self.schedule_steps,
-            "clip_norm": self.clip_norm,
             "bootstrap": self.bootstrap,
             "weights": None if self.weight is None else checkpoints.describe_tensor(self.weight),
             "batch_size": self.batch_size,
             "randomness": None if self.randomness is None else self.randomness.code,
-            "seed": self.seed,
-            "seeds": list(self.order.seeds),
-            "jackknife_groups": self.groups,
+            "jackknife_groups": self.parts,
             "left_out": list(self.left_out),
+            "training rows": checkpoints.describe_tensor(self.order.rows),
+            "parts": None if self.order.groups is None else checkpoints.describe_tensor(self.order.groups),
+            "metrics": self.metric_names,
             "early_stopping": self.patience,
+            "monitor": [self.monitor, self.direction, self.min_delta],
         }
         return checkpoints.describe(arguments, self.data, self.validation)
+
+    def through(
+        self, epochs: int, path: Path | None, every: int, progress: bool | Literal["bar", "lines"]
+    ) -> History:
+        """All epochs, with checkpoints, callbacks and a bar."""
+        described = {} if path is None else self.describe()
+        saved = None if path is None else checkpoints.load(path, described)
+        if saved is not None:
+            try:
+                self.check(saved)
+            except Exception as error:
+                raise ValueError(
+                    f"fit: checkpoint: {path}: expected the state of such a run, got {error}"
+                ) from error
+            if saved["epoch"] > epochs:
+                raise ValueError(
+                    f"fit: epochs: expected at least the {saved['epoch']} of {path}, got {epochs}"
+                )
+        self.start(saved)
+        first, seen = self.epoch, Progress(self)
+        try:
+            self._call("on_fit_begin", seen)
+            self._stop_those()
+            with bar(progress, epochs - first, self.steps) as shown:
+                for epoch in range(first, epochs):
+                    if not self.active:
+                        break
+                    self.train(shown.update, seen)
+                    self.end_epoch()
+                    self._call("on_epoch_end", seen)
+                    self._stop_those()
+                    shown.epoch(epoch, self.summary())
+                    if path is not None and (epoch + 1) % every == 0:
+                        checkpoints.save(path, described, self.state())
+            if path is not None and self.epoch > first and self.epoch % every != 0:
+                checkpoints.save(path, described, self.state())
+            self.status[self.status == RUNNING] = FINISHED
+            self.restore()
+            self._call("on_fit_end", seen)
+        except BaseException:
+            self.restore()
+            raise
+        finally:
+            self.trainer.history = self.history()
+        return self.trainer.history
 
     # --------------------------------------------------------------------------------------------------------
     # Beginning and end
@@ -225,15 +262,18 @@ class Run:
         """Begins the run, or takes it up where it was saved."""
         members = self.model.ensemble_size
         if saved is None and self.randomness is not None:
-            own = self.randomness.init
-            self.model.reset_parameters(list(self.order.seeds) if own else [self.seed] * members)
-        self.epoch = 0
+            seeds = self.trainer.seeds if self.randomness.init else [self.trainer.seed] * members
+            self.model.reset_parameters(list(seeds))
+        self.epoch, self.current, self.step = 0, -1, -1
         self.losses: list[np.ndarray] = []  # of each epoch [2, E]: train, validation
+        self.metric_values: list[np.ndarray] = []  # of each epoch [metrics, E]
         self.seconds: list[float] = []  # of each epoch
         self.rates: list[float] = []  # of each epoch, of the optimizer's first group
-        self.best = np.full(members, np.inf)
+        self.best = np.full(members, np.inf)  # of what is monitored, its sign such that lower is better
         self.best_epoch = np.full(members, -1)
         self.status = np.full(members, RUNNING)
+        self.to_stop: set[int] = set()
+        self.step_loss = torch.empty(0)
         self.kept = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.initial = saved["initial"] if saved is not None else _described_all(self.kept)
         self.whole = [
@@ -247,25 +287,31 @@ class Run:
         if saved is None:
             return
         self.epoch = saved["epoch"]
-        self.active = saved["active"]
+        self.current = self.epoch - 1
         self.losses = list(saved["losses"].numpy())
+        self.metric_values = list(saved["metrics"].numpy())
         self.seconds, self.rates = list(saved["seconds"]), list(saved["rates"])
         self.best, self.best_epoch = saved["best"].numpy(), saved["best_epoch"].numpy()
         self.status = saved["status"].numpy()
-        if self.active:
-            try:
-                if len(self.active) < members:
-                    self._leave_all_but(self.active)
-                _copy(self.model, saved["parameters"])
-                load_member_state(self.optimizer, saved["optimizer"])
-                for group, options in zip(self.optimizer.param_groups, saved["options"], strict=True):
-                    group.update(options)
-                if self.scheduler is not None:
-                    self.scheduler.load_state_dict(saved["scheduler"])
-            except BaseException:
-                self.restore()  # as it was given
-                raise
+        try:
+            if active := saved["active"]:
+                if len(active) < members:
+                    self.trainer.keep(active)
+                copy_into(self.model, saved["parameters"])
+                self.trainer.load_state(saved["trainer"])
+            else:
+                self.trainer.members = []
+            for callback, state in zip(self._remembering(), saved["callbacks"], strict=True):
+                callback.load_state_dict(state)
+        except BaseException:
+            self.restore()  # as it was given
+            raise
         self.kept = {name: t.to(self.device) for name, t in saved["kept"].items()}
+
+    @property
+    def active(self) -> list[int]:
+        """Who trains on."""
+        return self.trainer.members
 
     def check(self, saved: dict[str, Any]) -> None:
         """Refuses what `state` cannot have made, before any of it is used.
@@ -287,6 +333,7 @@ class Run:
         _require(len(saved["seconds"]) == epoch and all(s >= 0 for s in saved["seconds"]), "other seconds")
         for name, shape, dtype in (
             ("losses", (epoch, 2, members), torch.float64),
+            ("metrics", (epoch, len(self.metrics), members), torch.float64),
             ("best", (members,), torch.float64),
             ("best_epoch", (members,), torch.int64),
             ("status", (members,), torch.int64),
@@ -308,12 +355,8 @@ class Run:
                 if trained.any():
                     known = tensor if shared else tensor[trained]
                     _require(known.isfinite().all(), f"{group}[{name!r}] with NaN or Inf")
-        options = saved["options"]
-        own_options = [_options(group) for group in self.optimizer.param_groups]
-        same = [set(a) for a in own_options] == [set(b) for b in options]
-        _require(same, "options of another optimizer")
-        states = saved["optimizer"]
-        _require(isinstance(states, list) and all(isinstance(s, dict) for s in states), "another optimizer")
+        self.trainer.check_state(saved["trainer"])
+        _require(len(saved["callbacks"]) == len(self._remembering()), "other callbacks")
 
     def state(self) -> dict[str, Any]:
         """What `start` takes."""
@@ -321,6 +364,7 @@ class Run:
             "epoch": self.epoch,
             "active": self.active,
             "losses": torch.from_numpy(np.stack(self.losses)),
+            "metrics": torch.from_numpy(np.stack(self.metric_values)),
             "seconds": self.seconds,
             "rates": self.rates,
             "best": torch.from_numpy(self.best),
@@ -329,27 +373,27 @@ class Run:
             "kept": self.kept,
             "initial": self.initial,
             "parameters": {name: p.detach() for name, p in self.model.named_parameters()},
-            "optimizer": member_state(self.optimizer),
-            "options": [_options(group) for group in self.optimizer.param_groups],
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "trainer": self.trainer.state(),
+            "callbacks": [callback.state_dict() for callback in self._remembering()],
         }
 
-    def finish(self) -> History:
-        """Gives the model the weights that were kept."""
-        self.restore()
-        self.status[self.status == RUNNING] = FINISHED
-        train, validation = np.stack(self.losses, 1) if self.losses else np.empty((2, 0, len(self.status)))
-        status = tuple(STATUS[status] for status in self.status)
+    def history(self) -> History:
+        """Of the epochs so far."""
+        members, epochs = len(self.status), len(self.seconds)  # whole ones: seconds are noted last
+        train, validation = np.reshape(self.losses[:epochs], (epochs, 2, members)).swapaxes(0, 1)
+        shape = epochs, len(self.metrics), members
+        values = np.reshape(self.metric_values[:epochs], shape).swapaxes(0, 1)
         return History(
             train,
             validation,
-            self.best_epoch,
-            status,
+            self.best_epoch.copy(),
+            tuple(STATUS[status] for status in self.status),
             np.array(self.seconds),
-            np.array(self.rates),
+            np.array(self.rates[:epochs]),
             self._groups().numpy(),
-            np.array(self.left_out) if self.left_out else np.full(len(self.status), -2),
+            np.array(self.left_out) if self.left_out else np.full(members, -2),
             None if self.weight is None else (self.weight > 0).cpu().numpy(),
+            dict(zip(self.metric_names, values, strict=True)),
         )
 
     def _groups(self) -> Tensor:
@@ -361,7 +405,10 @@ class Run:
         return groups
 
     def restore(self) -> None:
-        """Brings back the members that have left: the model whole, with the weights that were kept."""
+        """Brings back the members that have left: the model whole, with the weights that were kept.
+
+        What the optimizers remember is of those who stayed, so they are given up.
+        """
         for ensemble, ensemble_size in self.whole:
             ensemble.ensemble_size = ensemble_size
         for module, name, buffer in self.buffers:
@@ -369,105 +416,151 @@ class Run:
         for name, parameter in self.model.named_parameters():
             if parameter.shape != self.kept[name].shape:
                 parameter.grad, parameter.data = None, torch.empty_like(self.kept[name])
-        _copy(self.model, self.kept)
+        copy_into(self.model, self.kept)
+        self.trainer.optimizers, self.trainer.schedulers = [], []
+        self.trainer.members = list(range(self.model.ensemble_size))
+
+    def _remembering(self) -> list[Any]:
+        """The callbacks with a state."""
+        return [callback for callback in self.callbacks if hasattr(callback, "load_state_dict")]
+
+    def _call(self, name: str, progress: Progress) -> None:
+        call(self.callbacks, name, progress)
 
     # --------------------------------------------------------------------------------------------------------
     # An epoch
 
-    def train(self, advance: Callable[[], Any]) -> None:
+    def train(self, advance: Callable[[], Any], seen: Progress) -> None:
         """One pass over the training rows."""
         self.begun = time.perf_counter()
-        device, members = self.device, self.active
+        trainer, device, members = self.trainer, self.device, self.active
+        self.current = self.epoch
         order = self.order.epoch(self.epoch, members)
-        seeds = self._dropout_seeds()
+        seeds = trainer.dropout_seeds("dropout", self.epoch, self.steps) if self.model.dropout else None
         total, weighed = torch.zeros(2, len(members), dtype=torch.float64, device=device)
-        with _mode(self.model, training=True):
+        with training_mode(self.model, True):
             for step, rows in enumerate(order.split(self.batch_size, dim=-1)):
                 weights = self._weights(rows)
-                losses = self._losses(
+                losses = trainer.step_on(
                     self._batch(self.data, rows.to(device)),
-                    sample_weight=None if weights is None else weights.to(self.dtype),
-                    penalty=self.penalty,
-                    **({} if seeds is None else {"dropout_seeds": seeds[step]}),
+                    weight=None if weights is None else weights.to(trainer.real),
+                    seeds=None if seeds is None else seeds[step],
+                    axis=max(rows.dim() - 1, self.axis),
                 )
-                self.optimizer.zero_grad()
-                losses.sum().backward()
-                if self.clip_norm is not None:
-                    clip_member_grad_norm_(self._trained, self.clip_norm)
-                self.optimizer.step()
-                if self.scheduler is not None and self.schedule_steps:
-                    self.scheduler.step()
                 share = rows.shape[-1] if weights is None else weights.sum(-1)
-                total += losses.detach() * share
+                total += losses * share
                 weighed += share
                 advance()
-        self.rates.append(float(self.optimizer.param_groups[0]["lr"]))
-        if self.scheduler is not None and not self.schedule_steps:
-            self.scheduler.step()
+                if self.callbacks:
+                    self.step, self.step_loss = step, losses
+                    self._call("on_step_end", seen)
+        self.rates.append(trainer.learning_rate)
+        trainer.end_epoch(self.epoch)
         self.train_loss = (total / weighed).cpu().numpy()
 
-    @torch.no_grad()
     def end_epoch(self) -> None:
         """Validation after an epoch: who is best now, who stops, who has diverged."""
         members, active = len(self.status), np.array(self.active)
         losses = np.full((2, members), np.nan)
         losses[0, active] = self.train_loss
+        values = np.full((len(self.metrics), members), np.nan)
         healthy = np.isfinite(self.train_loss) & self._finite()
-        if self.validation_rows > 0:
-            losses[1, active] = validation = self._validate()
-            healthy &= np.isfinite(validation)
-        if self.model.shares_parameters:
-            healthy[:] = healthy.all()
-        improved = healthy.copy()
-        if self.validation_rows > 0:
+        with torch.no_grad(), self.trainer.averaged():
+            if self.validation_rows > 0:
+                losses[1, active] = watched = self._validate()
+                healthy &= np.isfinite(watched)
+                if self.metrics:
+                    values[:, active] = self._measure()
+                if self.monitor != "loss":
+                    watched = self.direction * values[self.metric_names.index(self.monitor), active]
             if self.model.shares_parameters:
-                validation = np.full_like(validation, validation.mean())
-            if self.patience is not None:
-                improved &= validation < self.best[active]
-            self.best[active[improved]] = validation[improved]
-        self.losses.append(losses)
-        self.best_epoch[active[improved]] = self.epoch
-        self._keep(improved)
+                healthy[:] = healthy.all()
+            improved = healthy.copy()
+            if self.validation_rows > 0:
+                if self.model.shares_parameters:
+                    watched = np.full_like(watched, watched.mean())
+                if self.patience is not None:
+                    improved &= watched < self.best[active] - self.min_delta
+                self.best[active[improved]] = watched[improved]
+            self.losses.append(losses)
+            self.metric_values.append(values)
+            self.best_epoch[active[improved]] = self.epoch
+            self._keep(improved)
         self.status[active[~healthy]] = DIVERGED
         if not healthy.all():
-            warnings.warn(
+            _checks.warn(
                 f"fit: members {active[~healthy].tolist()} diverged in epoch {self.epoch}: they keep their "
-                f"last good weights, the others go on",
-                stacklevel=3,
+                f"last good weights, the others go on"
             )
         if self.patience is not None:
             patient = self.epoch - self.best_epoch[active] < self.patience
             self.status[active[healthy & ~patient]] = STOPPED
         self.epoch += 1
-        stay = self.status[active] == RUNNING
-        if not stay.all():
-            self._go_on_with(np.flatnonzero(stay))
+        self._leave()
         self.seconds.append(time.perf_counter() - self.begun)
 
+    def _leave(self) -> None:
+        """Leaves behind whoever no longer runs."""
+        stay = np.flatnonzero(self.status[self.active] == RUNNING).tolist()
+        if not stay:
+            self.trainer.members = []
+        elif len(stay) < len(self.active):
+            self.trainer.keep(stay)
+
+    def _stop_those(self) -> None:
+        """Whom a callback has asked to stop."""
+        leaving = [m for m in self.active if m in self.to_stop]
+        if self.model.shares_parameters and leaving:
+            leaving = list(self.active)
+        self.to_stop.clear()
+        if leaving:
+            self.status[leaving] = STOPPED
+            self._leave()
+
     def summary(self) -> str:
-        """Losses of the last epoch, over the members that trained in it, for the progress bar."""
+        """Losses and metrics of the last epoch, over the members that trained in it."""
         texts = []
-        for name, losses in zip(("train", "validation"), self.losses[-1], strict=True):
-            losses = losses[np.isfinite(losses)]
-            if len(losses) > 0:
-                texts.append(f"{name} {losses.mean():.4f} ± {losses.std():.4f}")
+        shown = dict(zip(("train", "validation"), self.losses[-1], strict=True))
+        shown |= zip(self.metric_names, self.metric_values[-1], strict=True)
+        for name, values in shown.items():
+            values = values[np.isfinite(values)]
+            if len(values) > 0:
+                texts.append(f"{name} {values.mean():.4f} ± {values.std():.4f}")
         return ", ".join([*texts, f"{len(self.active)} members"])
 
     def _validate(self) -> np.ndarray:
         """Each member's mean loss over the validation rows, float64."""
         total, weighed = torch.zeros(2, len(self.active), dtype=torch.float64)
-        weight = self.validation_weight
-        if weight is not None and weight.dim() == 2:
-            weight = weight[self.active]
-        with _mode(self.model, training=False):
+        weight = self._own_validation_weight()
+        with training_mode(self.model, False):
             for rows in torch.arange(self.validation_rows, device=self.device).split(self.batch_size):
-                own = None if weight is None else weight[..., rows].to(self.dtype)
-                losses = self._losses(self._batch(self.validation, rows), sample_weight=own)
+                own = None if weight is None else weight[..., rows].to(self.trainer.real)
+                losses = self.trainer.losses(self._batch(self.validation, rows), weight=own)
                 share = len(rows) if own is None else own.sum(-1).cpu()
                 total += losses.double().cpu() * share
                 weighed += share
         means: np.ndarray = (total / weighed).numpy()
         return means
+
+    def _measure(self) -> np.ndarray:
+        """float64 `[metrics, active]`: the metrics of each member on the validation rows."""
+        outputs = []
+        weight = self._own_validation_weight()
+        for rows in torch.arange(self.validation_rows, device=self.device).split(self.batch_size):
+            inputs: Sequence[Any] = self._batch(self.validation, rows)[:-1]
+            if weight is not None:
+                inputs = self.model.without_left_out(inputs, weight[..., rows])
+            outputs.append(self.trainer.outputs(inputs))
+        target = self.validation[-1]
+        assert target is not None
+        if self.axis:
+            target = target[torch.tensor(self.active, device=target.device)]
+        present = None if weight is None else weight > 0
+        return measures.evaluate(self.metrics, torch.cat(outputs, 1), target, bool(self.axis), present)
+
+    def _own_validation_weight(self) -> Tensor | None:
+        weight = self.validation_weight
+        return weight[self.active] if weight is not None and weight.dim() == 2 else weight
 
     def _weights(self, rows: Tensor) -> Tensor | None:
         """What these rows, `[B]` or `[E, B]`, weigh for the active members, in one of these shapes."""
@@ -483,69 +576,10 @@ class Run:
 
     def _batch(self, tensors: Sequence[Tensor | None], rows: Tensor) -> list[Tensor | None]:
         """These rows, `[B]` or `[E, B]`, of each tensor, for the active members."""
-        if not self.own_data:
+        if not self.axis:
             return _rows(tensors, rows)
         owners = torch.tensor(self.active, device=rows.device).unsqueeze(1)
         return [None if t is None else t[owners, rows.long()] for t in tensors]
-
-    def _losses(
-        self,
-        batch: Sequence[Tensor | None],
-        *,
-        sample_weight: Tensor | None = None,
-        penalty: Penalty | None = None,
-        **options: Any,
-    ) -> Tensor:
-        """Each active member's loss `[E]`."""
-        loss, members = self.loss, len(self.active)
-        if isinstance(loss, str) and penalty is None:
-            if loss == "cross_entropy":
-                options["temperature"] = self.temperature
-            return self.model.loss(*batch, loss=loss, sample_weight=sample_weight, **options)  # type: ignore[arg-type]
-        *inputs, target = batch
-        if sample_weight is not None:
-            inputs = [without_left_out(t, sample_weight, members) for t in inputs]
-        output = self.model(*inputs, **options)
-        if isinstance(loss, str):
-            assert target is not None
-            losses = mean_losses(lambda x: x, output, target, loss, self.temperature, sample_weight)
-        else:
-            losses = self._reduced(loss(output, target), output, sample_weight)  # type: ignore[arg-type]
-        if penalty is None:
-            return losses
-        added = penalty(output)
-        if not isinstance(added, Tensor) or added.shape not in ((), (members,)):
-            raise ValueError(
-                f"fit: penalty: expected [{members}] or one number, got {_form(added)} from {_name(penalty)}"
-            )
-        return losses + (added / members if added.dim() == 0 else added)  # of one number, each its share
-
-    def _reduced(self, losses: Tensor, output: Tensor, weight: Tensor | None) -> Tensor:
-        members, rows = output.shape[:2]
-        form = f"[{members}, {rows}]" + f" or [{members}]" * (weight is None)
-        if isinstance(losses, Tensor) and losses.shape == (members, rows):
-            if weight is None:
-                return losses.mean(-1)
-            return weighted_mean(losses, weight)
-        if isinstance(losses, Tensor) and losses.shape == (members,) and weight is None:
-            return losses
-        raise ValueError(f"fit: loss: expected {form}, got {_form(losses)} from {_name(self.loss)}")
-
-    @property
-    def _trained(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
-
-    def _dropout_seeds(self) -> Tensor | None:
-        """int64 `[steps, members]` for this epoch; None for a model without dropout."""
-        if not self.model.dropout:
-            return None
-        drawn = [
-            torch.randint(
-                2**62, (self.steps,), generator=generator(self.order.seeds[m], "dropout", self.epoch)
-            )
-            for m in self.active
-        ]
-        return torch.stack(drawn, 1).to(self.device)
 
     def _finite(self) -> np.ndarray:
         """bool, of each active member: whether it has no NaN or infinite parameter."""
@@ -564,19 +598,6 @@ class Run:
         members = torch.tensor(self.active, device=places.device)[places]
         for name, parameter in self.model.named_parameters():
             self.kept[name][members] = parameter.detach()[places]
-
-    def _go_on_with(self, places: np.ndarray) -> None:
-        """Leaves all but some of the active members behind, with what the optimizer remembers of them."""
-        self.active = [self.active[place] for place in places]
-        if not self.active:
-            return
-        self._leave_all_but(places.tolist())
-
-    def _leave_all_but(self, places: list[int]) -> None:
-        """In place: the parameters stay the objects that optimizer, schedule, hooks and user hold."""
-        members = self.model.ensemble_size
-        keep_members(self.optimizer, places, members)
-        self.model.select_(places)
 
 
 def _require(condition: bool | Tensor, otherwise: str) -> None:
@@ -606,37 +627,14 @@ def _described_all(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: checkpoints.describe_tensor(tensor) for name, tensor in tensors.items()}
 
 
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name != "params"}
-
-
-def _described(optimizer: torch.optim.Optimizer) -> str:
-    """Its kind and the options of its groups."""
-    groups = [
-        {name: float(v) if isinstance(v, Tensor) else v for name, v in _options(group).items()}
-        for group in optimizer.param_groups
-    ]
-    return f"{type(optimizer).__name__} {groups}"
-
-
-def _name(function: Any) -> str | None:
-    if function is None or isinstance(function, str):
-        return function
-    return getattr(function, "__qualname__", type(function).__name__)
-
-
-def _form(value: Any) -> str:
-    return f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
 @torch.no_grad()
-def _copy(model: nn.Module, parameters: dict[str, Tensor]) -> None:
+def copy_into(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
         parameter.copy_(parameters[name])
 
 
 @contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
     was = model.training
     model.train(training)
     try:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyens import _files
 
-FORMAT = "pyens.training 2"
+FORMAT = "pyens.training 3"
 
 
 def describe(

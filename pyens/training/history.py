@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ class History:
     row_group: np.ndarray  # int32 [N], the jackknife group of each row of the data, 0 without; -1: validation
     left_out: np.ndarray  # int64 [E], the group that each member left out; -2: none
     weighed: np.ndarray | None  # bool [E, N] or [N], whether a row had a weight above 0; None: all had
+    metrics: Mapping[str, np.ndarray] = field(default_factory=dict)  # float64 [epochs, E], after the epoch
 
     def __repr__(self) -> str:
         counts = {status: self.status.count(status) for status in STATUS if status in self.status}
@@ -72,18 +74,18 @@ class History:
             self.row_group,
             self.left_out[[i]],
             self.weighed[[i]] if self.weighed is not None and self.weighed.ndim == 2 else self.weighed,
+            {name: values[:epochs, [i]] for name, values in self.metrics.items()},
         )
 
     def to_csv(self, path: str | Path) -> None:
         """Writes a line per epoch and member that trained in it, atomically."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["epoch", "member", "train_loss", "validation_loss"])
+        columns = {"train_loss": self.train_loss, "validation_loss": self.validation_loss, **self.metrics}
+        writer.writerow(["epoch", "member", *columns])
         for epoch, member in zip(*np.nonzero(~np.isnan(self.train_loss)), strict=True):
-            losses = self.train_loss[epoch, member], self.validation_loss[epoch, member]
-            writer.writerow(
-                [epoch, member, *("" if np.isnan(loss) else repr(float(loss)) for loss in losses)]
-            )
+            values = [float(column[epoch, member]) for column in columns.values()]
+            writer.writerow([epoch, member, *("" if np.isnan(value) else repr(value) for value in values)])
         write_atomically(path, text.getvalue().encode())
 
 

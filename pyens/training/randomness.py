@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -100,19 +101,52 @@ class Order:
         return (groups != left_out.unsqueeze(1)).float()
 
 
-def split_rows(rows: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Training rows in an order drawn from the seed, and validation rows: `share` of all, at least one."""
-    drawn = torch.randperm(rows, generator=generator(seed, "validation"))
-    held_out = max(1, round(share * rows)) if share > 0 else 0
-    training = drawn[held_out:]
+def split_rows(
+    rows: int, share: float, seed: int, groups: Tensor | None = None, held_out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Training rows in an order drawn from the seed, and validation rows: `share` of all, at least one.
+
+    Args:
+        groups: int64 `[N]`. Rows of one group are on one side: groups are drawn until they have the share.
+        held_out: bool `[N]`, the validation rows where the caller has chosen them.
+    """
+    if held_out is not None:
+        training, validation = (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
+    elif groups is not None and share > 0:
+        number, sizes = groups.unique(return_inverse=True, return_counts=True)[1:]
+        drawn = torch.randperm(len(sizes), generator=generator(seed, "validation"))
+        before = sizes[drawn].cumsum(0) - sizes[drawn]
+        chosen = torch.zeros(len(sizes), dtype=torch.bool)
+        chosen[drawn[before < max(1, round(share * rows))]] = True
+        return split_rows(rows, share, seed, held_out=chosen[number])
+    else:
+        drawn = torch.randperm(rows, generator=generator(seed, "validation"))
+        count = max(1, round(share * rows)) if share > 0 else 0
+        training, validation = drawn[count:], drawn[:count].sort().values
     order = torch.randperm(len(training), generator=generator(seed, "order"))
-    return training[order].int(), drawn[:held_out].sort().values
+    return training[order].int(), validation
 
 
-def partition(rows: Tensor, total: int, groups: int, seed: int) -> Tensor:
-    """int32 `[total]`: the group of each of `rows`, drawn at random and of equal sizes but for 1; -1 for the
-    others."""
-    group = torch.full((total,), -1, dtype=torch.int32)
-    drawn = torch.randperm(len(rows), generator=generator(seed, "groups"))
-    group[rows[drawn]] = torch.arange(len(rows), dtype=torch.int32) % groups
-    return group
+def partition(rows: Tensor, total: int, parts: int, seed: int, groups: Tensor | None = None) -> Tensor:
+    """int32 `[total]`: the part of each of `rows`, drawn at random and of equal sizes but for 1; -1 for the
+    others.
+
+    With `groups`, int64 `[total]`, rows of one group are in one part: the largest group first, each to the
+    part that has least; groups of one size in an order that is drawn.
+    """
+    part = torch.full((total,), -1, dtype=torch.int32)
+    if groups is None:
+        drawn = torch.randperm(len(rows), generator=generator(seed, "groups"))
+        part[rows[drawn]] = torch.arange(len(rows), dtype=torch.int32) % parts
+        return part
+    number, sizes = groups[rows.long()].unique(return_inverse=True, return_counts=True)[1:]
+    drawn = torch.randperm(len(sizes), generator=generator(seed, "groups"))
+    largest_first = drawn[sizes[drawn].argsort(descending=True, stable=True)].tolist()
+    filled = [(0, i) for i in range(parts)]
+    of_group = torch.empty(len(sizes), dtype=torch.int32)
+    for group in largest_first:
+        size, least = heapq.heappop(filled)
+        of_group[group] = least
+        heapq.heappush(filled, (size + int(sizes[group]), least))
+    part[rows.long()] = of_group[number]
+    return part

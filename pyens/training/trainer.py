@@ -1,0 +1,506 @@
+"""How an ensemble learns from a batch: losses, gradients, clipping, an optimizer's step, averaged weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pyens._files import only_writer
+from pyens._types import Bootstrap, Loss
+from pyens.nn import Ensemble
+from pyens.nn.ensemble import check_temperature, is_held, renew_accumulator
+from pyens.optim import (
+    clip_member_grad_norm_,
+    keep_members,
+    load_member_state,
+    member_options,
+    member_state,
+)
+from pyens.reference.ensemble_mlp_loss import LOSSES, mean_losses, weighted_mean
+from pyens.training import _checks
+from pyens.training._run import Run, copy_into, training_mode
+from pyens.training.callbacks import Callback, Progress
+from pyens.training.history import History
+from pyens.training.metrics import Metric, Mode
+from pyens.training.randomness import Randomness, generator, member_seeds
+
+# An optimizer of the parameters, or several that share them out.
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer | Sequence[torch.optim.Optimizer]]
+MakeScheduler = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+# Outputs [E, B, K] and target -> losses [E, B] or [E].
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+Penalty = Callable[[Tensor], Tensor]  # outputs -> [E], or one number for all members
+
+
+class Trainer:
+    r"""A model with all that makes it learn. `fit` trains over rows that there are, `step` on one batch.
+
+        trainer = Trainer(model, loss="mse", optimizer=lambda p: torch.optim.Adam(p, lr=1e-2))
+        history = trainer.fit((x, y), epochs=20, batch_size=64)   # as pyens.training.fit
+        losses = trainer.step(x, y)                               # one step of a loop of one's own, [E]
+
+    Args: as `pyens.training.fit`, which documents them.
+
+    Attributes:
+        model: the ensemble. While members have left, it is that of the others.
+        members: the members that still train, in the order of the model's.
+        optimizers: what `optimizer` made; each `fit` makes them anew, and so does the first `step` after it.
+        history: of the last `fit`, also where it was interrupted; None before.
+    """
+
+    def __init__(
+        self,
+        model: Ensemble,
+        *,
+        loss: Loss | LossFunction,
+        optimizer: MakeOptimizer,
+        scheduler: MakeScheduler | None = None,
+        schedule: Literal["epoch", "step"] = "epoch",
+        penalty: Penalty | None = None,
+        temperature: float = 1.0,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        micro_batch_size: int | None = None,
+        autocast: torch.dtype | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        ema: float | None = None,
+        swa_start: int | None = None,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+    ) -> None:
+        members = _checks.model(model)
+        if not (loss in LOSSES if isinstance(loss, str) else callable(loss)):
+            raise ValueError(
+                f"fit: loss: expected one of {', '.join(LOSSES)}, got {loss!r}, which is no function either"
+            )
+        check_temperature("fit", loss, temperature)  # type: ignore[arg-type]
+        if schedule not in ("epoch", "step"):
+            raise ValueError(f"fit: schedule: expected 'epoch' or 'step', got {schedule!r}")
+        for argument, value in (("clip_norm", clip_norm), ("clip_value", clip_value)):
+            if value is not None and not value > 0:
+                raise ValueError(f"fit: {argument}: expected a positive number, got {value}")
+        if micro_batch_size is not None:
+            _checks.count("micro_batch_size", micro_batch_size)
+        if autocast not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"fit: autocast: expected torch.bfloat16 or torch.float16, got {autocast}")
+        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+            raise TypeError(f"fit: scaler: expected a torch.amp.GradScaler, got a {type(scaler).__name__}")
+        if ema is not None and not 0 < ema < 1:
+            raise ValueError(f"fit: ema: expected a decay between 0 and 1, got {ema}")
+        if swa_start is not None and (not isinstance(swa_start, int) or swa_start < 0):
+            raise ValueError(f"fit: swa_start: expected an epoch from 0, got {swa_start!r}")
+        if ema is not None and swa_start is not None:
+            raise ValueError(f"fit: swa_start: expected None beside ema, got {swa_start}")
+        own_seeds = member_seeds(seed, members) if seeds is None else [int(s) for s in seeds]
+        if len(own_seeds) != members:
+            raise ValueError(f"fit: seeds: expected one for each of {members} members, got {len(own_seeds)}")
+        self.model = model
+        self.members = list(range(members))
+        self.loss, self.penalty, self.temperature = loss, penalty, temperature
+        self.schedule, self.clip_norm, self.clip_value = schedule, clip_norm, clip_value
+        self.micro_batch_size = micro_batch_size
+        self.autocast, self.scaler, self.ema, self.swa_start = autocast, scaler, ema, swa_start
+        self.seed, self.seeds = seed, own_seeds
+        self.device, self.dtype = _checks.home(model)
+        double = any(p.dtype == torch.float64 for p in model.parameters())
+        self.real = torch.float64 if double else torch.float32  # of weights and losses
+        self.history: History | None = None
+        self._make_optimizer, self._make_scheduler = optimizer, scheduler
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.schedulers: list[torch.optim.lr_scheduler.LRScheduler] = []
+        self._averages: dict[str, Tensor] = {}  # of the weights, by ema or swa_start; empty: none yet
+        self._averaged = 0  # how many are in them
+        self._steps = 0  # of `step`
+
+    # --------------------------------------------------------------------------------------------------------
+    # For users
+
+    def fit(
+        self,
+        data: Sequence[Any],
+        *,
+        epochs: int,
+        batch_size: int,
+        sample_weight: Any = None,
+        bootstrap: Bootstrap | None = None,
+        randomness: Randomness | None = None,
+        groups: Any = None,
+        jackknife_groups: int | None = None,
+        left_out: Sequence[int] | None = None,
+        validation: Any = 0.05,
+        metrics: Sequence[str] | Mapping[str, Metric] = (),
+        early_stopping: int | None = None,
+        monitor: str = "loss",
+        mode: Mode | None = None,
+        min_delta: float = 0.0,
+        callbacks: Sequence[Callback | Callable[[Progress], Any]] = (),
+        own_data: bool = False,
+        check: bool = True,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int = 1,
+        progress: bool | Literal["bar", "lines"] = True,
+    ) -> History:
+        """Trains from the start, for `epochs` passes over `data`: see `pyens.training.fit`."""
+        _checks.count("epochs", epochs)
+        _checks.count("checkpoint_every", checkpoint_every)
+        if progress not in (True, False, "bar", "lines"):
+            raise ValueError(f"fit: progress: expected True, False, 'bar' or 'lines', got {progress!r}")
+        path = None if checkpoint is None else Path(checkpoint)
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"fit: checkpoint: expected a file in a folder that exists, got {path}")
+        with nullcontext() if path is None else only_writer(path, "fit: checkpoint"):
+            run = Run(
+                self,
+                data,
+                batch_size=batch_size,
+                sample_weight=sample_weight,
+                bootstrap=bootstrap,
+                randomness=randomness,
+                groups=groups,
+                jackknife_groups=jackknife_groups,
+                left_out=left_out,
+                validation=validation,
+                metrics=metrics,
+                early_stopping=early_stopping,
+                monitor=monitor,
+                mode=mode,
+                min_delta=min_delta,
+                callbacks=callbacks,
+                own_data=own_data,
+                check=check,
+            )
+            return run.through(epochs, path, checkpoint_every, progress)
+
+    def step(self, *batch: Tensor | None, sample_weight: Tensor | None = None) -> Tensor:
+        """One step of all members on one batch, in training mode: a loop of one's own is made of these.
+
+        Args:
+            batch: what `model.loss` takes, the target last: `[B, ...]`, or `[E, B, ...]` for all of them.
+            sample_weight: `[B]` or `[E, B]`.
+
+        Returns:
+            Each member's loss before the step, `[E]`.
+
+        Dropout draws from the members' `seeds` and the number of steps so far. A schedule is stepped here
+        where `schedule` is "step"; at the end of an epoch it is for the caller, by `trainer.schedulers`.
+        """
+        if not self.optimizers:
+            self.begin()
+        if len(batch) < 2 or batch[-1] is None:
+            raise ValueError(
+                f"Trainer.step: batch: expected what {type(self.model).__name__}.loss takes, the target "
+                f"last, got {len(batch)} arguments"
+            )
+        seeds = None
+        if self.model.dropout:
+            seeds = self.dropout_seeds("dropout of step", self._steps, 1)[0]
+        with training_mode(self.model, True):
+            losses = self.step_on(batch, weight=sample_weight, seeds=seeds)
+        self._steps += 1
+        return losses
+
+    # --------------------------------------------------------------------------------------------------------
+    # For a run
+
+    def begin(self) -> None:
+        """Makes optimizers and schedules anew; changes nothing of the model."""
+        made: Any = self._make_optimizer(self.model.parameters())
+        optimizers = list(made) if isinstance(made, (list, tuple)) else [made]
+        for optimizer in optimizers:
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                raise TypeError(
+                    f"fit: optimizer: expected a function that gives an optimizer of the parameters, "
+                    f"got a {type(optimizer).__name__} from it"
+                )
+        schedulers = []
+        if self._make_scheduler is not None:
+            for optimizer in optimizers:
+                schedulers.append(self._make_scheduler(optimizer))
+                _checks.scheduler(schedulers[-1], optimizer)
+        if not optimizers:
+            raise ValueError("fit: optimizer: expected one at least, got none")
+        self.optimizers, self.schedulers = optimizers, schedulers
+        self._averages, self._averaged = {}, 0
+
+    def losses(
+        self,
+        batch: Sequence[Tensor | None],
+        *,
+        weight: Tensor | None = None,
+        penalty: Penalty | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Each member's loss `[E]`, with what `penalty` adds."""
+        with self._precision():
+            loss = self.loss
+            if isinstance(loss, str) and penalty is None:
+                options |= self._loss_options() | {"loss": loss, "sample_weight": weight}
+                return self.model.loss(*batch, **options)  # type: ignore[arg-type]
+            *inputs, target = batch
+            if weight is not None:
+                inputs = self.model.without_left_out(inputs, weight)
+            output = self.model(*inputs, **options)
+            if isinstance(loss, str):
+                assert target is not None
+                losses = mean_losses(lambda x: x, output, target, loss, self.temperature, weight)
+            else:
+                losses = self._reduced(loss(output, target), output, weight)  # type: ignore[arg-type]
+            if penalty is None:
+                return losses
+            added = penalty(output)
+            members = len(self.members)
+            if not isinstance(added, Tensor) or added.shape not in ((), (members,)):
+                raise ValueError(
+                    f"fit: penalty: expected [{members}] or one number, got {_form(added)} from "
+                    f"{_checks.name_of(penalty)}"
+                )
+            return losses + (added / members if added.dim() == 0 else added)  # of one number, each its share
+
+    def outputs(self, inputs: Sequence[Tensor | None]) -> Tensor:
+        """`[E, B, K]` in evaluation, without a gradient."""
+        with torch.no_grad(), training_mode(self.model, False), self._precision():
+            output: Tensor = self.model(*inputs)
+        return output
+
+    def step_on(
+        self, batch: Sequence[Tensor | None], *, weight: Tensor | None, seeds: Tensor | None, axis: int = 0
+    ) -> Tensor:
+        """A step on a batch whose rows are along `axis`; each member's loss before it, `[E]`."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        total: Tensor | None = None
+        for part, own, share, drawn in self._parts(batch, axis, weight, seeds):
+            options = {} if drawn is None else {"dropout_seeds": drawn}
+            losses = self.losses(part, weight=own, penalty=self.penalty, **options)
+            if share is not None:
+                losses = losses * share
+            loss = losses.sum()
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            total = losses.detach() if total is None else total + losses.detach()
+        assert total is not None
+        self._clip()
+        for optimizer in self.optimizers:
+            if self.scaler is None:
+                optimizer.step()
+            else:
+                self.scaler.step(optimizer)
+        if self.scaler is not None:
+            self.scaler.update()
+        if self.schedule == "step":
+            for scheduler in self.schedulers:
+                scheduler.step()
+        if self.ema is not None:
+            self._add_to_averages(1 - self.ema)
+        return total
+
+    def end_epoch(self, epoch: int) -> None:
+        """What follows the last step of an epoch: schedules of epochs, and the average of epochs."""
+        if self.schedule == "epoch":
+            for scheduler in self.schedulers:
+                scheduler.step()
+        if self.swa_start is not None and epoch >= self.swa_start:
+            self._add_to_averages(1 / (self._averaged + 1))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model with its averaged weights, where there are any."""
+        if not self._averages:
+            yield
+            return
+        parameters = dict(self.model.named_parameters())
+        own = {name: p.detach().clone() for name, p in parameters.items()}
+        try:
+            copy_into(self.model, self._averages)
+            yield
+        finally:
+            copy_into(self.model, own)
+
+    def keep(self, places: list[int]) -> None:
+        """Leaves all but some members behind, in place: the parameters stay the objects that all hold."""
+        members = self.model.ensemble_size
+        for optimizer in self.optimizers:
+            keep_members(optimizer, places, members)
+        for name, average in self._averages.items():
+            if not self.model.shares_parameters:
+                self._averages[name] = average[places]
+        for parameter in self.model.parameters():
+            if is_held(parameter):  # by a loss that somebody kept: its graph stays with what it saw
+                renew_accumulator(parameter)
+        self.model.select_(places)
+        self.members = [self.members[place] for place in places]
+
+    def dropout_seeds(self, purpose: str, number: int, steps: int) -> Tensor:
+        """int64 `[steps, members]`."""
+        drawn = [
+            torch.randint(2**62, (steps,), generator=generator(self.seeds[m], purpose, number))
+            for m in self.members
+        ]
+        return torch.stack(drawn, 1).to(self.device)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the first group of the first optimizer."""
+        return float(self.optimizers[0].param_groups[0]["lr"])
+
+    def describe(self) -> dict[str, Any]:
+        """What another run must have in common with this one to go on from its checkpoint."""
+        return {
+            "model": str(self.model),
+            "loss": _checks.name_of(self.loss),
+            "penalty": _checks.name_of(self.penalty),
+            "temperature": self.temperature,
+            "optimizer": [_described(optimizer) for optimizer in self.optimizers],
+            "scheduler": [type(scheduler).__name__ for scheduler in self.schedulers],
+            "schedule": self.schedule,
+            "clip_norm": self.clip_norm,
+            "clip_value": self.clip_value,
+            "micro_batch_size": self.micro_batch_size,
+            "autocast": str(self.autocast),
+            "scaler": None if self.scaler is None else type(self.scaler).__name__,
+            "ema": self.ema,
+            "swa_start": self.swa_start,
+            "seed": self.seed,
+            "seeds": list(self.seeds),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What `load_state` takes: of optimizers, schedules, scaler and averages."""
+        return {
+            "optimizer": [member_state(optimizer) for optimizer in self.optimizers],
+            "options": [[_options(g) for g in optimizer.param_groups] for optimizer in self.optimizers],
+            "scheduler": [scheduler.state_dict() for scheduler in self.schedulers],
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "averages": self._averages,
+            "averaged": self._averaged,
+        }
+
+    def check_state(self, saved: Mapping[str, Any]) -> None:
+        """Refuses what `state` cannot have made, before any of it is used."""
+        own = [[set(_options(g)) for g in optimizer.param_groups] for optimizer in self.optimizers]
+        there = [[set(options) for options in groups] for groups in saved["options"]]
+        states = saved["optimizer"]
+        fits = isinstance(states, list) and len(states) == len(self.optimizers)
+        if own != there:
+            raise ValueError("options of another optimizer")
+        if not fits or not all(isinstance(s, dict) for of_one in states for s in of_one):
+            raise ValueError("another optimizer")
+        parameters = dict(self.model.named_parameters())
+        averages = saved["averages"]
+        if not set(averages) <= set(parameters) or type(saved["averaged"]) is not int:
+            raise ValueError("averages of other names")
+        for name, average in averages.items():
+            if average.shape[1:] != parameters[name].shape[1:] or not average.isfinite().all():
+                raise ValueError(f"averages[{name!r}] of another form")
+
+    def load_state(self, saved: Mapping[str, Any]) -> None:
+        """Takes up what `state` gave, for the members that there are now."""
+        for optimizer, state, options in zip(
+            self.optimizers, saved["optimizer"], saved["options"], strict=True
+        ):
+            load_member_state(optimizer, state)
+            for group, own in zip(optimizer.param_groups, options, strict=True):
+                group.update(own)
+        for scheduler, state in zip(self.schedulers, saved["scheduler"], strict=True):
+            scheduler.load_state_dict(state)
+        if self.scaler is not None:
+            self.scaler.load_state_dict(saved["scaler"])
+        self._averages = {name: t.to(self.device) for name, t in saved["averages"].items()}
+        self._averaged = saved["averaged"]
+
+    # --------------------------------------------------------------------------------------------------------
+    # Parts of a step
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
+
+    def _loss_options(self) -> dict[str, Any]:
+        return {"temperature": self.temperature} if self.loss == "cross_entropy" else {}
+
+    def _reduced(self, losses: Any, output: Tensor, weight: Tensor | None) -> Tensor:
+        members, rows = output.shape[:2]
+        form = f"[{members}, {rows}]" + f" or [{members}]" * (weight is None)
+        if isinstance(losses, Tensor) and losses.shape == (members, rows):
+            return losses.mean(-1) if weight is None else weighted_mean(losses, weight)
+        if isinstance(losses, Tensor) and losses.shape == (members,) and weight is None:
+            return losses
+        raise ValueError(f"fit: loss: expected {form}, got {_form(losses)} from {_checks.name_of(self.loss)}")
+
+    def _parts(
+        self, batch: Sequence[Tensor | None], axis: int, weight: Tensor | None, seeds: Tensor | None
+    ) -> Iterator[tuple[Sequence[Tensor | None], Tensor | None, Tensor | float | None, Tensor | None]]:
+        """Parts of at most `micro_batch_size` rows: rows, weights, what they count of the whole, seeds."""
+        size, target = self.micro_batch_size, batch[-1]
+        assert target is not None
+        rows = target.shape[axis]
+        if size is None or rows <= size:
+            yield batch, weight, None, seeds
+            return
+        whole = None if weight is None else weight.sum(-1, dtype=torch.float64)
+        for i, start in enumerate(range(0, rows, size)):
+            length = min(size, rows - start)
+            part = [None if t is None else t.narrow(axis, start, length) for t in batch]
+            # Which units a row drops follows from the seed and its place in what is computed at once.
+            drawn = None if seeds is None else seeds ^ derived_mask(i)
+            if weight is None or whole is None:
+                yield part, None, length / rows, drawn
+                continue
+            own = weight.narrow(-1, start, length)
+            share = own.sum(-1, dtype=torch.float64) / torch.where(whole > 0, whole, 1)
+            yield part, own, share.to(self.real), drawn
+
+    def _clip(self) -> None:
+        if self.clip_norm is None and self.clip_value is None:
+            return
+        if self.scaler is not None:
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
+        parameters = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
+        if self.clip_value is not None:
+            nn.utils.clip_grad_value_(parameters, self.clip_value)
+        if self.clip_norm is not None:
+            clip_member_grad_norm_(parameters, self.clip_norm)
+
+    @torch.no_grad()
+    def _add_to_averages(self, share: float) -> None:
+        """average <- average + share * (weights - average), each rounded by itself, in float32 at least."""
+        parameters = dict(self.model.named_parameters())
+        self._averaged += 1
+        if not self._averages:
+            self._averages = {
+                name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+                for name, p in parameters.items()
+            }
+            return
+        averages = list(self._averages.values())
+        change = torch._foreach_sub(
+            [p.detach().to(a.dtype) for p, a in zip(parameters.values(), averages, strict=True)], averages
+        )
+        torch._foreach_mul_(change, share)
+        torch._foreach_add_(averages, change)
+
+
+def derived_mask(part: int) -> int:
+    """0 for the first part of a batch, and another number for each other."""
+    return (part * 0x9E3779B97F4A7C15) % 2**62
+
+
+def _form(value: Any) -> str:
+    return f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+def _described(optimizer: torch.optim.Optimizer) -> str:
+    """Its kind, the options of its groups, and what members have of their own."""
+    groups = [
+        {name: float(v) if isinstance(v, Tensor) else v for name, v in _options(group).items()}
+        for group in optimizer.param_groups
+    ]
+    return f"{type(optimizer).__name__} {groups} {member_options(optimizer)}"
