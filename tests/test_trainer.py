@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pyens import EnsembleMLP
 from pyens.nn import MaskedMLP, TabularEnsemble
 from pyens.optim import MemberLearningRates, MemberWeightDecay, fused, member_options
-from pyens.training import Callback, History, Progress, Randomness, Trainer, fit, member_seeds
+from pyens.training import Callback, History, Progress, Randomness, Trainer, derive_seed, fit, member_seeds
 from pyens.training.randomness import partition, split_rows
 
 N = 203
@@ -545,6 +545,43 @@ def test_a_checkpoint_knows_what_members_have_of_their_own(tmp_path: Path) -> No
         with pytest.raises(ValueError, match="expected optimizer"):
             run(optimizer=make(kind, [1, 0.5, 0.2, 0.2]), checkpoint=path)
         run(optimizer=make(kind, [1, 0.5, 0.2, 0.1]), checkpoint=path)
+
+
+@pytest.mark.parametrize("mode", ["grouped", "round_robin", "random"])
+def test_masks_that_are_drawn(mode: str, tmp_path: Path) -> None:
+    """Against a loop that says so itself, and resumed."""
+
+    def model() -> MaskedMLP:
+        torch.manual_seed(0)
+        return MaskedMLP(3, 4, [12], 1, scale=2.0)
+
+    x, y = rows()
+    ours, history = run(model(), mask_mode=mode, optimizer=sgd, epochs=4, randomness=Randomness())
+    alone = model()
+    alone.reset_parameters([3] * 3)
+    optimizer = sgd(alone.parameters())
+    training, _ = split_rows(N, 0.05, 3)
+    for epoch in range(4):
+        for step, batch in enumerate(training.long().split(32)):
+            optimizer.zero_grad()
+            seed = derive_seed(3, "masks", epoch, step)
+            (3 * alone.loss(x[batch], y[batch], loss="mse", mode=mode, seed=seed)).backward()
+            optimizer.step()
+    assert_close(ours, alone)
+    assert (history.train_loss == history.train_loss[:, :1]).all()
+    assert not (history.validation_loss == history.validation_loss[:, :1]).all()  # by each mask
+    path = tmp_path / "run.pt"
+    run(model(), mask_mode=mode, epochs=2, checkpoint=path, micro_batch_size=10)
+    resumed, _ = run(model(), mask_mode=mode, checkpoint=path, micro_batch_size=10)
+    assert_same(resumed, run(model(), mask_mode=mode, micro_batch_size=10)[0])
+    for options in ({"penalty": lambda o: o.sum()}, {"loss": lambda o, y: o.sum()}):
+        with pytest.raises(ValueError, match="fit: mask_mode: expected 'tiled' beside functions"):
+            run(model(), mask_mode=mode, **options)
+    for options in ({"bootstrap": "poisson"}, {"sample_weight": torch.ones(3, N)}):
+        with pytest.raises(ValueError, match="fit: mask_mode: expected 'tiled' for members with rows or"):
+            run(model(), mask_mode=mode, **options)
+    with pytest.raises(ValueError, match="fit: mask_mode: expected 'tiled' for a EnsembleMLP"):
+        run(mask_mode=mode)
 
 
 # --- what others hold --------------------------------------------------------------------------------------

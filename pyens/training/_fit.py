@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from pyens._types import Bootstrap, Loss
+from pyens._types import Bootstrap, Loss, MaskMode
 from pyens.nn import Ensemble
 from pyens.training.callbacks import Callback, Progress
 from pyens.training.history import History
@@ -30,6 +30,7 @@ def fit(
     clip_norm: float | None = None,
     clip_value: float | None = None,
     penalty: Penalty | None = None,
+    mask_mode: MaskMode = "tiled",
     micro_batch_size: int | None = None,
     autocast: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
@@ -93,6 +94,8 @@ def fit(
             epoch, or after every step where `schedule` says so, and resumed from a checkpoint.
         clip_norm: each member's gradient is scaled down to this norm, over all of its parameters.
         clip_value: each number of a gradient is brought into [-clip_value, clip_value], before `clip_norm`.
+        mask_mode: of a `MaskedMLP`: "tiled" trains every mask on every row; under the others each row meets
+            one mask, anew in every step, at the cost of one model (see `MaskedMLP.loss`).
         micro_batch_size: a step's batch is computed in parts of at most so many rows, whose gradients add up
             to the whole's but for rounding ("gradient accumulation"). What `penalty`, or a `loss` that gives
             `[E]`, makes of each part counts by its rows.
@@ -173,6 +176,7 @@ def fit(
         temperature=temperature,
         clip_norm=clip_norm,
         clip_value=clip_value,
+        mask_mode=mask_mode,
         micro_batch_size=micro_batch_size,
         autocast=autocast,
         scaler=scaler,

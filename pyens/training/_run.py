@@ -139,6 +139,12 @@ class Run:
             counts = torch.stack([_resampled(bootstrap, training, rows, own) for own in trainer.seeds])
             counts = counts.to(device)
             self.weight = counts.double() if weight is None else weight * counts
+        own = own_data or bootstrap is not None or sources.jackknife
+        if trainer.mask_mode != "tiled" and (own or (weight is not None and weight.dim() == 2)):
+            raise ValueError(
+                f"fit: mask_mode: expected 'tiled' for members with rows or weights of their own, "
+                f"got {trainer.mask_mode!r}"
+            )
         self._check_members_have_rows()
         trainer.begin()
         # What the optimizer begins with; a schedule changes it, and so does nobody else.
@@ -436,15 +442,17 @@ class Run:
         trainer, device, members = self.trainer, self.device, self.active
         self.current = self.epoch
         order = self.order.epoch(self.epoch, members)
-        seeds = trainer.dropout_seeds("dropout", self.epoch, self.steps) if self.model.dropout else None
+        if trainer.mask_mode != "tiled" and order.dim() == 2:
+            order = order[0]  # all masks are one model, whose batch they share out
+        drawn = trainer.draw("", self.epoch, self.steps)
         total, weighed = torch.zeros(2, len(members), dtype=torch.float64, device=device)
         with training_mode(self.model, True):
             for step, rows in enumerate(order.split(self.batch_size, dim=-1)):
                 weights = self._weights(rows)
                 losses = trainer.step_on(
                     self._batch(self.data, rows.to(device)),
-                    weight=None if weights is None else weights.to(trainer.real),
-                    seeds=None if seeds is None else seeds[step],
+                    None if weights is None else weights.to(trainer.real),
+                    drawn[step],
                     axis=max(rows.dim() - 1, self.axis),
                 )
                 share = rows.shape[-1] if weights is None else weights.sum(-1)

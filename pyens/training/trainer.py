@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from pyens._files import only_writer
-from pyens._types import Bootstrap, Loss
-from pyens.nn import Ensemble
+from pyens._types import Bootstrap, Loss, MaskMode
+from pyens.nn import Ensemble, MaskedMLP
 from pyens.nn.ensemble import check_temperature, is_held, renew_accumulator
 from pyens.optim import (
     clip_member_grad_norm_,
@@ -27,7 +28,7 @@ from pyens.training._run import Run, copy_into, training_mode
 from pyens.training.callbacks import Callback, Progress
 from pyens.training.history import History
 from pyens.training.metrics import Metric, Mode
-from pyens.training.randomness import Randomness, generator, member_seeds
+from pyens.training.randomness import Randomness, derive_seed, generator, member_seeds
 
 # An optimizer of the parameters, or several that share them out.
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer | Sequence[torch.optim.Optimizer]]
@@ -65,6 +66,7 @@ class Trainer:
         temperature: float = 1.0,
         clip_norm: float | None = None,
         clip_value: float | None = None,
+        mask_mode: MaskMode = "tiled",
         micro_batch_size: int | None = None,
         autocast: torch.dtype | None = None,
         scaler: torch.amp.GradScaler | None = None,
@@ -84,6 +86,19 @@ class Trainer:
         for argument, value in (("clip_norm", clip_norm), ("clip_value", clip_value)):
             if value is not None and not value > 0:
                 raise ValueError(f"fit: {argument}: expected a positive number, got {value}")
+        if mask_mode not in get_args(MaskMode):
+            raise ValueError(
+                f"fit: mask_mode: expected one of {', '.join(get_args(MaskMode))}, got {mask_mode!r}"
+            )
+        if mask_mode != "tiled" and not isinstance(model, MaskedMLP):
+            raise ValueError(
+                f"fit: mask_mode: expected 'tiled' for a {type(model).__name__}, got {mask_mode!r}"
+            )
+        if mask_mode != "tiled" and (penalty is not None or not isinstance(loss, str)):
+            raise ValueError(
+                f"fit: mask_mode: expected 'tiled' beside functions of the outputs of all members, "
+                f"got {mask_mode!r}"
+            )
         if micro_batch_size is not None:
             _checks.count("micro_batch_size", micro_batch_size)
         if autocast not in (None, torch.bfloat16, torch.float16):
@@ -103,7 +118,7 @@ class Trainer:
         self.members = list(range(members))
         self.loss, self.penalty, self.temperature = loss, penalty, temperature
         self.schedule, self.clip_norm, self.clip_value = schedule, clip_norm, clip_value
-        self.micro_batch_size = micro_batch_size
+        self.mask_mode, self.micro_batch_size = mask_mode, micro_batch_size
         self.autocast, self.scaler, self.ema, self.swa_start = autocast, scaler, ema, swa_start
         self.seed, self.seeds = seed, own_seeds
         self.device, self.dtype = _checks.home(model)
@@ -196,11 +211,8 @@ class Trainer:
                 f"Trainer.step: batch: expected what {type(self.model).__name__}.loss takes, the target "
                 f"last, got {len(batch)} arguments"
             )
-        seeds = None
-        if self.model.dropout:
-            seeds = self.dropout_seeds("dropout of step", self._steps, 1)[0]
         with training_mode(self.model, True):
-            losses = self.step_on(batch, weight=sample_weight, seeds=seeds)
+            losses = self.step_on(batch, sample_weight, self.draw("of step", self._steps, 1)[0])
         self._steps += 1
         return losses
 
@@ -240,7 +252,9 @@ class Trainer:
             loss = self.loss
             if isinstance(loss, str) and penalty is None:
                 options |= self._loss_options() | {"loss": loss, "sample_weight": weight}
-                return self.model.loss(*batch, **options)  # type: ignore[arg-type]
+                losses: Tensor = self.model.loss(*batch, **options)  # type: ignore[arg-type]
+                # Where each row has met one mask, a loss of the model, which is every member's.
+                return losses.expand(len(self.members)) if losses.dim() == 0 else losses
             *inputs, target = batch
             if weight is not None:
                 inputs = self.model.without_left_out(inputs, weight)
@@ -268,14 +282,14 @@ class Trainer:
         return output
 
     def step_on(
-        self, batch: Sequence[Tensor | None], *, weight: Tensor | None, seeds: Tensor | None, axis: int = 0
+        self, batch: Sequence[Tensor | None], weight: Tensor | None, drawn: dict[str, Any], axis: int = 0
     ) -> Tensor:
-        """A step on a batch whose rows are along `axis`; each member's loss before it, `[E]`."""
+        """A step on a batch whose rows are along `axis`, with what `draw` has for it; each member's loss
+        before it, `[E]`."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         total: Tensor | None = None
-        for part, own, share, drawn in self._parts(batch, axis, weight, seeds):
-            options = {} if drawn is None else {"dropout_seeds": drawn}
+        for part, own, share, options in self._parts(batch, axis, weight, drawn):
             losses = self.losses(part, weight=own, penalty=self.penalty, **options)
             if share is not None:
                 losses = losses * share
@@ -334,13 +348,18 @@ class Trainer:
         self.model.select_(places)
         self.members = [self.members[place] for place in places]
 
-    def dropout_seeds(self, purpose: str, number: int, steps: int) -> Tensor:
-        """int64 `[steps, members]`."""
+    def draw(self, purpose: str, number: int, steps: int) -> list[dict[str, Any]]:
+        """For each step what the model's loss takes that is drawn: seeds of dropout, or of masks."""
+        if self.mask_mode != "tiled":
+            seed = functools.partial(derive_seed, self.seed, f"masks{purpose}", number)
+            return [{"mode": self.mask_mode, "seed": seed(step)} for step in range(steps)]
+        if not self.model.dropout:
+            return [{}] * steps
         drawn = [
-            torch.randint(2**62, (steps,), generator=generator(self.seeds[m], purpose, number))
+            torch.randint(2**62, (steps,), generator=generator(self.seeds[m], f"dropout{purpose}", number))
             for m in self.members
         ]
-        return torch.stack(drawn, 1).to(self.device)
+        return [{"dropout_seeds": seeds} for seeds in torch.stack(drawn, 1).to(self.device)]
 
     @property
     def learning_rate(self) -> float:
@@ -359,6 +378,7 @@ class Trainer:
             "schedule": self.schedule,
             "clip_norm": self.clip_norm,
             "clip_value": self.clip_value,
+            "mask_mode": self.mask_mode,
             "micro_batch_size": self.micro_batch_size,
             "autocast": str(self.autocast),
             "scaler": None if self.scaler is None else type(self.scaler).__name__,
@@ -431,27 +451,27 @@ class Trainer:
         raise ValueError(f"fit: loss: expected {form}, got {_form(losses)} from {_checks.name_of(self.loss)}")
 
     def _parts(
-        self, batch: Sequence[Tensor | None], axis: int, weight: Tensor | None, seeds: Tensor | None
-    ) -> Iterator[tuple[Sequence[Tensor | None], Tensor | None, Tensor | float | None, Tensor | None]]:
-        """Parts of at most `micro_batch_size` rows: rows, weights, what they count of the whole, seeds."""
+        self, batch: Sequence[Tensor | None], axis: int, weight: Tensor | None, drawn: dict[str, Any]
+    ) -> Iterator[tuple[Sequence[Tensor | None], Tensor | None, Tensor | float | None, dict[str, Any]]]:
+        """Parts of at most `micro_batch_size` rows: rows, weights, what they count of the whole, `drawn`."""
         size, target = self.micro_batch_size, batch[-1]
         assert target is not None
         rows = target.shape[axis]
         if size is None or rows <= size:
-            yield batch, weight, None, seeds
+            yield batch, weight, None, drawn
             return
         whole = None if weight is None else weight.sum(-1, dtype=torch.float64)
         for i, start in enumerate(range(0, rows, size)):
             length = min(size, rows - start)
             part = [None if t is None else t.narrow(axis, start, length) for t in batch]
-            # Which units a row drops follows from the seed and its place in what is computed at once.
-            drawn = None if seeds is None else seeds ^ derived_mask(i)
+            # What a row drops follows from the seed and its place in what is computed at once.
+            options = {k: v if k == "mode" else v ^ _of_part(i) for k, v in drawn.items()}
             if weight is None or whole is None:
-                yield part, None, length / rows, drawn
+                yield part, None, length / rows, options
                 continue
             own = weight.narrow(-1, start, length)
             share = own.sum(-1, dtype=torch.float64) / torch.where(whole > 0, whole, 1)
-            yield part, own, share.to(self.real), drawn
+            yield part, own, share.to(self.real), options
 
     def _clip(self) -> None:
         if self.clip_norm is None and self.clip_value is None:
@@ -484,7 +504,7 @@ class Trainer:
         torch._foreach_add_(averages, change)
 
 
-def derived_mask(part: int) -> int:
+def _of_part(part: int) -> int:
     """0 for the first part of a batch, and another number for each other."""
     return (part * 0x9E3779B97F4A7C15) % 2**62
 
