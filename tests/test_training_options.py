@@ -217,7 +217,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "clip": [{}, {"clip_norm": 0.05}, {"clip_value": 0.01, "clip_norm": 0.05}],
     "parts": [{}, {"micro_batch_size": 10}],
     "average": [{}, {"ema": 0.9}, {"swa_start": 1}],
-    "metrics": [{}, {"metrics": ["rmse"], "monitor": "rmse"}],
+    "metrics": [{}, {"metrics": {"size": lambda o, y: o.abs().mean()}, "monitor": "size", "mode": "max"}],
     "precision": [{}, {"autocast": torch.bfloat16}],
     "decay": [{}, {"optimizer": "of members"}],
     "stopping": [{}, STOPPING],

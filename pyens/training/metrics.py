@@ -87,10 +87,8 @@ def resolve(asked: Sequence[str] | Mapping[str, Metric], loss: Any, temperature:
         named = METRICS.get(name)
         if named is None or loss not in named.losses:
             fit = [n for n, m in METRICS.items() if loss in m.losses]
-            raise ValueError(
-                f"fit: metrics: expected some of {', '.join(fit) or 'functions'} with loss "
-                f"{name_of(loss)}, got {name!r}"
-            )
+            expected = f"some of {', '.join(fit)}" if fit else "a dict of functions"
+            raise ValueError(f"fit: metrics: expected {expected} with loss {name_of(loss)}, got {name!r}")
         found[name] = _of_outputs(named.function, loss, temperature, name)
     if "loss" in found:
         raise ValueError("fit: metrics: expected another name than loss, which is there already")
