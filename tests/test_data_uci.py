@@ -9,7 +9,9 @@ from pyens.data import load_uci
 
 
 def numbers(path):
-    return [[float(field) for field in line.split()] for line in path.read_text().splitlines() if line.strip()]
+    return [
+        [float(field) for field in line.split()] for line in path.read_text().splitlines() if line.strip()
+    ]
 
 
 @pytest.mark.parametrize("nested", [True, False])
@@ -48,9 +50,21 @@ def test_a_set_of_one_feature_and_one_split(tmp_path):
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("data.txt", lambda lines: [*lines[:4], lines[4] + " 7", *lines[5:]], r":5: expected 4 numbers, got 5"),
-        ("data.txt", lambda lines: ["", "", *lines[:4], "1 2 3", *lines[5:]], r":7: expected 4 numbers, got 3"),
-        ("data.txt", lambda lines: [*lines[:2], "1 2 nan 4", *lines[3:]], r":3: expected a finite number, got"),
+        (
+            "data.txt",
+            lambda lines: [*lines[:4], lines[4] + " 7", *lines[5:]],
+            r":5: expected 4 numbers, got 5",
+        ),
+        (
+            "data.txt",
+            lambda lines: ["", "", *lines[:4], "1 2 3", *lines[5:]],
+            r":7: expected 4 numbers, got 3",
+        ),
+        (
+            "data.txt",
+            lambda lines: [*lines[:2], "1 2 nan 4", *lines[3:]],
+            r":3: expected a finite number, got",
+        ),
         ("data.txt", lambda lines: [*lines[:2], "1 2 1e999 4"], r":3: expected a finite number, got '1e999'"),
         ("data.txt", lambda lines: [*lines[:2], "1 2 x 4"], r":3: expected a finite number, got 'x'"),
         ("data.txt", lambda lines: [*lines[:2], "1 2 # 4"], r":3: expected a finite number, got '#'"),
@@ -58,7 +72,11 @@ def test_a_set_of_one_feature_and_one_split(tmp_path):
         ("index_train_1.txt", lambda lines: [*lines[:7], "60"], r":8: expected a row from 0 to 59, got 60"),
         ("index_train_1.txt", lambda lines: [*lines[:7], "-1"], r":8: expected a row from 0 to 59, got -1"),
         ("index_train_1.txt", lambda lines: [*lines[:7], "2.5"], r":8: expected a row from 0 to 59, got 2.5"),
-        ("index_train_0.txt", lambda lines: ["", *lines, lines[3]], r":56: expected a row that is not listed"),
+        (
+            "index_train_0.txt",
+            lambda lines: ["", *lines, lines[3]],
+            r":56: expected a row that is not listed",
+        ),
         ("index_train_0.txt", lambda lines: [" ".join(lines)], r":1: expected 1 numbers, got 54 in "),
         ("index_features.txt", lambda _: ["0", "4"], r":2: expected a column from 0 to 3, got 4"),
         ("index_features.txt", lambda _: ["0", "1"], r":2: expected a column beside the target's, got 1"),
