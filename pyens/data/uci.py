@@ -69,7 +69,8 @@ def load_uci(folder: str | os.PathLike[str]) -> Uci:
     (count,) = _read(folder / "n_splits.txt", 1)[:1, 0]
     if count < 1 or count != int(count):
         _refuse(folder / "n_splits.txt", 0, "a positive number of splits", f"{count:g}")
-    train, test = [], []
+    train: list[np.ndarray] = []
+    test: list[np.ndarray] = []
     for i in range(int(count)):
         names = f"index_train_{i}.txt", f"index_test_{i}.txt"
         _check_files(folder, names)
