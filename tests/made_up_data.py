@@ -55,3 +55,39 @@ def write_criteo(folder: Path, *, rows: int = 300, seed: int = 0) -> Path:
         lines.append("\t".join([str(int(click)), *fields]) + "\n")
     (folder / "train.txt").write_text("".join(lines))
     return folder
+
+
+def write_uci(
+    folder: Path,
+    *,
+    rows: int = 60,
+    features: int = 3,
+    splits: int = 2,
+    noise: float = 0.3,
+    seed: int = 0,
+    nested: bool = True,
+) -> Path:
+    """A set of the UCI benchmark: normal features in columns 0, 2, 3, ..., the target in column 1.
+
+    The target is `20 + 5 (x_0 + ... )` over the root of their number, plus 5 times normal noise. A tenth of
+    the rows are each split's test rows. `nested`: the files in a folder `data`.
+    """
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, features, generator=g, dtype=torch.float64)
+    y = x.sum(1) / features**0.5 + noise * torch.randn(rows, generator=g, dtype=torch.float64)
+    table = torch.cat([x[:, :1], 20 + 5 * y[:, None], x[:, 1:]], 1)
+    place = folder / "data" if nested else folder
+    place.mkdir(parents=True)
+
+    def write(name: str, numbers: list) -> None:
+        (place / f"{name}.txt").write_text("".join(f"{number}\n" for number in numbers))
+
+    write("data", ["\t ".join(map(repr, line)) + " " for line in table.tolist()])
+    write("index_features", [0, *range(2, features + 1)])
+    write("index_target", [1])
+    write("n_splits", [splits])
+    for i in range(splits):
+        order = torch.randperm(rows, generator=g).tolist()
+        write(f"index_train_{i}", order[rows // 10 :])
+        write(f"index_test_{i}", order[: rows // 10])
+    return folder

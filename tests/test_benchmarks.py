@@ -15,6 +15,7 @@ import torch
 import pyens
 from benchmarks import (
     ensemble_mlp,
+    fit,
     harness,
     masksembles,
     peers,
@@ -504,6 +505,66 @@ def test_quick_training_run(tmp_path, capsys):
         assert 0 <= step.timed(ours=True)[0].memory < 50e6
         assert " MB" in shown
     assert "EXCLUDED" not in shown
+
+
+def test_fit_cases_are_the_promised_ones():
+    full = fit.cases(options(quick=False))
+    steps = [f"{kind}-{which}" for kind in fit.KINDS for which in ("mlp", "tables", "table")]
+    assert [case.name for case in full] == ["loop", "leaving", "departure", "clip", *steps]
+    assert all(case.grad for case in full)
+    assert [case.name for case in full if not case.targets] == ["departure"]
+    members = 32 * 50 + 50 * 20 + 20 * 10 + 10 + 50 + 20 + 10 + 1
+    adam = full[4]
+    assert adam.bytes == 100 * members * 4 * 7  # parameter and moments read and written, gradient read
+    for other in (dict(dtype=torch.float64), dict(threads=1), dict(quick=True)):
+        assert not any(case.targets for case in fit.cases(options(**dict(quick=False) | other)))
+    assert fit.cases(options(dtype=torch.bfloat16)) == []
+
+
+def test_the_orders_of_fit_are_those_that_the_benchmark_draws():
+    problem = fit.Problem.random(fit.TINY, options())
+    seen = []
+
+    def remember(output, target):
+        if torch.is_grad_enabled():
+            seen.append(target.detach().clone())
+        return training_peers.mse(output, target)
+
+    data = (problem.x, torch.arange(40.0).unsqueeze(1).expand(40, 2).contiguous())
+    sizes = dict(epochs=2, batch_size=16, validation=0.0, progress=False)
+    pyens.training.fit(problem.copy(), data, loss=remember, optimizer=fit.adam, seed=5, **sizes)
+    first, *batches = seen  # of one row, before the first epoch
+    assert first.shape[-2] == 1 and len(batches) == 6
+    expected = [rows for order in fit.orders_of_fit(problem, 5) for rows in order.split(16, 1)]
+    for batch, rows in zip(batches, expected, strict=True):
+        assert torch.equal(batch[..., 0], rows.float())
+
+
+def test_quick_run_of_fit(tmp_path, capsys):
+    command = ["--quick", "--threads", "1", "--output", str(tmp_path)]
+    assert harness.main("fit", "text", fit.cases, command) == 0
+    assert "EXCLUDED" not in capsys.readouterr().out
+    saved = Report.load(tmp_path / "fit-cpu-float32-quick.json")
+    steps = [f"{kind}-mlp" for kind in fit.KINDS]
+    assert [result.name for result in saved.results] == ["loop", "leaving", "departure", "clip", *steps]
+    loop, leaving, departure, clip, *_ = saved.results
+    assert {t.name for t in loop.timed()} == {fit.FIT, fit.FIT_IN_TORCH, fit.LOOP}
+    assert {t.name for t in leaving.timed()} == {fit.FIT_LEAVING, fit.LOOP_LEAVING, fit.LOOPS_FIXED}
+    assert {t.name for t in departure.timed(ours=True)} == {fit.STEP, fit.DEPARTURE}
+    assert {t.name for t in clip.timed() if t.yardstick} == {fit.CLIP_ALL, fit.STEP}
+    # A target may be about a yardstick, and about another of ours.
+    for result, ours, against in ((clip, fit.CLIP, fit.STEP), (loop, fit.FIT_IN_TORCH, fit.FIT)):
+        assert result.speedup(ours, (against,)) > 0
+
+
+def test_a_step_of_another_optimizer_is_not_the_same():
+    """What is compared is how far the parameters moved, which is little beside what they are."""
+    contestants = fit.optimizers(torch.optim.Adam, {}, [(3, 5)], options())
+    for contestant in contestants:
+        contestant.check(contestant.setup()())
+    slower = fit.optimizers(torch.optim.Adam, {"lr": 9e-4}, [(3, 5)], options())
+    with pytest.raises(ValueError, match="rms error is"):
+        contestants[0].check(slower[0].setup()())
 
 
 def test_cases_are_the_promised_ones():

@@ -66,7 +66,7 @@ def test_sources_and_the_citation_are_in_the_list_of_references():
     root = Path(pyens.__file__).parents[1]
     references = (root / "docs" / "references.md").read_text(encoding="utf-8")
     names = set(re.findall(r'^\| "(.+?)" \|', references, re.M))
-    assert len(names) == 5
+    assert len(names) == 6
     others = {"The MovieLens Datasets: History and Context", "Fair scores for ensemble forecasts"}
     found = set()
     for path in (root / "pyens").rglob("*.py"):
@@ -77,7 +77,7 @@ def test_sources_and_the_citation_are_in_the_list_of_references():
     citation = (root / "CITATION.cff").read_text(encoding="utf-8")
     assert f"version: {pyens.__version__}\n" in citation
     titles = re.findall(r'^    title: "?([^"\n]+)"?$', citation, re.M)
-    assert len(titles) == 4 and all(f"*{title}*" in references for title in titles)
+    assert len(titles) == 5 and all(f"*{title}*" in references for title in titles)
 
 
 def test_readme_shows_the_saved_times():

@@ -5,6 +5,7 @@ from pyens.data.digits import Digits, Split, load_digits
 from pyens.data.idx import Mnist, load_idx, load_mnist, read_idx
 from pyens.data.movielens import MovieLens, load_movielens
 from pyens.data.table import Rows, Table
+from pyens.data.uci import Uci, load_uci
 
 __all__ = [
     "Criteo",
@@ -14,10 +15,12 @@ __all__ = [
     "Rows",
     "Split",
     "Table",
+    "Uci",
     "load_criteo",
     "load_digits",
     "load_idx",
     "load_mnist",
     "load_movielens",
+    "load_uci",
     "read_idx",
 ]
