@@ -598,14 +598,16 @@ class Run:
 
     def _keep(self, chosen: np.ndarray) -> None:
         """Remembers the present weights of some of the active members (bool) as the ones to end with."""
-        if self.model.shares_parameters:
-            if chosen.all():
-                self.kept = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        everyone = chosen.all() and len(chosen) == len(self.status)
+        if everyone or self.model.shares_parameters:
+            if everyone:
+                for name, parameter in self.model.named_parameters():
+                    self.kept[name].copy_(parameter.detach())
             return
         places = torch.from_numpy(np.flatnonzero(chosen)).to(self.device)
         members = torch.tensor(self.active, device=places.device)[places]
         for name, parameter in self.model.named_parameters():
-            self.kept[name][members] = parameter.detach()[places]
+            self.kept[name].index_copy_(0, members, parameter.detach()[places])
 
 
 def _require(condition: bool | Tensor, otherwise: str) -> None:
