@@ -86,6 +86,8 @@ def wants_cuda() -> bool:
         missing.append(f"a CUDA build of torch (this is torch {torch.__version__})")
     if cpp_extension.CUDA_HOME is None:
         missing.append("a CUDA toolkit (nvcc on PATH, or CUDA_HOME)")
+    elif shutil.which("nvcc", path=os.path.join(cpp_extension.CUDA_HOME, "bin")) is None:
+        missing.append(f"nvcc in {os.path.join(cpp_extension.CUDA_HOME, 'bin')}, where CUDA_HOME points")
     if choice == "1" and missing:
         raise SystemExit("PYENS_CUDA=1 needs " + " and ".join(missing))
     return choice != "0" and not missing

@@ -113,6 +113,18 @@ def test_without_a_compiler_it_says_so(tree):
     )
 
 
+def test_a_cuda_home_without_nvcc_is_no_toolkit(tree):
+    """As a CUDA build of torch sees it, which this may not be."""
+    (tree.path / "sitecustomize.py").write_text(
+        "import torch\nfrom torch.utils import cpp_extension\n"
+        "torch.version.cuda, cpp_extension.CUDA_HOME = '13.0', '/nonexistent'\n"
+    )
+    asked = tree.setup("egg_info", PYTHONPATH=str(tree.path), PYENS_CUDA="1")
+    assert asked.returncode == 1
+    assert asked.stderr == "PYENS_CUDA=1 needs nvcc in /nonexistent/bin, where CUDA_HOME points\n"
+    assert tree.setup("egg_info", PYTHONPATH=str(tree.path), PYENS_CUDA="auto").returncode == 0
+
+
 def test_a_compiler_that_knows_too_little_is_none(tree):
     tree.compiler.write_text("#!/bin/sh\necho 'unrecognized option -std' >&2\nexit 1\n")
     assert "is none: unrecognized option -std" in refused(tree.setup("egg_info"))
