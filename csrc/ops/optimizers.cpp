@@ -9,6 +9,8 @@
 
 #include "ops/torch.h"
 
+#include <ATen/MemoryOverlap.h>
+
 #include <cmath>
 #include <initializer_list>
 #include <optional>
@@ -91,7 +93,10 @@ void make_step(StepParams p, TensorList parameters, Belongings belongings, Tenso
     if (written) tensor.unsafeGetTensorImpl()->bump_version();
     if (tensor.is_contiguous()) return const_cast<void*>(tensor.const_data_ptr());
     Tensor copy = tensor.contiguous();
-    if (written) copies.emplace_back(tensor, copy);
+    if (written) {
+      at::assert_no_internal_overlap(tensor);
+      copies.emplace_back(tensor, copy);
+    }
     return copy.mutable_data_ptr();
   };
   int64_t items = 0;
@@ -108,8 +113,11 @@ void make_step(StepParams p, TensorList parameters, Belongings belongings, Tenso
       (at < 0 ? t.gradient : t.state[at]) = pointer;
       ++at;
     }
+  }
+  // Nothing is refused from here on.
+  for (size_t i = 0; i < parameters.size(); ++i) {
     if (!steps.empty()) steps[i].unsafeGetTensorImpl()->bump_version();
-    numbers(t, steps.empty() ? 0 : count_up(steps[i]));
+    numbers(tensors[i], steps.empty() ? 0 : count_up(steps[i]));
   }
   p.tensors = tensors.data();
   p.count = static_cast<int64_t>(tensors.size());

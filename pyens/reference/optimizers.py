@@ -28,7 +28,7 @@ def adam_(
         g = _gradient(x, gradients[i], grad_scale, coupled, maximize)
         step = steps[i].add_(1).item()
         m, v = exp_avgs[i], exp_avg_sqs[i]
-        m.copy_(beta1 * m + (1 - beta1) * g)
+        m.lerp_(g, 1 - beta1)
         v.copy_(beta2 * v + (1 - beta2) * g.square())
         if max_exp_avg_sqs:
             v = max_exp_avg_sqs[i].copy_(torch.maximum(max_exp_avg_sqs[i], v))

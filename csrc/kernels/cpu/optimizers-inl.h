@@ -2,7 +2,7 @@
 // gradient, all in the tensor's type, 16-bit ones in float32:
 //
 //   all      g <- g / grad_scale (kept), -g if it maximizes, g + weight_decay x
-//   Adam     m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2,  u <- max(u, v) or v
+//   Adam     m <- m + (1 - beta1) (g - m), as lerp,  v <- beta2 v + (1 - beta2) g g,  u <- max(u, v) or v
 //            x <- shrink x - rate m / (sqrt(u) root_correction + eps)
 //   Adagrad  s <- s + g^2,  x <- x - rate g / (sqrt(s) + eps)
 //   SGD      b <- momentum b + (1 - dampening) g, or g in the first step;  x <- x - rate (b or g + momentum b)
@@ -53,12 +53,13 @@ template <class Real, bool amsgrad>
 struct Adam : Rule<Real> {
   using V = Wide<Real>;
   static constexpr int kStates = amsgrad ? 3 : 2;
-  V beta1, beta2, new1, new2, shrink, rate, correction, eps;
+  bool nearer_new;
+  V part, beta2, new2, shrink, rate, correction, eps;
 
   Adam(const StepParams& p, const StepTensor& t)
-      : beta1(Adam::all(p.beta1)),
+      : nearer_new(1 - p.beta1 >= 0.5),
+        part(Adam::all(nearer_new ? -p.beta1 : 1 - p.beta1)),
         beta2(Adam::all(p.beta2)),
-        new1(Adam::all(1 - p.beta1)),
         new2(Adam::all(1 - p.beta2)),
         shrink(Adam::all(p.shrink)),
         rate(Adam::all(t.rate)),
@@ -66,8 +67,9 @@ struct Adam : Rule<Real> {
         eps(Adam::all(p.eps)) {}
 
   inline __attribute__((always_inline)) void apply(V& x, V g, V* state) const {
-    state[0] = madd(state[0], beta1, g * new1);
-    state[1] = madd(state[1], beta2, g * g * new2);
+    const V way = g - state[0];
+    state[0] = madd(way, part, nearer_new ? g : state[0]);
+    state[1] = madd(state[1], beta2, g * new2 * g);  // as torch: a square alone overflows sooner
     V squares = state[1];
     if constexpr (amsgrad) squares = state[2] = larger(state[2], squares);
     const V denominator = madd(square_root(squares), correction, eps);
