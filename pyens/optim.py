@@ -68,6 +68,7 @@ def _fused(kind: Any) -> Any:
 
     class Fused(kind):  # type: ignore[misc]
         _step_supports_amp_scaling = True
+        param_groups: list[dict[str, Any]]
 
         def step(self, closure: Callable[[], Any] | None = None) -> Any:
             loss = None
