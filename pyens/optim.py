@@ -49,13 +49,15 @@ def fused(
     It can be pickled and copied, together with the parameters; hooks are left behind, as in torch.
 
     Raises:
-        TypeError: another kind, or a parameter that is no tensor or of another dtype.
+        TypeError: another kind, one with a step of its own, or a parameter that is no tensor or of another dtype.
         ValueError: a parameter that is not contiguous, that is computed from others, or given twice; in a
             step a sparse gradient, or state of another shape than its parameter's.
     """
-    if not (isinstance(kind, type) and issubclass(kind, (Adam, Adagrad, SGD))):
-        raise TypeError(f"fused: kind: expected Adam, AdamW, Adagrad or SGD of torch.optim, got {kind!r}")
     plain: Any = kind
+    if not any(isinstance(kind, type) and issubclass(kind, base) for base in _UPDATES):
+        raise TypeError(f"fused: kind: expected Adam, AdamW, Adagrad or SGD of torch.optim, got {kind!r}")
+    if all(inspect.unwrap(plain.step) is not inspect.unwrap(base.step) for base in _UPDATES):
+        raise TypeError(f"fused: kind: expected the step of torch's own class, got another one in {kind!r}")
     optimizer: SomeOptimizer = _fused(plain)(parameters, fused=True, **options)
     return optimizer
 
