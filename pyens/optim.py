@@ -49,7 +49,8 @@ def fused(
     It can be pickled and copied, together with the parameters; hooks are left behind, as in torch.
 
     Raises:
-        TypeError: another kind, one with a step of its own, or a parameter that is no tensor or of another dtype.
+        TypeError: another kind, one with a step of its own, or a parameter that is no tensor or of another
+            dtype.
         ValueError: a parameter that is not contiguous, that is computed from others, or given twice; in a
             step a sparse gradient, or state of another shape than its parameter's.
     """
