@@ -171,7 +171,15 @@ void step(const StepParams& p, const StepTensor& tensor, int64_t begin, int64_t 
                             p.weight_decay != 0};
   constexpr int N = kWideLanes<Real>;
   int64_t i = begin;
-  for (; i + N <= end; i += N) update<true, T>(rule, before, t, i, N);
+  // Two vectors at a time keep more loads in flight.
+  for (; i + 2 * N <= end; i += 2 * N) {
+    update<true, T>(rule, before, t, i, N);
+    update<true, T>(rule, before, t, i + N, N);
+  }
+  if (i + N <= end) {
+    update<true, T>(rule, before, t, i, N);
+    i += N;
+  }
   if (i < end) update<false, T>(rule, before, t, i, end - i);
 }
 
