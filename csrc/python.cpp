@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "ops/handle.h"
@@ -96,6 +97,7 @@ struct pybind11::detail::type_caster<Given<T>> {
 namespace {
 
 // None where the arguments are not plain: torch.ops calls what overrides it, and refuses what is no tensor.
+// True where the operation returns nothing.
 template <class Signature>
 struct Door;
 template <class R, class... A>
@@ -104,9 +106,15 @@ struct Door<R(A...)> {
     const pyens::Handle<R(A...)> handle(name);
     m.def(
         name,
-        [handle](typename FromPython<A>::type... arguments) -> std::optional<R> {
+        [handle](typename FromPython<A>::type... arguments)
+            -> std::optional<std::conditional_t<std::is_void_v<R>, bool, R>> {
           if (!(is_plain(arguments) && ...)) return std::nullopt;
-          return handle(value(arguments)...);
+          if constexpr (std::is_void_v<R>) {
+            handle(value(arguments)...);
+            return true;
+          } else {
+            return handle(value(arguments)...);
+          }
         },
         pybind11::call_guard<pybind11::gil_scoped_release>());
   }
@@ -141,6 +149,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   def<Tensor(const Tensor&, string_view, string_view)>(m, "decorrelation_loss");
   def<Seven(const Tensor&, bool, bool)>(m, "predictive_uncertainty");
   def<Six(const Tensor&, const OptionalTensor&)>(m, "predictive_moments");
+  using Scale = std::optional<double>;
+  def<void(TensorList, TensorList, TensorList, TensorList, TensorList, TensorList, Scale, double,
+           double, double, double, double, bool, bool)>(m, "adam_");
+  def<void(TensorList, TensorList, TensorList, TensorList, Scale, double, double, double, double,
+           bool)>(m, "adagrad_");
+  def<void(TensorList, TensorList, TensorList, Scale, double, double, double, double, bool, bool,
+           bool)>(m, "sgd_");
   def<double(double)>(m, "fma_peak");
   def<double(const Tensor&, bool, int64_t)>(m, "fma_peak_cuda");
 }

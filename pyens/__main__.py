@@ -17,8 +17,10 @@ from torch import Tensor
 
 from pyens import build_info, ops, reference
 from pyens._types import Activation
+from pyens.ops import optimizers as steps
 from pyens.ops.ensemble_embedding import ensemble_embedding_concat
 from pyens.ops.ensemble_mlp import ensemble_mlp_packed, prepack
+from pyens.reference import optimizers as reference_steps
 from pyens.reference.activation_strength import pack_bits
 from pyens.reference.activations import ACTIVATIONS
 from pyens.reference.ensemble_embedding import ensemble_embedding_concat as reference_concat
@@ -191,6 +193,39 @@ def masked_loss(draw: Draw) -> Problem:
     return problem | {"target": target, "loss": "mse"}
 
 
+def step(draw: Draw, *state: str, counts: bool) -> Problem:
+    """Of an optimizer: the tensors that it updates."""
+    sizes = [draw.size(1, 200) for _ in range(3)]
+    lists = {name: [draw.normal(n) for n in sizes] for name in ("parameters", "gradients", *state)}
+    for name in {"exp_avg_sqs", "max_exp_avg_sqs", "sums"} & lists.keys():
+        lists[name] = [t.square() for t in lists[name]]
+    steps = {"steps": [torch.tensor(float(n)) for n in sizes]} if counts else {}
+    return lists | steps | {"grad_scale": 4.0 if draw.number % 3 == 0 else None}
+
+
+def adam(draw: Draw) -> Problem:
+    """Also AdamW and amsgrad."""
+    problem, i = step(draw, "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", counts=True), draw.number
+    if i % 5 < 3:
+        problem["max_exp_avg_sqs"] = []
+    problem |= {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-3, "weight_decay": 0.1 * (i % 2)}
+    return problem | {"decoupled_weight_decay": i % 4 > 1, "maximize": i % 8 > 3}
+
+
+def adagrad(draw: Draw) -> Problem:
+    problem, i = step(draw, "sums", counts=True), draw.number
+    problem |= {"lr": 0.1, "lr_decay": 0.1 * (i % 4 > 1), "eps": 1e-3, "weight_decay": 0.1 * (i % 2)}
+    return problem | {"maximize": i % 8 > 3}
+
+
+def sgd(draw: Draw) -> Problem:
+    problem, i = step(draw, "momentum_buffers", counts=False), draw.number
+    if i % 4 == 0:
+        problem["momentum_buffers"] = []
+    problem |= {"lr": 0.1, "momentum": 0.9 * (i % 4 > 0), "dampening": 0.5 * (i % 2), "weight_decay": 0.1}
+    return problem | {"nesterov": i % 8 > 3, "maximize": i % 3 > 1, "begins": i % 5 > 3}
+
+
 def problems(
     make: Callable[[Draw], Problem], dtypes: tuple[torch.dtype, ...] = DTYPES, each: int = 2
 ) -> Iterator[Problem]:
@@ -244,6 +279,14 @@ def joined(operation: Operation, problem: Problem) -> list[Tensor]:
     return [torch.cat([t.flatten() for t in both(operation, problem)])]
 
 
+def updated(operation: Operation, problem: Problem) -> list[Tensor]:
+    """What an operation that returns nothing makes of its tensors, those of each list as one."""
+    copies = convert(problem, Tensor.clone)
+    operation(*copies.values())
+    lists = [value for name, value in copies.items() if isinstance(value, list) and name != "steps"]
+    return [torch.cat(tensors) for tensors in lists if tensors]
+
+
 def numbers(operation: Operation, problem: Problem) -> list[Tensor]:
     """Output and values of `activation_strength`; without a hidden unit there are no values."""
     output, value, _ = operation(**problem)
@@ -295,6 +338,11 @@ def of(
     return lambda: check(getattr(ops, name), getattr(reference, name), problems(make, dtypes, each), results)
 
 
+def of_step(name: str, make: Callable[[Draw], Problem]) -> Callable[[], Iterator[float]]:
+    """The check of a step of an optimizer."""
+    return lambda: check(getattr(steps, name), getattr(reference_steps, name), problems(make), updated)
+
+
 CHECKS: dict[str, Callable[[], Iterator[float]]] = {
     "ensemble_mlp": of("ensemble_mlp", mlp, each=7),
     "ensemble_mlp, packed": check_packed,
@@ -315,6 +363,9 @@ CHECKS: dict[str, Callable[[], Iterator[float]]] = {
     "mask_channels": of("mask_channels", channels, both),
     "masked_mlp": of("masked_mlp", masked),
     "masked_mlp_loss": of("masked_mlp_loss", masked_loss, joined, FULL, 4),
+    "adam_": of_step("adam_", adam),
+    "adagrad_": of_step("adagrad_", adagrad),
+    "sgd_": of_step("sgd_", sgd),
 }
 
 

@@ -3,7 +3,6 @@
 import functools
 import inspect
 import math
-import operator
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -11,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam
+
+from pyens.ops.optimizers import adagrad_, adam_, sgd_
 
 __all__ = [
     "MemberLearningRates",
@@ -23,11 +24,6 @@ __all__ = [
     "member_state",
 ]
 
-# torch's widest vectors hold 64 bytes: 16 numbers of float32, more of the shorter types.
-_VECTOR = 64
-# Tensors of fewer numbers are cheaper to copy than to give to the kernel one by one.
-_SMALL = 8192
-
 SomeOptimizer = TypeVar("SomeOptimizer", bound=torch.optim.Optimizer)
 
 
@@ -38,41 +34,46 @@ def fused(
 
     torch's fused CPU optimizers round the last numbers of a tensor, those that do not fill a vector,
     differently from the others. So the bits of a member depend on where the tensor ends, that is on how many
-    members there are. Here torch's kernel sees small tensors as one that is filled up to whole vectors, and
-    the ends of large tensors a second time in it; what it made of them there counts.
+    members there are. Here a kernel of our own makes the step, of a whole group at once, and rounds all
+    numbers alike. Elsewhere than on the CPU torch does so itself, and makes the step.
 
     All else is as in torch: `param_groups` hold the parameters, so groups, schedulers, hooks, closures and
-    `torch.amp.GradScaler` act on these and their gradients; `state` holds tensors of a parameter's shape, so
-    `state_dict` goes to and from a plain `kind`, fused or not.
+    `torch.amp.GradScaler` act on these and their gradients; `state` is torch's own, so `state_dict` goes to
+    and from a plain `kind`, fused or not.
 
     Args:
         kind: Adam, AdamW, Adagrad or SGD of `torch.optim`.
-        parameters: stacked parameters `[E, ...]`, contiguous, or groups of them as torch takes them.
+        parameters: stacked parameters `[E, ...]`, contiguous, or groups of them as torch takes them: float32,
+            float64, bfloat16 or float16. The 16-bit ones and their state are computed with in float32, and
+            rounded once.
         options: of the optimizer, but for `fused`.
 
-    It can be pickled and copied, together with the parameters; hooks are left behind, as in torch. A step
-    may move what `state` holds into other tensors, as `load_state_dict` does.
+    It can be pickled and copied, together with the parameters; hooks are left behind, as in torch.
 
     Raises:
-        TypeError: another kind, or a parameter that is no tensor.
+        TypeError: another kind, one with a step of its own, or a parameter that is no tensor or of another
+            dtype.
         ValueError: a parameter that is not contiguous, that is computed from others, or given twice; in a
             step a sparse gradient, or state of another shape than its parameter's.
     """
-    if not (isinstance(kind, type) and issubclass(kind, (Adam, Adagrad, SGD))):
-        raise TypeError(f"fused: kind: expected Adam, AdamW, Adagrad or SGD of torch.optim, got {kind!r}")
     plain: Any = kind
+    if not any(isinstance(kind, type) and issubclass(kind, base) for base in _UPDATES):
+        raise TypeError(f"fused: kind: expected Adam, AdamW, Adagrad or SGD of torch.optim, got {kind!r}")
+    if all(inspect.unwrap(plain.step) is not inspect.unwrap(base.step) for base in _UPDATES):
+        raise TypeError(f"fused: kind: expected the step of torch's own class, got another one in {kind!r}")
     optimizer: SomeOptimizer = _fused(plain)(parameters, fused=True, **options)
     return optimizer
 
 
 @functools.cache
 def _fused(kind: Any) -> Any:
-    # Within the hooks, which are around our own step, and without torch's switch of grad mode.
+    # Within the hooks, which are around our own step.
     step_of_kind = inspect.unwrap(kind.step)
+    update: Update = next(update for base, update in _UPDATES.items() if issubclass(kind, base))
 
     class Fused(kind):  # type: ignore[misc]
         _step_supports_amp_scaling = True
-        _plan: "_Plan | None" = None
+        param_groups: list[dict[str, Any]]
 
         def step(self, closure: Callable[[], Any] | None = None) -> Any:
             loss = None
@@ -80,11 +81,24 @@ def _fused(kind: Any) -> Any:
                 with torch.enable_grad():
                     loss = closure()
             with torch.no_grad():
-                trained = _trained(self)
-                if self._plan is None or not self._plan.holds(self, trained):
-                    self._plan = _Plan(self, trained)
-                if not self._plan.step(self, step_of_kind):
-                    self._plan = None
+                # A GradScaler that did not unscale the gradients leaves these to the step.
+                scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+                skipped = found_inf is not None and found_inf.item() != 0
+                scale = None if scale is None else scale.item()
+                elsewhere = []
+                for group in self.param_groups:
+                    parameters = [p for p in group["params"] if p.grad is not None]
+                    here = [p for p in parameters if p.is_cpu]
+                    if here and not skipped:
+                        update(self, group, here, _gradients(here), scale)
+                    if len(here) < len(parameters):
+                        elsewhere.append(group | {"params": [p for p in parameters if not p.is_cpu]})
+                if elsewhere:
+                    groups, self.param_groups = self.param_groups, elsewhere
+                    try:
+                        step_of_kind(self)
+                    finally:
+                        self.param_groups = groups
             return loss
 
         def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -126,196 +140,87 @@ def _check_parameters(parameters: list[Any]) -> None:
             )
 
 
-def _trained(optimizer: torch.optim.Optimizer) -> list[list[Tensor]]:
-    """The parameters that have a gradient, of each group."""
-    trained: list[list[Tensor]] = []
-    for group in optimizer.param_groups:
-        trained.append(there := [])
-        for parameter in group["params"]:
-            gradient = parameter.grad
-            if gradient is not None:
-                if gradient.layout is not torch.strided:
-                    raise ValueError(f"fused: gradient: expected dense, got {gradient.layout}")
-                there.append(parameter)
-    return trained
+def _gradients(parameters: list[Tensor]) -> list[Tensor]:
+    gradients: list[Any] = [p.grad for p in parameters]
+    for gradient in gradients:
+        if gradient.layout is not torch.strided:
+            raise ValueError(f"fused: gradient: expected dense, got {gradient.layout}")
+    return gradients
 
 
-_form = operator.attrgetter("shape", "dtype", "device")
+# A step of parameters of a group that are on the CPU; their gradients are divided by the last argument.
+Update = Callable[[Any, dict[str, Any], list[Tensor], list[Tensor], float | None], None]
 
 
-class _Plan:
-    """What torch's step is given instead of the parameters, for as long as these and the state are the same.
+def _adam(optimizer: Any, group: Any, parameters: Any, gradients: Any, scale: float | None) -> None:
+    states, (beta1, beta2) = _states(optimizer, group, parameters, 6), group["betas"]
+    adam_(
+        parameters,
+        gradients,
+        [s["exp_avg"] for s in states],
+        [s["exp_avg_sq"] for s in states],
+        [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else [],
+        [s["step"] for s in states],
+        scale,
+        float(group["lr"]),
+        float(beta1),
+        float(beta2),
+        group["eps"],
+        float(group["weight_decay"]),
+        group["decoupled_weight_decay"],
+        group["maximize"],
+    )
 
-    Parameters of a group that have the same kinds of state, and made as many steps, go together.
-    """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, trained: list[list[Tensor]]) -> None:
-        self.trained = trained
-        self.forms = [[*map(_form, there)] for there in trained]
-        # For each call of the kernel the group whose options it takes, and its tensors.
-        self.calls: list[tuple[int, list[Tensor]]] = []
-        self.joined: list[_Joined] = []
-        self.large: list[Tensor] = []
-        for i, there in enumerate(trained):
-            alike: dict[Any, list[Tensor]] = {}
-            for parameter in there:
-                alike.setdefault(_kind_of_state(optimizer, parameter), []).append(parameter)
-            for parameters in alike.values():
-                self.calls.append((i, self._tensors(optimizer, parameters)))
-        self.memory = _memory(optimizer)
+def _adagrad(optimizer: Any, group: Any, parameters: Any, gradients: Any, scale: float | None) -> None:
+    states = _states(optimizer, group, parameters, 4)
+    adagrad_(
+        parameters,
+        gradients,
+        [s["sum"] for s in states],
+        [s["step"] for s in states],
+        scale,
+        float(group["lr"]),
+        group["lr_decay"],
+        group["eps"],
+        float(group["weight_decay"]),
+        group["maximize"],
+    )
 
-    def _tensors(self, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> list[Tensor]:
-        if not parameters[0].is_cpu:  # Elsewhere torch rounds all numbers alike.
-            return parameters
-        small = [p for p in parameters if p.numel() < _SMALL]
-        if len(small) == 1 and _beyond_vectors(small[0]) == 0:
-            small = []
-        copied = {id(p) for p in small}
-        large = [p for p in parameters if id(p) not in copied]
-        self.large += large
-        cut = [p for p in large if _beyond_vectors(p)]
-        if not small and not cut:
-            return large
-        self.joined.append(_Joined(optimizer, small, cut))
-        return [*large, self.joined[-1].tensor]
 
-    def holds(self, optimizer: torch.optim.Optimizer, trained: list[list[Tensor]]) -> bool:
-        return (
-            [[*map(id, there)] for there in trained] == [[*map(id, there)] for there in self.trained]
-            and [[*map(_form, there)] for there in trained] == self.forms
-            and [*map(id, _memory(optimizer))] == [*map(id, self.memory)]
-            and all(joined.holds() for joined in self.joined)
+def _sgd(optimizer: Any, group: Any, parameters: Any, gradients: Any, scale: float | None) -> None:
+    momentum = group["momentum"]
+    options = group["dampening"], float(group["weight_decay"]), group["nesterov"], group["maximize"]
+    if momentum == 0:
+        sgd_(parameters, gradients, [], scale, float(group["lr"]), momentum, *options, False)
+        return
+    states = [optimizer.state[p] for p in parameters]
+    begins = [state.get("momentum_buffer") is None for state in states]
+    for first in {*begins}:  # all or none, unless the gradient of one came later
+        chosen = [i for i, begin in enumerate(begins) if begin == first]
+        of = [parameters[i] for i in chosen]
+        buffers = (
+            [torch.empty_like(p) for p in of] if first else [states[i]["momentum_buffer"] for i in chosen]
         )
-
-    def step(self, optimizer: torch.optim.Optimizer, step_of_kind: Callable[..., Any]) -> bool:
-        """A step; whether the plan has all the state that there is now."""
-        for parameter in self.large:
-            if not parameter.is_contiguous():
-                raise ValueError(f"fused: parameter: expected contiguous, got strides {parameter.stride()}")
-            gradient: Any = parameter.grad
-            if not gradient.is_contiguous():
-                parameter.grad = gradient.contiguous()  # The kernel looks at no strides.
-        groups = optimizer.param_groups
-        for joined in self.joined:
-            joined.take(optimizer)
-        try:
-            optimizer.param_groups = [groups[i] | {"params": tensors} for i, tensors in self.calls]
-            step_of_kind(optimizer)
-        finally:
-            optimizer.param_groups = groups
-            states = [optimizer.state.pop(joined.tensor, {}) for joined in self.joined]
-        unscaled = getattr(optimizer, "grad_scale", None) is not None
-        for joined, state in zip(self.joined, states, strict=True):
-            joined.give_back(optimizer, state, unscaled)
-        return sum(map(len, optimizer.state.values())) == len(self.memory)
-
-
-def _kind_of_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Any:
-    """Equal for parameters of the same names in their state and as many steps; makes the state fit."""
-    state = optimizer.state.get(parameter, {})
-    for name, value in state.items():
-        if isinstance(value, Tensor) and value.dim() > 0:
-            if _form(value) != _form(parameter):
-                raise ValueError(
-                    f"fused: state[{name!r}]: expected shape, dtype and device of the parameter, "
-                    f"{_form(parameter)}, got {_form(value)}"
-                )
-            state[name] = value.contiguous()
-    names = frozenset(name for name, value in state.items() if isinstance(value, Tensor))
-    steps = state["step"].item() if "step" in state and parameter.is_cpu else None
-    return parameter.is_cpu, parameter.dtype, names, steps
-
-
-def _memory(optimizer: torch.optim.Optimizer) -> list[Any]:
-    return [value for state in optimizer.state.values() for value in state.values()]
-
-
-def _beyond_vectors(tensor: Tensor) -> int:
-    """How many numbers of it, the last ones, do not fill a vector."""
-    return tensor.numel() % (_VECTOR // min(tensor.element_size(), 4))
-
-
-def _end(tensor: Tensor) -> Tensor:
-    return tensor.view(-1)[tensor.numel() - _beyond_vectors(tensor) :]
-
-
-class _Joined:
-    """Small parameters and the ends of large ones as one tensor of whole vectors.
-
-    The state of the small ones lives here, as that of the whole; each has views of it. All else is copied
-    in every step.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, small: list[Tensor], cut: list[Tensor]) -> None:
-        self.small, self.cut = small, cut
-        self.places = [p.data_ptr() for p in cut]
-        self.pieces = [*small, *map(_end, cut)]
-        like, state = self.pieces[0], optimizer.state.get((small or cut)[0], {})
-        lengths = [piece.numel() for piece in self.pieces]
-        rest = -sum(lengths) % (_VECTOR // min(like.element_size(), 4))
-
-        def room() -> tuple[Tensor, list[Tensor]]:
-            whole = torch.zeros(sum(lengths) + rest, dtype=like.dtype, device=like.device)
-            parts = whole.split_with_sizes([*lengths, rest])[:-1]
-            return whole, [part.view(piece.shape) for part, piece in zip(parts, self.pieces, strict=True)]
-
-        self.tensor, self.values = room()
-        self.tensor.grad, self.gradients = room()
-        self.state: dict[str, Tensor] = {}
-        self.ends: list[Tensor] = []  # of the state of large parameters, and where they go
-        self.copies_of_ends: list[Tensor] = []
-        for name in [n for n, value in state.items() if isinstance(value, Tensor) and value.dim() > 0]:
-            self.state[name], parts = room()
-            for parameter, part in zip(small, parts, strict=False):
-                part.copy_(optimizer.state[parameter][name])
-                optimizer.state[parameter][name] = part
-            self.ends += [_end(optimizer.state[parameter][name]) for parameter in cut]
-            self.copies_of_ends += parts[len(small) :]
-        self.steps: list[Tensor] = []
-        if "step" in state:
-            # The first counts for the whole, the others are those of the small parameters.
-            steps = state["step"].repeat(1 + len(small))
-            self.state["step"], *own = steps.unbind()
-            for parameter, step in zip(small, own, strict=True):
-                optimizer.state[parameter]["step"] = step
-            self.others = steps[1:]
-            self.steps = [steps, *(optimizer.state[p]["step"] for p in cut)]
-
-    def holds(self) -> bool:
-        """Whether memory is where it was and all made as many steps: somebody may have changed it."""
-        counts = {n for steps in self.steps for n in steps.reshape(-1).tolist()}
-        return len(counts) <= 1 and [p.data_ptr() for p in self.cut] == self.places
-
-    def take(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients: list[Any] = [p.grad for p in self.small]
-        gradients += [_end(gradient) for gradient in [p.grad for p in self.cut] if gradient is not None]
-        torch._foreach_copy_(
-            self.values + self.gradients + self.copies_of_ends, self.pieces + gradients + self.ends
+        sgd_(
+            of, [gradients[i] for i in chosen], buffers, scale, float(group["lr"]), momentum, *options, first
         )
-        optimizer.state[self.tensor] = dict(self.state)
+        for i, buffer in zip(chosen, buffers, strict=True):
+            states[i]["momentum_buffer"] = buffer
 
-    def give_back(self, optimizer: torch.optim.Optimizer, state: dict[str, Tensor], unscaled: bool) -> None:
-        """To the parameters what torch made of the whole; `state` is what it remembers of it."""
-        to, parts = self.pieces + self.ends, self.values + self.copies_of_ends
-        if unscaled:
-            to = to + [p.grad for p in self.small if p.grad is not None]
-            parts = parts + self.gradients[: len(self.small)]
-        torch._foreach_copy_(to, parts)
-        if self.steps:
-            self.others.copy_(self.state["step"])
-        for name in [name for name in state if name not in self.state]:
-            self._remember(optimizer, name, state[name])
 
-    def _remember(self, optimizer: torch.optim.Optimizer, name: str, value: Tensor) -> None:
-        """Something that torch made in this step."""
-        start = 0
-        for i, (parameter, piece) in enumerate(zip([*self.small, *self.cut], self.pieces, strict=True)):
-            part = value if value.dim() == 0 else value[start : start + piece.numel()].view(piece.shape)
-            start += piece.numel()
-            if i < len(self.small):
-                optimizer.state[parameter][name] = part.clone()
-            elif value.dim() > 0:
-                _end(optimizer.state[parameter][name]).copy_(part)
+_UPDATES: dict[Any, Update] = {Adam: _adam, Adagrad: _adagrad, SGD: _sgd}
+
+
+def _states(
+    optimizer: Any, group: dict[str, Any], parameters: list[Tensor], lists: int
+) -> list[dict[str, Tensor]]:
+    """What is remembered of each. What is missing torch makes, which adds it to so many lists too."""
+    states = [optimizer.state[p] for p in parameters]
+    if not all(states):
+        new = [p for p, state in zip(parameters, states, strict=True) if not state]
+        optimizer._init_group(group | {"params": new}, *([] for _ in range(lists)))
+    return states
 
 
 class _OfMembers:

@@ -234,6 +234,31 @@ def member_cases() -> Iterator[tuple[str, list[Tensor]]]:
         yield f"probabilities {name}", list(ops.predictive_uncertainty(even, from_probabilities=True))
 
 
+def optimizer_cases() -> Iterator[tuple[str, list[Tensor]]]:
+    """Steps of every kind. Powers of these betas are exact, whatever the C library."""
+    betas: dict[str, Any] = {"betas": (0.625, 0.875)}
+    kinds: dict[str, tuple[Any, dict[str, Any]]] = {
+        "Adam": (torch.optim.Adam, betas),
+        "Adam amsgrad": (torch.optim.Adam, betas | {"amsgrad": True, "weight_decay": 0.125}),
+        "AdamW": (torch.optim.AdamW, betas | {"weight_decay": 0.125, "maximize": True}),
+        "Adagrad": (torch.optim.Adagrad, {"lr_decay": 0.125, "weight_decay": 0.125}),
+        "SGD": (torch.optim.SGD, {"weight_decay": 0.125}),
+        "SGD momentum": (torch.optim.SGD, {"momentum": 0.75, "dampening": 0.25}),
+        "SGD nesterov": (torch.optim.SGD, {"momentum": 0.75, "nesterov": True}),
+    }
+    for (kind, dtype), (name, (optimizer, options)) in itertools.product(DTYPES.items(), kinds.items()):
+        draw = Numbers("optimizer", kind, name)
+        shapes = [(3, 5), (3, 16), (3, 333)]
+        parameters = [draw(*shape, dtype=dtype).requires_grad_() for shape in shapes]
+        made = pyens.optim.fused(optimizer, parameters, lr=0.0625, **options)
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = draw(*parameter.shape, dtype=dtype)
+            made.step()
+        state = [t for of in pyens.optim.member_state(made) for t in of.values()]
+        yield f"step {kind} {name}", [*parameters, *state]
+
+
 def cases() -> Iterator[tuple[str, list[Tensor]]]:
     yield from mlp_cases()
     yield from packed_and_strength_cases()
@@ -241,6 +266,7 @@ def cases() -> Iterator[tuple[str, list[Tensor]]]:
     yield from mask_cases()
     yield from embedding_cases()
     yield from member_cases()
+    yield from optimizer_cases()
 
 
 def record() -> dict[str, str]:

@@ -273,6 +273,13 @@ def test_fused_takes_each_parameter_once_and_only_parameters():
     with pytest.raises(TypeError, match=r"fused: kind: expected Adam, .* got <class .*RMSprop"):
         fused(RMSprop, [one])
 
+    class OwnStep(Adam):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    with pytest.raises(TypeError, match=r"fused: kind: expected the step of torch's own class, got another"):
+        fused(OwnStep, [one])
+
 
 def test_fused_refuses_what_it_cannot_do():
     with pytest.raises(

@@ -78,6 +78,11 @@ class Operation {
   Operation& not_differentiable() {
     return add(c10::DispatchKey::Autograd, torch::autograd::autogradNotImplementedFallback());
   }
+  // It changes tensors that require a gradient, as an optimizer does, and counts their versions itself.
+  Operation& in_place() {
+    library_.impl(name_.c_str(), c10::DispatchKey::Autograd, torch::CppFunction::makeFallthrough());
+    return *this;
+  }
   template <auto f>
   Operation& autocast() {
     add(c10::DispatchKey::AutocastCPU, Flat<f>::function);

@@ -1,0 +1,58 @@
+// Chooses the instruction set and the element type of an optimizer's step, and splits it into tensors; the work is
+// in optimizers-inl.h.
+
+#include "kernels/optimizers.h"
+
+#include "kernels/cpu/choose.h"
+
+#define PYENS_KERNEL_SOURCE "kernels/cpu/optimizers-inl.h"
+#include "kernels/cpu/foreach_isa.h"
+
+namespace pyens::optimizers_cpu {
+namespace {
+
+using Function = void(const StepParams&, const StepTensor&, int64_t begin, int64_t end);
+
+constexpr int64_t kItem = 64;  // elements, at least two cache lines: threads meet nowhere
+
+const Chosen<Function>& functions(Optimizer optimizer) {
+  static const Chosen<Function> adam{PYENS_VARIANTS(optimizers, adam)};
+  static const Chosen<Function> adagrad{PYENS_VARIANTS(optimizers, adagrad)};
+  static const Chosen<Function> sgd{PYENS_VARIANTS(optimizers, sgd)};
+  switch (optimizer) {
+    case Optimizer::adam: return adam;
+    case Optimizer::adagrad: return adagrad;
+    default: return sgd;
+  }
+}
+
+}  // namespace
+
+int64_t items_of(int64_t size) { return (size + kItem - 1) / kItem; }
+
+int64_t work_items(const StepParams& p) {
+  if (p.count == 0) return 0;
+  const StepTensor& last = p.tensors[p.count - 1];
+  return last.first_item + items_of(last.size);
+}
+
+int64_t grain_size(const StepParams& p) {
+  // Some microseconds: a root and a quotient for each number, or none.
+  const double numbers_worth_a_thread = p.optimizer == Optimizer::sgd ? 32e3 : 8e3;
+  const int64_t items = work_items(p);
+  return items_worth_a_thread(numbers_worth_a_thread, static_cast<double>(items * kItem), items);
+}
+
+void run(const StepParams& p, int64_t begin, int64_t end) {
+  const Chosen<Function>& chosen = functions(p.optimizer);
+  const StepTensor* t = std::upper_bound(
+      p.tensors, p.tensors + p.count, begin,
+      [](int64_t item, const StepTensor& tensor) { return item < tensor.first_item; });
+  for (--t; t != p.tensors + p.count && t->first_item < end; ++t) {
+    const int64_t from = std::max<int64_t>(0, begin - t->first_item) * kItem;
+    const int64_t to = std::min(t->size, (end - t->first_item) * kItem);
+    if (from < to) chosen[t->dtype](p, *t, from, to);
+  }
+}
+
+}  // namespace pyens::optimizers_cpu

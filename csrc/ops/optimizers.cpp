@@ -1,0 +1,225 @@
+// A step of an optimizer of torch.optim over all parameters of a group, on the CPU:
+//
+//   adam_(parameters, gradients, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, ...)   max_exp_avg_sqs: of amsgrad
+//   adagrad_(parameters, gradients, sums, steps, ...)
+//   sgd_(parameters, gradients, momentum_buffers, ...)                                 none without momentum
+//
+// In place: parameters, state, counts of steps and, where there is a grad_scale, gradients. Their only caller is
+// pyens.optim.fused, and their errors speak of what it was given. Elsewhere it takes torch's own fused step.
+
+#include "ops/torch.h"
+
+#include <ATen/MemoryOverlap.h>
+
+#include <cmath>
+#include <initializer_list>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "kernels/optimizers.h"
+#include "ops/checks.h"
+#include "ops/launch.h"
+#include "ops/operation.h"
+
+namespace pyens {
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+
+constexpr char kOp[] = "fused";
+
+// Tensors that belong to the parameters, one each, and what torch's optimizer calls them.
+struct Belonging {
+  const char* name;
+  TensorList tensors;
+};
+using Belongings = std::initializer_list<Belonging>;
+
+bool fits(const Tensor& tensor, const Tensor& parameter) {
+  return tensor.scalar_type() == parameter.scalar_type() && tensor.device() == parameter.device() &&
+         tensor.sym_sizes() == parameter.sym_sizes();
+}
+
+void check_step(TensorList parameters, Belongings belongings, TensorList steps) {
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    const Tensor& p = parameters[i];
+    const auto index = static_cast<int64_t>(i);
+    PYENS_CHECK_TYPE(is_kernel_dtype(p.scalar_type()), kOp, (ArgumentName{"parameters", index}),
+                     "float32, float64, bfloat16 or float16", p.scalar_type());
+    PYENS_CHECK_VALUE(p.is_contiguous(), kOp, (ArgumentName{"parameters", index}), "contiguous",
+                      "strides ", p.strides());
+  }
+  for (const Belonging& of : belongings) {
+    PYENS_CHECK_VALUE(of.tensors.size() == parameters.size(), kOp, of.name,
+                      c10::str("one for each of ", parameters.size(), " parameters"),
+                      of.tensors.size());
+    for (size_t i = 0; i < parameters.size(); ++i) {
+      const Tensor &p = parameters[i], &tensor = of.tensors[i];
+      PYENS_CHECK_VALUE(fits(tensor, p), kOp, of.name,
+                        c10::str("shape, dtype and device of the parameter, ", p.sym_sizes(), ", ",
+                                 p.scalar_type(), " and ", p.device()),
+                        tensor.sym_sizes(), ", ", tensor.scalar_type(), " and ", tensor.device());
+    }
+  }
+  for (const Tensor& step : steps) {
+    PYENS_CHECK_TYPE(step.scalar_type() == at::kFloat || step.scalar_type() == at::kDouble, kOp,
+                     "state['step']", "float32 or float64", step.scalar_type());
+    PYENS_CHECK_VALUE(step.sym_numel() == 1, kOp, "state['step']", "one number", "shape ",
+                      step.sym_sizes());
+  }
+}
+
+// The number, one more than before.
+double count_up(const Tensor& step) {
+  if (step.scalar_type() == at::kDouble) return *step.mutable_data_ptr<double>() += 1;
+  return *step.mutable_data_ptr<float>() += 1;
+}
+
+// `numbers(tensor, step)` fills in what depends on the number of steps, which is 0 without a count of them.
+template <class Numbers>
+void make_step(StepParams p, TensorList parameters, Belongings belongings, TensorList steps,
+               std::optional<double> grad_scale, const Numbers& numbers) {
+  check_step(parameters, belongings, steps);
+  PYENS_CHECK_VALUE(steps.empty() || steps.size() == parameters.size(), kOp, "state['step']",
+                    c10::str("one for each of ", parameters.size(), " parameters"), steps.size());
+  const at::AutoDispatchBelowADInplaceOrView no_graph;
+  p.grad_scale = grad_scale ? &*grad_scale : nullptr;
+  std::vector<StepTensor> tensors(parameters.size());
+  // What is not contiguous, with a copy that is; the copies of what is written go back.
+  std::vector<std::pair<Tensor, Tensor>> copies;
+  const auto memory = [&](const Tensor& tensor, bool written) {
+    if (written) tensor.unsafeGetTensorImpl()->bump_version();
+    if (tensor.is_contiguous()) return const_cast<void*>(tensor.const_data_ptr());
+    Tensor copy = tensor.contiguous();
+    if (written) {
+      at::assert_no_internal_overlap(tensor);
+      copies.emplace_back(tensor, copy);
+    }
+    return copy.mutable_data_ptr();
+  };
+  int64_t items = 0;
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    StepTensor& t = tensors[i];
+    t.dtype = kernel_dtype(parameters[i].scalar_type());
+    t.size = parameters[i].numel();
+    t.first_item = items;
+    items += optimizers_cpu::items_of(t.size);
+    t.parameter = memory(parameters[i], true);
+    int64_t at = -1;  // the gradient comes first, then the state
+    for (const Belonging& of : belongings) {
+      void* const pointer = memory(of.tensors[i], at >= 0 || grad_scale);
+      (at < 0 ? t.gradient : t.state[at]) = pointer;
+      ++at;
+    }
+  }
+  // Nothing is refused from here on.
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    if (!steps.empty()) steps[i].unsafeGetTensorImpl()->bump_version();
+    numbers(tensors[i], steps.empty() ? 0 : count_up(steps[i]));
+  }
+  p.tensors = tensors.data();
+  p.count = static_cast<int64_t>(tensors.size());
+  launch_cpu(
+      optimizers_cpu::work_items(p), optimizers_cpu::grain_size(p), 0,
+      [&](int64_t begin, int64_t end, void* /*scratch*/) { optimizers_cpu::run(p, begin, end); });
+  for (const auto& [tensor, copy] : copies) tensor.copy_(copy);
+}
+
+void adam_(TensorList parameters, TensorList gradients, TensorList exp_avgs, TensorList exp_avg_sqs,
+           TensorList max_exp_avg_sqs, TensorList steps, std::optional<double> grad_scale,
+           double lr, double beta1, double beta2, double eps, double weight_decay,
+           bool decoupled_weight_decay, bool maximize) {
+  StepParams p{};
+  p.optimizer = Optimizer::adam;
+  p.maximize = maximize;
+  p.weight_decay = decoupled_weight_decay ? 0 : weight_decay;
+  p.shrink = decoupled_weight_decay ? 1 - lr * weight_decay : 1;
+  p.beta1 = beta1;
+  p.beta2 = beta2;
+  p.eps = eps;
+  p.amsgrad = !max_exp_avg_sqs.empty();
+  const auto numbers = [&](StepTensor& t, double step) {
+    t.rate = lr / (1 - std::pow(beta1, step));
+    t.root_correction = 1 / std::sqrt(1 - std::pow(beta2, step));
+  };
+  const Belonging gradient{"gradient", gradients}, exp_avg{"state['exp_avg']", exp_avgs};
+  const Belonging exp_avg_sq{"state['exp_avg_sq']", exp_avg_sqs};
+  const Belonging largest{"state['max_exp_avg_sq']", max_exp_avg_sqs};
+  if (p.amsgrad) {
+    make_step(p, parameters, {gradient, exp_avg, exp_avg_sq, largest}, steps, grad_scale, numbers);
+  } else {
+    make_step(p, parameters, {gradient, exp_avg, exp_avg_sq}, steps, grad_scale, numbers);
+  }
+}
+
+void adagrad_(TensorList parameters, TensorList gradients, TensorList sums, TensorList steps,
+              std::optional<double> grad_scale, double lr, double lr_decay, double eps,
+              double weight_decay, bool maximize) {
+  StepParams p{};
+  p.optimizer = Optimizer::adagrad;
+  p.maximize = maximize;
+  p.weight_decay = weight_decay;
+  p.eps = eps;
+  make_step(p, parameters, {{"gradient", gradients}, {"state['sum']", sums}}, steps, grad_scale,
+            [&](StepTensor& t, double step) { t.rate = lr / (1 + (step - 1) * lr_decay); });
+}
+
+void sgd_(TensorList parameters, TensorList gradients, TensorList momentum_buffers,
+          std::optional<double> grad_scale, double lr, double momentum, double dampening,
+          double weight_decay, bool nesterov, bool maximize, bool begins) {
+  StepParams p{};
+  p.optimizer = Optimizer::sgd;
+  p.maximize = maximize;
+  p.weight_decay = weight_decay;
+  p.momentum = momentum;
+  p.dampening = dampening;
+  p.nesterov = nesterov;
+  p.begins = begins;
+  const auto numbers = [&](StepTensor& t, double /*step*/) { t.rate = lr; };
+  const Belonging gradient{"gradient", gradients};
+  const Belonging buffer{"state['momentum_buffer']", momentum_buffers};
+  if (momentum != 0) {
+    make_step(p, parameters, {gradient, buffer}, {}, grad_scale, numbers);
+  } else {
+    make_step(p, parameters, {gradient}, {}, grad_scale, numbers);
+  }
+}
+
+// Nothing is made: fake tensors keep their shapes.
+void adam_meta(TensorList, TensorList, TensorList, TensorList, TensorList, TensorList,
+               std::optional<double>, double, double, double, double, double, bool, bool) {}
+void adagrad_meta(TensorList, TensorList, TensorList, TensorList, std::optional<double>, double,
+                  double, double, double, bool) {}
+void sgd_meta(TensorList, TensorList, TensorList, std::optional<double>, double, double, double,
+              double, bool, bool, bool) {}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(pyens, m) {
+  Operation(m,
+            "adam_(Tensor(a!)[] parameters, Tensor(b!)[] gradients, Tensor(c!)[] exp_avgs,"
+            " Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] steps,"
+            " float? grad_scale, float lr, float beta1, float beta2, float eps,"
+            " float weight_decay, bool decoupled_weight_decay, bool maximize) -> ()")
+      .cpu<adam_>()
+      .meta<adam_meta>()
+      .in_place();
+  Operation(m,
+            "adagrad_(Tensor(a!)[] parameters, Tensor(b!)[] gradients, Tensor(c!)[] sums,"
+            " Tensor(d!)[] steps, float? grad_scale, float lr, float lr_decay, float eps,"
+            " float weight_decay, bool maximize) -> ()")
+      .cpu<adagrad_>()
+      .meta<adagrad_meta>()
+      .in_place();
+  Operation(m,
+            "sgd_(Tensor(a!)[] parameters, Tensor(b!)[] gradients, Tensor(c!)[] momentum_buffers,"
+            " float? grad_scale, float lr, float momentum, float dampening, float weight_decay,"
+            " bool nesterov, bool maximize, bool begins) -> ()")
+      .cpu<sgd_>()
+      .meta<sgd_meta>()
+      .in_place();
+}
+
+}  // namespace pyens
