@@ -14,7 +14,6 @@
 #include <cmath>
 #include <initializer_list>
 #include <optional>
-#include <utility>
 #include <vector>
 
 #include "kernels/optimizers.h"
@@ -87,17 +86,17 @@ void make_step(StepParams p, TensorList parameters, Belongings belongings, Tenso
   const at::AutoDispatchBelowADInplaceOrView no_graph;
   p.grad_scale = grad_scale ? &*grad_scale : nullptr;
   std::vector<StepTensor> tensors(parameters.size());
-  // What is not contiguous, with a copy that is; the copies of what is written go back.
-  std::vector<std::pair<Tensor, Tensor>> copies;
+  // Copies of what is not contiguous, kept until the step is made, and what those that are written go back to.
+  std::vector<Tensor> copies, targets;
   const auto memory = [&](const Tensor& tensor, bool written) {
     if (written) tensor.unsafeGetTensorImpl()->bump_version();
-    if (tensor.is_contiguous()) return const_cast<void*>(tensor.const_data_ptr());
-    Tensor copy = tensor.contiguous();
-    if (written) {
-      at::assert_no_internal_overlap(tensor);
-      copies.emplace_back(tensor, copy);
+    if (tensor.is_contiguous()) {
+      return written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
     }
-    return copy.mutable_data_ptr();
+    if (written) at::assert_no_internal_overlap(tensor);
+    copies.push_back(tensor.contiguous());
+    targets.push_back(written ? tensor : Tensor());
+    return copies.back().mutable_data_ptr();
   };
   int64_t items = 0;
   for (size_t i = 0; i < parameters.size(); ++i) {
@@ -124,7 +123,9 @@ void make_step(StepParams p, TensorList parameters, Belongings belongings, Tenso
   launch_cpu(
       optimizers_cpu::work_items(p), optimizers_cpu::grain_size(p), 0,
       [&](int64_t begin, int64_t end, void* /*scratch*/) { optimizers_cpu::run(p, begin, end); });
-  for (const auto& [tensor, copy] : copies) tensor.copy_(copy);
+  for (size_t i = 0; i < copies.size(); ++i) {
+    if (targets[i].defined()) targets[i].copy_(copies[i]);
+  }
 }
 
 void adam_(TensorList parameters, TensorList gradients, TensorList exp_avgs, TensorList exp_avg_sqs,
