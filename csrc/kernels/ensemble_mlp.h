@@ -70,6 +70,17 @@ struct EnsembleMLPEpilogue {
 // What is differentiated: a loss of the output, or the output itself against a given gradient.
 enum class Loss : int { none, mse, bce, gaussian_nll, cross_entropy };
 
+// What cross_entropy expects of K classes: label smoothing s takes the share s from the label, and gives each
+// class s / K. Exactly 1 and 0 without smoothing, and 1 where there is one class.
+template <class R>
+struct ExpectedClasses {
+  R at_label, elsewhere;
+
+  PYENS_HOST_DEVICE ExpectedClasses(double smoothing, int64_t classes)
+      : at_label(static_cast<R>(1 - smoothing + smoothing / static_cast<double>(classes))),
+        elsewhere(static_cast<R>(smoothing / static_cast<double>(classes))) {}
+};
+
 struct MLPLayerGradient {  // contiguous; nullptr where it is not asked for
   void* weight;            // [E, out, in]
   void* bias;              // [E, out]
@@ -79,7 +90,7 @@ struct MLPLayerGradient {  // contiguous; nullptr where it is not asked for
 // others.
 struct MLPTrainingCall {
   Loss loss;
-  double temperature;  // of cross_entropy
+  double temperature, label_smoothing;  // of cross_entropy
   // Loss::none: the gradient of the output, elements [E, B, O]. cross_entropy: int64 [B] or [E, B].
   // The others: Real [B, T] or [E, B, T].
   const void* target;

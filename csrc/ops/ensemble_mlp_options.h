@@ -15,9 +15,10 @@ struct MLPOptions {
   PYENS_OPTIONS(PYENS_MLP_OPTIONS)
 };
 
-#define PYENS_LOSS_OPTIONS(OPTION)                 \
-  OPTION(std::string_view, loss, "str loss")       \
-  OPTION(double, temperature, "float temperature") \
+#define PYENS_LOSS_OPTIONS(OPTION)                         \
+  OPTION(std::string_view, loss, "str loss")               \
+  OPTION(double, temperature, "float temperature")         \
+  OPTION(double, label_smoothing, "float label_smoothing") \
   OPTION(OptionalTensor, sample_weight, "Tensor? sample_weight")
 
 struct LossOptions {

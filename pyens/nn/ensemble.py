@@ -75,6 +75,7 @@ class Ensemble(nn.Module):
         *batch: Tensor,
         loss: Loss,
         temperature: float = 1.0,
+        label_smoothing: float = 0.0,
         sample_weight: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
@@ -82,9 +83,10 @@ class Ensemble(nn.Module):
 
         Args:
             batch: what `forward` takes, then the target.
-            loss, temperature, sample_weight: see `pyens.ops.ensemble_mlp_loss`. With weights, `forward` is
-                given zeros in place of floating point inputs that are left out (weight 0), whatever is in
-                them: with weights `[E, B]` as `[E, B, ...]`, also where the input was `[B, ...]`.
+            loss, temperature, label_smoothing, sample_weight: see `pyens.ops.ensemble_mlp_loss`. With weights,
+                `forward` is given zeros in place of floating point inputs that are left out (weight 0),
+                whatever is in them: with weights `[E, B]` as `[E, B, ...]`, also where the input was
+                `[B, ...]`.
             options: of `forward`, such as `dropout_seeds`.
 
         Raises:
@@ -99,6 +101,7 @@ class Ensemble(nn.Module):
         if not isinstance(loss, str) or loss not in LOSSES:
             raise ValueError(f'loss: loss: expected one of {", ".join(LOSSES)}, got "{loss}"')
         check_temperature("loss", loss, temperature)
+        check_label_smoothing("loss", loss, label_smoothing)
         check_tensor("loss", "target", target)
         if sample_weight is not None:
             check_tensor("loss", "sample_weight", sample_weight)
@@ -114,7 +117,9 @@ class Ensemble(nn.Module):
                 f"got shape {list(output.shape)}"
             )
         _check_loss(output, target, loss, sample_weight)
-        return mean_losses(lambda output: output, output, target, loss, temperature, sample_weight)
+        return mean_losses(
+            lambda output: output, output, target, loss, temperature, sample_weight, label_smoothing
+        )
 
     def check_inputs(self, *inputs: Tensor | None) -> None:
         """Raises a ValueError for values that `forward` would refuse; `fit` gives it all rows beforehand.
@@ -330,6 +335,19 @@ def check_temperature(function: str, loss: Loss, temperature: float) -> None:
         )
     if not 0 < temperature < math.inf:
         raise ValueError(f"{function}: temperature: expected a positive number, got {temperature}")
+
+
+def check_label_smoothing(function: str, loss: Loss, label_smoothing: float) -> None:
+    check_number(function, "label_smoothing", label_smoothing)
+    if loss != "cross_entropy" and label_smoothing != 0:
+        raise ValueError(
+            f"{function}: label_smoothing: expected 0 (only cross_entropy has it) with loss {loss}, "
+            f"got {label_smoothing}"
+        )
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(
+            f"{function}: label_smoothing: expected a number from 0 to 1, got {label_smoothing}"
+        )
 
 
 def _walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -169,6 +169,7 @@ class TabularEnsemble(Ensemble):
         *,
         loss: Loss,
         temperature: float = 1.0,
+        label_smoothing: float = 0.0,
         sample_weight: Tensor | None = None,
         dropout_seeds: Tensor | None = None,
     ) -> Tensor:
@@ -187,6 +188,7 @@ class TabularEnsemble(Ensemble):
             target,
             loss=loss,
             temperature=temperature,
+            label_smoothing=label_smoothing,
             sample_weight=sample_weight,
             dropout_seeds=dropout_seeds,
         )

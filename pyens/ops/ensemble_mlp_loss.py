@@ -18,6 +18,7 @@ def ensemble_mlp_loss(
     loss: Loss,
     activation: Activation = "relu",
     temperature: float = 1.0,
+    label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
     dropout: float = 0.0,
     dropout_seeds: Tensor | None = None,
@@ -29,7 +30,7 @@ def ensemble_mlp_loss(
         mse             1/K sum_k (z_k - y_k)^2
         bce             1/K sum_k log(1 + e^z_k) - z_k y_k                                  z are logits
         gaussian_nll    1/K sum_k log(v_k)/2 + (y_k - z_k)^2 / (2 v_k)    v_k = softplus(z_{K+k}) + 1e-6
-        cross_entropy   -log softmax(z / temperature)_y                                     y is a class
+        cross_entropy   (1 - s) l_y + s/K sum_k l_k    l = -log softmax(z / temperature), y is a class
 
     in nats, gaussian_nll without its constant, and loss[m] = sum_b w_b loss(m, b) / sum_b w_b. An ensemble
     trains on `loss.sum()`: the sum of its members' losses, never the loss of their mean.
@@ -44,6 +45,9 @@ def ensemble_mlp_loss(
             and O/2 for gaussian_nll. For cross_entropy int64 `[B]` or `[E, B]`, classes from 0 to O - 1.
         loss: mse, bce, gaussian_nll or cross_entropy.
         temperature: of cross_entropy, positive.
+        label_smoothing: s of cross_entropy, in [0, 1], as in `F.cross_entropy`: the classes together are to
+            get the share s, the label the rest. As there, with s > 0 the loss of a logit -inf is infinite,
+            and its gradient finite.
         sample_weight: w, `[B]` or `[E, B]`, at least 0, of the input's dtype or float32; None is all ones. A
             weight of 0 leaves the example out, whatever is in it (NaN, an out-of-range class): so a
             member leaves out its jackknife group. Where the weights sum to 0, as with B = 0, the loss is 0.
@@ -61,8 +65,8 @@ def ensemble_mlp_loss(
     infinite, makes its member's loss and gradients NaN.
 
     Raises:
-        ValueError: a shape that does not fit, an unknown loss, a temperature without cross_entropy; a target
-            or sample_weight that requires a gradient; on the CPU a class out of range, and a negative or
+        ValueError: a shape that does not fit, an unknown loss, a temperature or label smoothing out of range or
+            without cross_entropy; a target or sample_weight that requires a gradient; on the CPU a class out of range, and a negative or
             infinite weight.
         TypeError: mixed or unsupported dtypes, mixed devices.
 
@@ -76,6 +80,7 @@ def ensemble_mlp_loss(
         () if biases is None else biases,
         loss,
         temperature,
+        label_smoothing,
         sample_weight,
         activation,
         dropout,

@@ -431,8 +431,8 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
   }
 
   const double loss =
-      loss_tile(t.loss, scratch.hidden[layers - 1], out, scratch.target, target_features(t),
-                scratch.example_weight, examples, scale, static_cast<Real>(t.temperature));
+      loss_tile(t, scratch.hidden[layers - 1], out, scratch.target, target_features(t),
+                scratch.example_weight, examples, scale);
 
   const Real* gradient = scratch.hidden[layers - 1];
   for (int64_t l = layers; l-- > s.lowest;) {

@@ -358,7 +358,8 @@ struct Tile {
         case Loss::gaussian_nll: loss = gaussian_nll(z, out, target, factor); break;
         case Loss::cross_entropy:
           loss = cross_entropy(z, out, static_cast<const int64_t*>(t.target)[at],
-                               static_cast<R>(1 / t.temperature), factor);
+                               static_cast<R>(1 / t.temperature),
+                               ExpectedClasses<R>(t.label_smoothing, out), factor);
           break;
         case Loss::none: break;
       }
