@@ -43,7 +43,11 @@ struct EnsembleMLP {
 // Share of the hidden activations that become 0; the others are scaled. See kernels/dropout.h.
 struct Dropout {
   double p;
-  const int64_t* seeds;  // [E], where p > 0
+  const double* rates;   // [E], those of the members in the place of p; or nullptr
+  const int64_t* seeds;  // [E], where there may be some
+
+  PYENS_HOST_DEVICE bool any() const { return p > 0 || rates; }
+  PYENS_HOST_DEVICE double of(int64_t member) const { return rates ? rates[member] : p; }
 };
 
 // What belongs to one call: plain data, which a GPU is given as it is.

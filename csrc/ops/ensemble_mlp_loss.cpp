@@ -174,7 +174,8 @@ Tensor ensemble_mlp_loss_meta(const LossOptions& options, const Tensor& input, c
 // --- composed of torch's own operations --------------------------------------------------------------
 
 // Of outputs [E, B, O] in float32 or float64; the mean over the outputs of each example, [E, B].
-Tensor example_losses(const Tensor& z, const Tensor& target, Loss loss, const LossOptions& options) {
+Tensor example_losses(const Tensor& z, const Tensor& target, Loss loss,
+                      const LossOptions& options) {
   switch (loss) {
     case Loss::mse: return (z - target).square().mean(-1);
     case Loss::bce:

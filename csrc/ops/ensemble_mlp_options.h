@@ -9,6 +9,7 @@ namespace pyens {
   OPTION(std::string_view, activation, "str activation")              \
   OPTION(double, dropout, "float dropout=0.0")                        \
   OPTION(OptionalTensor, dropout_seeds, "Tensor? dropout_seeds=None") \
+  OPTION(OptionalTensor, dropout_rates, "Tensor? dropout_rates=None") \
   // a further option stands above this line
 
 struct MLPOptions {

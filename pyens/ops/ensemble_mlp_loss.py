@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from pyens import reference
-from pyens._types import Activation, Loss
+from pyens._types import Activation, Dropout, Loss
 from pyens.ops._call import Given, join_members, operation
+from pyens.ops.ensemble_mlp import member_rates, one_dropout
 
 
 def ensemble_mlp_loss(
@@ -20,7 +21,7 @@ def ensemble_mlp_loss(
     temperature: float = 1.0,
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
-    dropout: float = 0.0,
+    dropout: Dropout = 0.0,
     dropout_seeds: Tensor | None = None,
 ) -> Tensor:
     r"""Each member's own mean loss, computed with its gradient in one pass over the examples.
@@ -65,14 +66,17 @@ def ensemble_mlp_loss(
     infinite, makes its member's loss and gradients NaN.
 
     Raises:
-        ValueError: a shape that does not fit, an unknown loss, a temperature or label smoothing out of range or
-            without cross_entropy; a target or sample_weight that requires a gradient; on the CPU a class out of range, and a negative or
-            infinite weight.
+        ValueError: a shape that does not fit, an unknown loss, a temperature or label smoothing out of range
+            or without cross_entropy; a target or sample_weight that requires a gradient; on the CPU a class
+            out of range, and a negative or infinite weight.
         TypeError: mixed or unsupported dtypes, mixed devices.
 
     Source: gaussian_nll is eq. 1 of "Deep Ensemble" with its variance; the temperature and the left-out
     groups (jackknife) are those of "Beyond Point Estimate". Reference in `pyens.reference.ensemble_mlp_loss`.
     """
+    rates = None
+    if not isinstance(dropout, (float, int)):
+        dropout, rates = member_rates("ensemble_mlp_loss", dropout, input)
     return _ensemble_mlp_loss(
         input,
         target,
@@ -85,14 +89,19 @@ def ensemble_mlp_loss(
         activation,
         dropout,
         dropout_seeds,
+        rates,
     )
 
 
 def _vmap(n: int, dims: Given, given: Given) -> tuple[Given, int, tuple[int, ...]]:
-    ranks = {"weights": 3, "biases": 2, "input": 3, "sample_weight": 2, "dropout_seeds": 1}
-    return join_members(n, dims, given, ranks | {"target": 3 if given["target"].is_floating_point() else 2})
+    ranks = {"weights": 3, "biases": 2, "input": 3, "sample_weight": 2}
+    ranks |= {"target": 3 if given["target"].is_floating_point() else 2}
+    return join_members(n, dims, given, ranks | {"dropout_seeds": 1, "dropout_rates": 1})
 
 
 _ensemble_mlp_loss: Callable[..., Tensor] = operation(
-    "ensemble_mlp_loss", reference.ensemble_mlp_loss, _vmap, constants=("target", "sample_weight")
+    "ensemble_mlp_loss",
+    one_dropout(reference.ensemble_mlp_loss),
+    _vmap,
+    constants=("target", "sample_weight"),
 )

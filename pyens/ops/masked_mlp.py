@@ -142,7 +142,8 @@ def masked_mlp_loss(
 
     Args:
         input, weights, biases, masks, activation, plan: as in `masked_mlp`.
-        target, loss, temperature, label_smoothing, sample_weight: as in `pyens.ops.ensemble_mlp_loss`, with N for E.
+        target, loss, temperature, label_smoothing, sample_weight: as in `pyens.ops.ensemble_mlp_loss`, with N
+            for E.
 
     Returns:
         `[N]`, float32 (float64 for float64). A model trains on its sum or mean.

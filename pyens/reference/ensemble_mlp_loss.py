@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyens._types import Activation, Loss
+from pyens._types import Activation, Dropout, Loss
 from pyens.reference.ensemble_mlp import ensemble_mlp
 
 
@@ -55,7 +55,7 @@ def ensemble_mlp_loss(
     temperature: float = 1.0,
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
-    dropout: float = 0.0,
+    dropout: Dropout = 0.0,
     dropout_seeds: Tensor | None = None,
 ) -> Tensor:
     """See `pyens.ops.ensemble_mlp_loss`."""

@@ -315,9 +315,9 @@ struct Tile {
     const int row = bank_stride(static_cast<int>(a.layers[l].out));
     const R z = gradient(l)[b * row + o];
     R h = activate(kind, z), slope = activation_slope(kind, z, h);
-    if (p.dropout.p > 0) {
+    if (p.dropout.any()) {
       const uint64_t key = dropout_unit_key(dropout_layer_key(p.dropout.seeds[member], l), o);
-      const ApplyDropout<R> apply_dropout(p.dropout);
+      const ApplyDropout<R> apply_dropout(p.dropout, member);
       h = apply_dropout(h, first + b, key);
       slope = apply_dropout(slope, first + b, key);
     }
@@ -411,7 +411,7 @@ struct Tile {
     const T* w = weight(l);
     const R* g = gradient(l);
     const bool cuts = l > 0 && (a.layers[l - 1].activation.kind == ActivationKind::relu ||
-                                a.forward.dropout.p > 0);
+                                a.forward.dropout.of(member) > 0);
     R* input = static_cast<R*>(t.sum_grad_input ? a.member_inputs : t.grad_input);
     const Side of_examples(examples), of_inputs(in);
     for_each_block(of_inputs, of_examples, [&](int js, int bs) {
