@@ -167,8 +167,8 @@ def masked_mlp_loss(
             sample_weight=sample_weight,
         )
     except Exception:
-        values = (input, weights, biases, masks, activation, plan, target, loss, temperature, label_smoothing)
-        values += (sample_weight,)
+        network = (input, weights, biases, masks, activation, plan)
+        values = (*network, target, loss, temperature, label_smoothing, sample_weight)
         _kinds.check("masked_mlp_loss", _KINDS + _LOSS_KINDS, values)
         raise
 

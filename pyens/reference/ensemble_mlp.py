@@ -21,19 +21,21 @@ def ensemble_mlp(
     """See `pyens.ops.ensemble_mlp`."""
     act = ACTIVATIONS[activation]
     hidden = input if input.dim() == 3 else input.unsqueeze(0)  # [E or 1, B, I]
-    rates = None  # of the members, [E, 1, 1]
-    if not isinstance(dropout, (float, int)):
+    rate, rates = 0.0, None  # of all members, or of each [E, 1, 1]
+    if isinstance(dropout, (float, int)):
+        rate = dropout
+    else:
         rates = torch.as_tensor(dropout, dtype=torch.float64, device=input.device).view(-1, 1, 1)
     for layer, weight in enumerate(weights):  # [E, out, in]
         if layer > 0:
             hidden = act(hidden)
-            if rates is not None or dropout > 0:
+            if rates is not None or rate > 0:
                 assert dropout_seeds is not None
                 _, rows, units = hidden.shape
                 kept = kept_by_dropout(dropout_seeds, layer - 1, rows, units, dropout)
                 # As exact as a division by a number.
                 exact = torch.promote_types(hidden.dtype, torch.float32)
-                share = 1 - dropout if rates is None else (1 - rates).to(exact)
+                share = 1 - rate if rates is None else (1 - rates).to(exact)
                 hidden = torch.where(kept, (hidden / share).to(hidden.dtype), 0)
         hidden = torch.matmul(hidden, weight.transpose(1, 2))  # [E, B, out]
         if biases:
