@@ -35,7 +35,8 @@ def ensemble_mlp(
             the default arguments of `torch.nn`. The last layer is linear.
         dropout: p in [0, 1): the share of the hidden activations that becomes 0; the others are multiplied by
             1 / (1 - p). Or one rate for each member, as numbers or as a tensor `[E]`, 0 for some if need be:
-            a member then has the bits that it has where its rate is that of all. It gets no gradient.
+            a member then has the bits that it has where its rate is that of all. It gets no gradient. On CUDA
+            a rate out of range, in a tensor, makes its member's output NaN.
         dropout_seeds: int64 `[E]`, needed where dropout > 0. Whether a unit is kept is a pure function of
             (dropout_seeds[m], layer, batch row, unit): the same seeds give the same masks, backward draws
             them again, and no member depends on another. A training loop passes new seeds each step; 100

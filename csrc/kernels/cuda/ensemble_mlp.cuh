@@ -47,8 +47,9 @@ struct ApplyDropout {
   uint32_t threshold;
   R scale;
 
-  __device__ ApplyDropout(const Dropout& dropout, int64_t member) {
-    const double p = dropout.of(member);
+  __device__ ApplyDropout(const Dropout& dropout, int64_t member)
+      : ApplyDropout(dropout.of(member)) {}
+  __device__ explicit ApplyDropout(double p) {
     const bool is_rate = p >= 0 && p < 1;
     threshold = is_rate ? dropout_threshold(p) : 0;
     scale = is_rate ? R(1 / (1 - p)) : static_cast<R>(NAN);
