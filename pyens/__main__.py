@@ -119,6 +119,7 @@ def mlp_loss(draw: Draw) -> Problem:
         "target": labels if loss == "cross_entropy" else values,
         "loss": loss,
         "temperature": 0.5 if loss == "cross_entropy" else 1.0,
+        "label_smoothing": 0.1 if loss == "cross_entropy" and i % 8 == 7 else 0.0,
         "sample_weight": (draw.uniform(*leading) + 0.1).to(draw.dtype) if i % 2 == 0 else None,
         "dropout": 0.2 if i % 5 == 0 else 0.0,
         "dropout_seeds": torch.arange(members) if i % 5 == 0 else None,

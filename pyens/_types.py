@@ -1,9 +1,11 @@
 """The named tuples that operations and their references return, and the names that arguments may be."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+Dropout = float | Sequence[float] | Tensor  # a rate, or one for each member
 Activation = Literal["relu", "gelu", "silu", "elu", "softplus", "tanh", "identity"]
 Loss = Literal["mse", "bce", "gaussian_nll", "cross_entropy"]
 Bootstrap = Literal["poisson", "multinomial"]

@@ -157,6 +157,39 @@ def loss_cases() -> Iterator[tuple[str, list[Tensor]]]:
         yield name, [found, *gradients(found, [x, *parameters])]
 
 
+def smoothed_cases() -> Iterator[tuple[str, list[Tensor]]]:
+    for (kind, dtype), (k, batch) in itertools.product(
+        DTYPES.items(), ((1, 9), (2, 65), (10, 300), (300, 8))
+    ):
+        if kind == "f64":
+            continue
+        name = f"smoothed loss {kind} K{k} B{batch}"
+        draw = Numbers(name)
+        weights, biases = network(draw, 3, [9, 13, k], dtype, True)
+        parameters = [t.requires_grad_() for t in (*weights, *biases)]
+        x, target = draw(batch, 9, dtype=dtype), draw.integers(k, batch)
+        found = ops.ensemble_mlp_loss(
+            x, target, weights, biases, loss="cross_entropy", temperature=0.5, label_smoothing=0.125
+        )
+        yield name, [found, *gradients(found, parameters)]
+
+
+def rate_cases() -> Iterator[tuple[str, list[Tensor]]]:
+    for (kind, dtype), activation, batch in itertools.product(DTYPES.items(), EXACT, (3, 65, 300)):
+        name = f"rates {kind} {activation} B{batch}"
+        draw = Numbers(name)
+        weights, biases = network(draw, 4, [9, 21, 13, 2], dtype, True)
+        parameters = [t.requires_grad_() for t in (*weights, *biases)]
+        x = draw(batch, 9, dtype=dtype).requires_grad_()
+        options: dict[str, Any] = {"activation": activation, "dropout_seeds": draw.integers(2**40, 4)}
+        options["dropout"] = torch.tensor([0.25, 0.0, 0.7, 0.5], dtype=torch.float64)
+        output = ops.ensemble_mlp(x, weights, biases, **options)
+        from_above = draw(*output.shape, dtype=dtype)
+        loss = ops.ensemble_mlp_loss(x, from_above[0], weights, biases, loss="mse", **options)
+        of_output = torch.autograd.grad(output, [x, *parameters], from_above)
+        yield name, [output, *of_output, loss, *gradients(loss, [x, *parameters])]
+
+
 def mask_cases() -> Iterator[tuple[str, list[Tensor]]]:
     for (kind, dtype), batch in itertools.product(DTYPES.items(), (1, 5, 70)):
         draw = Numbers("masks", kind, batch)
@@ -263,6 +296,8 @@ def cases() -> Iterator[tuple[str, list[Tensor]]]:
     yield from mlp_cases()
     yield from packed_and_strength_cases()
     yield from loss_cases()
+    yield from smoothed_cases()
+    yield from rate_cases()
     yield from mask_cases()
     yield from embedding_cases()
     yield from member_cases()

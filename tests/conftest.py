@@ -11,6 +11,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+# Before torch loads OpenMP: threads that wait sleep. Spinning, beside another process on the same cores, they
+# make minutes of seconds.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import hypothesis
 import pytest
 import torch

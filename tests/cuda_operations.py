@@ -41,6 +41,7 @@ def operations(
     weights = [draw(E, o, i, scale=i**-0.5) for i, o in itertools.pairwise(WIDTHS)]
     biases = [draw(E, o, scale=0.3) for o in WIDTHS[1:]]
     outputs, seeds = draw(E, B, WIDTHS[-1]), draw_integers(99, E)
+    rates = torch.tensor([0.3, 0.0, 0.6], dtype=torch.float64, device=device)
     labels, units = draw_integers(WIDTHS[-1], B), sum(WIDTHS[1:-1])
     real = torch.float64 if dtype == torch.float64 else torch.float32
     mean, std = torch.zeros(units, device=device, dtype=real), torch.ones(units, device=device, dtype=real)
@@ -69,19 +70,24 @@ def operations(
         return lambda x, *rest: function(x, list(rest[:n]), list(rest[n:]))
 
     def loss(x: Tensor, w: list[Tensor], b: list[Tensor]) -> Tensor:
-        return ops.ensemble_mlp_loss(x, labels, w, b, loss="cross_entropy")
+        return ops.ensemble_mlp_loss(x, labels, w, b, loss="cross_entropy", label_smoothing=0.1)
 
     def dropped(x: Tensor, w: list[Tensor], b: list[Tensor]) -> Tensor:
         return ops.ensemble_mlp(x, w, b, dropout=0.3, dropout_seeds=seeds)
+
+    def dropped_each(x: Tensor, w: list[Tensor], b: list[Tensor]) -> Tensor:
+        return ops.ensemble_mlp(x, w, b, dropout=rates, dropout_seeds=seeds)
 
     def smooth(x: Tensor, w: list[Tensor], b: list[Tensor]) -> Tensor:  # no ReLU to flip
         return ops.ensemble_mlp(x, w, b, activation="gelu")
 
     def smooth_dropped(x: Tensor, w: list[Tensor], b: list[Tensor]) -> Tensor:
-        return ops.ensemble_mlp(x, w, b, activation="gelu", dropout=0.3, dropout_seeds=seeds)
+        return ops.ensemble_mlp(x, w, b, activation="gelu", dropout=rates, dropout_seeds=seeds)
 
     def smooth_loss(x: Tensor, w: list[Tensor], b: list[Tensor]) -> Tensor:
-        return ops.ensemble_mlp_loss(x, labels, w, b, loss="cross_entropy", activation="gelu")
+        return ops.ensemble_mlp_loss(
+            x, labels, w, b, loss="cross_entropy", label_smoothing=0.1, activation="gelu"
+        )
 
     def wide_strength(pack: bool) -> Operation:
         return wrap(
@@ -98,6 +104,7 @@ def operations(
         "activation_strength, wide": wide_strength(False),
         "activation_strength, wide, packed": wide_strength(True),
         "ensemble_mlp, dropout": with_gradients(of_mlp(dropped), mlp),
+        "ensemble_mlp, dropout of each member": with_gradients(of_mlp(dropped_each), mlp),
         "ensemble_mlp_loss": with_gradients(of_mlp(loss), mlp),
         "activation_strength": wrap(lambda: ops.activation_strength(x, weights, biases, mean, std)),
         "activation_strength, packed": wrap(

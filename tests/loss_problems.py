@@ -13,6 +13,8 @@ from pyens.reference.activations import ACTIVATIONS as ACTIVATION_FUNCTIONS
 
 ACTIVATIONS = list(ACTIVATION_FUNCTIONS)
 LOSSES = ["mse", "bce", "gaussian_nll", "cross_entropy"]
+# With what label smoothing.
+SMOOTHED = [*((loss, 0.0) for loss in LOSSES), ("cross_entropy", 0.2)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 WEIGHTED = [None, "shared", "own"]
 CPU = torch.device("cpu")
@@ -54,6 +56,7 @@ def problem(
     own_target: bool = False,
     weighted: str | None = None,
     bias: bool = True,
+    smoothing: float = 0.0,
 ) -> Problem:
     """Arguments of `ensemble_mlp_loss` on a coarse grid.
 
@@ -76,7 +79,7 @@ def problem(
     target_shape = [e, b] if own_target else [b]
     if loss == "cross_entropy":
         arguments["target"] = torch.randint(out, target_shape)
-        arguments["temperature"] = 0.75
+        arguments |= {"temperature": 0.75, "label_smoothing": smoothing}
     elif loss == "bce":
         arguments["target"] = torch.randint(9, (*target_shape, out)) / 8
     else:

@@ -11,6 +11,7 @@ from loss_problems import (
     DTYPES,
     LOSSES,
     SHAPES,
+    SMOOTHED,
     WEIGHTED,
     Problem,
     assert_matches_the_reference,
@@ -42,6 +43,7 @@ def test_matches_the_reference(device, shape, loss, dtype):
         own_target=choose.random() < 0.5,
         weighted=choose.choice(WEIGHTED),
         bias=choose.random() < 0.8,
+        smoothing=choose.choice([0.0, 0.1, 1.0]),
     )
     upstream = torch.linspace(-1, 2, shape[0], device=device) if choose.random() < 0.5 else None
     assert_matches_the_reference(arguments, upstream)
@@ -66,6 +68,7 @@ def test_every_combination_of_arguments(device, activation, loss):
             own_target=own_target,
             weighted=weighted,
             bias=bias,
+            smoothing=0.1 if per_member else 0.0,
         )
         assert_matches_the_reference(arguments)
 
@@ -143,9 +146,9 @@ def test_temperature_divides_the_logits(device):
         torch.testing.assert_close(got, ensemble_mlp_loss(**hotter), rtol=1e-13, atol=0)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("loss", "smoothing"), SMOOTHED)
 @pytest.mark.parametrize("b", [9, 300])
-def test_strided_and_expanded_arguments(device, loss, b):
+def test_strided_and_expanded_arguments(device, loss, smoothing, b):
     def transposed(t: Tensor) -> Tensor:  # last dimension not contiguous
         return t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 1 else t
 
@@ -156,7 +159,16 @@ def test_strided_and_expanded_arguments(device, loss, b):
         )
 
     arguments = problem(
-        4, b, [6, 9, 5], loss, torch.float32, device, per_member=True, own_target=True, weighted="own"
+        4,
+        b,
+        [6, 9, 5],
+        loss,
+        torch.float32,
+        device,
+        per_member=True,
+        own_target=True,
+        weighted="own",
+        smoothing=smoothing,
     )
     expected = with_gradients(ensemble_mlp_loss, arguments)
     for change in (transposed, padded):
@@ -174,7 +186,7 @@ def test_strided_and_expanded_arguments(device, loss, b):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, expected[1:], strict=True))
 
     # One tensor for all members, expanded: the same numbers; the input's gradient is each member's own.
-    shared = problem(4, b, [6, 9, 5], loss, torch.float32, device, weighted="shared")
+    shared = problem(4, b, [6, 9, 5], loss, torch.float32, device, weighted="shared", smoothing=smoothing)
     expanded = {
         name: shared[name].expand(4, *shared[name].shape) for name in ("input", "target", "sample_weight")
     }
@@ -248,11 +260,11 @@ def of_all_three(arguments: Problem) -> dict[str, list[Tensor]]:
     }
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("loss", "smoothing"), SMOOTHED)
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_weight_of_zero_excuses_the_same_everywhere(device, loss, own, bad, dtype):
+def test_a_weight_of_zero_excuses_the_same_everywhere(device, loss, smoothing, own, bad, dtype):
     arguments = problem(
         3,
         21,
@@ -263,6 +275,7 @@ def test_a_weight_of_zero_excuses_the_same_everywhere(device, loss, own, bad, dt
         per_member=own,
         own_target=own,
         weighted="own" if own else "shared",
+        smoothing=smoothing,
     )
     clean = of_all_three(arguments)
     left_out = arguments["sample_weight"] == 0
@@ -290,12 +303,20 @@ EXPONENTS = {
 }
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("loss", "smoothing"), SMOOTHED)
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_weights_at_the_ends_of_their_range(device, loss, own, dtype):
+def test_weights_at_the_ends_of_their_range(device, loss, smoothing, own, dtype):
     arguments = problem(
-        3, 21, [5, 8, 3], loss, dtype, device, per_member=own, weighted="own" if own else "shared"
+        3,
+        21,
+        [5, 8, 3],
+        loss,
+        dtype,
+        device,
+        per_member=own,
+        weighted="own" if own else "shared",
+        smoothing=smoothing,
     )
     weight = arguments["sample_weight"].double()
     weight[..., 1] = 0.25
@@ -315,11 +336,11 @@ def test_weights_at_the_ends_of_their_range(device, loss, own, dtype):
                 assert error <= rtol * theirs.abs().max(), (way, exponent)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("loss", "smoothing"), SMOOTHED)
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_one_weight_so_large_that_the_others_do_not_count(device, loss, own, dtype):
-    arguments = problem(3, 21, [5, 8, 3], loss, dtype, device, per_member=own)
+def test_one_weight_so_large_that_the_others_do_not_count(device, loss, smoothing, own, dtype):
+    arguments = problem(3, 21, [5, 8, 3], loss, dtype, device, per_member=own, smoothing=smoothing)
     weight = torch.full((3, 21) if own else (21,), torch.finfo(dtype).tiny / 8, dtype=dtype, device=device)
     weight[..., 4] = torch.finfo(dtype).max
     weight[..., 5:7] = 0
@@ -389,15 +410,17 @@ def test_bce_of_infinite_logits_as_in_torch(device, dtype):
             torch.testing.assert_close(got[0].cpu(), exact, equal_nan=True)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("loss", "smoothing"), SMOOTHED)
 @pytest.mark.parametrize(
     ("activation", "dtype"),
     [*((a, torch.float32) for a in ACTIVATIONS), *((a, d) for a in ("relu", "gelu") for d in DTYPES[1:])],
     ids=str,
 )
-def test_nan_and_inf_as_in_torch(device, activation, loss, dtype):
+def test_nan_and_inf_as_in_torch(device, activation, loss, smoothing, dtype):
     # 19 examples fill no vector.
-    clean = problem(2, 19, [5, 6, 3], loss, dtype, device, activation=activation, per_member=True)
+    clean = problem(
+        2, 19, [5, 6, 3], loss, dtype, device, activation=activation, per_member=True, smoothing=smoothing
+    )
     clean_results = with_gradients(ensemble_mlp_loss, clean)
     large = 1e200 if dtype == torch.float64 else torch.finfo(dtype).max  # its square overflows
     for value in (float("inf"), -float("inf"), float("nan"), large, -large):
@@ -426,10 +449,10 @@ def test_nan_and_inf_as_in_torch(device, activation, loss, dtype):
                 assert torch.equal(ours[0], clean_results[i][0])  # of the other member
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("loss", "smoothing"), SMOOTHED)
 @pytest.mark.parametrize("own", [False, True])
-def test_a_left_out_example_might_as_well_not_be_there(device, loss, own):
-    arguments = problem(3, 50, [5, 8, 3], loss, device=device, per_member=own)
+def test_a_left_out_example_might_as_well_not_be_there(device, loss, smoothing, own):
+    arguments = problem(3, 50, [5, 8, 3], loss, device=device, per_member=own, smoothing=smoothing)
     weight = torch.ones(50, dtype=torch.float64, device=device)
     weight[30:] = 0
     got = with_gradients(ensemble_mlp_loss, arguments, sample_weight=weight)
@@ -442,9 +465,9 @@ def test_a_left_out_example_might_as_well_not_be_there(device, loss, own):
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_weights_that_sum_to_zero(device, loss):
-    arguments = problem(3, 20, [5, 8, 3], loss, device=device, per_member=True)
+@pytest.mark.parametrize(("loss", "smoothing"), SMOOTHED)
+def test_weights_that_sum_to_zero(device, loss, smoothing):
+    arguments = problem(3, 20, [5, 8, 3], loss, device=device, per_member=True, smoothing=smoothing)
     arguments["sample_weight"] = torch.ones(3, 20, dtype=torch.float64, device=device)
     expected = with_gradients(ensemble_mlp_loss, arguments)
     arguments["sample_weight"][1] = 0
@@ -457,11 +480,11 @@ def test_weights_that_sum_to_zero(device, loss):
     torch.testing.assert_close(list(composed), got[1:])
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("loss", "smoothing"), SMOOTHED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_empty_batch(device, dtype, loss):
+def test_empty_batch(device, dtype, loss, smoothing):
     for weighted in (None, "own"):
-        arguments = problem(3, 4, [4, 5, 2], loss, dtype, device, weighted=weighted)
+        arguments = problem(3, 4, [4, 5, 2], loss, dtype, device, weighted=weighted, smoothing=smoothing)
         empty = arguments | {"input": arguments["input"][:0], "target": arguments["target"][:0]}
         if weighted:
             empty["sample_weight"] = arguments["sample_weight"][:, :0]

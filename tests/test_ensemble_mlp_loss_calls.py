@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from loss_problems import LOSSES, cast, differentiable, problem
+from loss_problems import SMOOTHED, cast, differentiable, problem
 from torch import Tensor
 
 from pyens import reference
@@ -14,15 +14,25 @@ from pyens.ops import ensemble_mlp_loss
 # --- the dispatcher ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_opcheck(device, loss):
+@pytest.mark.parametrize(("loss", "smoothing"), SMOOTHED)
+def test_opcheck(device, loss, smoothing):
     per_member = loss in ("bce", "cross_entropy")
-    a = problem(3, 5, [4, 6, 2], loss, torch.float32, device, per_member=per_member, weighted="own")
+    a = problem(
+        3,
+        5,
+        [4, 6, 2],
+        loss,
+        torch.float32,
+        device,
+        per_member=per_member,
+        weighted="own",
+        smoothing=smoothing,
+    )
     seeds = torch.arange(3, device=device)
     for tracked in (False, True):
         for tensor in differentiable(a)[:3]:
             tensor.requires_grad_(tracked)
-        given = (a["input"], a["target"], a["weights"], a["biases"], loss, 1.0)
+        given = (a["input"], a["target"], a["weights"], a["biases"], loss, 1.0, smoothing)
         op = torch.ops.pyens.ensemble_mlp_loss
         torch.library.opcheck(op, (*given, a["sample_weight"], "tanh", 0.25, seeds))
         torch.library.opcheck(op, (*given, None, "tanh"))
@@ -35,9 +45,9 @@ def test_opcheck_with_gradients(per_member):
     given = (a["input"], a["target"], a["weights"], a["biases"])
     for needs_grad in ([True] * 5, [False, True, False, False, True]):
         op = torch.ops.pyens.ensemble_mlp_loss_with_gradients
-        weighted = ("mse", 1.0, a["sample_weight"], "gelu", 0.25, seeds)
+        weighted = ("mse", 1.0, 0.0, a["sample_weight"], "gelu", 0.25, seeds)
         torch.library.opcheck(op, (*given, scale, needs_grad, *weighted))
-        torch.library.opcheck(op, (*given, None, needs_grad, "mse", 1.0, None, "gelu"))
+        torch.library.opcheck(op, (*given, None, needs_grad, "mse", 1.0, 0.0, None, "gelu"))
 
 
 @pytest.mark.parametrize("per_member", [False, True])
@@ -53,23 +63,33 @@ def test_opcheck_backward(device, per_member):
 
 
 @pytest.mark.parametrize("per_member", [False, True])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_compile_without_graph_breaks_or_many_recompilations(device, loss, per_member):
+@pytest.mark.parametrize(("loss", "smoothing"), SMOOTHED)
+def test_compile_without_graph_breaks_or_many_recompilations(device, loss, smoothing, per_member):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     seeds = torch.arange(3, device=device)
 
     def step(x: Tensor, y: Tensor, w: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
         return ensemble_mlp_loss(
-            x, y, weights, biases, loss=loss, activation="tanh", sample_weight=w, dropout=0.25,
-            dropout_seeds=seeds,
+            x, y, weights, biases, loss=loss, activation="tanh", label_smoothing=smoothing, sample_weight=w,
+            dropout=0.25, dropout_seeds=seeds,
         ).square()  # fmt: skip
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
-    first = problem(3, 5, [4, 6, 2], loss, torch.float32, device)
+    first = problem(3, 5, [4, 6, 2], loss, torch.float32, device, smoothing=smoothing)
     parameters = [t.requires_grad_() for t in differentiable(first)[1:]]
     for b in (5, 7, 12, 16, 33, 64, 100):
-        a = problem(3, b, [4, 6, 2], loss, torch.float32, device, per_member=per_member, weighted="shared")
+        a = problem(
+            3,
+            b,
+            [4, 6, 2],
+            loss,
+            torch.float32,
+            device,
+            per_member=per_member,
+            weighted="shared",
+            smoothing=smoothing,
+        )
         x = a["input"].requires_grad_()
         given = (x, a["target"], a["sample_weight"], parameters[:2], parameters[2:])
         got, expected = compiled(*given), step(*given)
@@ -98,9 +118,9 @@ def test_compiled_by_inductor(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("loss", LOSSES)
-def test_autocast(device, dtype, loss):
-    a = problem(2, 20, [5, 6, 3], loss, torch.float32, device, weighted="own")
+@pytest.mark.parametrize(("loss", "smoothing"), SMOOTHED)
+def test_autocast(device, dtype, loss, smoothing):
+    a = problem(2, 20, [5, 6, 3], loss, torch.float32, device, weighted="own", smoothing=smoothing)
     # Off the grid, where nothing fits half precision.
     a["input"] = torch.randn(20, 5, device=device)
     tensors = [t.requires_grad_() for t in differentiable(a)]
@@ -121,9 +141,9 @@ def test_autocast(device, dtype, loss):
 # --- torch.func --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_func_grad(device, loss):
-    a = problem(2, 6, [3, 4, 2], loss, device=device, weighted="own")
+@pytest.mark.parametrize(("loss", "smoothing"), SMOOTHED)
+def test_func_grad(device, loss, smoothing):
+    a = problem(2, 6, [3, 4, 2], loss, device=device, weighted="own", smoothing=smoothing)
 
     def total(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda x, w, b: function(**a | {"input": x, "weights": w, "biases": b}).square().sum()
@@ -137,9 +157,9 @@ def test_func_grad(device, loss):
     torch.testing.assert_close([got[0], *got[1], *got[2]], list(eager))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_func_per_example_gradients(device, loss):
-    a = problem(2, 6, [3, 4, 2], loss, device=device)
+@pytest.mark.parametrize(("loss", "smoothing"), SMOOTHED)
+def test_func_per_example_gradients(device, loss, smoothing):
+    a = problem(2, 6, [3, 4, 2], loss, device=device, smoothing=smoothing)
 
     def total(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def one(w: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -156,9 +176,9 @@ def test_func_per_example_gradients(device, loss):
         torch.testing.assert_close([g[i] for g in got], list(torch.autograd.grad(one, weights)))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_func_vmap_over_models(device, loss):
-    problems = [problem(2, 6, [3, 4, 2], loss, device=device) for _ in range(4)]
+@pytest.mark.parametrize(("loss", "smoothing"), SMOOTHED)
+def test_func_vmap_over_models(device, loss, smoothing):
+    problems = [problem(2, 6, [3, 4, 2], loss, device=device, smoothing=smoothing) for _ in range(4)]
     stacked = [torch.stack([p["weights"][layer] for p in problems]) for layer in range(2)]
     a = problems[0]
     got = torch.func.vmap(lambda w: ensemble_mlp_loss(**a | {"weights": w}))(stacked)
@@ -166,9 +186,11 @@ def test_func_vmap_over_models(device, loss):
         torch.testing.assert_close(got[i], ensemble_mlp_loss(**a | {"weights": other["weights"]}))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_func_vmap_over_targets_weights_and_seeds(device, loss):
-    problems = [problem(2, 6, [3, 4, 2], loss, device=device, weighted="own") for _ in range(3)]
+@pytest.mark.parametrize(("loss", "smoothing"), SMOOTHED)
+def test_func_vmap_over_targets_weights_and_seeds(device, loss, smoothing):
+    problems = [
+        problem(2, 6, [3, 4, 2], loss, device=device, weighted="own", smoothing=smoothing) for _ in range(3)
+    ]
     a = problems[0] | {"dropout": 0.5, "dropout_seeds": torch.arange(2, device=device)}
     for names in (("target",), ("sample_weight",), ("dropout_seeds",), ("input", "target", "biases")):
         own = [{name: p[name] for name in names if name in p} for p in problems]
@@ -235,6 +257,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "temperature -1": (CLASSES | {"temperature": -1.0}, ValueError, r"temperature: expected .* got -1"),
     "temperature inf": (CLASSES | {"temperature": float("inf")}, ValueError, r"temperature: .* got inf"),
     "temperature nan": (CLASSES | {"temperature": float("nan")}, ValueError, r"temperature: .* got nan"),
+    "smoothing of mse": (
+        {"label_smoothing": 0.1},
+        ValueError,
+        r"label_smoothing: expected 0 .*loss mse, got 0.1",
+    ),
     "shape of sample_weight": (
         {"sample_weight": torch.ones(B, 1)},
         ValueError,
@@ -250,6 +277,13 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         r"sample_weight: expected the device of .*got meta",
     ),
+} | {
+    f"smoothing {bad}": (
+        CLASSES | {"label_smoothing": bad},
+        ValueError,
+        rf"label_smoothing: expected a number from 0 to 1, got {bad}",
+    )
+    for bad in (-0.1, 1.5, float("nan"), float("inf"))
 } | {
     f"sample_weight {bad}": (
         {"sample_weight": torch.tensor([1, bad, 1, 0, 1, 1])},
@@ -318,7 +352,9 @@ def test_backward_operations_check_what_they_read():
             backward(grad, x, weights, biases, needs_grad, "relu")
     with_gradients = torch.ops.pyens.ensemble_mlp_loss_with_gradients
     with pytest.raises(ValueError, match=r"^ensemble_mlp_loss: member_scale: expected"):
-        with_gradients(x, y, weights, biases, torch.ones(2), [False, True, True], "mse", 1.0, None, "relu")
+        with_gradients(
+            x, y, weights, biases, torch.ones(2), [False, True, True], "mse", 1.0, 0.0, None, "relu"
+        )
 
 
 def test_forward_mode_raises():

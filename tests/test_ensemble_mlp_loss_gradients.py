@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from loss_problems import LOSSES, Problem, cast, differentiable, problem, rms, with_gradients
+from loss_problems import SMOOTHED, Problem, cast, differentiable, problem, rms, with_gradients
 from torch import Tensor
 
 from pyens import reference
@@ -15,13 +15,21 @@ from pyens.ops import ensemble_mlp_loss
 # --- gradients ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("loss", "smoothing"), SMOOTHED)
 @pytest.mark.parametrize("activation", ["relu", "tanh", "gelu", "silu"])
 @pytest.mark.parametrize("per_member", [False, True])
-def test_first_and_second_derivatives(device, loss, activation, per_member):
+def test_first_and_second_derivatives(device, loss, smoothing, activation, per_member):
     weighted = {"relu": None, "tanh": "own", "gelu": "shared", "silu": None}[activation]
     arguments = problem(
-        2, 3, [2, 3, 2], loss, device=device, activation=activation, per_member=per_member, weighted=weighted
+        2,
+        3,
+        [2, 3, 2],
+        loss,
+        device=device,
+        activation=activation,
+        per_member=per_member,
+        weighted=weighted,
+        smoothing=smoothing,
     )
     tensors = [t + 0.1 * torch.rand_like(t) for t in differentiable(arguments)]  # off the kinks
     seeds = torch.tensor([5, 6], device=device)
@@ -42,9 +50,9 @@ def test_first_and_second_derivatives(device, loss, activation, per_member):
         assert torch.autograd.gradgradcheck(dropped, tensors)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("loss", "smoothing"), SMOOTHED)
 @pytest.mark.parametrize("per_member", [False, True])
-def test_a_penalty_on_the_gradient(device, loss, per_member):
+def test_a_penalty_on_the_gradient(device, loss, smoothing, per_member):
     # create_graph through the loss, in float32, against the reference: the first gradient and the second.
     def penalty(function: Callable[..., Tensor], arguments: Problem) -> list[Tensor]:
         arguments = cast(arguments, arguments["input"].dtype, device)
@@ -53,7 +61,17 @@ def test_a_penalty_on_the_gradient(device, loss, per_member):
         second = torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
         return [t.detach() for t in first] + list(second)
 
-    arguments = problem(3, 33, [5, 8, 3], loss, torch.float32, device, per_member=per_member, weighted="own")
+    arguments = problem(
+        3,
+        33,
+        [5, 8, 3],
+        loss,
+        torch.float32,
+        device,
+        per_member=per_member,
+        weighted="own",
+        smoothing=smoothing,
+    )
     arguments |= {"dropout": 0.5, "dropout_seeds": torch.tensor([1, 2, 3], device=device)}
     got = penalty(ensemble_mlp_loss, arguments)
     exact = penalty(reference.ensemble_mlp_loss, cast(arguments, torch.float64, device))
@@ -73,7 +91,7 @@ def test_only_gradients_that_are_needed_are_computed(per_member):
         arguments["biases"],
         None,
     )
-    options = ("mse", 1.0, None, "tanh")
+    options = ("mse", 1.0, 0.0, None, "tanh")
     for needs_grad in itertools.product((False, True), repeat=5):
         _, found = torch.ops.pyens.ensemble_mlp_loss_with_gradients(*given, list(needs_grad), *options)
         assert len(found) == sum(needs_grad)

@@ -361,7 +361,7 @@ def test_loss_and_its_gradients_match_the_reference(loss, per_mask, weighted):
         tensors = [t.requires_grad_() for t in (x, *weights, *biases)]
         options = {"loss": loss, "activation": "silu", "sample_weight": sample_weight}
         if loss == "cross_entropy":
-            options["temperature"] = 0.7
+            options |= {"temperature": 0.7, "label_smoothing": 0.2 if weighted else 0.0}
         got = masked_mlp_loss(x, target, weights, biases, masks, **options)
         expected = reference.masked_mlp_loss(x, target, weights, biases, masks, **options)
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
@@ -567,6 +567,18 @@ Y, CLASSES = torch.randn(6, 2), torch.zeros(6, dtype=torch.int64)
 BAD_LOSSES = {
     "unknown loss": (Y, {"loss": "l1"}, ValueError, 'loss: expected one of mse, .*, got "l1"'),
     "temperature of mse": (Y, {"loss": "mse", "temperature": 2.0}, ValueError, "temperature: expected 1 "),
+    "label smoothing of mse": (
+        Y,
+        {"loss": "mse", "label_smoothing": 0.5},
+        ValueError,
+        "label_smoothing: expected 0 ",
+    ),
+    "label smoothing": (
+        CLASSES,
+        {"loss": "cross_entropy", "label_smoothing": 2.0},
+        ValueError,
+        "label_smoothing: expected a number from 0 to 1, got 2",
+    ),
     "temperature": (
         CLASSES,
         {"loss": "cross_entropy", "temperature": -1.0},

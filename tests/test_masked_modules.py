@@ -226,9 +226,13 @@ def test_loss_with_weights(mode):
     weight = torch.rand(11).double()
     weight[3:6] = 0
     x[4] = float("nan")  # left out
-    got = model.loss(x, y, loss="cross_entropy", mode=mode, temperature=0.5, sample_weight=weight)
+    got = model.loss(
+        x, y, loss="cross_entropy", mode=mode, temperature=0.5, label_smoothing=0.2, sample_weight=weight
+    )
     output = model(torch.nan_to_num(x), mode=mode) / 0.5
-    losses = nn.functional.cross_entropy(output.movedim(-1, 1), y.expand(output.shape[:-1]), reduction="none")
+    losses = nn.functional.cross_entropy(
+        output.movedim(-1, 1), y.expand(output.shape[:-1]), reduction="none", label_smoothing=0.2
+    )
     close(got, (losses * weight).sum(-1) / weight.sum())
     for nothing in (
         model.loss(x[:0], y[:0], loss="cross_entropy", mode=mode),

@@ -129,7 +129,7 @@ def test_losses_are_those_of_the_operation(loss):
     }.get(loss, torch.rand(7, 4, dtype=torch.float64))
     options: dict[str, Any] = {"loss": loss, "sample_weight": torch.rand(E, 7).double().round(decimals=1)}
     if loss == "cross_entropy":
-        options["temperature"] = 2.0
+        options |= {"temperature": 2.0, "label_smoothing": 0.2}
     got, expected = plain.loss(x, target, **options), model.loss(x, target, **options)
     torch.testing.assert_close(got, expected)
     gradients = [
@@ -244,6 +244,9 @@ def test_members_leave_out_their_own():
     [
         {"temperature": 2.0},
         {"temperature": -1.0},
+        {"label_smoothing": 0.5},
+        {"label_smoothing": -0.5, "loss": "cross_entropy", "target": torch.zeros(5).long()},
+        {"label_smoothing": float("nan"), "loss": "cross_entropy", "target": torch.zeros(5).long()},
         {"sample_weight": torch.ones(3)},
         {"sample_weight": torch.ones(E, 1)},
         {"sample_weight": -torch.ones(5)},

@@ -359,9 +359,13 @@ def test_loss_passes_its_arguments_on():
     model = make(dtype=torch.float64)
     inputs, classes = data(), torch.randint(OUT, (E, B))
     weight = torch.rand(E, B, dtype=torch.float64)
-    got = model.loss(*inputs, classes, loss="cross_entropy", temperature=0.2, sample_weight=weight)
+    got = model.loss(
+        *inputs, classes, loss="cross_entropy", temperature=0.2, label_smoothing=0.3, sample_weight=weight
+    )
     logits = model(*inputs) / 0.2
-    each = F.cross_entropy(logits.flatten(0, 1), classes.flatten(), reduction="none").view(E, B)
+    each = F.cross_entropy(
+        logits.flatten(0, 1), classes.flatten(), reduction="none", label_smoothing=0.3
+    ).view(E, B)
     torch.testing.assert_close(got, (each * weight).sum(1) / weight.sum(1), rtol=1e-12, atol=1e-12)
 
 

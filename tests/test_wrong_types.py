@@ -85,8 +85,8 @@ def by_loss(model: Any) -> Callable[..., Any]:
     return lambda **arguments: model.loss(loss="mse", **arguments)
 
 
-def own_loss(input: Any, target: Any, sample_weight: Any, loss: Any = "mse", temperature: Any = 1.0) -> Any:
-    return OwnEnsemble().loss(input, target, loss=loss, temperature=temperature, sample_weight=sample_weight)
+def own_loss(input: Any, target: Any, loss: Any = "mse", **options: Any) -> Any:
+    return OwnEnsemble().loss(input, target, loss=loss, **options)
 
 
 def trained(data: Any, validation: Any = 0.0) -> Any:
@@ -107,6 +107,7 @@ def streaming(make: Callable[[], Any], **right: Any) -> Case:
 
 
 NUMBER: tuple[Any, ...] = ("0.1", [0.1], None)
+RATES: tuple[Any, ...] = ("0.1", ["0.1"], [None], None)
 STRING: tuple[Any, ...] = (3, None, ["relu"], torch.ones(2))
 NETWORK: dict[str, Any] = {"input": X, "weights": WEIGHTS, "biases": BIASES}
 MASKED_NETWORK: dict[str, Any] = {
@@ -124,14 +125,20 @@ CASES = {
         NETWORK | {"dropout_seeds": SEEDS},
         "ensemble_mlp",
         ("biases", "dropout_seeds"),
-        {"dropout": NUMBER, "activation": STRING},
+        {"dropout": RATES, "activation": STRING},
     ),
     "ops.ensemble_mlp_loss": Case(
         ops.ensemble_mlp_loss,
         NETWORK | {"target": TARGET, "loss": "mse", "sample_weight": WEIGHT, "dropout_seeds": SEEDS},
         "ensemble_mlp_loss",
         ("biases", "dropout_seeds", "sample_weight"),
-        {"dropout": NUMBER, "temperature": NUMBER, "activation": STRING, "loss": STRING},
+        {
+            "dropout": NUMBER,
+            "temperature": NUMBER,
+            "label_smoothing": NUMBER,
+            "activation": STRING,
+            "loss": STRING,
+        },
     ),
     "ensemble_mlp_packed": Case(
         ensemble_mlp_packed,
@@ -154,7 +161,7 @@ CASES = {
         MASKED_NETWORK | {"target": TARGET, "loss": "mse", "sample_weight": WEIGHT},
         "masked_mlp_loss|ensemble_mlp_loss",
         ("biases", "sample_weight"),
-        {"temperature": NUMBER, "activation": STRING, "loss": STRING},
+        {"temperature": NUMBER, "label_smoothing": NUMBER, "activation": STRING, "loss": STRING},
     ),
     "ops.mask_channels": Case(
         ops.mask_channels,
@@ -195,7 +202,7 @@ CASES = {
         {"input": X, "target": TARGET, "sample_weight": WEIGHT},
         "loss|ensemble_mlp",
         ("sample_weight",),
-        {"loss": STRING, "temperature": NUMBER},
+        {"loss": STRING, "temperature": NUMBER, "label_smoothing": NUMBER},
         called={"input": r"(input|batch\[0\])"},
     ),
     "nn.TabularEnsemble": Case(

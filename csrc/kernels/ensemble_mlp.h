@@ -43,7 +43,11 @@ struct EnsembleMLP {
 // Share of the hidden activations that become 0; the others are scaled. See kernels/dropout.h.
 struct Dropout {
   double p;
-  const int64_t* seeds;  // [E], where p > 0
+  const double* rates;   // [E], those of the members in the place of p; or nullptr
+  const int64_t* seeds;  // [E], where there may be some
+
+  PYENS_HOST_DEVICE bool any() const { return p > 0 || rates; }
+  PYENS_HOST_DEVICE double of(int64_t member) const { return rates ? rates[member] : p; }
 };
 
 // What belongs to one call: plain data, which a GPU is given as it is.
@@ -70,6 +74,17 @@ struct EnsembleMLPEpilogue {
 // What is differentiated: a loss of the output, or the output itself against a given gradient.
 enum class Loss : int { none, mse, bce, gaussian_nll, cross_entropy };
 
+// What cross_entropy expects of K classes: label smoothing s takes the share s from the label, and gives each
+// class s / K. Exactly 1 and 0 without smoothing, and 1 where there is one class.
+template <class R>
+struct ExpectedClasses {
+  R at_label, elsewhere;
+
+  PYENS_HOST_DEVICE ExpectedClasses(double smoothing, int64_t classes)
+      : at_label(static_cast<R>(1 - smoothing + smoothing / static_cast<double>(classes))),
+        elsewhere(static_cast<R>(smoothing / static_cast<double>(classes))) {}
+};
+
 struct MLPLayerGradient {  // contiguous; nullptr where it is not asked for
   void* weight;            // [E, out, in]
   void* bias;              // [E, out]
@@ -79,7 +94,7 @@ struct MLPLayerGradient {  // contiguous; nullptr where it is not asked for
 // others.
 struct MLPTrainingCall {
   Loss loss;
-  double temperature;  // of cross_entropy
+  double temperature, label_smoothing;  // of cross_entropy
   // Loss::none: the gradient of the output, elements [E, B, O]. cross_entropy: int64 [B] or [E, B].
   // The others: Real [B, T] or [E, B, T].
   const void* target;

@@ -36,7 +36,7 @@ void check_statistic(const char* argument, const Tensor& statistic, const Networ
 
 Strength checked_and_allocated(const Network& network, const Tensor& mean, const Tensor& std,
                                std::string_view activation, bool bitpack) {
-  check_mlp(kOp, network, {activation, 0, {}});
+  check_mlp(kOp, network, {activation});
   const c10::SymInt units = hidden_units(network.weights);
   check_statistic("mean", mean, network, units);
   check_statistic("std", std, network, units);
@@ -56,7 +56,7 @@ Strength activation_strength(const Tensor& input, TensorList weights, TensorList
   auto& [output, value, active] = result;
   ForwardCall call(weights, biases);
   call.set_input(input);
-  call.set_options(parse_activation(kOp, activation), {activation, 0, {}});
+  call.set_options(kOp, parse_activation(kOp, activation), {activation});
   call.params.output = output.mutable_data_ptr();
 
   const at::ScalarType real = accumulation_type(input.scalar_type());

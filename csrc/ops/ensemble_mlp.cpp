@@ -41,7 +41,7 @@ Tensor ensemble_mlp(const MLPOptions& options, const Tensor& input, TensorList w
   const Network network{input, weights, biases};
   const ActivationKind activation = check_mlp(kOp, network, options);
   ForwardCall call(weights, biases);
-  call.set_options(activation, options);
+  call.set_options(kOp, activation, options);
   return run(call, network);
 }
 
@@ -79,10 +79,10 @@ Tensor ensemble_mlp_prepack_meta(TensorList weights, TensorList biases) {
 Tensor ensemble_mlp_packed(const Tensor& input, const Tensor& packed, TensorList weights,
                            TensorList biases, std::string_view activation) {
   const Network network{input, weights, biases};
-  const MLPOptions options{activation, 0, {}};
+  const MLPOptions options{activation};
   const ActivationKind kind = check_mlp(kOp, network, options);
   ForwardCall call(weights, biases);
-  call.set_options(kind, options);
+  call.set_options(kOp, kind, options);
   check_device_of_weights(kOp, "packed", packed, weights);
   const bool is_bytes =
       packed.scalar_type() == at::kByte && packed.dim() == 1 && packed.is_contiguous();
@@ -99,7 +99,7 @@ Tensor ensemble_mlp_packed(const Tensor& input, const Tensor& packed, TensorList
 Tensor ensemble_mlp_packed_meta(const Tensor& input, const Tensor& packed, TensorList weights,
                                 TensorList biases, std::string_view activation) {
   check_device_of_weights(kOp, "packed", packed, weights);
-  return ensemble_mlp_meta({activation, 0, {}}, input, weights, biases);
+  return ensemble_mlp_meta({activation}, input, weights, biases);
 }
 
 // --- backward ------------------------------------------------------------------------------------

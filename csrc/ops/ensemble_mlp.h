@@ -76,7 +76,7 @@ struct ForwardCall {
   ForwardCall& operator=(const ForwardCall&) = delete;
 
   void set_input(const at::Tensor& input);
-  void set_options(ActivationKind activation, const MLPOptions& options);
+  void set_options(const char* op, ActivationKind activation, const MLPOptions& options);
   // Computes what `params` ask for, on the device of the network that they were made of.
   void run(const char* op, const Network& network);
 };

@@ -93,10 +93,26 @@ ActivationKind check_mlp(const char* op, const Network& network, const MLPOption
   check_network(op, network);
   PYENS_CHECK_VALUE(options.dropout >= 0 && options.dropout < 1, op, "dropout", "0 <= dropout < 1",
                     options.dropout);
+  if (options.dropout_rates) {
+    const Tensor& rates = *options.dropout_rates;
+    PYENS_CHECK_VALUE(options.dropout == 0, op, "dropout", "one rate, or one for each member",
+                      options.dropout, " and a tensor");
+    PYENS_CHECK_TYPE(rates.scalar_type() == at::kDouble, op, "dropout", "float64 rates",
+                     rates.scalar_type());
+    check_device_of_weights(op, "dropout", rates, network.weights);
+    PYENS_CHECK_VALUE(rates.dim() == 1 && rates.sym_size(0) == network.members(), op, "dropout",
+                      c10::str("a number, or [", network.members(), "]"), "shape ",
+                      rates.sym_sizes());
+    PYENS_CHECK_VALUE(!rates.requires_grad(), op, "dropout",
+                      "requires_grad=False (it gets no gradient)", "True");
+  }
   if (!options.dropout_seeds) {
-    PYENS_CHECK_VALUE(options.dropout == 0, op, "dropout_seeds",
-                      c10::str("int64 [", network.members(), "] with dropout ", options.dropout),
-                      "None");
+    PYENS_CHECK_VALUE(
+        options.dropout == 0 && !options.dropout_rates, op, "dropout_seeds",
+        options.dropout_rates
+            ? c10::str("int64 [", network.members(), "] with a dropout of each member")
+            : c10::str("int64 [", network.members(), "] with dropout ", options.dropout),
+        "None");
     return activation;
   }
   const Tensor& seeds = *options.dropout_seeds;
@@ -142,10 +158,20 @@ void ForwardCall::set_input(const Tensor& input) {
   params.input_member_stride = x.dim() == 3 && params.ensemble_size > 1 ? x.stride(0) : 0;
 }
 
-void ForwardCall::set_options(ActivationKind activation, const MLPOptions& options) {
+void ForwardCall::set_options(const char* op, ActivationKind activation,
+                              const MLPOptions& options) {
   for (size_t l = 0; l + 1 < layers.size(); ++l) layers[l].activation.kind = activation;
   params.dropout.p = options.dropout;
-  if (options.dropout > 0) {
+  if (options.dropout_rates) {
+    const Tensor& rates = with_contiguous_rows(*options.dropout_rates, copies);
+    params.dropout.rates = rates.const_data_ptr<double>();
+    for (int64_t m = 0; rates.is_cpu() && m < params.ensemble_size; ++m) {
+      const double p = params.dropout.rates[m];
+      PYENS_CHECK_VALUE(p >= 0 && p < 1, op, "dropout", "0 <= dropout < 1 of each member", p,
+                        " of member ", m);
+    }
+  }
+  if (params.dropout.any()) {
     const Tensor& seeds = with_contiguous_rows(*options.dropout_seeds, copies);
     params.dropout.seeds = seeds.const_data_ptr<int64_t>();
   }
@@ -231,7 +257,7 @@ TrainingCall::TrainingCall(const char* op, const Network& network, const MLPOpti
       input_(network.input),
       layer_gradients_(network.weights.size()) {
   set_input(network.input);
-  set_options(parse_activation(op, options.activation), options);
+  set_options(op, parse_activation(op, options.activation), options);
   const auto real = input_.options().dtype(accumulation_type(input_.scalar_type()));
   gradients = for_each_needed(op, network, needs_grad, [&](const Tensor& of) {
     return params.batch == 0 ? at::zeros(of.sizes(), real) : at::empty(of.sizes(), real);

@@ -66,10 +66,13 @@ Tensor with_formulas(ActivationKind kind, const Call& call) {
   return {};
 }
 
+Tensor of_members(const Tensor& rates) { return rates.view({-1, 1, 1}); }
+
 // bool [E, B, units]: what kernels/dropout.h keeps. torch has hardly any unsigned arithmetic, so
 // 32-bit numbers lie in int64.
-Tensor kept_by_dropout(const Tensor& seeds, int64_t layer, const c10::SymInt& batch,
-                       const c10::SymInt& unit_count, double dropout) {
+Tensor kept_by_dropout(const MLPOptions& options, int64_t layer, const c10::SymInt& batch,
+                       const c10::SymInt& unit_count) {
+  const Tensor& seeds = *options.dropout_seeds;
   const auto shifted = [](const Tensor& x, int64_t bits) {  // as if unsigned
     return at::__rshift__(x, bits).bitwise_and((int64_t{1} << (64 - bits)) - 1);
   };
@@ -81,10 +84,9 @@ Tensor kept_by_dropout(const Tensor& seeds, int64_t layer, const c10::SymInt& ba
     return at::bitwise_xor(x, shifted(x, 31));
   };
   constexpr int64_t kLow = 0xffffffff;
-  const auto options = seeds.options();
-  const Tensor units = at::arange(unit_count, options);
+  const Tensor units = at::arange(unit_count, seeds.options());
   const Tensor key = mix((mix(mix(seeds) + layer).unsqueeze(1) + units)).unsqueeze(1);
-  const Tensor rows = at::arange(batch, options).unsqueeze(1);
+  const Tensor rows = at::arange(batch, seeds.options()).unsqueeze(1);
   Tensor x = (rows + key.bitwise_and(kLow)).bitwise_and(kLow);
   x = at::bitwise_xor(x, at::__rshift__(x, 16));
   x = (x * int64_t{0x21f0aaad}).bitwise_and(kLow);
@@ -92,7 +94,9 @@ Tensor kept_by_dropout(const Tensor& seeds, int64_t layer, const c10::SymInt& ba
   x = at::bitwise_xor(x, shifted(key, 32));
   x = (x * int64_t{0x735a2d97}).bitwise_and(kLow);
   x = at::bitwise_xor(x, at::__rshift__(x, 15));
-  return x >= static_cast<int64_t>(dropout * 0x1p32);
+  if (options.dropout_rates)
+    return x >= (of_members(*options.dropout_rates) * 0x1p32).to(at::kLong);
+  return x >= static_cast<int64_t>(options.dropout * 0x1p32);
 }
 
 }  // namespace
@@ -103,9 +107,17 @@ std::vector<Tensor> composed_backward(const char* op, Tensor grad, const Network
   const ActivationKind activation = parse_activation(op, options.activation);
   const size_t layers = weights.size();
   const bool shared_input = network.input.dim() == 2;
+  const bool drops = options.dropout > 0 || options.dropout_rates;
   const double scale = 1 / (1 - options.dropout);
+  Tensor scales;  // of the members, in the precision in which a number times a tensor is computed
+  if (options.dropout_rates) {
+    scales =
+        (1 / (1 - of_members(*options.dropout_rates))).to(accumulation_type(grad.scalar_type()));
+  }
   const auto apply_dropout = [&](const Tensor& x, const Tensor& kept) {
-    return kept.defined() ? at::where(kept, x * scale, at::zeros({}, x.options())) : x;
+    if (!kept.defined()) return x;
+    const Tensor scaled = scales.defined() ? (x * scales).to(x.scalar_type()) : x * scale;
+    return at::where(kept, scaled, at::zeros({}, x.options()));
   };
 
   // What each layer reads, what it computed before the activation, and what was kept of that.
@@ -115,9 +127,9 @@ std::vector<Tensor> composed_backward(const char* op, Tensor grad, const Network
     Tensor product = at::matmul(h[l], weights[l].transpose(1, 2));
     z.push_back(biases.empty() ? product : product + biases[l].unsqueeze(1));
     activated.push_back(with_formulas(activation, [&](auto f) { return f.value(z[l]); }));
-    if (options.dropout > 0) {
-      kept[l] = kept_by_dropout(*options.dropout_seeds, static_cast<int64_t>(l), network.batch(),
-                                weights[l].sym_size(1), options.dropout);
+    if (drops) {
+      kept[l] = kept_by_dropout(options, static_cast<int64_t>(l), network.batch(),
+                                weights[l].sym_size(1));
     }
     h.push_back(apply_dropout(activated[l], kept[l]));
   }

@@ -71,11 +71,16 @@ Loss check(const Network& network, const Tensor& target, const LossOptions& opti
     PYENS_CHECK_VALUE(
         options.temperature > 0 && options.temperature < std::numeric_limits<double>::infinity(),
         kOp, "temperature", "a positive number", options.temperature);
+    PYENS_CHECK_VALUE(options.label_smoothing >= 0 && options.label_smoothing <= 1, kOp,
+                      "label_smoothing", "a number from 0 to 1", options.label_smoothing);
   } else {
     check_real(kOp, "target", target, weights);
     PYENS_CHECK_VALUE(options.temperature == 1, kOp, "temperature",
                       c10::str("1 (only cross_entropy has one) with loss ", options.loss),
                       options.temperature);
+    PYENS_CHECK_VALUE(options.label_smoothing == 0, kOp, "label_smoothing",
+                      c10::str("0 (only cross_entropy has it) with loss ", options.loss),
+                      options.label_smoothing);
     if (loss == Loss::gaussian_nll) {
       PYENS_CHECK_VALUE(out % 2 == 0, kOp, c10::str("weights[", weights.size() - 1, "]"),
                         "an even number of outputs for gaussian_nll (means, then raw variances)",
@@ -108,6 +113,7 @@ std::tuple<Tensor, std::vector<Tensor>> ensemble_mlp_loss_with_gradients(
   const int64_t batch_dim = expected.dim() - (classes ? 1 : 2);
   training.loss = loss;
   training.temperature = options.temperature;
+  training.label_smoothing = options.label_smoothing;
   training.target = expected.const_data_ptr();
   training.target_row_stride = expected.stride(batch_dim);
   training.target_member_stride = batch_dim == 1 && members > 1 ? expected.stride(0) : 0;
@@ -168,7 +174,8 @@ Tensor ensemble_mlp_loss_meta(const LossOptions& options, const Tensor& input, c
 // --- composed of torch's own operations --------------------------------------------------------------
 
 // Of outputs [E, B, O] in float32 or float64; the mean over the outputs of each example, [E, B].
-Tensor example_losses(const Tensor& z, const Tensor& target, Loss loss, double temperature) {
+Tensor example_losses(const Tensor& z, const Tensor& target, Loss loss,
+                      const LossOptions& options) {
   switch (loss) {
     case Loss::mse: return (z - target).square().mean(-1);
     case Loss::bce:
@@ -185,8 +192,15 @@ Tensor example_losses(const Tensor& z, const Tensor& target, Loss loss, double t
       const Tensor exists = (target >= 0).bitwise_and(target < z.sym_size(-1));
       const Tensor label = at::where(exists, target, at::zeros({}, target.options()));
       const Tensor index = label.expand_symint(z.sym_sizes().slice(0, 2)).unsqueeze(-1);
-      const Tensor found = -at::log_softmax(z / temperature, -1).gather(-1, index).squeeze(-1);
-      return at::where(exists, found, at::full({}, NAN, found.options()));
+      const Tensor logs = at::log_softmax(z / options.temperature, -1);
+      const double smoothing = options.label_smoothing;
+      Tensor found = logs.gather(-1, index).squeeze(-1);
+      if (smoothing > 0) {
+        const Tensor mean = logs.mean(-1);
+        // At 1 the label does not count: 0 times a logarithm that is infinite would be NaN.
+        found = smoothing < 1 ? found * (1 - smoothing) + mean * smoothing : mean;
+      }
+      return at::where(exists, -found, at::full({}, NAN, found.options()));
     }
     case Loss::none: break;
   }
@@ -202,7 +216,7 @@ Tensor composed_loss(const LossOptions& options, const Tensor& input, const Tens
   const Tensor expected = classes ? target : target.to(real);
   const auto evaluate = [&](const Tensor& x, const Tensor& y) {
     const Tensor z = call_ensemble_mlp(options.mlp, {x, weights, biases}).to(real);
-    return example_losses(z, y, loss, options.temperature);
+    return example_losses(z, y, loss, options);
   };
   if (!options.sample_weight) {
     const Tensor losses = evaluate(input, expected);

@@ -9,15 +9,17 @@ namespace pyens {
   OPTION(std::string_view, activation, "str activation")              \
   OPTION(double, dropout, "float dropout=0.0")                        \
   OPTION(OptionalTensor, dropout_seeds, "Tensor? dropout_seeds=None") \
+  OPTION(OptionalTensor, dropout_rates, "Tensor? dropout_rates=None") \
   // a further option stands above this line
 
 struct MLPOptions {
   PYENS_OPTIONS(PYENS_MLP_OPTIONS)
 };
 
-#define PYENS_LOSS_OPTIONS(OPTION)                 \
-  OPTION(std::string_view, loss, "str loss")       \
-  OPTION(double, temperature, "float temperature") \
+#define PYENS_LOSS_OPTIONS(OPTION)                         \
+  OPTION(std::string_view, loss, "str loss")               \
+  OPTION(double, temperature, "float temperature")         \
+  OPTION(double, label_smoothing, "float label_smoothing") \
   OPTION(OptionalTensor, sample_weight, "Tensor? sample_weight")
 
 struct LossOptions {

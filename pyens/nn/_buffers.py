@@ -21,8 +21,8 @@ class BufferList(nn.Module):
 
 
 class Derived(nn.Module):
-    """A module with a `_derived` that `_derive` makes from its buffers: once by the module itself, and again
-    after loading, moving, copying and unpickling."""
+    """A module with a `_derived` that `_derive` makes from its buffers or attributes: once by itself,
+    and again after loading, moving, copying and unpickling."""
 
     _derived: Any
 

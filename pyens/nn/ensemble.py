@@ -49,16 +49,16 @@ class Ensemble(nn.Module):
 
     Attributes:
         ensemble_size: E, the number of members.
-        dropout: p. Where it is not 0, `forward` and `loss` take `dropout_seeds`, int64 `[E]`, see
-            `pyens.ops.ensemble_mlp`: dropout is applied if and only if they are given, also in evaluation
-            (for MC dropout), and training needs them.
+        dropout: p, or a tuple of one for each member where they differ. Where it is not 0, `forward` and
+            `loss` take `dropout_seeds`, int64 `[E]`, see `pyens.ops.ensemble_mlp`: dropout is applied if and
+            only if they are given, also in evaluation (for MC dropout), and training needs them.
         activation: of the hidden layers, where the members are MLPs on top of `features`; None for others.
         shares_parameters: whether all members have the same parameters, without a member axis. `fit` then
             keeps and stops all of them together.
     """
 
     ensemble_size: int
-    dropout: float = 0.0
+    dropout: float | tuple[float, ...] = 0.0
     activation: Activation | None = None
     shares_parameters: bool = False
 
@@ -75,6 +75,7 @@ class Ensemble(nn.Module):
         *batch: Tensor,
         loss: Loss,
         temperature: float = 1.0,
+        label_smoothing: float = 0.0,
         sample_weight: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
@@ -82,9 +83,10 @@ class Ensemble(nn.Module):
 
         Args:
             batch: what `forward` takes, then the target.
-            loss, temperature, sample_weight: see `pyens.ops.ensemble_mlp_loss`. With weights, `forward` is
-                given zeros in place of floating point inputs that are left out (weight 0), whatever is in
-                them: with weights `[E, B]` as `[E, B, ...]`, also where the input was `[B, ...]`.
+            loss, temperature, label_smoothing: see `pyens.ops.ensemble_mlp_loss`.
+            sample_weight: likewise. With weights, `forward` is given zeros in place of floating point inputs
+                that are left out (weight 0), whatever is in them: with weights `[E, B]` as `[E, B, ...]`,
+                also where the input was `[B, ...]`.
             options: of `forward`, such as `dropout_seeds`.
 
         Raises:
@@ -99,6 +101,7 @@ class Ensemble(nn.Module):
         if not isinstance(loss, str) or loss not in LOSSES:
             raise ValueError(f'loss: loss: expected one of {", ".join(LOSSES)}, got "{loss}"')
         check_temperature("loss", loss, temperature)
+        check_label_smoothing("loss", loss, label_smoothing)
         check_tensor("loss", "target", target)
         if sample_weight is not None:
             check_tensor("loss", "sample_weight", sample_weight)
@@ -114,7 +117,9 @@ class Ensemble(nn.Module):
                 f"got shape {list(output.shape)}"
             )
         _check_loss(output, target, loss, sample_weight)
-        return mean_losses(lambda output: output, output, target, loss, temperature, sample_weight)
+        return mean_losses(
+            lambda output: output, output, target, loss, temperature, sample_weight, label_smoothing
+        )
 
     def without_left_out(self, inputs: Sequence[Any], sample_weight: Tensor) -> list[Any]:
         """What `forward` is given instead of its arguments where rows have weight 0, whatever is in them.
@@ -243,6 +248,8 @@ class Ensemble(nn.Module):
                 if own is not None:
                     module._buffers[name] = own
         self.ensemble_size = members
+        if isinstance(vars(self).get("dropout"), tuple):
+            self.dropout = copies[id(self.dropout)] if chosen is None else chosen.dropout
         for _, module in [("", self), *_walk(self)]:
             if isinstance(module, Derived):
                 module._derive()  # of the buffers that it has now
@@ -251,6 +258,8 @@ class Ensemble(nn.Module):
         """Puts what `select` takes of each parameter, mask of pruning and ensemble inside into `copies`."""
         size, kind = self.ensemble_size, type(self).__name__
         generic = type(self).select is Ensemble.select
+        if isinstance(self.dropout, tuple):
+            copies[id(self.dropout)] = one_rate([self.dropout[i] for i in members.tolist()])
         if generic and self.shares_parameters:
             raise ValueError(f"select: expected a {kind}, whose members share their parameters, to define it")
         for place, module in [("", self), *_walk(self)]:
@@ -328,6 +337,11 @@ class Ensemble(nn.Module):
         return ", ".join(f"{name}={v}" for name, v in config.items() if name != "dropout" or v)
 
 
+def one_rate(rates: Sequence[float]) -> float | tuple[float, ...]:
+    """The rates of dropout of the members, or the one that all of them have."""
+    return rates[0] if len(set(rates)) == 1 else tuple(rates)
+
+
 def check_temperature(function: str, loss: Loss, temperature: float) -> None:
     check_number(function, "temperature", temperature)
     if loss != "cross_entropy" and temperature != 1:
@@ -337,6 +351,17 @@ def check_temperature(function: str, loss: Loss, temperature: float) -> None:
         )
     if not 0 < temperature < math.inf:
         raise ValueError(f"{function}: temperature: expected a positive number, got {temperature}")
+
+
+def check_label_smoothing(function: str, loss: Loss, label_smoothing: float) -> None:
+    check_number(function, "label_smoothing", label_smoothing)
+    if loss != "cross_entropy" and label_smoothing != 0:
+        raise ValueError(
+            f"{function}: label_smoothing: expected 0 (only cross_entropy has it) with loss {loss}, "
+            f"got {label_smoothing}"
+        )
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{function}: label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
 
 
 def _walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

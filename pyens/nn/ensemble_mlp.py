@@ -10,12 +10,13 @@ from torch.compiler import is_dynamo_compiling
 from typing_extensions import Self
 
 from pyens import ops
-from pyens._types import Activation, Loss, WeightLayout
+from pyens._kinds import check_number
+from pyens._types import Activation, Dropout, Loss, WeightLayout
 from pyens.masks import check
 from pyens.nn import _sequential
 from pyens.nn._buffers import BufferList, Derived
 from pyens.nn._members import Members, check_layers, draw_linear, listed
-from pyens.nn.ensemble import Indices, chosen_members, parameters_of, reader
+from pyens.nn.ensemble import Indices, chosen_members, one_rate, parameters_of, reader
 from pyens.ops.ensemble_mlp import ensemble_mlp_packed, prepack
 
 
@@ -25,7 +26,7 @@ class _StackedMLP(Members):
     activation: Activation
 
     def forward(
-        self, input: Tensor, *, dropout: float | None = None, dropout_seeds: Tensor | None = None
+        self, input: Tensor, *, dropout: Dropout | None = None, dropout_seeds: Tensor | None = None
     ) -> Tensor:
         """`[B, in_features]` (shared by all members) or `[E, B, in_features]` -> `[E, B, out_features]`.
 
@@ -53,8 +54,9 @@ class _StackedMLP(Members):
         *,
         loss: Loss,
         temperature: float = 1.0,
+        label_smoothing: float = 0.0,
         sample_weight: Tensor | None = None,
-        dropout: float | None = None,
+        dropout: Dropout | None = None,
         dropout_seeds: Tensor | None = None,
     ) -> Tensor:
         """Each member's mean loss `[E]`, its gradient computed in the same pass; train on its sum.
@@ -72,12 +74,13 @@ class _StackedMLP(Members):
             loss=loss,
             activation=self.activation,
             temperature=temperature,
+            label_smoothing=label_smoothing,
             sample_weight=sample_weight,
             dropout=dropout,
             dropout_seeds=dropout_seeds,
         )
 
-    def _dropout(self, seeds: Tensor | None) -> float:
+    def _dropout(self, seeds: Tensor | None) -> Dropout:
         if seeds is not None:
             return self.dropout
         if self.training:
@@ -204,7 +207,7 @@ class EnsembleLinear(_StackedMLP):
         }
 
 
-class EnsembleMLP(_StackedMLP):
+class EnsembleMLP(Derived, _StackedMLP):
     r"""`ensemble_size` MLPs that run as one: Linear, activation, ..., Linear.
 
     Args:
@@ -213,7 +216,8 @@ class EnsembleMLP(_StackedMLP):
         hidden_features: widths of the hidden layers; empty for a linear model.
         activation: relu, gelu, silu, elu, softplus, tanh or identity, as in `pyens.ops.ensemble_mlp`.
         bias: whether the layers have biases.
-        dropout: p in [0, 1), the probability of dropping a hidden activation in training.
+        dropout: p in [0, 1), the probability of dropping a hidden activation in training; or one for each
+            member, which it keeps wherever it is chosen to.
         device, dtype: of the parameters.
         seeds: one per member, see `reset_parameters`.
 
@@ -234,7 +238,7 @@ class EnsembleMLP(_StackedMLP):
         *,
         activation: Activation = "relu",
         bias: bool = True,
-        dropout: float = 0.0,
+        dropout: float | Sequence[float] = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         seeds: Sequence[int] | Tensor | None = None,
@@ -252,14 +256,12 @@ class EnsembleMLP(_StackedMLP):
             **{f"hidden_features[{i}]": width for i, width in enumerate(hidden_features)},
         )
         _sequential.activation_module(activation)  # raises if there is none of this name
-        if not 0 <= dropout < 1:
-            raise ValueError(f"EnsembleMLP: dropout: expected 0 <= dropout < 1, got {dropout}")
         self.ensemble_size = ensemble_size
         self.in_features = in_features
         self.hidden_features = tuple(hidden_features)
         self.out_features = out_features
         self.activation = activation
-        self.dropout = dropout
+        self.dropout = _checked_dropout(dropout, ensemble_size)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         layers = list(itertools.pairwise([in_features, *hidden_features, out_features]))
         self.weights = nn.ParameterList(torch.empty(ensemble_size, o, i, **factory) for i, o in layers)
@@ -267,6 +269,7 @@ class EnsembleMLP(_StackedMLP):
         self._names = tuple(str(layer) for layer in range(len(layers)))
         self._bias_names = self._names if bias else ()
         self._read_weights, self._read_biases = reader(self._names), reader(self._bias_names)
+        self._derive()
         self.reset_parameters(seeds)
 
     @classmethod
@@ -334,8 +337,41 @@ class EnsembleMLP(_StackedMLP):
             "out_features": self.out_features,
             "activation": self.activation,
             "bias": len(self.biases) > 0,
-            "dropout": self.dropout,
+            "dropout": list(self.dropout) if isinstance(self.dropout, tuple) else self.dropout,
         }
+
+    def _derive(self) -> None:
+        # The rates of the members and, in float64 beside the parameters, what the operation reads.
+        self._derived = None
+        if isinstance(self.dropout, tuple):
+            device = next(self.parameters()).device
+            self._derived = self.dropout, torch.tensor(self.dropout, dtype=torch.float64, device=device)
+
+    def _dropout(self, seeds: Tensor | None) -> Dropout:
+        dropout = super()._dropout(seeds)
+        if not isinstance(dropout, tuple):
+            return dropout
+        if not is_dynamo_compiling() and (self._derived is None or self._derived[0] is not dropout):
+            self._derive()  # it was assigned since
+        rates: Tensor = self._derived[1]
+        return rates
+
+
+def _checked_dropout(dropout: float | Sequence[float], ensemble_size: int) -> float | tuple[float, ...]:
+    rates = dropout.tolist() if isinstance(dropout, Tensor) else dropout
+    several = isinstance(rates, Sequence) and not isinstance(rates, (str, bytes))
+    each: Sequence[float] = rates if several else [rates]  # type: ignore[assignment, list-item]
+    for member, rate in enumerate(each):
+        name = f"dropout[{member}]" if several else "dropout"
+        check_number("EnsembleMLP", name, rate)
+        if not 0 <= rate < 1:
+            raise ValueError(f"EnsembleMLP: {name}: expected 0 <= dropout < 1, got {rate}")
+    if several and len(each) != ensemble_size:
+        raise ValueError(
+            f"EnsembleMLP: dropout: expected one rate, or one for each of the {ensemble_size} members, "
+            f"got {len(each)}"
+        )
+    return one_rate(each)
 
 
 class PackedEnsembleMLP(Derived, _StackedMLP):

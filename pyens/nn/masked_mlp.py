@@ -282,6 +282,7 @@ class MaskedMLP(Derived, Ensemble):
         mode: MaskMode = "tiled",
         seed: int | Tensor = 0,
         temperature: float = 1.0,
+        label_smoothing: float = 0.0,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
         """The mean loss of `forward` in this mode, its gradient computed in the same pass.
@@ -290,7 +291,7 @@ class MaskedMLP(Derived, Ensemble):
             input, mode, seed: as for `forward`.
             target: `[B, K]`, or int64 `[B]` for cross_entropy; with "tiled" also `[N, B, K]` or `[N, B]`.
             loss: mse, bce, gaussian_nll or cross_entropy, see `pyens.ops.ensemble_mlp_loss`.
-            temperature: of cross_entropy.
+            temperature, label_smoothing: of cross_entropy.
             sample_weight: `[B]`, at least 0; with "tiled" also `[N, B]`. None is all ones.
 
         Returns:
@@ -307,7 +308,12 @@ class MaskedMLP(Derived, Ensemble):
             raise TypeError(f"MaskedMLP: target: expected numbers, or classes in int64, got {target.dtype}")
         if sample_weight is not None:
             check_real("MaskedMLP", "sample_weight", sample_weight)
-        arguments = {"loss": loss, "temperature": temperature, **self._arguments()}
+        arguments = {
+            "loss": loss,
+            "temperature": temperature,
+            "label_smoothing": label_smoothing,
+            **self._arguments(),
+        }
         if mode == "tiled":
             return masked_mlp_loss(input, target, sample_weight=sample_weight, **arguments)
         n, b = self.ensemble_size, input.shape[0]

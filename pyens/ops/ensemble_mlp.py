@@ -1,12 +1,13 @@
 """The fused ensemble MLP."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyens import reference
-from pyens._types import Activation
+from pyens import _kinds, reference
+from pyens._types import Activation, Dropout
 from pyens.ops._call import Given, join_members, join_rows, mapped, operation
 
 
@@ -16,7 +17,7 @@ def ensemble_mlp(
     biases: Sequence[Tensor] | None = None,
     *,
     activation: Activation = "relu",
-    dropout: float = 0.0,
+    dropout: Dropout = 0.0,
     dropout_seeds: Tensor | None = None,
 ) -> Tensor:
     r"""All members of an ensemble of MLPs in one call.
@@ -33,7 +34,9 @@ def ensemble_mlp(
         activation: of the hidden layers: relu, gelu (exact), silu, elu, softplus, tanh or identity, each with
             the default arguments of `torch.nn`. The last layer is linear.
         dropout: p in [0, 1): the share of the hidden activations that becomes 0; the others are multiplied by
-            1 / (1 - p).
+            1 / (1 - p). Or one rate for each member, as numbers or as a tensor `[E]`, 0 for some if need be:
+            a member then has the bits that it has where its rate is that of all. It gets no gradient. On CUDA
+            a rate out of range, in a tensor, makes its member's output NaN.
         dropout_seeds: int64 `[E]`, needed where dropout > 0. Whether a unit is kept is a pure function of
             (dropout_seeds[m], layer, batch row, unit): the same seeds give the same masks, backward draws
             them again, and no member depends on another. A training loop passes new seeds each step; 100
@@ -66,16 +69,50 @@ def ensemble_mlp(
 
     Source: the members are those of "Deep Ensemble"; reference in `pyens.reference.ensemble_mlp`.
     """
-    return _ensemble_mlp(input, weights, () if biases is None else biases, activation, dropout, dropout_seeds)
+    rates = None
+    if not isinstance(dropout, (float, int)):
+        dropout, rates = member_rates("ensemble_mlp", dropout, input)
+    biases = () if biases is None else biases
+    return _ensemble_mlp(input, weights, biases, activation, dropout, dropout_seeds, rates)
+
+
+def member_rates(op: str, dropout: Dropout, input: Tensor) -> tuple[float, Tensor | None]:
+    """The options dropout and dropout_rates of a rate for each member: float64 `[E]`, as exact as a number.
+
+    What is neither several numbers nor a tensor of them stays what it is.
+    """
+    if isinstance(dropout, Tensor) and dropout.dim() > 0:
+        _kinds.check_real(op, "dropout", dropout)
+        if dropout.requires_grad:
+            raise ValueError(f"{op}: dropout: expected requires_grad=False (it gets no gradient), got True")
+        return 0.0, dropout.double()
+    if not isinstance(dropout, Sequence) or isinstance(dropout, (str, bytes)):
+        return dropout, None  # type: ignore[return-value]
+    for member, rate in enumerate(dropout):
+        _kinds.check_number(op, f"dropout[{member}]", rate)
+        if not 0 <= rate < 1:
+            raise ValueError(f"{op}: dropout[{member}]: expected 0 <= dropout < 1, got {rate}")
+    return 0.0, torch.tensor(dropout, dtype=torch.float64, device=getattr(input, "device", None))
+
+
+def one_dropout(of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A reference that is given dropout and dropout_rates, as the schema has them."""
+
+    def call(*, dropout: float, dropout_rates: Tensor | None, **given: Any) -> Tensor:
+        return of(**given, dropout=dropout if dropout_rates is None else dropout_rates)
+
+    return call
 
 
 def _vmap(n: int, dims: Given, given: Given) -> tuple[Given, int, tuple[int, ...]]:
-    if mapped(dims) == {"input"} and given["dropout"] == 0:  # which numbers the rows
+    dropped = given["dropout"] != 0 or given["dropout_rates"] is not None  # which numbers the rows
+    if mapped(dims) == {"input"} and not dropped:
         return join_rows(n, dims, given, {"input": -2})
-    return join_members(n, dims, given, {"weights": 3, "biases": 2, "input": 3, "dropout_seeds": 1})
+    ranks = {"weights": 3, "biases": 2, "input": 3, "dropout_seeds": 1, "dropout_rates": 1}
+    return join_members(n, dims, given, ranks)
 
 
-_ensemble_mlp: Callable[..., Tensor] = operation("ensemble_mlp", reference.ensemble_mlp, _vmap)
+_ensemble_mlp: Callable[..., Tensor] = operation("ensemble_mlp", one_dropout(reference.ensemble_mlp), _vmap)
 
 
 def prepack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> Tensor:

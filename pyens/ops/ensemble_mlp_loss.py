@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from pyens import reference
-from pyens._types import Activation, Loss
+from pyens._types import Activation, Dropout, Loss
 from pyens.ops._call import Given, join_members, operation
+from pyens.ops.ensemble_mlp import member_rates, one_dropout
 
 
 def ensemble_mlp_loss(
@@ -18,8 +19,9 @@ def ensemble_mlp_loss(
     loss: Loss,
     activation: Activation = "relu",
     temperature: float = 1.0,
+    label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
-    dropout: float = 0.0,
+    dropout: Dropout = 0.0,
     dropout_seeds: Tensor | None = None,
 ) -> Tensor:
     r"""Each member's own mean loss, computed with its gradient in one pass over the examples.
@@ -29,7 +31,7 @@ def ensemble_mlp_loss(
         mse             1/K sum_k (z_k - y_k)^2
         bce             1/K sum_k log(1 + e^z_k) - z_k y_k                                  z are logits
         gaussian_nll    1/K sum_k log(v_k)/2 + (y_k - z_k)^2 / (2 v_k)    v_k = softplus(z_{K+k}) + 1e-6
-        cross_entropy   -log softmax(z / temperature)_y                                     y is a class
+        cross_entropy   (1 - s) l_y + s/K sum_k l_k    l = -log softmax(z / temperature), y is a class
 
     in nats, gaussian_nll without its constant, and loss[m] = sum_b w_b loss(m, b) / sum_b w_b. An ensemble
     trains on `loss.sum()`: the sum of its members' losses, never the loss of their mean.
@@ -44,6 +46,9 @@ def ensemble_mlp_loss(
             and O/2 for gaussian_nll. For cross_entropy int64 `[B]` or `[E, B]`, classes from 0 to O - 1.
         loss: mse, bce, gaussian_nll or cross_entropy.
         temperature: of cross_entropy, positive.
+        label_smoothing: s of cross_entropy, in [0, 1], as in `F.cross_entropy`: the classes together are to
+            get the share s, the label the rest. As there, with s > 0 the loss of a logit -inf is infinite,
+            and its gradient finite.
         sample_weight: w, `[B]` or `[E, B]`, at least 0, of the input's dtype or float32; None is all ones. A
             weight of 0 leaves the example out, whatever is in it (NaN, an out-of-range class): so a
             member leaves out its jackknife group. Where the weights sum to 0, as with B = 0, the loss is 0.
@@ -61,14 +66,17 @@ def ensemble_mlp_loss(
     infinite, makes its member's loss and gradients NaN.
 
     Raises:
-        ValueError: a shape that does not fit, an unknown loss, a temperature without cross_entropy; a target
-            or sample_weight that requires a gradient; on the CPU a class out of range, and a negative or
-            infinite weight.
+        ValueError: a shape that does not fit, an unknown loss, a temperature or label smoothing out of range
+            or without cross_entropy; a target or sample_weight that requires a gradient; on the CPU a class
+            out of range, and a negative or infinite weight.
         TypeError: mixed or unsupported dtypes, mixed devices.
 
     Source: gaussian_nll is eq. 1 of "Deep Ensemble" with its variance; the temperature and the left-out
     groups (jackknife) are those of "Beyond Point Estimate". Reference in `pyens.reference.ensemble_mlp_loss`.
     """
+    rates = None
+    if not isinstance(dropout, (float, int)):
+        dropout, rates = member_rates("ensemble_mlp_loss", dropout, input)
     return _ensemble_mlp_loss(
         input,
         target,
@@ -76,18 +84,24 @@ def ensemble_mlp_loss(
         () if biases is None else biases,
         loss,
         temperature,
+        label_smoothing,
         sample_weight,
         activation,
         dropout,
         dropout_seeds,
+        rates,
     )
 
 
 def _vmap(n: int, dims: Given, given: Given) -> tuple[Given, int, tuple[int, ...]]:
-    ranks = {"weights": 3, "biases": 2, "input": 3, "sample_weight": 2, "dropout_seeds": 1}
-    return join_members(n, dims, given, ranks | {"target": 3 if given["target"].is_floating_point() else 2})
+    ranks = {"weights": 3, "biases": 2, "input": 3, "sample_weight": 2}
+    ranks |= {"target": 3 if given["target"].is_floating_point() else 2}
+    return join_members(n, dims, given, ranks | {"dropout_seeds": 1, "dropout_rates": 1})
 
 
 _ensemble_mlp_loss: Callable[..., Tensor] = operation(
-    "ensemble_mlp_loss", reference.ensemble_mlp_loss, _vmap, constants=("target", "sample_weight")
+    "ensemble_mlp_loss",
+    one_dropout(reference.ensemble_mlp_loss),
+    _vmap,
+    constants=("target", "sample_weight"),
 )

@@ -131,6 +131,7 @@ def masked_mlp_loss(
     loss: Loss,
     activation: Activation = "relu",
     temperature: float = 1.0,
+    label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
     plan: Sequence[Tensor] | None = None,
 ) -> Tensor:
@@ -141,7 +142,8 @@ def masked_mlp_loss(
 
     Args:
         input, weights, biases, masks, activation, plan: as in `masked_mlp`.
-        target, loss, temperature, sample_weight: as in `pyens.ops.ensemble_mlp_loss`, with N for E.
+        target, loss, temperature, label_smoothing, sample_weight: as in `pyens.ops.ensemble_mlp_loss`, with N
+            for E.
 
     Returns:
         `[N]`, float32 (float64 for float64). A model trains on its sum or mean.
@@ -161,10 +163,12 @@ def masked_mlp_loss(
             loss=loss,
             activation=activation,
             temperature=temperature,
+            label_smoothing=label_smoothing,
             sample_weight=sample_weight,
         )
     except Exception:
-        values = (input, weights, biases, masks, activation, plan, target, loss, temperature, sample_weight)
+        network = (input, weights, biases, masks, activation, plan)
+        values = (*network, target, loss, temperature, label_smoothing, sample_weight)
         _kinds.check("masked_mlp_loss", _KINDS + _LOSS_KINDS, values)
         raise
 
@@ -182,6 +186,7 @@ _LOSS_KINDS = (
     ("target", "Tensor"),
     ("loss", "str"),
     ("temperature", "float"),
+    ("label_smoothing", "float"),
     ("sample_weight", "Optional[Tensor]"),
 )
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyens._types import Activation
+from pyens._types import Activation, Dropout
 from pyens.reference.activations import ACTIVATIONS
 
 
@@ -15,27 +15,35 @@ def ensemble_mlp(
     biases: Sequence[Tensor] | None = None,
     *,
     activation: Activation = "relu",
-    dropout: float = 0.0,
+    dropout: Dropout = 0.0,
     dropout_seeds: Tensor | None = None,
 ) -> Tensor:
     """See `pyens.ops.ensemble_mlp`."""
     act = ACTIVATIONS[activation]
     hidden = input if input.dim() == 3 else input.unsqueeze(0)  # [E or 1, B, I]
+    rate, rates = 0.0, None  # of all members, or of each [E, 1, 1]
+    if isinstance(dropout, (float, int)):
+        rate = dropout
+    else:
+        rates = torch.as_tensor(dropout, dtype=torch.float64, device=input.device).view(-1, 1, 1)
     for layer, weight in enumerate(weights):  # [E, out, in]
         if layer > 0:
             hidden = act(hidden)
-            if dropout > 0:
+            if rates is not None or rate > 0:
                 assert dropout_seeds is not None
                 _, rows, units = hidden.shape
                 kept = kept_by_dropout(dropout_seeds, layer - 1, rows, units, dropout)
-                hidden = torch.where(kept, hidden / (1 - dropout), 0)
+                # As exact as a division by a number.
+                exact = torch.promote_types(hidden.dtype, torch.float32)
+                share = 1 - rate if rates is None else (1 - rates).to(exact)
+                hidden = torch.where(kept, (hidden / share).to(hidden.dtype), 0)
         hidden = torch.matmul(hidden, weight.transpose(1, 2))  # [E, B, out]
         if biases:
             hidden = hidden + biases[layer].unsqueeze(1)
     return hidden
 
 
-def kept_by_dropout(seeds: Tensor, layer: int, batch_size: int, features: int, dropout: float) -> Tensor:
+def kept_by_dropout(seeds: Tensor, layer: int, batch_size: int, features: int, dropout: Dropout) -> Tensor:
     """The units that dropout keeps, bool `[E, batch_size, features]`: a pure function of its arguments.
 
     64 bits mixed from (seed, layer, unit) key a 32-bit hash of the batch row; a unit is kept where the hash
@@ -49,7 +57,8 @@ def kept_by_dropout(seeds: Tensor, layer: int, batch_size: int, features: int, d
     x = ((x ^ x >> 16) * 0x21F0AAAD) & low
     x = x ^ x >> 15 ^ _shift_right(key, 32)
     x = (x * 0x735A2D97) & low
-    return (x ^ x >> 15) >= int(dropout * 2**32)
+    rates = torch.as_tensor(dropout, dtype=torch.float64, device=seeds.device).reshape(-1, 1, 1)
+    return (x ^ x >> 15) >= (rates * 2**32).long()
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

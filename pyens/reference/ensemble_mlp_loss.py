@@ -6,32 +6,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyens._types import Activation, Loss
+from pyens._types import Activation, Dropout, Loss
 from pyens.reference.ensemble_mlp import ensemble_mlp
 
 
-def _mse(output: Tensor, target: Tensor, temperature: float) -> Tensor:
+def _mse(output: Tensor, target: Tensor, temperature: float, smoothing: float) -> Tensor:
     return (output - target).square().mean(-1)
 
 
-def _bce(output: Tensor, target: Tensor, temperature: float) -> Tensor:
+def _bce(output: Tensor, target: Tensor, temperature: float, smoothing: float) -> Tensor:
     target = target.expand_as(output)
     return F.binary_cross_entropy_with_logits(output, target, reduction="none").mean(-1)
 
 
-def _gaussian_nll(output: Tensor, target: Tensor, temperature: float) -> Tensor:
+def _gaussian_nll(output: Tensor, target: Tensor, temperature: float, smoothing: float) -> Tensor:
     mean, raw = output.chunk(2, -1)
     variance = F.softplus(raw) + 1e-6
     return (0.5 * variance.log() + (target - mean).square() / (2 * variance)).mean(-1)
 
 
-def _cross_entropy(output: Tensor, target: Tensor, temperature: float) -> Tensor:
+def _cross_entropy(output: Tensor, target: Tensor, temperature: float, smoothing: float) -> Tensor:
     labels = target.expand(output.shape[:2]).unsqueeze(-1)
-    return -F.log_softmax(output / temperature, -1).gather(-1, labels).squeeze(-1)
+    logs = F.log_softmax(output / temperature, -1)
+    if smoothing == 0:
+        return -logs.gather(-1, labels).squeeze(-1)
+    if smoothing == 1:  # then the label does not count, even if its probability is 0
+        return -logs.mean(-1)
+    return -(1 - smoothing) * logs.gather(-1, labels).squeeze(-1) - smoothing * logs.mean(-1)
 
 
-# Outputs [E, B, O] and target -> the loss of each example, [E, B].
-LOSSES: dict[Loss, Callable[[Tensor, Tensor, float], Tensor]] = {
+# Outputs [E, B, O], target, temperature, label smoothing -> the loss of each example, [E, B].
+LOSSES: dict[Loss, Callable[[Tensor, Tensor, float, float], Tensor]] = {
     "mse": _mse,
     "bce": _bce,
     "gaussian_nll": _gaussian_nll,
@@ -48,8 +53,9 @@ def ensemble_mlp_loss(
     loss: Loss,
     activation: Activation = "relu",
     temperature: float = 1.0,
+    label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
-    dropout: float = 0.0,
+    dropout: Dropout = 0.0,
     dropout_seeds: Tensor | None = None,
 ) -> Tensor:
     """See `pyens.ops.ensemble_mlp_loss`."""
@@ -59,7 +65,7 @@ def ensemble_mlp_loss(
             input, weights, biases, activation=activation, dropout=dropout, dropout_seeds=dropout_seeds
         )
 
-    return mean_losses(run, input, target, loss, temperature, sample_weight)
+    return mean_losses(run, input, target, loss, temperature, sample_weight, label_smoothing)
 
 
 def mean_losses(
@@ -69,6 +75,7 @@ def mean_losses(
     loss: Loss,
     temperature: float,
     sample_weight: Tensor | None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """The mean loss `[E]` of each member, whose outputs `[E, B, O]` are run(input)."""
     weight = torch.ones_like(input[..., 0]) if sample_weight is None else sample_weight  # [B] or [E, B]
@@ -79,7 +86,7 @@ def mean_losses(
     output = run(input)
     if output.dtype != torch.float64:
         output, target = output.float(), _to_float(target)
-    return weighted_mean(LOSSES[loss](output, target, temperature), weight)
+    return weighted_mean(LOSSES[loss](output, target, temperature, label_smoothing), weight)
 
 
 def weighted_mean(losses: Tensor, weight: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ def masked_mlp_loss(
     loss: Loss,
     activation: Activation = "relu",
     temperature: float = 1.0,
+    label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
     """The mean loss of each mask's outputs, `[N]`, as `pyens.reference.ensemble_mlp_loss` has it."""
@@ -60,7 +61,7 @@ def masked_mlp_loss(
     def run(input: Tensor) -> Tensor:
         return masked_mlp(input, weights, biases, masks, activation=activation)
 
-    return mean_losses(run, input, target, loss, temperature, sample_weight)
+    return mean_losses(run, input, target, loss, temperature, sample_weight, label_smoothing)
 
 
 def masked_weights(weight: Tensor, rows: Tensor | None, columns: Tensor | None, num_masks: int) -> Tensor:

@@ -3,6 +3,7 @@
 // Inputs and parameters lie on a coarse grid, on which the outputs of a ReLU network are exact: no
 // rounding turns a ReLU on or off.
 
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -74,7 +75,7 @@ Activated activate(double z, ActivationKind activation) {
 }
 
 // Loss of one example, and its gradient in the place of the outputs.
-double example_loss(Loss loss, Doubles& z, const Doubles& y, double temperature) {
+double example_loss(Loss loss, Doubles& z, const Doubles& y, double temperature, double smoothing) {
   const size_t n = z.size();
   double sum = 0;
   if (loss == Loss::mse) {
@@ -103,10 +104,12 @@ double example_loss(Loss loss, Doubles& z, const Doubles& y, double temperature)
     for (const double value : z) largest = std::max(largest, value);
     for (const double value : z) total += std::exp((value - largest) / temperature);
     const auto label = static_cast<size_t>(y[0]);
-    sum = std::log(total) - (z[label] - largest) / temperature;
+    sum = std::log(total);
     for (size_t k = 0; k < n; ++k) {
-      const double p = std::exp((z[k] - largest) / temperature) / total;
-      z[k] = (p - (k == label ? 1 : 0)) / temperature;
+      const double scaled = (z[k] - largest) / temperature, p = std::exp(scaled) / total;
+      const double q = (k == label ? 1 - smoothing : 0) + smoothing / static_cast<double>(n);
+      sum -= q * scaled;
+      z[k] = (p - q) / temperature;
     }
   }
   return sum;
@@ -137,9 +140,11 @@ struct Model {
   std::vector<std::vector<T>> weights, biases;
   std::vector<T> input, target, sample_weight, member_scale;
   std::vector<int64_t> labels, seeds;
-  double temperature = 0.75;
+  Doubles rates;  // of dropout, of the members; empty: one for all
+  double temperature = 0.75, label_smoothing;
 
   explicit Model(const Case& given) : c(given), shared_gradient(given.shared_input) {
+    label_smoothing = (c.batch + c.weighted) % 2 == 0 ? 0 : 0.2;
     layers = c.widths.size() - 1;
     std::mt19937_64 random(index(c.ensemble_size * 1000 + c.batch));
     std::normal_distribution<double> normal;
@@ -184,6 +189,10 @@ struct Model {
       for (int64_t m = 0; m < e; ++m) member_scale.push_back(static_cast<T>(m) - T{0.5});
     }
     for (int64_t m = 0; m < e; ++m) seeds.push_back(m * 7919 - 3);
+    // 1 / (1 - p) is on the grid.
+    for (int64_t m = 0; m < e && c.dropout > 0 && c.batch % 2 == 1; ++m) {
+      rates.push_back(std::array{c.dropout, 0.0, 0.75}[index(m % 3)]);
+    }
   }
 
   T weight(int64_t i) const {
@@ -239,10 +248,12 @@ struct Model {
     t.forward.input = input.data();
     t.forward.input_member_stride = c.shared_input ? 0 : b * c.widths[0];
     t.forward.input_row_stride = c.widths[0];
-    t.forward.dropout.p = c.dropout;
+    t.forward.dropout.p = rates.empty() ? c.dropout : 0;
+    t.forward.dropout.rates = rates.empty() ? nullptr : rates.data();
     t.forward.dropout.seeds = seeds.data();
     t.loss = c.loss;
     t.temperature = temperature;
+    t.label_smoothing = label_smoothing;
     const bool classes = c.loss == Loss::cross_entropy;
     t.target_row_stride = classes ? 1 : target_features();
     t.target_member_stride = c.shared_target ? 0 : b * t.target_row_stride;
@@ -325,12 +336,13 @@ struct Model {
         }
         if (l + 1 == layers) continue;
         Activated h = activate(sum, c.activation);
-        if (c.dropout > 0) {
+        const double rate = rates.empty() ? c.dropout : rates[index(m)];
+        if (rate > 0) {
           const uint64_t key = pyens::dropout_unit_key(
               pyens::dropout_layer_key(seeds[index(m)], static_cast<int64_t>(l)), o);
           const bool kept = pyens::dropout_hash(static_cast<uint32_t>(row), key) >=
-                            pyens::dropout_threshold(c.dropout);
-          const double factor = kept ? 1 / (1 - c.dropout) : 0;
+                            pyens::dropout_threshold(rate);
+          const double factor = kept ? 1 / (1 - rate) : 0;
           h = {h.value * factor, h.slope * factor};
         }
         sum = h.value;
@@ -353,7 +365,7 @@ struct Model {
         const T* at = target.data() + ((c.shared_target ? 0 : m * b) + row) * features;
         y.assign(at, at + features);
       }
-      results[0][index(m)] += share * example_loss(c.loss, g, y, temperature);
+      results[0][index(m)] += share * example_loss(c.loss, g, y, temperature, label_smoothing);
       const double scale = member_scale.empty() ? 1 : static_cast<double>(member_scale[index(m)]);
       for (double& value : g) value *= share * scale;
     }

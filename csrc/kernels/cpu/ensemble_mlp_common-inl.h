@@ -57,7 +57,7 @@ int64_t tile_size(const EnsembleMLPParams& p) {
 
 inline bool small_batch(const Forward& p) {
   // Dropout is drawn with examples in the lanes.
-  return p.dropout.p == 0 && p.batch < (p.prepacked ? kSmallBatchPrepacked : kSmallBatch);
+  return !p.dropout.any() && p.batch < (p.prepacked ? kSmallBatchPrepacked : kSmallBatch);
 }
 
 // Members that a small batch takes through the layers together.

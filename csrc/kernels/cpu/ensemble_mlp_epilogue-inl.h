@@ -13,8 +13,9 @@ void apply_dropout(const EnsembleMLPParams& p, int64_t l, int64_t member, int64_
   constexpr int64_t P = kPanelOf<Real>;
   using Words = Vec<uint32_t, N>;
   using Mask = Vec<std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>, N>;
-  const uint32_t threshold = dropout_threshold(p.dropout.p);
-  const V scale = broadcast<V>(static_cast<Real>(1 / (1 - p.dropout.p)));
+  const double rate = p.dropout.of(member);
+  const uint32_t threshold = dropout_threshold(rate);
+  const V scale = broadcast<V>(static_cast<Real>(1 / (1 - rate)));
   const uint64_t layer_key = dropout_layer_key(p.dropout.seeds[member], l);
   const int64_t out = p.layers[l].out;
   Words lane{};
@@ -43,7 +44,7 @@ void hidden_epilogue(const EnsembleMLPParams& p, int64_t l, int64_t member, int6
   } else {
     activate<V>(layer.activation.kind, z, n);
   }
-  if (p.dropout.p > 0) apply_dropout(p, l, member, first, examples, z, slope);
+  if (p.dropout.of(member) > 0) apply_dropout(p, l, member, first, examples, z, slope);
 }
 
 }  // namespace pyens::PYENS_ISA::ensemble_mlp

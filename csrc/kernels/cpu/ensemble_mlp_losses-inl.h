@@ -54,6 +54,7 @@ struct LossArguments {
   V factor;                  // gradient of the mean loss by one term, 0 where not kept
   decltype(V{} < V{}) kept;  // lanes whose example counts
   Real inverse_temperature;  // of cross_entropy
+  ExpectedClasses<Real> classes;
   static constexpr int64_t kStride = kPanelOf<Real>;
 
   V out(int64_t f) const { return load<V>(output + f * kStride); }
@@ -111,13 +112,26 @@ struct GaussianNLL {  // log(v)/2 + (y - mu)^2 / (2 v), v = softplus(raw) + 1e-6
   }
 };
 
-struct CrossEntropy {  // log(sum_c e^(z_c / T)) - z_y / T
+// log(sum_c e^(z_c / T)) - sum_c q_c z_c / T, q_c the share that is expected of class c.
+struct CrossEntropy {
   template <class Real, class V = Wide<Real>>
   static V run(const LossArguments<Real>& a) {
     const V scale = broadcast<V>(a.inverse_temperature), label = load<V>(a.target);
+    const V at_label = broadcast<V>(a.classes.at_label);
+    const V elsewhere = broadcast<V>(a.classes.elsewhere);
     V largest = a.out(0);
     for (int64_t c = 1; c < a.features; ++c) largest = at_least(largest, a.out(c));
-    V total{}, chosen{};
+    V total{}, chosen{}, smoothed{};
+    // In blocks, or a long sum of logits of one sign would be rounded all the same way.
+    const bool smooth = a.classes.elsewhere > 0;
+    for (int64_t first = 0; smooth && first < a.features; first += kBlock) {
+      V sum{};
+      for (int64_t c = first; c < std::min(first + kBlock, a.features); ++c) {
+        const V q = label == broadcast<V>(static_cast<Real>(c)) ? at_label : elsewhere;
+        sum = madd((a.out(c) - largest) * scale, q, sum);
+      }
+      smoothed += sum;
+    }
     for (int64_t c = 0; c < a.features; ++c) {
       const V z = (a.out(c) - largest) * scale;
       chosen = label == broadcast<V>(static_cast<Real>(c)) ? z : chosen;
@@ -128,31 +142,34 @@ struct CrossEntropy {  // log(sum_c e^(z_c / T)) - z_y / T
     const V inverse = broadcast<V>(Real{1}) / total;
     for (int64_t c = 0; c < a.features; ++c) {
       const V p = a.out(c) * inverse;
-      const V here = label == broadcast<V>(static_cast<Real>(c)) ? broadcast<V>(Real{1}) : V{};
-      a.set_gradient(c, (p - here) * scale);
+      const V q = label == broadcast<V>(static_cast<Real>(c)) ? at_label : elsewhere;
+      a.set_gradient(c, (p - q) * scale);
     }
-    return elementary<LogPositive>(total) - chosen;
+    return elementary<LogPositive>(total) - (smooth ? smoothed : chosen);
   }
 };
 
 // The weighted sum of the losses of one tile, [feature][kPanel] panels of outputs; the gradient
 // times scale * weight takes their place.
 template <class L, class Real>
-double loss_tile(Real* output, int64_t features, const Real* target, int64_t target_features,
-                 const Real* example_weight, int64_t examples, Real scale, Real temperature) {
+double loss_tile(const MLPTrainingCall& call, Real* output, int64_t features, const Real* target,
+                 int64_t target_features, const Real* example_weight, int64_t examples,
+                 Real scale) {
   using V = Wide<Real>;
   constexpr int N = lanes_of<V>();
   constexpr int64_t P = kPanelOf<Real>;
+  const Real inverse_temperature = 1 / static_cast<Real>(call.temperature);
+  const ExpectedClasses<Real> classes(call.label_smoothing, features);
   V total{};
   for (int64_t b = 0; b < examples; b += N) {
     const V weight = load<V>(example_weight + b);
-    LossArguments<Real> a;
-    a.output = output + b / P * P * features + b % P;
-    a.target = target + b / P * P * target_features + b % P;
-    a.features = features;
-    a.factor = weight * broadcast<V>(scale);
-    a.kept = weight != V{};
-    a.inverse_temperature = 1 / temperature;
+    const LossArguments<Real> a{output + b / P * P * features + b % P,
+                                target + b / P * P * target_features + b % P,
+                                features,
+                                weight * broadcast<V>(scale),
+                                weight != V{},
+                                inverse_temperature,
+                                classes};
     const V loss = L::template run<Real>(a);
     total = a.kept ? madd(weight, loss, total) : total;
   }
@@ -162,14 +179,13 @@ double loss_tile(Real* output, int64_t features, const Real* target, int64_t tar
 }
 
 template <class Real>
-double loss_tile(Loss loss, Real* output, int64_t features, const Real* target,
-                 int64_t target_features, const Real* example_weight, int64_t examples, Real scale,
-                 Real temperature) {
+double loss_tile(const MLPTrainingCall& call, Real* output, int64_t features, const Real* target,
+                 int64_t target_features, const Real* example_weight, int64_t examples,
+                 Real scale) {
   const auto run = [&](auto tile) {
-    return tile(output, features, target, target_features, example_weight, examples, scale,
-                temperature);
+    return tile(call, output, features, target, target_features, example_weight, examples, scale);
   };
-  switch (loss) {
+  switch (call.loss) {
     case Loss::mse: return run(loss_tile<MSE, Real>);
     case Loss::bce: return run(loss_tile<BCE, Real>);
     case Loss::gaussian_nll: return run(loss_tile<GaussianNLL, Real>);

@@ -232,8 +232,8 @@ void input_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, int64
       block.w =
           A::weight_block(layer, member, k, block.k_count, row, rows, weights, &block.w_stride);
       block.first = k == 0 && !add;
-      block.scale = static_cast<typename A::Real>(1 / (1 - p.dropout.p));
-      block.cuts = p.dropout.p > 0;
+      block.scale = static_cast<typename A::Real>(1 / (1 - p.dropout.of(member)));
+      block.cuts = p.dropout.of(member) > 0;
       const bool finished = k + block.k_count == layer.out;
       for (int64_t panel = 0; panel * P < examples; ++panel) {
         const int64_t at = (panel * layer.in + row) * P;
@@ -430,9 +430,8 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
     clear_padding(h, p.layers[l].out, examples);
   }
 
-  const double loss =
-      loss_tile(t.loss, scratch.hidden[layers - 1], out, scratch.target, target_features(t),
-                scratch.example_weight, examples, scale, static_cast<Real>(t.temperature));
+  const double loss = loss_tile(t, scratch.hidden[layers - 1], out, scratch.target,
+                                target_features(t), scratch.example_weight, examples, scale);
 
   const Real* gradient = scratch.hidden[layers - 1];
   for (int64_t l = layers; l-- > s.lowest;) {

@@ -144,9 +144,9 @@ __global__ void __launch_bounds__(kThreads) ensemble_mlp_kernel(const Arguments 
         continue;
       }
       R h = activate(layer.activation.kind, total);
-      if (p.dropout.p > 0) {
+      if (p.dropout.any()) {
         const uint64_t key = dropout_unit_key(dropout_layer_key(p.dropout.seeds[member], l), o);
-        h = ApplyDropout<R>(p.dropout)(h, first + b, key);
+        h = ApplyDropout<R>(p.dropout, member)(h, first + b, key);
       }
       z[b * a.row_reals + o] = h;
     }

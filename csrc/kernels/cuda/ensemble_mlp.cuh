@@ -40,14 +40,20 @@ __device__ inline R strength_value(R h, R mean, R scale) {
              : (h - mean) * scale;  // a NaN in a dead unit gives 0 too
 }
 
-// Dropout of a hidden activation: x / (1 - p) where batch row `row` keeps the unit of this key, else 0.
+// Dropout of a member's hidden activation: x / (1 - p) where batch row `row` keeps the unit of this key, else
+// 0. NaN at a rate that is none, which nobody on the host has seen.
 template <class R>
 struct ApplyDropout {
   uint32_t threshold;
   R scale;
 
-  __device__ explicit ApplyDropout(const Dropout& dropout)
-      : threshold(dropout_threshold(dropout.p)), scale(R(1 / (1 - dropout.p))) {}
+  __device__ ApplyDropout(const Dropout& dropout, int64_t member)
+      : ApplyDropout(dropout.of(member)) {}
+  __device__ explicit ApplyDropout(double p) {
+    const bool is_rate = p >= 0 && p < 1;
+    threshold = is_rate ? dropout_threshold(p) : 0;
+    scale = is_rate ? R(1 / (1 - p)) : static_cast<R>(NAN);
+  }
   __device__ R operator()(R x, int64_t row, uint64_t unit_key) const {
     return dropout_hash(static_cast<uint32_t>(row), unit_key) >= threshold ? x * scale : R(0);
   }

@@ -76,9 +76,9 @@ __global__ void __launch_bounds__(kThreads, 3) epilogue_kernel(const Arguments a
   const int o = at.column * kUnits;
   if (o >= a.out) return;
 
-  const bool drops = a.dropout.p > 0, has_strength = s.units > 0;
+  const bool drops = a.dropout.any(), has_strength = s.units > 0;
   const uint64_t layer_key = drops ? dropout_layer_key(a.dropout.seeds[at.member], e.layer) : 0;
-  const ApplyDropout<R> apply_dropout(a.dropout);
+  const ApplyDropout<R> apply_dropout(a.dropout, at.member);
   const T* const layer_bias =
       static_cast<const T*>(a.layer.bias.data) + at.member * a.layer.bias.member_stride + o;
   const int64_t u = a.first_unit + o;

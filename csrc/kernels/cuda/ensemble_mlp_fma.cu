@@ -183,8 +183,8 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) ensemble_mlp_fma_kernel(co
           Own own;
 #pragma unroll
           for (int e = 0; e < kExamples; ++e) own.of[e] = total[i][e];
-          if (a.call.dropout.p > 0) {
-            const ApplyDropout<float> apply_dropout(a.call.dropout);
+          if (a.call.dropout.any()) {
+            const ApplyDropout<float> apply_dropout(a.call.dropout, member);
             const uint64_t key =
                 dropout_unit_key(dropout_layer_key(a.call.dropout.seeds[member], l), o + i);
 #pragma unroll

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/ensemble_mlp.cuh"
 #include "kernels/ensemble_mlp.h"
 
 namespace pyens {
@@ -53,10 +54,21 @@ __device__ R gaussian_nll(R* z, int64_t n, const R* target, R factor) {
 
 // An out-of-range class makes all of it NaN.
 template <class R>
-__device__ R cross_entropy(R* z, int64_t n, int64_t label, R inverse_temperature, R factor) {
+__device__ R cross_entropy(R* z, int64_t n, int64_t label, R inverse_temperature,
+                           const ExpectedClasses<R>& expected, R factor) {
   const bool exists = label >= 0 && label < n;
   R largest = z[0], total = 0, chosen = 0;
   for (int64_t c = 1; c < n; ++c) largest = z[c] < largest ? largest : z[c];
+  R smoothed = 0;
+  const bool smooth = expected.elsewhere > R(0);
+  for (int64_t first = 0; smooth && first < n; first += kChain) {
+    R sum = 0;
+    for (int64_t c = first; c < n && c < first + kChain; ++c) {
+      const R q = c == label ? expected.at_label : expected.elsewhere;
+      sum = fma((z[c] - largest) * inverse_temperature, q, sum);
+    }
+    smoothed += sum;
+  }
   for (int64_t c = 0; c < n; ++c) {
     const R x = (z[c] - largest) * inverse_temperature;
     if (c == label) chosen = x;
@@ -64,8 +76,11 @@ __device__ R cross_entropy(R* z, int64_t n, int64_t label, R inverse_temperature
     total += z[c];
   }
   const R scale = exists ? inverse_temperature * factor : static_cast<R>(NAN);
-  for (int64_t c = 0; c < n; ++c) z[c] = (z[c] / total - (c == label ? R(1) : R(0))) * scale;
-  return exists ? log(total) - chosen : static_cast<R>(NAN);
+  for (int64_t c = 0; c < n; ++c) {
+    const R q = c == label ? expected.at_label : expected.elsewhere;
+    z[c] = (z[c] / total - q) * scale;
+  }
+  return exists ? log(total) - (smooth ? smoothed : chosen) : static_cast<R>(NAN);
 }
 
 }  // namespace pyens

@@ -107,7 +107,7 @@ __device__ void lay_down_weights(const Arguments& a, int64_t member, const Laid&
     for (int o = threadIdx.x; o < layer.steps * kOutputs; o += blockDim.x) {
       laid.biases[layer.biases + o] = bias && o < out ? to_real(bias[o]) : 0.0f;
     }
-    if (a.call.dropout.p == 0) continue;
+    if (!a.call.dropout.any()) continue;
     const uint64_t layer_key = dropout_layer_key(a.call.dropout.seeds[member], l);
     for (int o = threadIdx.x; o < layer.steps * kOutputs; o += blockDim.x) {
       laid.keys[layer.biases + o] = dropout_unit_key(layer_key, o);
@@ -173,8 +173,8 @@ __device__ inline bool has_both(const Layer& layer, int step) {
 // Activation and dropout of a step of a hidden layer; 0 for what pads it, which the next layer multiplies
 // by weights of 0: an Inf that this layer read has made it NaN.
 template <bool kPlain, int kTiles>
-__device__ void activate_step(const Arguments& a, const Laid& laid, const Layer& layer, int step,
-                              int row, Sums (&sums)[kTiles]) {
+__device__ void activate_step(const Arguments& a, int member, const Laid& laid, const Layer& layer,
+                              int step, int row, Sums (&sums)[kTiles]) {
   const auto each = [&](const auto& f) {
 #pragma unroll
     for (int i = 0; i < kTiles * 8; ++i) {
@@ -191,8 +191,8 @@ __device__ void activate_step(const Arguments& a, const Laid& laid, const Layer&
   }
   // The first output that lane holds; those of sum i are `i / 4 % 2 * 8 + i % 2` further.
   const int first = step * kOutputs + static_cast<int>(threadIdx.x) % 4 * 2;
-  if (!kPlain && a.call.dropout.p != 0) {
-    const ApplyDropout<float> apply_dropout(a.call.dropout);
+  if (!kPlain && a.call.dropout.any()) {
+    const ApplyDropout<float> apply_dropout(a.call.dropout, member);
     const uint64_t* const keys = laid.keys + layer.biases + first;
     each([&](float x, int i) {
       return apply_dropout(x, row + i / 8 * 16 + i / 2 % 2 * 8, keys[i / 4 % 2 * 8 + i % 2]);
@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(kThreads<kSteps>, kBlocks<T, kSteps, kPlain>)
         if (s >= layer.steps) continue;
         Sums of_step[kTiles] = {};
         choose(s, sums, of_step);
-        activate_step<kPlain>(a, laid, layer, s, row, of_step);
+        activate_step<kPlain>(a, member, laid, layer, s, row, of_step);
         keep_step<T>(s, of_step, hidden);
       }
     }
@@ -337,7 +337,7 @@ __global__ void __launch_bounds__(kThreads<kSteps>, kBlocks<T, kSteps, kPlain>)
         if (s >= layer.steps) continue;
         Sums sums[kTiles];
         multiply_step<T>(laid, layer, s, hidden, sums);
-        activate_step<kPlain>(a, laid, layer, s, row, sums);
+        activate_step<kPlain>(a, member, laid, layer, s, row, sums);
         keep_step<T>(s, sums, next);
       }
 #pragma unroll
@@ -385,7 +385,7 @@ Plan plan_of(const EnsembleMLPParams& params, Layer* layers) {
     plan.words += steps * products * 32;
     plan.biases += steps * kOutputs;
   }
-  if (params.dropout.p > 0) plan.keys = plan.biases;
+  if (params.dropout.any()) plan.keys = plan.biases;
   return plan;
 }
 
@@ -419,7 +419,7 @@ const char* run_as(const EnsembleMLPParams& params, void* stream) {
   const auto is_relu = [](const MLPLayer& layer) {
     return layer.activation.kind == ActivationKind::relu;
   };
-  const bool plain = params.dropout.p == 0 &&
+  const bool plain = !params.dropout.any() &&
                      std::all_of(params.layers, params.layers + params.num_layers - 1, is_relu);
   const auto launch = plan.steps <= 4 ? plain ? launch_as<T, 4, 2, true> : launch_as<T, 4, 2, false>
                       : plain         ? launch_as<T, kMostSteps<T>, 1, true>

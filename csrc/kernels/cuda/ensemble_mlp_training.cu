@@ -236,6 +236,11 @@ __device__ void add_chains(int size, const Left& left, const Right& right,
 
 // --- one tile ------------------------------------------------------------------------------------------
 
+// Of the block's member, written before the first barrier. In shared memory, in front of the tile, because
+// registers are short.
+constexpr size_t kRateBytes = 16;  // keeps what follows aligned
+__device__ inline double& dropout_rate() { return *dynamic_shared<double>(); }
+
 // The tile of a block: `examples` of member `member` from `first` on.
 template <class T>
 struct Tile {
@@ -315,9 +320,9 @@ struct Tile {
     const int row = bank_stride(static_cast<int>(a.layers[l].out));
     const R z = gradient(l)[b * row + o];
     R h = activate(kind, z), slope = activation_slope(kind, z, h);
-    if (p.dropout.p > 0) {
+    if (p.dropout.any()) {
       const uint64_t key = dropout_unit_key(dropout_layer_key(p.dropout.seeds[member], l), o);
-      const ApplyDropout<R> apply_dropout(p.dropout);
+      const ApplyDropout<R> apply_dropout(dropout_rate());
       h = apply_dropout(h, first + b, key);
       slope = apply_dropout(slope, first + b, key);
     }
@@ -358,7 +363,8 @@ struct Tile {
         case Loss::gaussian_nll: loss = gaussian_nll(z, out, target, factor); break;
         case Loss::cross_entropy:
           loss = cross_entropy(z, out, static_cast<const int64_t*>(t.target)[at],
-                               static_cast<R>(1 / t.temperature), factor);
+                               static_cast<R>(1 / t.temperature),
+                               ExpectedClasses<R>(t.label_smoothing, out), factor);
           break;
         case Loss::none: break;
       }
@@ -409,8 +415,8 @@ struct Tile {
     const int in_row = bank_stride(in), out_row = bank_stride(out);
     const T* w = weight(l);
     const R* g = gradient(l);
-    const bool cuts = l > 0 && (a.layers[l - 1].activation.kind == ActivationKind::relu ||
-                                a.forward.dropout.p > 0);
+    const bool cuts =
+        l > 0 && (a.layers[l - 1].activation.kind == ActivationKind::relu || dropout_rate() > 0);
     R* input = static_cast<R*>(t.sum_grad_input ? a.member_inputs : t.grad_input);
     const Side of_examples(examples), of_inputs(in);
     for_each_block(of_inputs, of_examples, [&](int js, int bs) {
@@ -457,10 +463,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 2)
       static_cast<R*>(a.span_gradients) + (span * a.ensemble_size + member) * a.member_gradients;
   const int64_t first_tile = span * a.tiles_per_span;
   const int64_t end = min(first_tile + a.tiles_per_span, a.tiles);
+  if (threadIdx.x == 0) dropout_rate() = p.dropout.of(member);
   double loss = 0;  // thread 0's
   for (int64_t i = first_tile; i < end; ++i) {
     const int64_t first = i * a.tile;
-    const Tile<T> tile{a, dynamic_shared<R>(), member, first,
+    const Tile<T> tile{a, dynamic_shared<R>() + kRateBytes / sizeof(R), member, first,
                        static_cast<int>(min(a.tile, p.batch - first))};
     tile.load();
     __syncthreads();
@@ -542,7 +549,7 @@ const char* train_as(const Arguments& a, void* stream) {
     error = launch(weight_sums_kernel<R>, members, kThreads, 0, stream, a);
     if (error) return error;
   }
-  const auto bytes = static_cast<size_t>(a.tile * a.example_reals) * sizeof(R);
+  const size_t bytes = kRateBytes + static_cast<size_t>(a.tile * a.example_reals) * sizeof(R);
   error = launch(training_kernel<T>, dim3(static_cast<unsigned>(a.spans), members), kThreads, bytes,
                  stream, a);
   if (error) return error;

@@ -30,6 +30,7 @@ struct Model {
   int64_t member_stride;
   double dropout = 0;
   std::unique_ptr<Values<int64_t>> seeds;
+  std::unique_ptr<Values<double>> rates;  // of members with dropout that have their own
 
   Model(int64_t e, int64_t b, std::vector<int64_t> w, ActivationKind act, Statistics statistics)
       : members(e), batch(b), widths(std::move(w)), activation(act) {
@@ -103,7 +104,13 @@ struct Model {
     p.input = side(input);
     p.input_row_stride = widths[0];
     p.output = output;
-    p.dropout.p = dropout;
+    std::vector<double> of_members;
+    for (int64_t m = 0; m < members; ++m)
+      of_members.push_back(m == 1 ? 0 : dropout / double(1 + m));
+    if (!rates) rates = std::make_unique<Values<double>>(of_members, "dropout_rates");
+    const bool own_rates = dropout > 0 && members > 1;
+    p.dropout.p = own_rates ? 0 : dropout;
+    p.dropout.rates = own_rates ? static_cast<const double*>(side(rates)) : nullptr;
     p.dropout.seeds = static_cast<const int64_t*>(side(seeds));
     if (value) p.strength = strength;
     run(p);

@@ -35,6 +35,9 @@ void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths,
   std::vector<int64_t> seed_values;
   for (int64_t m = 0; m < members; ++m) seed_values.push_back(m * 77 - 5);
   Global<int64_t> seeds(seed_values, "dropout_seeds");
+  std::vector<double> rate_values;  // of members that have their own
+  for (int64_t m = 0; m < members; ++m) rate_values.push_back(m == 1 ? 0 : dropout / double(1 + m));
+  Global<double> rates(rate_values, "dropout_rates");
   std::vector<pyens::MLPLayer> on_cpu, on_gpu;
   for (size_t l = 0; l < layers; ++l) {
     const int64_t in = widths[l], out = widths[l + 1], row = in + kPad;
@@ -66,7 +69,9 @@ void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths,
   p.input = input.cpu.data() + view.skipped;
   p.input_row_stride = widths[0] + kPad;
   p.input_member_stride = shared_input ? 0 : batch * p.input_row_stride;
-  p.dropout.p = dropout;
+  const bool own_rates = dropout > 0 && members > 1;
+  p.dropout.p = own_rates ? 0 : dropout;
+  p.dropout.rates = own_rates ? rate_values.data() : nullptr;
   p.dropout.seeds = seed_values.data();
   std::vector<T> expected(outputs);
   p.output = expected.data();
@@ -78,6 +83,7 @@ void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths,
   p.layers = on_gpu.data();
   p.input = input.gpu.data() + view.skipped;
   p.dropout.seeds = seeds.data();
+  if (own_rates) p.dropout.rates = rates.data();
   // What hidden activations are rounded to, the CPU's or the GPU's.
   const double tolerance = std::is_same_v<T, pyens::BFloat16> ? 0.03
                            : sizeof(T) == 2 || tf32           ? 0.004

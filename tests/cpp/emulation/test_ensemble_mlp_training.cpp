@@ -57,6 +57,7 @@ struct Problem {
   std::vector<std::unique_ptr<Values<T>>> weights, biases;
   std::unique_ptr<Values<R>> target, sample_weight, member_scale;
   std::unique_ptr<Values<int64_t>> labels, seeds;
+  std::unique_ptr<Values<double>> rates;  // of dropout, of the members
 
   explicit Problem(const Case& given) : c(given) {
     Random random(static_cast<uint64_t>(c.members * 1000 + c.batch));
@@ -98,6 +99,10 @@ struct Problem {
     labels = std::make_unique<Values<int64_t>>(classes, "labels");
     seeds = std::make_unique<Values<int64_t>>(dropout_seeds, "dropout_seeds");
     sample_weight = std::make_unique<Values<R>>(example_weights, "sample_weight");
+    std::vector<double> dropout_rates;
+    for (int64_t m = 0; m < e; ++m)
+      dropout_rates.push_back(m % 3 == 1 ? 0 : c.dropout / double(1 + m));
+    rates = std::make_unique<Values<double>>(dropout_rates, "dropout_rates");
     member_scale = std::make_unique<Values<R>>(scales, "member_scale");
     output_gradient = std::make_unique<Values<T>>(grid<T>(random, e * b * out, 1, 0.25), "grad");
   }
@@ -168,10 +173,13 @@ struct Problem {
     f.input = at(*input);
     f.input_row_stride = c.widths[0];
     f.input_member_stride = c.shared_input ? 0 : c.batch * c.widths[0];
-    f.dropout.p = c.dropout;
+    const bool own_rates = c.dropout > 0 && c.batch % 2 == 1;
+    f.dropout.p = own_rates ? 0 : c.dropout;
+    f.dropout.rates = own_rates ? at(*rates) : nullptr;
     f.dropout.seeds = at(*seeds);
     t.loss = c.loss;
     t.temperature = c.loss == Loss::cross_entropy ? 0.75 : 1;
+    t.label_smoothing = c.loss == Loss::cross_entropy && (c.batch + c.weighted) % 2 ? 0.2 : 0;
     if (c.loss == Loss::none) {
       t.target = at(*output_gradient);
       t.target_row_stride = c.widths.back();
