@@ -530,6 +530,50 @@ def test_weight_decay_of_each_member() -> None:
     assert member_options(optimizer) == {}
 
 
+def test_a_rate_of_dropout_for_each_member(tmp_path: Path) -> None:
+    rates, seeds = [0.0, 0.1, 0.5, 0.3], member_seeds(3, MEMBERS)
+
+    def go(members: list[int], **options: Any) -> tuple[Any, History]:
+        own = {"seeds": [seeds[m] for m in members]}
+        model = EnsembleMLP(
+            len(members), 4, [6, 5], 1, dropout=[rates[m] for m in members], seeds=[*map(int, own["seeds"])]
+        )
+        return run(model, **{**STOPPING, **own, **options})
+
+    together, history = go([0, 1, 2, 3])
+    assert len(set(history.epochs)) > 1 and together.dropout == tuple(rates)
+    for m in range(MEMBERS):
+        assert_same(together.select([m]), go([m])[0])
+    go([0, 1, 2, 3], checkpoint=tmp_path / "run.pt", epochs=int(min(history.epochs)))
+    assert_same(go([0, 1, 2, 3], checkpoint=tmp_path / "run.pt")[0], together)
+
+
+def test_label_smoothing_is_torchs() -> None:
+    x, y = classes()
+    own, history = run(mlp(3), (x, y), loss="cross_entropy", label_smoothing=0.2, optimizer=sgd)
+
+    def smoothed(output: Tensor, target: Tensor) -> Tensor:
+        labels = target.expand(output.shape[:2]).flatten()
+        each = F.cross_entropy(output.flatten(0, 1), labels, label_smoothing=0.2, reduction="none")
+        return each.view(output.shape[:2])
+
+    theirs, expected = run(mlp(3), (x, y), loss=smoothed, optimizer=sgd)
+    penalised, _ = run(
+        mlp(3),
+        (x, y),
+        loss="cross_entropy",
+        label_smoothing=0.2,
+        optimizer=sgd,
+        penalty=lambda o: 0 * o.sum(),
+    )
+    assert_close(own, theirs)
+    assert_close(own, penalised)
+    np.testing.assert_allclose(history.train_loss, expected.train_loss, rtol=1e-4)
+    np.testing.assert_allclose(history.validation_loss, expected.validation_loss, rtol=1e-4)
+    with pytest.raises(ValueError, match="fit: label_smoothing: expected 0"):
+        run(label_smoothing=0.1)
+
+
 def test_a_checkpoint_knows_what_members_have_of_their_own(tmp_path: Path) -> None:
     def make(kind: Any, numbers: list[float]) -> Any:
         def made(parameters: Any) -> torch.optim.Optimizer:

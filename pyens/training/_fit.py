@@ -45,6 +45,7 @@ def fit(
     jackknife_groups: int | None = None,
     left_out: Sequence[int] | None = None,
     temperature: float = 1.0,
+    label_smoothing: float = 0.0,
     validation: Any = 0.05,
     metrics: Sequence[str] | Mapping[str, Metric] = (),
     early_stopping: int | None = None,
@@ -76,7 +77,7 @@ def fit(
             of mse, bce or gaussian_nll becomes floating point, and `[N, 1]` where it is `[N]`.
         loss: one of those of `pyens.ops.ensemble_mlp_loss`; or a function of the outputs `[E, B, K]` and the
             target that gives `[E, B]` or, without weights, `[E]`. Each member minimises its own mean loss.
-        temperature: of cross_entropy.
+        temperature, label_smoothing: of cross_entropy. Validation losses have them too.
         penalty: a function of the outputs that gives `[E]`, or one number for all members together, to be
             added to the training loss: `lambda outputs: 0.1 * pyens.losses.decorrelation_loss(outputs)`.
             One that looks at several members makes their weights depend on each other.
@@ -174,6 +175,7 @@ def fit(
         schedule=schedule,
         penalty=penalty,
         temperature=temperature,
+        label_smoothing=label_smoothing,
         clip_norm=clip_norm,
         clip_value=clip_value,
         mask_mode=mask_mode,

@@ -283,7 +283,9 @@ class Run:
         self.kept = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.initial = saved["initial"] if saved is not None else _described_all(self.kept)
         self.whole = [
-            (module, module.ensemble_size) for module in self.model.modules() if isinstance(module, Ensemble)
+            (module, module.ensemble_size, vars(module).get("dropout"))
+            for module in self.model.modules()
+            if isinstance(module, Ensemble)
         ]
         self.buffers = [
             (module, name, buffer)
@@ -415,8 +417,10 @@ class Run:
 
         What the optimizers remember is of those who stayed, so they are given up.
         """
-        for ensemble, ensemble_size in self.whole:
+        for ensemble, ensemble_size, dropout in self.whole:
             ensemble.ensemble_size = ensemble_size
+            if dropout is not None:
+                ensemble.dropout = dropout
         for module, name, buffer in self.buffers:
             module._buffers[name] = buffer
         for name, parameter in self.model.named_parameters():

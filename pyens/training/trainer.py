@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyens._files import only_writer
 from pyens._types import Bootstrap, Loss, MaskMode
 from pyens.nn import Ensemble, MaskedMLP
-from pyens.nn.ensemble import check_temperature, is_held, renew_accumulator
+from pyens.nn.ensemble import check_label_smoothing, check_temperature, is_held, renew_accumulator
 from pyens.optim import (
     clip_member_grad_norm_,
     keep_members,
@@ -64,6 +64,7 @@ class Trainer:
         schedule: Literal["epoch", "step"] = "epoch",
         penalty: Penalty | None = None,
         temperature: float = 1.0,
+        label_smoothing: float = 0.0,
         clip_norm: float | None = None,
         clip_value: float | None = None,
         mask_mode: MaskMode = "tiled",
@@ -81,6 +82,7 @@ class Trainer:
                 f"fit: loss: expected one of {', '.join(LOSSES)}, got {loss!r}, which is no function either"
             )
         check_temperature("fit", loss, temperature)  # type: ignore[arg-type]
+        check_label_smoothing("fit", loss, label_smoothing)  # type: ignore[arg-type]
         if schedule not in ("epoch", "step"):
             raise ValueError(f"fit: schedule: expected 'epoch' or 'step', got {schedule!r}")
         for argument, value in (("clip_norm", clip_norm), ("clip_value", clip_value)):
@@ -116,7 +118,8 @@ class Trainer:
             raise ValueError(f"fit: seeds: expected one for each of {members} members, got {len(own_seeds)}")
         self.model = model
         self.members = list(range(members))
-        self.loss, self.penalty, self.temperature = loss, penalty, temperature
+        self.loss, self.penalty = loss, penalty
+        self.temperature, self.label_smoothing = temperature, label_smoothing
         self.schedule, self.clip_norm, self.clip_value = schedule, clip_norm, clip_value
         self.mask_mode, self.micro_batch_size = mask_mode, micro_batch_size
         self.autocast, self.scaler, self.ema, self.swa_start = autocast, scaler, ema, swa_start
@@ -261,7 +264,9 @@ class Trainer:
             output = self.model(*inputs, **options)
             if isinstance(loss, str):
                 assert target is not None
-                losses = mean_losses(lambda x: x, output, target, loss, self.temperature, weight)
+                losses = mean_losses(
+                    lambda x: x, output, target, loss, self.temperature, weight, self.label_smoothing
+                )
             else:
                 losses = self._reduced(loss(output, target), output, weight)  # type: ignore[arg-type]
             if penalty is None:
@@ -373,6 +378,7 @@ class Trainer:
             "loss": _checks.name_of(self.loss),
             "penalty": _checks.name_of(self.penalty),
             "temperature": self.temperature,
+            "label_smoothing": self.label_smoothing,
             "optimizer": [_described(optimizer) for optimizer in self.optimizers],
             "scheduler": [type(scheduler).__name__ for scheduler in self.schedulers],
             "schedule": self.schedule,
@@ -439,7 +445,10 @@ class Trainer:
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
 
     def _loss_options(self) -> dict[str, Any]:
-        return {"temperature": self.temperature} if self.loss == "cross_entropy" else {}
+        if self.loss != "cross_entropy":
+            return {}
+        smoothing = {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
+        return {"temperature": self.temperature} | smoothing
 
     def _reduced(self, losses: Any, output: Tensor, weight: Tensor | None) -> Tensor:
         members, rows = output.shape[:2]
