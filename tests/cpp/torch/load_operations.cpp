@@ -33,12 +33,12 @@ int main(int argc, char** argv) {
   const at::Tensor weight = at::rand({1, 3, 4});
   const at::Tensor weights = at::cat({weight, 2 * weight}).requires_grad_();
   const at::Tensor input = at::rand({5, 4});
-  const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("pyens::ensemble_mlp", "")
-          .typed<at::Tensor(const at::Tensor&, at::TensorList, at::TensorList, std::string_view,
-                            double, const std::optional<at::Tensor>&)>();
-  const at::Tensor output = op.call(input, {weights}, {}, "relu", 0.0, std::nullopt);
+  const auto op = c10::Dispatcher::singleton()
+                      .findSchemaOrThrow("pyens::ensemble_mlp", "")
+                      .typed<at::Tensor(const at::Tensor&, at::TensorList, at::TensorList,
+                                        std::string_view, double, const std::optional<at::Tensor>&,
+                                        const std::optional<at::Tensor>&)>();
+  const at::Tensor output = op.call(input, {weights}, {}, "relu", 0.0, std::nullopt, std::nullopt);
   require(output.sizes() == at::IntArrayRef({2, 5, 3}), "the shape of the outputs");
   require(at::allclose(output[0], at::linear(input, weight[0])), "the outputs of member 0");
   require(at::allclose(output[1], 2 * output[0]), "the outputs of member 1");
