@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import fcntl
 import hashlib
 import io
@@ -13,12 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 # What `save` writes is what torch.save writes (torch.load reads it too), this, and 64 hex digits: SHA-256 of
 # all that stands before them.
 MARK = b"pyens sha256 "
 _DIGITS = 64
+_PLAIN = (torch.Size, torch.dtype, torch.device, set)
+_MAPPINGS: dict[type, Any] = {kind: kind for kind in (collections.Counter, collections.OrderedDict)}
 
 
 @contextmanager
@@ -77,12 +82,33 @@ def only_writer(path: str | Path, what: str) -> Iterator[None]:
 
 
 def save(state: Mapping[str, Any], path: str | Path) -> None:
-    """`torch.save` with a checksum over the whole file, through `write_atomically`."""
+    """`torch.save` with a checksum over the whole file, through `write_atomically`.
+
+    Raises:
+        TypeError: something in it that `load` could not read again, by its place.
+    """
     buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
+    torch.save(plain(dict(state)), buffer)
     buffer.write(MARK)
     buffer.write(hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
     write_atomically(path, buffer.getbuffer())
+
+
+def plain(value: Any, place: str = "save: state") -> Any:
+    """The same with numpy's numbers as Python's; refuses what `torch.load(weights_only=True)` cannot read."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        own = {key: plain(of_key, f"{place}[{key!r}]") for key, of_key in value.items()}
+        return _MAPPINGS.get(type(value), dict)(own)
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(plain(own, f"{place}[{i}]") for i, own in enumerate(value))
+    if value is not None and not isinstance(value, (Tensor, bool, int, float, complex, str, bytes, *_PLAIN)):
+        raise TypeError(
+            f"{place}: expected tensors, numbers, strings, lists and dicts to save, "
+            f"got a {type(value).__name__}"
+        )
+    return value
 
 
 def load(path: str | Path) -> dict[str, Any]:

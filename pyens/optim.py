@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ __all__ = [
     "clip_member_grad_norm_",
     "fused",
     "keep_members",
+    "load_member_options",
     "load_member_state",
     "member_options",
     "member_state",
@@ -229,9 +231,15 @@ class _OfMembers:
     _name: str
 
     def __init__(self, optimizer: torch.optim.Optimizer, numbers: Sequence[float] | Tensor) -> None:
-        setattr(self, self._name, torch.as_tensor(numbers))
+        given = torch.as_tensor(numbers)
+        setattr(self, self._name, given)
+        if not bool((given.isfinite() & (given >= 0)).all()):
+            raise ValueError(
+                f"{type(self).__name__}: {self._name}: expected numbers from 0, got {given.tolist()}"
+            )
         for parameter in _parameters(optimizer):
             self._of(parameter)  # raises where they do not fit
+        self._order = next(_made)
         self._hooks = self._register(optimizer)
         _of_members.setdefault(optimizer, weakref.WeakSet()).add(self)
 
@@ -257,6 +265,7 @@ class _OfMembers:
         return of
 
 
+_made = itertools.count()
 # For keep_members and checkpoints, which are given the optimizer alone.
 _of_members: "weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.WeakSet[_OfMembers]]" = (
     weakref.WeakKeyDictionary()
@@ -335,17 +344,15 @@ class MemberWeightDecay(_OfMembers):
 
     def __init__(self, optimizer: torch.optim.Optimizer, decays: Sequence[float] | Tensor) -> None:
         super().__init__(optimizer, decays)
-        if not bool((self.decays.isfinite() & (self.decays >= 0)).all()):
-            self.remove()
-            raise ValueError(
-                f"MemberWeightDecay: decays: expected numbers from 0, got {self.decays.tolist()}"
-            )
 
     def _register(self, optimizer: torch.optim.Optimizer) -> Sequence[Any]:
         return (optimizer.register_step_pre_hook(self._shrink),)
 
     @torch.no_grad()
     def _shrink(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and found_inf.item() != 0:
+            return  # a step that GradScaler leaves out
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -353,13 +360,28 @@ class MemberWeightDecay(_OfMembers):
                     parameter.mul_((1 - lr * self._of(parameter).double()).to(parameter.dtype))
 
 
-def member_options(optimizer: torch.optim.Optimizer) -> dict[str, list[float]]:
-    """What the members of an optimizer have of their own, by the name of the class that gives it to them."""
-    return {type(own).__name__: getattr(own, own._name).tolist() for own in _own(optimizer)}
+def member_options(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+    """What the members of an optimizer have of their own, in the order in which it was given to them: the
+    class that gives it, and a number for each member."""
+    return [(type(own).__name__, getattr(own, own._name)) for own in _own(optimizer)]
+
+
+def load_member_options(optimizer: torch.optim.Optimizer, options: Sequence[tuple[str, Tensor]]) -> None:
+    """Gives an optimizer what `member_options` took from one that was made alike.
+
+    Raises:
+        ValueError: another number of them, or of other classes.
+    """
+    own = _own(optimizer)
+    if [type(of).__name__ for of in own] != [name for name, _ in options]:
+        expected = [type(of).__name__ for of in own]
+        raise ValueError(f"load_member_options: options: expected {expected}, got {[n for n, _ in options]}")
+    for of, (_, numbers) in zip(own, options, strict=True):
+        setattr(of, of._name, numbers.clone())
 
 
 def _own(optimizer: torch.optim.Optimizer) -> list[_OfMembers]:
-    return sorted(_of_members.get(optimizer, ()), key=lambda own: type(own).__name__)
+    return sorted(_of_members.get(optimizer, ()), key=lambda own: own._order)
 
 
 def keep_members(
@@ -401,7 +423,7 @@ def keep_members(
                 raise ValueError(
                     f"keep_members: state[{name!r}]: expected {ensemble_size} members first, got {got}"
                 )
-            new.append((state, name, value[kept.to(value.device)]))
+            new.append((state, name, value.index_select(0, kept.to(value.device))))
     numbers: list[tuple[_OfMembers, Tensor]] = []
     for own in _own(optimizer):
         present: Tensor = getattr(own, own._name)
@@ -539,10 +561,10 @@ def load_member_state(optimizer: torch.optim.Optimizer, states: Sequence[Mapping
         )
     for i, (parameter, state) in enumerate(zip(parameters, states, strict=True)):
         for name, value in state.items():
-            if isinstance(value, Tensor) and value.dim() > 0 and value.shape[:1] != parameter.shape[:1]:
+            if isinstance(value, Tensor) and value.dim() > 0 and value.shape != parameter.shape:
                 raise ValueError(
-                    f"load_member_state: states[{i}][{name!r}]: expected {parameter.shape[0]} members first, "
-                    f"got shape {list(value.shape)}"
+                    f"load_member_state: states[{i}][{name!r}]: expected shape {list(parameter.shape)}, "
+                    f"got {list(value.shape)}"
                 )
     # A count of steps is on the parameter's device only where the optimizer wants it there, as in torch.
     counts_there = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)

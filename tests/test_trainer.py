@@ -331,7 +331,7 @@ def test_groups_stay_together() -> None:
     assert all(len(parts) == 1 for parts in of_group.values())
     assert set(history.row_group.tolist()) == {-1, 0, 1, 2, 3, 4}
     held_out = (history.row_group == -1).sum()
-    assert 0.2 * N <= held_out <= 0.2 * N + 6
+    assert abs(held_out - 0.2 * N) <= 3  # a group has 5 or 6 rows
     sizes = np.bincount(history.row_group[history.row_group >= 0])
     assert sizes.max() - sizes.min() <= 6  # a group has 5 or 6 rows
     # Another seed, another draw; no groups, as before.
@@ -521,13 +521,14 @@ def test_weight_decay_of_each_member() -> None:
             step.step()
     for m in range(MEMBERS):
         assert_close(model.select([m]), alone[m], atol=1e-6)
-    assert member_options(optimizer) == {"MemberWeightDecay": pytest.approx(decays)}
+    ((name, numbers),) = member_options(optimizer)
+    assert name == "MemberWeightDecay" and numbers.tolist() == pytest.approx(decays)
     own.remove()
-    assert member_options(optimizer) == {}
+    assert member_options(optimizer) == []
     for bad in ([-0.1] * 4, [float("nan")] * 4, [0.1] * 3):
         with pytest.raises(ValueError, match="MemberWeightDecay: decays: expected"):
             MemberWeightDecay(optimizer, bad)
-    assert member_options(optimizer) == {}
+    assert member_options(optimizer) == []
 
 
 def test_a_rate_of_dropout_for_each_member(tmp_path: Path) -> None:

@@ -509,7 +509,7 @@ def test_the_mode_of_the_model_is_left_as_it_was() -> None:
         ({"autocast": torch.int8}, ValueError, "fit: autocast: expected torch.bfloat16 or torch.float16"),
         ({"scaler": 3}, TypeError, "fit: scaler: expected a torch.amp.GradScaler, got a int"),
         ({"ema": 1.0}, ValueError, "fit: ema: expected a decay between 0 and 1"),
-        ({"swa_start": -1}, ValueError, "fit: swa_start: expected an epoch from 0"),
+        ({"swa_start": -1}, ValueError, "fit: swa_start: expected an integer from 0"),
         ({"swa_start": 1, "ema": 0.9}, ValueError, "fit: swa_start: expected None beside ema"),
         ({"optimizer": lambda p: []}, ValueError, "fit: optimizer: expected one at least, got none"),
         ({"optimizer": lambda p: [3]}, TypeError, "fit: optimizer: expected a function .* got a int"),

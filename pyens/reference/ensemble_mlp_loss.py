@@ -101,10 +101,20 @@ def weighted_mean(losses: Tensor, weight: Tensor) -> Tensor:
     smallest = info.smallest_normal * info.eps
     weight = torch.where(present & (weight == 0), smallest, weight)
     losses = torch.where(present, losses, 0)
-    total = weight.sum(-1)
+    total = row_sums(weight)
     # Never a division by 0, whose gradient would be NaN even where it is not selected.
-    mean = (losses * weight).sum(-1) / torch.where(total > 0, total, 1)
+    mean = row_sums(losses * weight) / torch.where(total > 0, total, 1)
     return torch.where(total > 0, mean, 0)
+
+
+def row_sums(rows: Tensor) -> Tensor:
+    """`rows.sum(-1)` of `[B]` or `[E, B]`, bit for bit the same for any number of threads and of other rows.
+
+    torch splits the sum of a single long row among the threads, but adds up each of several rows whole.
+    """
+    if rows.dim() == 2 and len(rows) != 1:
+        return rows.sum(-1)
+    return rows.reshape(1, -1).expand(2, -1).sum(-1)[0].reshape(rows.shape[:-1])
 
 
 def _to_float(target: Tensor) -> Tensor:

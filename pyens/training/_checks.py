@@ -2,23 +2,91 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyens._kinds import check_tensor
+from pyens._kinds import check_number, check_tensor
 from pyens.nn import Ensemble
 from pyens.training.randomness import Randomness
 
 
-def count(argument: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"fit: {argument}: expected a positive integer, got {value!r}")
+def count(argument: str, value: Any, least: int = 1) -> int:
+    if (
+        isinstance(value, (bool, np.bool_))
+        or not hasattr(value, "__index__")
+        or operator.index(value) < least
+    ):
+        kind = "a positive integer" if least == 1 else f"an integer from {least}"
+        raise ValueError(f"fit: {argument}: expected {kind}, got {value!r}")
+    return operator.index(value)
+
+
+def integers(argument: str, values: Any) -> list[int]:
+    """Seeds, members, groups: nothing that would have to be rounded."""
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError:
+        raise TypeError(f"fit: {argument}: expected integers, got {values!r}") from None
+
+
+def positive(argument: str, value: Any) -> None:
+    if value is None:
+        return
+    check_number("fit", argument, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"fit: {argument}: expected a positive number, got {value}")
+
+
+def optimizers(made: Any, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """A list of them, none of which makes a member depend on others or cannot read the gradients."""
+    found = list(made) if isinstance(made, (list, tuple)) else [made]
+    if not found:
+        raise ValueError("fit: optimizer: expected one at least, got none")
+    own = {id(p) for p in model.parameters()}
+    sparse = {
+        id(p)
+        for module in model.modules()
+        if getattr(module, "sparse", False)
+        for p in module.parameters(recurse=False)
+    }
+    seen: set[int] = set()
+    for optimizer in found:
+        kind = type(optimizer).__name__
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"fit: optimizer: expected a function that gives an optimizer of the parameters, "
+                f"got a {kind} from it"
+            )
+        if kind in ("LBFGS", "Adafactor", "Muon"):
+            raise ValueError(
+                f"fit: optimizer: expected one that looks at each number alone, got {kind}, by which a "
+                "member's step would depend on the others"
+            )
+        parameters = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        if not own.issuperset(parameters):
+            raise ValueError(f"fit: optimizer: expected one of the model's parameters, got {kind} of others")
+        if not seen.isdisjoint(parameters):
+            raise ValueError(f"fit: optimizer: expected each parameter in one, got it again in {kind}")
+        seen.update(parameters)
+        with_tables = not sparse.isdisjoint(parameters)
+        readers = torch.optim.SGD, torch.optim.Adagrad, torch.optim.SparseAdam
+        known = type(optimizer).__module__.split(".")[0] in ("torch", "pyens")
+        if with_tables and known and (type(optimizer) not in readers):
+            raise ValueError(
+                f"fit: optimizer: expected SGD, Adagrad or SparseAdam for sparse tables, got {kind}"
+            )
+        if isinstance(optimizer, torch.optim.SparseAdam) and not sparse.issuperset(parameters):
+            raise ValueError("fit: optimizer: expected SparseAdam for sparse tables alone, got it for others")
+    return found
 
 
 def model(model: nn.Module) -> int:
@@ -66,9 +134,11 @@ def tensors(argument: str, data: Any) -> None:
 
 def home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where the parameters are, and of what precision: their first floating one's."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            return parameter.device, parameter.dtype
+    found = [p for p in model.parameters() if p.is_floating_point()]
+    if found and not any(p.requires_grad for p in found):
+        raise ValueError(f"fit: model: expected parameters to train, got a {type(model).__name__} all frozen")
+    if found:
+        return found[0].device, found[0].dtype
     raise ValueError(f"fit: model: expected parameters to train, got a {type(model).__name__} without")
 
 
@@ -137,11 +207,10 @@ def jackknife(
             if value is not None:
                 raise ValueError(f"fit: {argument}: expected None without randomness.jackknife, got {value}")
         return 0, ()
-    groups = members if groups is None else groups
-    count("jackknife_groups", groups)
+    groups = members if groups is None else count("jackknife_groups", groups)
     if groups < 2:
         raise ValueError("fit: jackknife_groups: expected at least 2, or nothing is left, got 1")
-    chosen = tuple(range(members)) if left_out is None else tuple(int(group) for group in left_out)
+    chosen = tuple(range(members)) if left_out is None else tuple(integers("left_out", left_out))
     if len(chosen) != members or not all(0 <= group < groups for group in chosen):
         raise ValueError(
             f"fit: left_out: expected a group from 0 to {groups - 1} for each of {members} members, "

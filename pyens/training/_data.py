@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,8 @@ from pyens._types import Loss
 from pyens.nn import Ensemble
 from pyens.training import _checks
 
+_SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
+_INTEGERS = (torch.bool, *_SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 Row = Tensor | None  # None stands for an input that the model does without
 
 
@@ -65,7 +69,7 @@ def _dtype(own: torch.dtype, parameters: torch.dtype, *, target: bool, real: boo
     if own.is_floating_point:
         half = parameters in (torch.bfloat16, torch.float16)
         return own if own == parameters or (target and half and own == torch.float32) else parameters
-    if own in (torch.bool, torch.int8, torch.int16, torch.int32, torch.int64):
+    if own in _INTEGERS:
         return parameters if real else torch.int64
     return own
 
@@ -85,13 +89,18 @@ def check_values(
 
     Rows that weigh nothing for any member may hold anything.
     """
-    present = None if weight is None else (weight != 0) if weight.dim() == 1 else (weight != 0).any(0)
+    present = None if weight is None else weight != 0
+    if present is not None and present.dim() == 2 and axis == 0:
+        present = present.any(0)
+    if present is not None and axis == 1:
+        members = next(t for t in tensors if t is not None).shape[0]
+        present = present.expand(members, -1)
     for i, tensor in enumerate(tensors):
         if tensor is None or not tensor.is_floating_point():
             continue
         bad = ~tensor.isfinite()
-        if present is not None and axis == 0:
-            bad &= present.to(bad.device).view(-1, *[1] * (bad.dim() - 1))
+        if present is not None:
+            bad &= present.to(bad.device).reshape(*present.shape, *[1] * (bad.dim() - present.dim()))
         if bad.any():
             where = bad.nonzero()[0].tolist()
             value = float(tensor[tuple(where)])
@@ -100,15 +109,15 @@ def check_values(
                 f"{int(bad.sum()) - 1} more; a row with sample_weight 0 may hold anything"
             )
     *inputs, target = tensors
-    if axis == 0 and present is not None:
-        inputs = [None if t is None else t[present.to(t.device)] for t in inputs]
-    if axis == 0 or present is None:
+    if present is None:
         model.check_inputs(*inputs)
+    else:  # rows that weigh something stand in for those that may hold anything
+        model.check_inputs(*model.without_left_out(inputs, present))
     if loss == "cross_entropy" and target is not None and not target.is_floating_point():
         with torch.no_grad():
             classes = model(*(None if t is None else t.narrow(axis, 0, 1) for t in inputs)).shape[-1]
         wrong = (target < 0) | (target >= classes)
-        if present is not None and axis == 0:
+        if present is not None:
             wrong &= present.to(wrong.device)
         if wrong.any():
             where = wrong.nonzero()[0].tolist()
@@ -137,6 +146,9 @@ def check_weights(
         raise ValueError(
             f"fit: sample_weight: expected shape [{rows}] or [{members}, {rows}], got {list(weight.shape)}"
         )
+    check_tensor("fit", "sample_weight", weight)
+    if weight.is_complex():
+        raise TypeError(f"fit: sample_weight: expected real numbers, got {weight.dtype}")
     weight = weight.double()
     if not (weight.isfinite() & (weight >= 0)).all():
         raise ValueError("fit: sample_weight: expected finite weights of at least 0, got one that is not")
@@ -144,18 +156,29 @@ def check_weights(
     if not (total > 0).all():
         who = f" of member {int((total <= 0).nonzero()[0])}" if total.dim() else ""
         raise ValueError(f"fit: sample_weight: expected a training row with weight above 0, got none{who}")
+    # Only their ratios count: by a power of two into the range of float32 and of sums of many.
+    largest = float(weight.max())
+    if not 1e-30 < largest < 1e30:
+        half, rest = divmod(-math.floor(math.log2(largest)), 2)  # 2 to the whole of it may be beyond float64
+        weight = weight * 2.0**half * 2.0 ** (half + rest)
     checked: Tensor = weight
     return checked
 
 
 def check_validation(validation: Any, rows: int) -> float | Tensor | Any:
     """A share, bool `[N]` of the rows that are meant, or rows of their own, which `as_tensors` takes."""
-    if isinstance(validation, (int, float)):
-        if not 0 <= validation < 1:
+    if isinstance(validation, numbers.Real):
+        if isinstance(validation, bool) or not 0 <= float(validation) < 1:
             raise ValueError(
                 f"fit: validation: expected a share in [0, 1), indices of rows, or rows, got {validation}"
             )
         return float(validation)
+    if (
+        isinstance(validation, list)
+        and validation
+        and all(isinstance(i, (int, np.integer)) for i in validation)
+    ):
+        validation = np.array(validation)
     index = None if isinstance(validation, (tuple, list)) else _tensor(validation, torch.device("cpu"))
     if not isinstance(index, Tensor) or index.dim() != 1 or index.is_floating_point():
         _checks.tensors("validation", validation)
@@ -165,6 +188,10 @@ def check_validation(validation: Any, rows: int) -> float | Tensor | Any:
         if len(index) != rows:
             raise ValueError(f"fit: validation: expected a mask of {rows} rows, got {len(index)}")
         return index
+    if len(index) == rows > 2 and index.max() <= 1:
+        raise ValueError(
+            f"fit: validation: expected indices of rows or a mask of bools, got {rows} numbers 0 and 1"
+        )
     if len(index) == 0 or index.min() < 0 or index.max() >= rows:
         got = f"{int(index.min())} to {int(index.max())}" if len(index) else "none"
         raise ValueError(f"fit: validation: expected rows from 0 to {rows - 1}, got {got}")
@@ -177,9 +204,13 @@ def check_groups(groups: Any, rows: int) -> Tensor | None:
     """int64 `[N]`: `groups` numbered from 0, or None."""
     if groups is None:
         return None
-    if isinstance(groups, Tensor):
-        groups = groups.cpu().numpy()
-    values = np.asarray(groups)
+    if hasattr(groups, "to_numpy"):
+        groups = groups.to_numpy()
+    values = groups.cpu().numpy() if isinstance(groups, Tensor) else np.asarray(groups)
+    if values.dtype.kind == "O":
+        if not all(isinstance(value, str) for value in values.flat):
+            raise TypeError("fit: groups: expected numbers or strings, got others among them")
+        values = values.astype(str)
     if values.shape != (rows,):
         raise ValueError(f"fit: groups: expected one for each of {rows} rows, got shape {list(values.shape)}")
     if values.dtype.kind == "f" and not np.isfinite(values).all():

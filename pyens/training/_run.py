@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyens import _files
+from pyens._kinds import check_number
 from pyens._types import Bootstrap
 from pyens.nn import Ensemble
+from pyens.nn.ensemble import is_held, renew_accumulator
 from pyens.training import _checks, _data
 from pyens.training import checkpoint as checkpoints
 from pyens.training import metrics as measures
@@ -63,10 +67,15 @@ class Run:
         data = _data.as_tensors("data", data, trainer.dtype, loss, device)
         rows = _checks.data("data", data, members=owners)
         data = _data.as_targets(data, loss, axis)
-        _checks.count("batch_size", batch_size)
+        batch_size = _checks.count("batch_size", batch_size)
+        if randomness is not None and not isinstance(randomness, Randomness):
+            raise TypeError(f"fit: randomness: expected a Randomness, got a {type(randomness).__name__}")
         sources = randomness or Randomness(shuffle=True)
-        if model.shares_parameters and sources.init:
-            raise ValueError("fit: randomness: expected no R for members that share their parameters, got it")
+        if model.shares_parameters and (sources.init or sources.jackknife):
+            raise ValueError(
+                f"fit: randomness: expected neither R nor J for members that share their parameters, got "
+                f"{sources.code}"
+            )
         self.parts, self.left_out = _checks.jackknife(sources, members, jackknife_groups, left_out)
 
         self.trainer, self.model = trainer, model
@@ -103,7 +112,7 @@ class Run:
                 if not isinstance(chosen, (float, Tensor)):
                     _data.check_values("validation", self.validation, model, loss, axis, None)
         if early_stopping is not None:
-            _checks.count("early_stopping", early_stopping)
+            early_stopping = self.patience = _checks.count("early_stopping", early_stopping)
             if self.validation_rows == 0:
                 raise ValueError("fit: early_stopping: expected validation rows, got none")
         self.metrics = measures.resolve(metrics, loss, trainer.temperature)
@@ -112,11 +121,14 @@ class Run:
             raise ValueError("fit: metrics: expected validation rows, got none")
         self.monitor = monitor
         self.direction = measures.direction(metrics, monitor, mode)  # 1: lower is better, -1: higher
+        check_number("fit", "min_delta", min_delta)
         if not 0 <= min_delta < math.inf:
             raise ValueError(f"fit: min_delta: expected a number from 0, got {min_delta}")
         self.min_delta = min_delta
+        if not isinstance(callbacks, (list, tuple)):
+            raise TypeError(f"fit: callbacks: expected a list of them, got a {type(callbacks).__name__}")
         for i, callback in enumerate(callbacks):
-            if not isinstance(callback, Callback) and not callable(callback):
+            if isinstance(callback, type) or not (isinstance(callback, Callback) or callable(callback)):
                 raise TypeError(
                     f"fit: callbacks[{i}]: expected a Callback or a function of the progress, "
                     f"got a {type(callback).__name__}"
@@ -146,18 +158,22 @@ class Run:
                 f"got {trainer.mask_mode!r}"
             )
         self._check_members_have_rows()
-        trainer.begin()
-        # What the optimizer begins with; a schedule changes it, and so does nobody else.
-        self.described_at_first = trainer.describe()
         # Whatever the model refuses, before anything is changed.
         with torch.no_grad(), training_mode(model, False):
             first = self._first_row()
+            weights = self._weights(first)
             try:
                 with torch.enable_grad():
-                    losses = trainer.losses(self._batch(data, first), penalty=trainer.penalty)
+                    losses = trainer.losses(
+                        self._batch(data, first),
+                        weight=None if weights is None else weights.to(trainer.real),
+                        penalty=trainer.penalty,
+                    )
                 if not losses.requires_grad and any(p.requires_grad for p in model.parameters()):
                     raise ValueError("a loss with a gradient was expected, got one without")
             except (TypeError, ValueError) as error:
+                if str(error).startswith("fit: "):
+                    raise
                 kind = TypeError if isinstance(error, TypeError) else ValueError
                 shapes = ", ".join(str(None if t is None else list(t.shape)) for t in data[:4])
                 more = f" and {len(data) - 4} more" * (len(data) > 4)
@@ -167,6 +183,9 @@ class Run:
                 ) from error
             if self.metrics:
                 self._measure()
+        trainer.begin()
+        # What the optimizer begins with; a schedule changes it, and so does nobody else.
+        self.described_at_first = trainer.describe()
 
     def _check_members_have_rows(self) -> None:
         """That weights, draws and groups together leave each member rows to train on and to be judged by."""
@@ -233,9 +252,15 @@ class Run:
                 raise ValueError(
                     f"fit: epochs: expected at least the {saved['epoch']} of {path}, got {epochs}"
                 )
-        self.start(saved)
-        first, seen = self.epoch, Progress(self)
+        self._check_schedule_lasts(epochs)
+        if path is not None:
+            _files.plain([callback.state_dict() for callback in self._remembering()], "fit: callbacks")
+            _files.plain(self.trainer.state(), "fit: checkpoint")
+        self.remember()
+        seen = Progress(self)
         try:
+            self.start(saved)
+            first = self.epoch
             self._call("on_fit_begin", seen)
             self._stop_those()
             with bar(progress, epochs - first, self.steps) as shown:
@@ -256,20 +281,28 @@ class Run:
             self._call("on_fit_end", seen)
         except BaseException:
             self.restore()
+            _left[self.model] = self.initial, _described_all(self.kept)
             raise
         finally:
+            # What the optimizers remember is of those who stayed.
+            self.trainer.optimizers, self.trainer.schedulers = [], []
             self.trainer.history = self.history()
         return self.trainer.history
+
+    def _check_schedule_lasts(self, epochs: int) -> None:
+        steps = epochs * (self.steps if self.trainer.schedule == "step" else 1)
+        for scheduler in self.trainer.schedulers:
+            total = getattr(scheduler, "total_steps", steps)
+            if isinstance(total, int) and total < steps:
+                kind = type(scheduler).__name__
+                raise ValueError(f"fit: scheduler: expected one for {steps} steps, got a {kind} for {total}")
 
     # --------------------------------------------------------------------------------------------------------
     # Beginning and end
 
-    def start(self, saved: dict[str, Any] | None) -> None:
-        """Begins the run, or takes it up where it was saved."""
+    def remember(self) -> None:
+        """What `restore` brings back, and the record of a run that has not begun."""
         members = self.model.ensemble_size
-        if saved is None and self.randomness is not None:
-            seeds = self.trainer.seeds if self.randomness.init else [self.trainer.seed] * members
-            self.model.reset_parameters(list(seeds))
         self.epoch, self.current, self.step = 0, -1, -1
         self.losses: list[np.ndarray] = []  # of each epoch [2, E]: train, validation
         self.metric_values: list[np.ndarray] = []  # of each epoch [metrics, E]
@@ -281,7 +314,7 @@ class Run:
         self.to_stop: set[int] = set()
         self.step_loss = torch.empty(0)
         self.kept = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        self.initial = saved["initial"] if saved is not None else _described_all(self.kept)
+        self.initial = _described_all(self.kept)
         self.whole = [
             (module, module.ensemble_size, vars(module).get("dropout"))
             for module in self.model.modules()
@@ -292,8 +325,18 @@ class Run:
             for module in self.model.modules()
             for name, buffer in module._buffers.items()
         ]
+
+    def start(self, saved: dict[str, Any] | None) -> None:
+        """Begins the run, or takes it up where it was saved."""
+        members = self.model.ensemble_size
         if saved is None:
+            if self.randomness is not None:
+                seeds = self.trainer.seeds if self.randomness.init else [self.trainer.seed] * members
+                self.model.reset_parameters(list(seeds))
+                self.kept = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+                self.initial = _described_all(self.kept)
             return
+        self.initial = saved["initial"]
         self.epoch = saved["epoch"]
         self.current = self.epoch - 1
         self.losses = list(saved["losses"].numpy())
@@ -301,19 +344,15 @@ class Run:
         self.seconds, self.rates = list(saved["seconds"]), list(saved["rates"])
         self.best, self.best_epoch = saved["best"].numpy(), saved["best_epoch"].numpy()
         self.status = saved["status"].numpy()
-        try:
-            if active := saved["active"]:
-                if len(active) < members:
-                    self.trainer.keep(active)
-                copy_into(self.model, saved["parameters"])
-                self.trainer.load_state(saved["trainer"])
-            else:
-                self.trainer.members = []
-            for callback, state in zip(self._remembering(), saved["callbacks"], strict=True):
-                callback.load_state_dict(state)
-        except BaseException:
-            self.restore()  # as it was given
-            raise
+        if active := saved["active"]:
+            if len(active) < members:
+                self.trainer.keep(active)
+            copy_into(self.model, saved["parameters"])
+            self.trainer.load_state(saved["trainer"])
+        else:
+            self.trainer.members = []
+        for callback, state in zip(self._remembering(), saved["callbacks"], strict=True):
+            callback.load_state_dict(state)
         self.kept = {name: t.to(self.device) for name, t in saved["kept"].items()}
 
     @property
@@ -334,7 +373,9 @@ class Run:
         if self.randomness is None:
             present = _described_all(dict(self.model.named_parameters()))
             # Those that the run began with, or the model as that run left it.
+            began, left = _left.get(self.model, (None, None))
             known = present in (saved["initial"], _described_all(saved["kept"]))
+            known |= began == saved["initial"] and left == present  # interrupted, and begun again
             _require(known, "other initial parameters; build the model as it was, or name another file")
         _require(all(type(m) is int for m in active) and active == running, f"active members {active!r}")
         _require(len(saved["rates"]) == epoch, "other rates")
@@ -400,9 +441,18 @@ class Run:
             np.array(self.rates[:epochs]),
             self._groups().numpy(),
             np.array(self.left_out) if self.left_out else np.full(members, -2),
-            None if self.weight is None else (self.weight > 0).cpu().numpy(),
+            self._weighed(),
             dict(zip(self.metric_names, values, strict=True)),
         )
+
+    def _weighed(self) -> np.ndarray | None:
+        if self.weight is None:
+            return None
+        weighed = self.weight > 0
+        if self.model.shares_parameters and weighed.dim() == 2:
+            weighed = weighed.any(0)  # what one of them was trained on, all were
+        of_rows: np.ndarray = weighed.cpu().numpy()
+        return of_rows
 
     def _groups(self) -> Tensor:
         """int32 `[N]`: the jackknife group of each row, 0 without, -1 for validation rows."""
@@ -413,10 +463,7 @@ class Run:
         return groups
 
     def restore(self) -> None:
-        """Brings back the members that have left: the model whole, with the weights that were kept.
-
-        What the optimizers remember is of those who stayed, so they are given up.
-        """
+        """Brings back the members that have left: the model whole, with the weights that were kept."""
         for ensemble, ensemble_size, dropout in self.whole:
             ensemble.ensemble_size = ensemble_size
             if dropout is not None:
@@ -425,9 +472,10 @@ class Run:
             module._buffers[name] = buffer
         for name, parameter in self.model.named_parameters():
             if parameter.shape != self.kept[name].shape:
+                if is_held(parameter):
+                    renew_accumulator(parameter)
                 parameter.grad, parameter.data = None, torch.empty_like(self.kept[name])
         copy_into(self.model, self.kept)
-        self.trainer.optimizers, self.trainer.schedulers = [], []
         self.trainer.members = list(range(self.model.ensemble_size))
 
     def _remembering(self) -> list[Any]:
@@ -506,7 +554,13 @@ class Run:
             )
         if self.patience is not None:
             patient = self.epoch - self.best_epoch[active] < self.patience
-            self.status[active[healthy & ~patient]] = STOPPED
+            leaving = active[healthy & ~patient]
+            self.status[leaving] = STOPPED
+            if (never := leaving[self.best_epoch[leaving] < 0]).size:
+                _checks.warn(
+                    f"fit: members {never.tolist()} stop with the weights that they began with: their "
+                    f"{self.monitor} was never a number"
+                )
         self.epoch += 1
         self._leave()
         self.seconds.append(time.perf_counter() - self.begun)
@@ -548,7 +602,7 @@ class Run:
             for rows in torch.arange(self.validation_rows, device=self.device).split(self.batch_size):
                 own = None if weight is None else weight[..., rows].to(self.trainer.real)
                 losses = self.trainer.losses(self._batch(self.validation, rows), weight=own)
-                share = len(rows) if own is None else own.sum(-1).cpu()
+                share = len(rows) if own is None else own.sum(-1, dtype=torch.float64).cpu()
                 total += losses.double().cpu() * share
                 weighed += share
         means: np.ndarray = (total / weighed).numpy()
@@ -597,21 +651,29 @@ class Run:
         """bool, of each active member: whether it has no NaN or infinite parameter."""
         if self.model.shares_parameters:
             return np.array(all(parameter.isfinite().all() for parameter in self.model.parameters()))
-        flags = [parameter.isfinite().flatten(1).all(1) for parameter in self.model.parameters()]
+        flags = [p.isfinite().reshape(len(p), -1).all(1) for p in self.model.parameters()]
         return torch.stack(flags).all(0).cpu().numpy()
 
     def _keep(self, chosen: np.ndarray) -> None:
         """Remembers the present weights of some of the active members (bool) as the ones to end with."""
-        everyone = chosen.all() and len(chosen) == len(self.status)
-        if everyone or self.model.shares_parameters:
-            if everyone:
-                for name, parameter in self.model.named_parameters():
-                    self.kept[name].copy_(parameter.detach())
+        if not chosen.any():
+            return
+        # In one assignment: whatever interrupts this, what is kept is of one epoch.
+        if self.model.shares_parameters or (chosen.all() and len(chosen) == len(self.status)):
+            self.kept = {name: p.detach().clone() for name, p in self.model.named_parameters()}
             return
         places = torch.from_numpy(np.flatnonzero(chosen)).to(self.device)
         members = torch.tensor(self.active, device=places.device)[places]
-        for name, parameter in self.model.named_parameters():
-            self.kept[name].index_copy_(0, members, parameter.detach()[places])
+        self.kept = {
+            name: self.kept[name].index_copy(0, members, p.detach()[places])
+            for name, p in self.model.named_parameters()
+        }
+
+
+# Models that an interrupted run left: the initial parameters of that run, and those that it left them with.
+_left: weakref.WeakKeyDictionary[nn.Module, tuple[dict[str, str], dict[str, str]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _require(condition: bool | Tensor, otherwise: str) -> None:
@@ -649,9 +711,11 @@ def copy_into(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    was = model.training
+    """The model in this mode; then each part of it in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
         yield
     finally:
-        model.train(was)
+        for module, mode in modes:
+            module.training = mode

@@ -107,10 +107,19 @@ class Progress:
         return self._run.history()
 
     def stop(self, members: Iterable[int] | None = None) -> None:
-        """These members, or all, train no more once the callbacks of this epoch are through; they end with
+        """These members (numbers, or a bool for each of E), or all, train no more once the callbacks of
+        this epoch are through; they end with
         the weights that they would have kept had they stopped early here."""
-        chosen = self.members if members is None else [int(m) for m in members]
         known = range(len(self._run.status))
+        asked = np.asarray(self.members if members is None else list(members))
+        if asked.dtype == bool and asked.shape == (len(known),):
+            asked = np.flatnonzero(asked)
+        if asked.size and asked.dtype.kind not in "iu":
+            raise TypeError(
+                f"Progress.stop: members: expected integers, or a bool for each of {len(known)}, got "
+                f"{asked.dtype} of shape {list(asked.shape)}"
+            )
+        chosen = [int(m) for m in asked.reshape(-1)]
         if unknown := [m for m in chosen if m not in known]:
             raise ValueError(f"Progress.stop: members: expected from 0 to {len(known) - 1}, got {unknown}")
         self._run.to_stop.update(chosen)

@@ -104,6 +104,8 @@ def oof_predictions(outputs: Tensor, history: History) -> Tensor:
     Raises:
         ValueError: outputs of other members or rows.
     """
+    if not outputs.is_floating_point():
+        raise TypeError(f"oof_predictions: outputs: expected floating point numbers, got {outputs.dtype}")
     unseen = torch.from_numpy(history.unseen).to(outputs.device)
     if outputs.shape[:2] != unseen.shape:
         raise ValueError(

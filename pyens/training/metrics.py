@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -76,9 +77,11 @@ def resolve(asked: Sequence[str] | Mapping[str, Metric], loss: Any, temperature:
         )
     found: dict[str, Metric] = {}
     for name in asked:
+        if not isinstance(name, str):
+            raise TypeError(f"fit: metrics: expected names, got a {type(name).__name__}")
         if isinstance(asked, Mapping):
             function = asked[name]
-            if not isinstance(name, str) or not callable(function):
+            if not callable(function):
                 raise TypeError(
                     f"fit: metrics[{name!r}]: expected a function, got a {type(function).__name__}"
                 )
@@ -90,8 +93,9 @@ def resolve(asked: Sequence[str] | Mapping[str, Metric], loss: Any, temperature:
             expected = f"some of {', '.join(fit)}" if fit else "a dict of functions"
             raise ValueError(f"fit: metrics: expected {expected} with loss {name_of(loss)}, got {name!r}")
         found[name] = _of_outputs(named.function, loss, temperature, name)
-    if "loss" in found:
-        raise ValueError("fit: metrics: expected another name than loss, which is there already")
+    for name in found:
+        if name in ("loss", "train_loss", "validation_loss", "epoch", "member"):
+            raise ValueError(f"fit: metrics: expected another name than {name}, which is there already")
     return found
 
 
@@ -143,8 +147,8 @@ def evaluate(
             except (TypeError, ValueError) as error:
                 kind = TypeError if isinstance(error, TypeError) else ValueError
                 raise kind(f"fit: metrics[{name!r}]: {error}") from error
-            number = value.numel() == 1 if isinstance(value, Tensor) else np.isscalar(value)
-            if not number:
+            number = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, numbers.Number)
+            if not number and not (isinstance(value, np.ndarray) and value.size == 1):
                 got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 raise TypeError(
                     f"fit: metrics[{name!r}]: expected one number of a member's outputs [B, K] and the "

@@ -107,7 +107,8 @@ def split_rows(
     """Training rows in an order drawn from the seed, and validation rows: `share` of all, at least one.
 
     Args:
-        groups: int64 `[N]`. Rows of one group are on one side: groups are drawn until they have the share.
+        groups: int64 `[N]`. Rows of one group are on one side: of the groups, in an order that is drawn, each
+            is taken that brings the validation rows nearer to the share, and the smallest where none does.
         held_out: bool `[N]`, the validation rows where the caller has chosen them.
     """
     if held_out is not None:
@@ -115,9 +116,16 @@ def split_rows(
     elif groups is not None and share > 0:
         number, sizes = groups.unique(return_inverse=True, return_counts=True)[1:]
         drawn = torch.randperm(len(sizes), generator=generator(seed, "validation"))
-        before = sizes[drawn].cumsum(0) - sizes[drawn]
         chosen = torch.zeros(len(sizes), dtype=torch.bool)
-        chosen[drawn[before < max(1, round(share * rows))]] = True
+        missing = max(1, round(share * rows))
+        for group, size in zip(drawn.tolist(), sizes[drawn].tolist(), strict=True):
+            if abs(missing - size) < missing:
+                chosen[group] = True
+                missing -= size
+            if missing <= 0:
+                break
+        if not chosen.any():
+            chosen[drawn[sizes[drawn].argmin()]] = True
         return split_rows(rows, share, seed, held_out=chosen[number])
     else:
         drawn = torch.randperm(rows, generator=generator(seed, "validation"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -18,11 +19,12 @@ from pyens.nn.ensemble import check_label_smoothing, check_temperature, is_held,
 from pyens.optim import (
     clip_member_grad_norm_,
     keep_members,
+    load_member_options,
     load_member_state,
     member_options,
     member_state,
 )
-from pyens.reference.ensemble_mlp_loss import LOSSES, mean_losses, weighted_mean
+from pyens.reference.ensemble_mlp_loss import LOSSES, mean_losses, row_sums, weighted_mean
 from pyens.training import _checks
 from pyens.training._run import Run, copy_into, training_mode
 from pyens.training.callbacks import Callback, Progress
@@ -46,6 +48,8 @@ class Trainer:
         losses = trainer.step(x, y)                               # one step of a loop of one's own, [E]
 
     Args: as `pyens.training.fit`, which documents them.
+
+    With `ema`, `with trainer.averaged():` is where the model has its averaged weights.
 
     Attributes:
         model: the ensemble. While members have left, it is that of the others.
@@ -85,9 +89,11 @@ class Trainer:
         check_label_smoothing("fit", loss, label_smoothing)  # type: ignore[arg-type]
         if schedule not in ("epoch", "step"):
             raise ValueError(f"fit: schedule: expected 'epoch' or 'step', got {schedule!r}")
-        for argument, value in (("clip_norm", clip_norm), ("clip_value", clip_value)):
-            if value is not None and not value > 0:
-                raise ValueError(f"fit: {argument}: expected a positive number, got {value}")
+        _checks.positive("clip_norm", clip_norm)
+        _checks.positive("clip_value", clip_value)
+        for argument, function in (("optimizer", optimizer), ("scheduler", scheduler), ("penalty", penalty)):
+            if not callable(function) and not (function is None and argument != "optimizer"):
+                raise TypeError(f"fit: {argument}: expected a function, got a {type(function).__name__}")
         if mask_mode not in get_args(MaskMode):
             raise ValueError(
                 f"fit: mask_mode: expected one of {', '.join(get_args(MaskMode))}, got {mask_mode!r}"
@@ -102,18 +108,20 @@ class Trainer:
                 f"got {mask_mode!r}"
             )
         if micro_batch_size is not None:
-            _checks.count("micro_batch_size", micro_batch_size)
+            micro_batch_size = _checks.count("micro_batch_size", micro_batch_size)
         if autocast not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"fit: autocast: expected torch.bfloat16 or torch.float16, got {autocast}")
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise TypeError(f"fit: scaler: expected a torch.amp.GradScaler, got a {type(scaler).__name__}")
-        if ema is not None and not 0 < ema < 1:
+        _checks.positive("ema", ema)
+        if ema is not None and not ema < 1:
             raise ValueError(f"fit: ema: expected a decay between 0 and 1, got {ema}")
-        if swa_start is not None and (not isinstance(swa_start, int) or swa_start < 0):
-            raise ValueError(f"fit: swa_start: expected an epoch from 0, got {swa_start!r}")
+        if swa_start is not None:
+            swa_start = _checks.count("swa_start", swa_start, least=0)
         if ema is not None and swa_start is not None:
             raise ValueError(f"fit: swa_start: expected None beside ema, got {swa_start}")
-        own_seeds = member_seeds(seed, members) if seeds is None else [int(s) for s in seeds]
+        (seed,) = _checks.integers("seed", [seed])
+        own_seeds = member_seeds(seed, members) if seeds is None else _checks.integers("seeds", seeds)
         if len(own_seeds) != members:
             raise ValueError(f"fit: seeds: expected one for each of {members} members, got {len(own_seeds)}")
         self.model = model
@@ -164,14 +172,24 @@ class Trainer:
         progress: bool | Literal["bar", "lines"] = True,
     ) -> History:
         """Trains from the start, for `epochs` passes over `data`: see `pyens.training.fit`."""
-        _checks.count("epochs", epochs)
-        _checks.count("checkpoint_every", checkpoint_every)
+        epochs = _checks.count("epochs", epochs)
+        checkpoint_every = _checks.count("checkpoint_every", checkpoint_every)
+        if self.swa_start is not None and self.swa_start >= epochs:
+            raise ValueError(f"fit: swa_start: expected below the {epochs} epochs, got {self.swa_start}")
+        if self.model.ensemble_size != len(self.seeds):
+            raise ValueError(
+                f"fit: model: expected the {len(self.seeds)} members that this Trainer was made for, "
+                f"got {self.model.ensemble_size}; make another Trainer"
+            )
         if progress not in (True, False, "bar", "lines"):
             raise ValueError(f"fit: progress: expected True, False, 'bar' or 'lines', got {progress!r}")
         path = None if checkpoint is None else Path(checkpoint)
+        if path is not None and (path.is_dir() or not path.name):
+            raise ValueError(f"fit: checkpoint: expected a file, got the folder {path}")
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"fit: checkpoint: expected a file in a folder that exists, got {path}")
-        with nullcontext() if path is None else only_writer(path, "fit: checkpoint"):
+        alone = nullcontext() if path is None else only_writer(path, "fit: checkpoint")
+        with alone, torch.enable_grad():
             run = Run(
                 self,
                 data,
@@ -194,12 +212,15 @@ class Trainer:
             )
             return run.through(epochs, path, checkpoint_every, progress)
 
-    def step(self, *batch: Tensor | None, sample_weight: Tensor | None = None) -> Tensor:
+    def step(
+        self, *batch: Tensor | None, sample_weight: Tensor | None = None, own_data: bool = False
+    ) -> Tensor:
         """One step of all members on one batch, in training mode: a loop of one's own is made of these.
 
         Args:
-            batch: what `model.loss` takes, the target last: `[B, ...]`, or `[E, B, ...]` for all of them.
+            batch: what `model.loss` takes, the target last: all `[B, ...]`.
             sample_weight: `[B]` or `[E, B]`.
+            own_data: whether every member has a batch of its own, all of `batch` `[E, B, ...]`.
 
         Returns:
             Each member's loss before the step, `[E]`.
@@ -214,8 +235,9 @@ class Trainer:
                 f"Trainer.step: batch: expected what {type(self.model).__name__}.loss takes, the target "
                 f"last, got {len(batch)} arguments"
             )
-        with training_mode(self.model, True):
-            losses = self.step_on(batch, sample_weight, self.draw("of step", self._steps, 1)[0])
+        drawn = self.draw(" of step", self._steps, 1)[0]
+        with torch.enable_grad(), training_mode(self.model, True):
+            losses = self.step_on(batch, sample_weight, drawn, int(own_data))
         self._steps += 1
         return losses
 
@@ -224,21 +246,12 @@ class Trainer:
 
     def begin(self) -> None:
         """Makes optimizers and schedules anew; changes nothing of the model."""
-        made: Any = self._make_optimizer(self.model.parameters())
-        optimizers = list(made) if isinstance(made, (list, tuple)) else [made]
-        for optimizer in optimizers:
-            if not isinstance(optimizer, torch.optim.Optimizer):
-                raise TypeError(
-                    f"fit: optimizer: expected a function that gives an optimizer of the parameters, "
-                    f"got a {type(optimizer).__name__} from it"
-                )
+        optimizers = _checks.optimizers(self._make_optimizer(self.model.parameters()), self.model)
         schedulers = []
         if self._make_scheduler is not None:
             for optimizer in optimizers:
                 schedulers.append(self._make_scheduler(optimizer))
                 _checks.scheduler(schedulers[-1], optimizer)
-        if not optimizers:
-            raise ValueError("fit: optimizer: expected one at least, got none")
         self.optimizers, self.schedulers = optimizers, schedulers
         self._averages, self._averaged = {}, 0
 
@@ -248,16 +261,18 @@ class Trainer:
         *,
         weight: Tensor | None = None,
         penalty: Penalty | None = None,
+        share: Tensor | float = 1,
+        share_of_rows: float = 1,
         **options: Any,
     ) -> Tensor:
-        """Each member's loss `[E]`, with what `penalty` adds."""
+        """Each member's loss `[E]` times `share`, with what `penalty` adds, times `share_of_rows`."""
         with self._precision():
             loss = self.loss
             if isinstance(loss, str) and penalty is None:
                 options |= self._loss_options() | {"loss": loss, "sample_weight": weight}
                 losses: Tensor = self.model.loss(*batch, **options)  # type: ignore[arg-type]
                 # Where each row has met one mask, a loss of the model, which is every member's.
-                return losses.expand(len(self.members)) if losses.dim() == 0 else losses
+                return (losses.expand(len(self.members)) if losses.dim() == 0 else losses) * share
             *inputs, target = batch
             if weight is not None:
                 inputs = self.model.without_left_out(inputs, weight)
@@ -269,6 +284,7 @@ class Trainer:
                 )
             else:
                 losses = self._reduced(loss(output, target), output, weight)  # type: ignore[arg-type]
+            losses = losses * share
             if penalty is None:
                 return losses
             added = penalty(output)
@@ -278,7 +294,8 @@ class Trainer:
                     f"fit: penalty: expected [{members}] or one number, got {_form(added)} from "
                     f"{_checks.name_of(penalty)}"
                 )
-            return losses + (added / members if added.dim() == 0 else added)  # of one number, each its share
+            own = added / members if added.dim() == 0 else added  # of one number, each its share
+            return losses + own * share_of_rows
 
     def outputs(self, inputs: Sequence[Tensor | None]) -> Tensor:
         """`[E, B, K]` in evaluation, without a gradient."""
@@ -294,10 +311,8 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         total: Tensor | None = None
-        for part, own, share, options in self._parts(batch, axis, weight, drawn):
+        for part, own, options in self._parts(batch, axis, weight, drawn):
             losses = self.losses(part, weight=own, penalty=self.penalty, **options)
-            if share is not None:
-                losses = losses * share
             loss = losses.sum()
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             total = losses.detach() if total is None else total + losses.detach()
@@ -380,14 +395,15 @@ class Trainer:
             "temperature": self.temperature,
             "label_smoothing": self.label_smoothing,
             "optimizer": [_described(optimizer) for optimizer in self.optimizers],
-            "scheduler": [type(scheduler).__name__ for scheduler in self.schedulers],
+            "scheduler": [_said(scheduler) for scheduler in self.schedulers],
+            "frozen": [name for name, p in self.model.named_parameters() if not p.requires_grad],
             "schedule": self.schedule,
             "clip_norm": self.clip_norm,
             "clip_value": self.clip_value,
             "mask_mode": self.mask_mode,
             "micro_batch_size": self.micro_batch_size,
             "autocast": str(self.autocast),
-            "scaler": None if self.scaler is None else type(self.scaler).__name__,
+            "scaler": None if self.scaler is None else _said(self.scaler),
             "ema": self.ema,
             "swa_start": self.swa_start,
             "seed": self.seed,
@@ -399,6 +415,7 @@ class Trainer:
         return {
             "optimizer": [member_state(optimizer) for optimizer in self.optimizers],
             "options": [[_options(g) for g in optimizer.param_groups] for optimizer in self.optimizers],
+            "of members": [member_options(optimizer) for optimizer in self.optimizers],
             "scheduler": [scheduler.state_dict() for scheduler in self.schedulers],
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "averages": self._averages,
@@ -419,6 +436,9 @@ class Trainer:
         averages = saved["averages"]
         if not set(averages) <= set(parameters) or type(saved["averaged"]) is not int:
             raise ValueError("averages of other names")
+        of_members = [[name for name, _ in member_options(optimizer)] for optimizer in self.optimizers]
+        if of_members != [[name for name, _ in numbers] for numbers in saved["of members"]]:
+            raise ValueError("other numbers of members")
         for name, average in averages.items():
             if average.shape[1:] != parameters[name].shape[1:] or not average.isfinite().all():
                 raise ValueError(f"averages[{name!r}] of another form")
@@ -431,6 +451,8 @@ class Trainer:
             load_member_state(optimizer, state)
             for group, own in zip(optimizer.param_groups, options, strict=True):
                 group.update(own)
+        for optimizer, numbers in zip(self.optimizers, saved["of members"], strict=True):
+            load_member_options(optimizer, numbers)
         for scheduler, state in zip(self.schedulers, saved["scheduler"], strict=True):
             scheduler.load_state_dict(state)
         if self.scaler is not None:
@@ -454,33 +476,35 @@ class Trainer:
         members, rows = output.shape[:2]
         form = f"[{members}, {rows}]" + f" or [{members}]" * (weight is None)
         if isinstance(losses, Tensor) and losses.shape == (members, rows):
-            return losses.mean(-1) if weight is None else weighted_mean(losses, weight)
+            return row_sums(losses) / rows if weight is None else weighted_mean(losses, weight)
         if isinstance(losses, Tensor) and losses.shape == (members,) and weight is None:
             return losses
         raise ValueError(f"fit: loss: expected {form}, got {_form(losses)} from {_checks.name_of(self.loss)}")
 
     def _parts(
         self, batch: Sequence[Tensor | None], axis: int, weight: Tensor | None, drawn: dict[str, Any]
-    ) -> Iterator[tuple[Sequence[Tensor | None], Tensor | None, Tensor | float | None, dict[str, Any]]]:
-        """Parts of at most `micro_batch_size` rows: rows, weights, what they count of the whole, `drawn`."""
+    ) -> Iterator[tuple[Sequence[Tensor | None], Tensor | None, dict[str, Any]]]:
+        """Parts of at most `micro_batch_size` rows: rows, weights, and the options of `losses`: what is
+        drawn, and what the part counts of the whole."""
         size, target = self.micro_batch_size, batch[-1]
         assert target is not None
         rows = target.shape[axis]
         if size is None or rows <= size:
-            yield batch, weight, None, drawn
+            yield batch, weight, drawn
             return
-        whole = None if weight is None else weight.sum(-1, dtype=torch.float64)
+        whole = None if weight is None else row_sums(weight.double())
         for i, start in enumerate(range(0, rows, size)):
             length = min(size, rows - start)
             part = [None if t is None else t.narrow(axis, start, length) for t in batch]
             # What a row drops follows from the seed and its place in what is computed at once.
             options = {k: v if k == "mode" else v ^ _of_part(i) for k, v in drawn.items()}
-            if weight is None or whole is None:
-                yield part, None, length / rows, options
-                continue
-            own = weight.narrow(-1, start, length)
-            share = own.sum(-1, dtype=torch.float64) / torch.where(whole > 0, whole, 1)
-            yield part, own, share.to(self.real), options
+            options["share"] = options["share_of_rows"] = length / rows
+            own = None
+            if weight is not None and whole is not None:
+                own = weight.narrow(-1, start, length)
+                share = row_sums(own.double()) / torch.where(whole > 0, whole, 1)
+                options["share"] = share.to(self.real)
+            yield part, own, options
 
     def _clip(self) -> None:
         if self.clip_norm is None and self.clip_value is None:
@@ -491,7 +515,9 @@ class Trainer:
         parameters = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
         if self.clip_value is not None:
             nn.utils.clip_grad_value_(parameters, self.clip_value)
-        if self.clip_norm is not None:
+        if self.clip_norm is not None and self.model.shares_parameters:  # one model
+            nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        elif self.clip_norm is not None:
             clip_member_grad_norm_(parameters, self.clip_norm)
 
     @torch.no_grad()
@@ -532,4 +558,9 @@ def _described(optimizer: torch.optim.Optimizer) -> str:
         {name: float(v) if isinstance(v, Tensor) else v for name, v in _options(group).items()}
         for group in optimizer.param_groups
     ]
-    return f"{type(optimizer).__name__} {groups} {member_options(optimizer)}"
+    return f"{type(optimizer).__name__} {groups} {[(n, v.tolist()) for n, v in member_options(optimizer)]}"
+
+
+def _said(made: Any) -> str:
+    """Its kind and what it begins with, without the addresses of objects."""
+    return re.sub(r" at 0x[0-9a-f]+", "", f"{type(made).__name__} {made.state_dict()}")
