@@ -96,7 +96,8 @@ def fit(
         clip_norm: each member's gradient is scaled down to this norm, over all of its parameters.
         clip_value: each number of a gradient is brought into [-clip_value, clip_value], before `clip_norm`.
         mask_mode: of a `MaskedMLP`: "tiled" trains every mask on every row; under the others each row meets
-            one mask, anew in every step, at the cost of one model (see `MaskedMLP.loss`).
+            one mask, anew in every step, at the cost of one model (see `MaskedMLP.loss`, whose gradient this
+            has times the number of masks: what they add up to under "tiled").
         micro_batch_size: a step's batch is computed in parts of at most so many rows, whose gradients add up
             to the whole's but for rounding ("gradient accumulation"). What `penalty`, or a `loss` that gives
             `[E]`, makes of each part counts by its rows.
@@ -107,8 +108,8 @@ def fit(
         ema: the decay of a moving average of each member's weights over the steps. It is what validation
             looks at, and what the members have in the end.
         swa_start: the epoch from which on the weights after each epoch are averaged evenly, likewise.
-        randomness: the sources of randomness. If given, `model.reset_parameters` is called first: with
-            `seeds` under R, else with `seed` for all members. None keeps the weights the model has, and every
+        randomness: the sources of randomness. If given, `model.reset_parameters` is called first, for frozen
+            parameters too: with `seeds` under R, else with `seed` for all members. None keeps the weights the model has, and every
             member shuffles.
         seed: feeds what the members have in common: validation rows, jackknife groups, weights without R, the
             order without S.
