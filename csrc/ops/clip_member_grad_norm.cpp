@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <sstream>
 #include <vector>
 
@@ -27,10 +26,10 @@ using at::TensorList;
 
 constexpr char kOp[] = "clip_member_grad_norm_";
 
+// The dispatcher refuses a list of none.
 void check(TensorList gradients, double norm_type) {
   PYENS_CHECK_VALUE(norm_type == 1 || norm_type == 2 || norm_type == HUGE_VAL, kOp, "norm_type",
                     "1, 2 or inf", norm_type);
-  PYENS_CHECK_VALUE(!gradients.empty(), kOp, "gradients", "at least one", "none");
   for (size_t i = 0; i < gradients.size(); ++i) {
     const Tensor &g = gradients[i], &first = gradients[0];
     const ArgumentName name{"gradients", static_cast<int64_t>(i)};

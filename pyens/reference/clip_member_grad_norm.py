@@ -13,7 +13,7 @@ def clip_member_grad_norm_(
     """Of gradients `[E, ...]`; returns the norms `[E]`, float32 at least."""
     flat = torch.cat([g.reshape(len(g), math.prod(g.shape[1:])) for g in gradients], 1)
     kind = torch.promote_types(flat.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(flat, norm_type, dim=1, dtype=kind)
+    norms: Tensor = torch.linalg.vector_norm(flat, norm_type, dim=1, dtype=kind)
     if error_if_nonfinite and not norms.isfinite().all():
         raise RuntimeError(f"clip_member_grad_norm_: expected finite norms, got {norms.tolist()}")
     factors = (max_norm / (norms + 1e-6)).clamp(max=1)
