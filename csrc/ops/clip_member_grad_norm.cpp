@@ -93,6 +93,7 @@ Tensor clip_member_grad_norm_(TensorList gradients, double max_norm, double norm
   };
   // Gradients on the same memory are scaled one after the other, as torch does.
   const bool alone = !in_place.overlaps();
+  // Each member is scaled out of the cache, where threads have several of them; else threads share members.
   if (alone && !error_if_nonfinite && p.members >= 4 * at::get_num_threads()) {
     run(kernel::clip, p.members, kernel::grain_size(p, p.members));
   } else {

@@ -84,7 +84,9 @@ int64_t parts_of_member(const ClipParams& p) {
 int64_t grain_size(const ClipParams& p, int64_t items) {
   double numbers = 0;
   for (int64_t i = 0; i < p.count; ++i) numbers += static_cast<double>(p.tensors[i].size);
-  return items_worth_a_thread(64e3, numbers * static_cast<double>(p.members), items);
+  const double numbers_worth_a_thread = 32e3;  // some microseconds
+  return items_worth_a_thread(numbers_worth_a_thread, numbers * static_cast<double>(p.members),
+                              items);
 }
 
 void measure(const ClipParams& p, int64_t begin, int64_t end) {
