@@ -621,6 +621,15 @@ def test_clipping_at_the_edges_of_numbers():
 
 
 @pytest.mark.usefixtures("way")
+def test_clipping_leaves_no_graph():
+    weight = torch.full((3, 2), 2.0, requires_grad=True)
+    (weight.grad,) = torch.autograd.grad(weight.pow(3).sum(), weight, create_graph=True)
+    assert weight.grad is not None and weight.grad.requires_grad
+    norms = clip_member_grad_norm_(weight, 1.0)
+    assert not norms.requires_grad and weight.grad.detach().norm(dim=1).tolist() == pytest.approx([1] * 3)
+
+
+@pytest.mark.usefixtures("way")
 def test_clipping_refuses():
     weight, other = torch.zeros(3, 2, requires_grad=True), torch.zeros(4, 2, requires_grad=True)
     assert clip_member_grad_norm_([weight], 1.0).shape == (0,)
