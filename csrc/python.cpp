@@ -156,6 +156,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            bool)>(m, "adagrad_");
   def<void(TensorList, TensorList, TensorList, Scale, double, double, double, double, bool, bool,
            bool)>(m, "sgd_");
+  def<Tensor(TensorList, double, double, bool)>(m, "clip_member_grad_norm_");
   def<double(double)>(m, "fma_peak");
   def<double(const Tensor&, bool, int64_t)>(m, "fma_peak_cuda");
 }

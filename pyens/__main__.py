@@ -17,9 +17,11 @@ from torch import Tensor
 
 from pyens import build_info, ops, reference
 from pyens._types import Activation
+from pyens.ops import clip_member_grad_norm as clip
 from pyens.ops import optimizers as steps
 from pyens.ops.ensemble_embedding import ensemble_embedding_concat
 from pyens.ops.ensemble_mlp import ensemble_mlp_packed, prepack
+from pyens.reference import clip_member_grad_norm as reference_clip
 from pyens.reference import optimizers as reference_steps
 from pyens.reference.activation_strength import pack_bits
 from pyens.reference.activations import ACTIVATIONS
@@ -227,6 +229,15 @@ def sgd(draw: Draw) -> Problem:
     return problem | {"nesterov": i % 8 > 3, "maximize": i % 3 > 1, "begins": i % 5 > 3}
 
 
+def gradients_to_clip(draw: Draw) -> Problem:
+    """Of which about every other member is clipped."""
+    members, i = draw.size(9, 40), draw.number
+    shapes = [(members, draw.size(1, 99)), (members, draw.size(1, 30), draw.size(1, 30)), (members,)]
+    norm = (1.0, 2.0, math.inf)[i % 3]
+    problem = {"gradients": [draw.normal(*s) for s in shapes], "max_norm": (300.0, 15.0, 3.0)[i % 3]}
+    return problem | {"norm_type": norm, "error_if_nonfinite": i % 2 == 0}
+
+
 def problems(
     make: Callable[[Draw], Problem], dtypes: tuple[torch.dtype, ...] = DTYPES, each: int = 2
 ) -> Iterator[Problem]:
@@ -286,6 +297,13 @@ def updated(operation: Operation, problem: Problem) -> list[Tensor]:
     operation(*copies.values())
     lists = [value for name, value in copies.items() if isinstance(value, list) and name != "steps"]
     return [torch.cat(tensors) for tensors in lists if tensors]
+
+
+def clipped(operation: Operation, problem: Problem) -> list[Tensor]:
+    """The norms, and the gradients as one."""
+    copies = convert(problem, Tensor.clone)
+    norms = operation(*copies.values())
+    return [norms, torch.cat([g.flatten() for g in copies["gradients"]])]
 
 
 def numbers(operation: Operation, problem: Problem) -> list[Tensor]:
@@ -367,6 +385,12 @@ CHECKS: dict[str, Callable[[], Iterator[float]]] = {
     "adam_": of_step("adam_", adam),
     "adagrad_": of_step("adagrad_", adagrad),
     "sgd_": of_step("sgd_", sgd),
+    "clip_member_grad_norm_": lambda: check(
+        clip.clip_member_grad_norm_,
+        reference_clip.clip_member_grad_norm_,
+        problems(gradients_to_clip, each=3),
+        clipped,
+    ),
 }
 
 

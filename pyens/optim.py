@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam
 
+from pyens._kinds import REAL
+from pyens.ops.clip_member_grad_norm import clip_member_grad_norm_ as clip_here
 from pyens.ops.optimizers import adagrad_, adam_, sgd_
 
 __all__ = [
@@ -486,10 +488,13 @@ def clip_member_grad_norm_(
                 f"clip_member_grad_norm_: parameters[{i}].grad: expected {expected}, "
                 f"got shape {list(gradient.shape)}"
             )
-        gradients.append(gradient.detach())
+        gradients.append(gradient)
     if not gradients:
         return torch.zeros(0)
+    if all(g.is_cpu and g.dtype in REAL for g in gradients):
+        return clip_here(gradients, float(max_norm), float(norm_type), error_if_nonfinite)
     with torch.no_grad():
+        gradients = [g.detach() for g in gradients]
         norms = _member_norms(gradients, norm_type)
         if error_if_nonfinite and not norms.isfinite().all():
             raise RuntimeError(

@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -292,6 +293,18 @@ def optimizer_cases() -> Iterator[tuple[str, list[Tensor]]]:
         yield f"step {kind} {name}", [*parameters, *state]
 
 
+def clip_cases() -> Iterator[tuple[str, list[Tensor]]]:
+    """Some members are clipped, others are not."""
+    for (kind, dtype), norm in itertools.product(DTYPES.items(), (1.0, 2.0, math.inf)):
+        draw = Numbers("clip", kind, norm)
+        parameters = [draw(*shape, dtype=dtype).requires_grad_() for shape in ((3, 5), (3, 16), (3, 9001))]
+        for parameter in parameters:
+            parameter.grad = draw(*parameter.shape, dtype=dtype)
+            parameter.grad[1] /= 2**15
+        norms = pyens.optim.clip_member_grad_norm_(parameters, 0.75, norm)
+        yield f"clip {kind} norm {norm}", [norms, *(p.grad for p in parameters if p.grad is not None)]
+
+
 def cases() -> Iterator[tuple[str, list[Tensor]]]:
     yield from mlp_cases()
     yield from packed_and_strength_cases()
@@ -302,6 +315,7 @@ def cases() -> Iterator[tuple[str, list[Tensor]]]:
     yield from embedding_cases()
     yield from member_cases()
     yield from optimizer_cases()
+    yield from clip_cases()
 
 
 def record() -> dict[str, str]:

@@ -24,7 +24,7 @@ from torch.optim import (
     RMSprop,
 )
 
-from pyens import EnsembleMLP
+from pyens import EnsembleMLP, optim
 from pyens.ops import ensemble_mlp_loss
 from pyens.optim import (
     MemberLearningRates,
@@ -544,6 +544,14 @@ def test_member_state_between_fused_and_plain(source):
 NORMS = (1.0, 2.0, math.inf)
 
 
+@pytest.fixture(params=["kernel", "torch"])
+def way(request, monkeypatch):
+    """The kernel of the CPU, or torch's operations, which are for other devices."""
+    if request.param == "torch":
+        monkeypatch.setattr(optim, "REAL", ())
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("norm_type", NORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_clipping_is_that_of_torch_for_each_member(norm_type, dtype):
@@ -572,6 +580,7 @@ def test_clipping_is_that_of_torch_for_each_member(norm_type, dtype):
         torch.testing.assert_close([p.grad for p in own], [p.grad[m] for p in stack[:-1]], **tolerance)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("norm_type", NORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [1, 2, 7, 16, 33, 1000, 2891, 40_001])
@@ -597,6 +606,7 @@ def test_clipping_gives_a_member_the_same_bits_whoever_is_beside_it(width, dtype
             assert torch.equal(ours, theirs[members])
 
 
+@pytest.mark.usefixtures("way")
 def test_clipping_at_the_edges_of_numbers():
     weight = torch.zeros(6, 4, requires_grad=True)
     rows = [1e30, 1e-30, 1e-42, 0.0, math.inf, math.nan]
@@ -611,6 +621,16 @@ def test_clipping_at_the_edges_of_numbers():
     assert weight.grad[4, 0].isnan() and (weight.grad[4, 1:] == 0).all() and weight.grad[5].isnan().all()
 
 
+@pytest.mark.usefixtures("way")
+def test_clipping_leaves_no_graph():
+    weight = torch.full((3, 2), 2.0, requires_grad=True)
+    (weight.grad,) = torch.autograd.grad(weight.pow(3).sum(), weight, create_graph=True)
+    assert weight.grad is not None and weight.grad.requires_grad
+    norms = clip_member_grad_norm_(weight, 1.0)
+    assert not norms.requires_grad and weight.grad.detach().norm(dim=1).tolist() == pytest.approx([1] * 3)
+
+
+@pytest.mark.usefixtures("way")
 def test_clipping_refuses():
     weight, other = torch.zeros(3, 2, requires_grad=True), torch.zeros(4, 2, requires_grad=True)
     assert clip_member_grad_norm_([weight], 1.0).shape == (0,)

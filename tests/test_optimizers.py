@@ -236,6 +236,31 @@ def test_momentum_begins_where_the_first_gradient_comes():
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_parameters_on_the_same_memory_are_updated_one_after_the_other(name):
+    kind, options = OPTIMIZERS[name]
+
+    def updated(make: Callable[..., Optimizer], threads: int) -> Tensor:
+        draw = torch.Generator().manual_seed(0)
+        memory = torch.randn(90_000, generator=draw)
+        stack = [memory[:60_000].requires_grad_(), memory[30_000:].requires_grad_()]
+        optimizer = make(kind, stack, **options)
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(threads)
+            for _ in range(3):
+                for p in stack:
+                    p.grad = torch.randn(p.shape, generator=draw)
+                optimizer.step()
+        finally:
+            torch.set_num_threads(before)
+        return memory
+
+    alone = updated(fused, 1)
+    assert all(torch.equal(updated(fused, 4), alone) for _ in range(5))
+    torch.testing.assert_close(alone, updated(plain, 1), rtol=1e-5, atol=1e-5)
+
+
 def test_a_skipped_step_leaves_no_state_behind():
     weight = torch.ones(3, 2, requires_grad=True)
     optimizer: Any = fused(SGD, [weight], lr=0.1, momentum=0.9)

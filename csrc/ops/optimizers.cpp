@@ -9,8 +9,6 @@
 
 #include "ops/torch.h"
 
-#include <ATen/MemoryOverlap.h>
-
 #include <cmath>
 #include <initializer_list>
 #include <optional>
@@ -18,6 +16,7 @@
 
 #include "kernels/optimizers.h"
 #include "ops/checks.h"
+#include "ops/in_place.h"
 #include "ops/launch.h"
 #include "ops/operation.h"
 
@@ -86,18 +85,7 @@ void make_step(StepParams p, TensorList parameters, Belongings belongings, Tenso
   const at::AutoDispatchBelowADInplaceOrView no_graph;
   p.grad_scale = grad_scale ? &*grad_scale : nullptr;
   std::vector<StepTensor> tensors(parameters.size());
-  // Copies of what is not contiguous, kept until the step is made, and what those that are written go back to.
-  std::vector<Tensor> copies, targets;
-  const auto memory = [&](const Tensor& tensor, bool written) {
-    if (written) tensor.unsafeGetTensorImpl()->bump_version();
-    if (tensor.is_contiguous()) {
-      return written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
-    }
-    if (written) at::assert_no_internal_overlap(tensor);
-    copies.push_back(tensor.contiguous());
-    targets.push_back(written ? tensor : Tensor());
-    return copies.back().mutable_data_ptr();
-  };
+  InPlace in_place;
   int64_t items = 0;
   for (size_t i = 0; i < parameters.size(); ++i) {
     StepTensor& t = tensors[i];
@@ -105,10 +93,10 @@ void make_step(StepParams p, TensorList parameters, Belongings belongings, Tenso
     t.size = parameters[i].numel();
     t.first_item = items;
     items += optimizers_cpu::items_of(t.size);
-    t.parameter = memory(parameters[i], true);
+    t.parameter = in_place.memory(parameters[i], true);
     int64_t at = -1;  // the gradient comes first, then the state
     for (const Belonging& of : belongings) {
-      void* const pointer = memory(of.tensors[i], at >= 0 || grad_scale);
+      void* const pointer = in_place.memory(of.tensors[i], at >= 0 || grad_scale);
       (at < 0 ? t.gradient : t.state[at]) = pointer;
       ++at;
     }
@@ -120,12 +108,12 @@ void make_step(StepParams p, TensorList parameters, Belongings belongings, Tenso
   }
   p.tensors = tensors.data();
   p.count = static_cast<int64_t>(tensors.size());
-  launch_cpu(
-      optimizers_cpu::work_items(p), optimizers_cpu::grain_size(p), 0,
-      [&](int64_t begin, int64_t end, void* /*scratch*/) { optimizers_cpu::run(p, begin, end); });
-  for (size_t i = 0; i < copies.size(); ++i) {
-    if (targets[i].defined()) targets[i].copy_(copies[i]);
-  }
+  // Parameters on the same memory are updated one after the other, as torch does.
+  const int64_t grain_size = in_place.overlaps() ? items : optimizers_cpu::grain_size(p);
+  launch_cpu(items, grain_size, 0, [&](int64_t begin, int64_t end, void* /*scratch*/) {
+    optimizers_cpu::run(p, begin, end);
+  });
+  in_place.done();
 }
 
 void adam_(TensorList parameters, TensorList gradients, TensorList exp_avgs, TensorList exp_avg_sqs,
