@@ -109,8 +109,8 @@ def fit(
             looks at, and what the members have in the end.
         swa_start: the epoch from which on the weights after each epoch are averaged evenly, likewise.
         randomness: the sources of randomness. If given, `model.reset_parameters` is called first, for frozen
-            parameters too: with `seeds` under R, else with `seed` for all members. None keeps the weights the model has, and every
-            member shuffles.
+            parameters too: with `seeds` under R, else with `seed` for all members. None keeps the weights the
+            model has, and every member shuffles.
         seed: feeds what the members have in common: validation rows, jackknife groups, weights without R, the
             order without S.
         seeds: one per member, feeds its weights (R), its order (S) and its dropout, which a model with
