@@ -381,7 +381,7 @@ def test_members_that_share_their_parameters_train_as_one(tmp_path):
     start.loss(*table(), loss="mse").sum().backward()
     for ours, theirs in zip(model.parameters(), start.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs - 0.1 * theirs.grad)
-    with pytest.raises(ValueError, match="randomness: expected no R for members that share"):
+    with pytest.raises(ValueError, match="randomness: expected neither R nor J for members that share"):
         train(make(), randomness=Randomness(init=True))
 
 
