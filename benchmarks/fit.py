@@ -78,7 +78,7 @@ class Sizes:
         return [*weights, *((e, o) for o in sizes[1:])]
 
 
-LONG = Sizes(100, 4096, 256, 4, FEATURES)  # 16 steps in an epoch
+LONG = Sizes(100, 4096, 256, 16, FEATURES)  # 16 steps in an epoch
 SHORT = Sizes(100, 2048, 256, 0, FEATURES)  # 8 steps, for each number of members
 TINY = Sizes(3, 40, 16, 2, (5, 7, 2))
 

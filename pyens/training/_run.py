@@ -19,6 +19,7 @@ from pyens._kinds import check_number
 from pyens._types import Bootstrap
 from pyens.nn import Ensemble
 from pyens.nn.ensemble import is_held, renew_accumulator
+from pyens.reference.ensemble_mlp_loss import row_sums
 from pyens.training import _checks, _data
 from pyens.training import checkpoint as checkpoints
 from pyens.training import metrics as measures
@@ -497,7 +498,8 @@ class Run:
         if trainer.mask_mode != "tiled" and order.dim() == 2:
             order = order[0]  # all masks are one model, whose batch they share out
         drawn = trainer.draw("", self.epoch, self.steps)
-        total, weighed = torch.zeros(2, len(members), dtype=torch.float64, device=device)
+        self.sums = np.zeros((2, len(members)))  # of losses by weight, and of weights
+        done: list[tuple[Tensor, Tensor | int]] = []  # losses and weights of the last steps
         with training_mode(self.model, True):
             for step, rows in enumerate(order.split(self.batch_size, dim=-1)):
                 weights = self._weights(rows)
@@ -507,16 +509,25 @@ class Run:
                     drawn[step],
                     axis=max(rows.dim() - 1, self.axis),
                 )
-                share = rows.shape[-1] if weights is None else weights.sum(-1)
-                total += losses * share
-                weighed += share
+                done.append((losses, rows.shape[-1] if weights is None else row_sums(weights.double())))
+                if len(done) == 1024:
+                    self._add_up(done)
                 advance()
                 if self.callbacks:
                     self.step, self.step_loss = step, losses
                     self._call("on_step_end", seen)
         self.rates.append(trainer.learning_rate)
         trainer.end_epoch(self.epoch)
-        self.train_loss = (total / weighed).cpu().numpy()
+        self._add_up(done)
+        self.train_loss = self.sums[0] / self.sums[1]
+
+    def _add_up(self, done: list[tuple[Tensor, Tensor | int]]) -> None:
+        """Adds these steps to `sums`, one after the other; in one go, for a step is short."""
+        losses = torch.stack([of_step for of_step, _ in done]).double().cpu().numpy()
+        weights = [share.double().cpu().numpy() if isinstance(share, Tensor) else share for _, share in done]
+        for of_step, share in zip(losses, weights, strict=True):
+            self.sums += np.stack([of_step * share, np.broadcast_to(share, of_step.shape)])
+        done.clear()
 
     def end_epoch(self) -> None:
         """Validation after an epoch: who is best now, who stops, who has diverged."""

@@ -88,9 +88,8 @@ class Order:
         n = len(self.rows)
         order = torch.empty(len(members), n, dtype=self.rows.dtype)
         for i, m in enumerate(members):
-            drawn = torch.randperm(n, generator=generator(self.seeds[m], "order", epoch))
-            torch.index_select(self.rows, 0, drawn, out=order[i])
-        return order
+            torch.randperm(n, generator=generator(self.seeds[m], "order", epoch), out=order[i])
+        return self.rows.index_select(0, order.view(-1)).view_as(order)
 
     def weights(self, rows: Tensor, members: Sequence[int]) -> Tensor | None:
         """float32 `[len(members), B]`, 0 where a member leaves the row out, else 1; None for all ones."""
