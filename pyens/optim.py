@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam
 
-from pyens._kinds import REAL
+from pyens._kinds import REAL, check_number
 from pyens.ops.clip_member_grad_norm import clip_member_grad_norm_ as clip_here
 from pyens.ops.optimizers import adagrad_, adam_, sgd_
 
@@ -106,8 +106,9 @@ def _fused(kind: Any) -> Any:
             return loss
 
         def add_param_group(self, param_group: dict[str, Any]) -> None:
-            if isinstance(param_group, dict) and not isinstance(param_group["params"], (Tensor, set)):
-                param_group["params"] = list(param_group["params"])
+            if isinstance(param_group, dict) and not isinstance(param_group["params"], set):
+                given = param_group["params"]
+                param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
                 _check_parameters(param_group["params"])
             super().add_param_group(param_group)
 
@@ -133,6 +134,9 @@ def _check_parameters(parameters: list[Any]) -> None:
         parameter = named[1] if isinstance(named, tuple) else named
         if not isinstance(parameter, Tensor):
             raise TypeError(f"fused: parameters[{i}]: expected a tensor, got a {type(parameter).__name__}")
+        if parameter.dtype not in REAL:
+            expected = "float32, float64, bfloat16 or float16"
+            raise TypeError(f"fused: parameters[{i}]: expected {expected}, got {parameter.dtype}")
         if not parameter.is_contiguous():
             raise ValueError(f"fused: parameters[{i}]: expected contiguous, got strides {parameter.stride()}")
         if not parameter.is_leaf:
@@ -469,10 +473,14 @@ def clip_member_grad_norm_(
 
     Raises:
         RuntimeError: see `error_if_nonfinite`.
-        ValueError: another `norm_type`, gradients of different numbers of members, or sparse.
+        ValueError: a `max_norm` below 0 or NaN, another `norm_type`, gradients of different numbers of
+            members, or sparse.
     """
     if norm_type not in (1, 2, math.inf):
-        raise ValueError(f"clip_member_grad_norm_: norm_type: expected 1, 2 or inf, got {norm_type}")
+        raise ValueError(f"clip_member_grad_norm_: norm_type: expected 1, 2 or inf, got {norm_type!r}")
+    check_number("clip_member_grad_norm_", "max_norm", max_norm)
+    if not max_norm >= 0:
+        raise ValueError(f"clip_member_grad_norm_: max_norm: expected a number from 0, got {max_norm}")
     gradients: list[Tensor] = []
     for i, parameter in enumerate([parameters] if isinstance(parameters, Tensor) else parameters):
         gradient = parameter.grad

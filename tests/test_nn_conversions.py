@@ -414,3 +414,19 @@ def test_load_stacked_refuses_what_does_not_fit(case):
     with pytest.raises(ValueError, match="load_stacked: params: " + message):
         model.load_stacked(params)
     assert_same_state(model, before)
+
+
+def test_stacked_parameters_of_another_kind_change_nothing():
+    model = EnsembleMLP(2, 3, [4], 1)
+    given = {"0.weight": (2, 4, 3), "0.bias": (2, 4), "1.weight": (2, 1, 4), "1.bias": (2, 1)}
+    given = {name: torch.zeros(shape) for name, shape in given.items()}
+    before = [p.detach().clone() for p in model.parameters()]
+    for bad in (given["1.bias"].numpy(), given["1.bias"] * 1j):
+        with pytest.raises(TypeError, match=r"load_stacked: params\['1.bias'\]: expected"):
+            model.load_stacked(given | {"1.bias": bad})
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_seeds_are_integers():
+    with pytest.raises(TypeError, match="reset_parameters: seeds: expected integers"):
+        EnsembleMLP(2, 3, [4], 1, seeds=[0.5, 1])

@@ -752,3 +752,20 @@ def test_under_sgd_a_factor_of_the_loss_is_one_of_the_learning_rate(options):
         rate = 0.1 * FACTORS[member].item()
         alone = train(lambda stack, lr=rate: SGD(stack, lr=lr, **options), [member], dtype=torch.float64)
         torch.testing.assert_close([p[[member]] for p in whole], alone, rtol=1e-8, atol=1e-10)
+
+
+def test_what_fused_and_clipping_refuse():
+    for dtype in (torch.complex64, torch.float8_e5m2):
+        with pytest.raises(TypeError, match=r"fused: parameters\[0\]: expected float32, .* got torch\."):
+            fused(Adam, [torch.zeros(3, 2, dtype=dtype, requires_grad=True)])
+    bare = torch.zeros(3, 2).t().requires_grad_()
+    with pytest.raises(ValueError, match=r"fused: parameters\[0\]: expected contiguous"):
+        fused(Adam, [{"params": bare}])
+    parameter = torch.zeros(3, 2, requires_grad=True)
+    parameter.grad = torch.ones(3, 2)
+    for bad in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="clip_member_grad_norm_: max_norm: expected a number from 0"):
+            clip_member_grad_norm_([parameter], bad)
+    with pytest.raises(TypeError, match="clip_member_grad_norm_: max_norm: expected "):
+        clip_member_grad_norm_([parameter], "1")
+    assert torch.equal(parameter.grad, torch.ones(3, 2))

@@ -286,6 +286,7 @@ class EnsembleMLPLossFunction : public torch::autograd::Function<EnsembleMLPLoss
     ctx->save_for_backward(saved);
     ctx->saved_data["weights"] = static_cast<int64_t>(weights.size());
     ctx->saved_data["biases"] = static_cast<int64_t>(biases.size());
+    ctx->saved_data["gradients"] = needs_grad;
     return mean;
   }
 
@@ -328,9 +329,12 @@ class EnsembleMLPLossFunction : public torch::autograd::Function<EnsembleMLPLoss
     const bool unscaled = is_all_ones(grad);
     // Another backward may follow, and a hook may change in place what this one returns.
     const bool copied = unscaled && torch::autograd::get_current_graph_task_keep_graph();
-    for (size_t i = by_shared_input ? 1 : 0; i < network.tensors(); ++i) {
-      if (!ctx->needs_input_grad(i)) continue;
+    // Those that there are: which of them this backward is asked for is another matter.
+    const auto there = ctx->saved_data["gradients"].toBoolList();
+    for (size_t i = 0; i < network.tensors(); ++i) {
+      if (!there.get(i)) continue;
       const Tensor& gradient = saved.next();
+      if (!ctx->needs_input_grad(i)) continue;
       const Tensor factor =
           grad.view(gradient.dim() == 3 ? at::IntArrayRef{-1, 1, 1} : at::IntArrayRef{-1, 1});
       const at::ScalarType type = network.tensor(i).scalar_type();

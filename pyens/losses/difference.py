@@ -48,7 +48,9 @@ def difference_loss(
     components = z.shape[-2]
     if distance == "squared":
         # Σ_{i<j} (z_i - z_j)² = J Σ_i (z_i - z̄)², and without the cancellation of squares of large values.
-        total = components * (z - z.mean(-2, keepdim=True)).square().sum(-2)
+        # Centred twice: of values far from 0 the mean is rounded.
+        centred = z - z.mean(-2, keepdim=True)
+        total = components * (centred - centred.mean(-2, keepdim=True)).square().sum(-2)
     else:
         i, j = torch.triu_indices(components, components, offset=1, device=z.device)
         total = (z[..., i, :] - z[..., j, :]).abs().sum(-2)  # [..., K, B]

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from pyens._kinds import check_real
 from pyens.nn.ensemble import Ensemble
 
 SomeModule = TypeVar("SomeModule", bound=nn.Module)
@@ -31,9 +32,11 @@ class Members(Ensemble):
         Names may be anything that ends in `weight` and `bias`; the layers are taken in the mapping's order.
 
         Raises:
-            ValueError: names or shapes that do not fit; nothing is copied then.
+            ValueError, TypeError: names, shapes or kinds that do not fit; nothing is copied then.
         """
         weights, biases = self._parameters_alone("load_stacked")
+        for name, tensor in params.items():
+            check_real("load_stacked", f"params[{name!r}]", tensor)
         for kind, own in (("weight", weights), ("bias", biases)):
             given = {name: t for name, t in params.items() if name.rpartition(".")[2] == kind}
             shapes, expected = [list(t.shape) for t in given.values()], [list(t.shape) for t in own]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
@@ -507,4 +508,7 @@ def generators(ensemble_size: int, seeds: Sequence[int] | Tensor | None) -> list
         raise ValueError(
             f"reset_parameters: seeds: expected one for each of the {ensemble_size} members, got {got}"
         )
-    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    try:
+        return [torch.Generator().manual_seed(operator.index(seed)) for seed in seeds]
+    except TypeError:
+        raise TypeError(f"reset_parameters: seeds: expected integers, got {seeds!r}") from None
