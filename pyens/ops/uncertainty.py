@@ -30,10 +30,10 @@ def predictive_uncertainty(logits: Tensor, *, from_probabilities: bool = False) 
     Right for logits of any magnitude: -inf is probability 0, and +inf as a binary logit probability 1. All
     is computed in float64 and rounded once. What members disagree on is a small difference of large
     entropies: from logits, mutual information and prediction variation are right to 1e-4 down to 1e-11 nats
-    of mutual information, in float32 too. Rounded probabilities have lost that: with `from_probabilities`
-    both, and the entropies, are as right as the members' rows sum to 1, some 1e-7 in float32 (of `[E, B]`,
-    1 - p is rounded in their dtype). Entropies of logits are right to 1e-16 nats: relative to themselves to
-    1e-5 at a gap of 30 between the largest two logits, where they are 3e-12, and to 2 % at 40. Members that are equal, and a
+    of mutual information, in float32 too. Entropies of logits are right to 1e-16 nats: relative to
+    themselves to 1e-5 at a gap of 30 between the two largest logits, where they are 3e-12, and to 2 % at 40.
+    Rounded probabilities have lost that: with `from_probabilities` all are as right as the members' rows sum
+    to 1, some 1e-7 in float32 (of `[E, B]`, 1 - p is rounded in their dtype). Members that are equal, and a
     single one, disagree by exactly 0. Of classes that tie for the largest probability, the first gets the
     vote.
     An example with a NaN logit, or with +inf among several, becomes NaN as softmax has it, and no other.
