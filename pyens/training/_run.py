@@ -647,8 +647,8 @@ class Run:
         if self.weight is None:
             return present
         rows, own = rows.to(self.device).long(), self.weight
-        each = torch.arange(len(self.active), device=self.device).unsqueeze(1)
-        own = own[rows] if own.dim() == 1 else own[self.active][each, rows]
+        owners = torch.tensor(self.active, device=self.device).unsqueeze(1)
+        own = own[rows] if own.dim() == 1 else own[owners, rows]  # never a copy of all rows
         return own if present is None else own * present
 
     def _batch(self, tensors: Sequence[Tensor | None], rows: Tensor) -> list[Tensor | None]:
