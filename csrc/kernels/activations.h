@@ -5,47 +5,61 @@
 #include <optional>
 #include <string_view>
 
-// X(name, type of the formulas), as in torch.nn with default arguments; gelu is the exact one.
-#define PYENS_ACTIVATIONS(X) \
-  X(relu, Relu)              \
-  X(gelu, Gelu)              \
-  X(silu, Silu)              \
-  X(elu, Elu)                \
-  X(softplus, Softplus)      \
-  X(tanh, Tanh)              \
-  X(identity, Identity)
+// X(name, type of the formulas, default of the parameter), as in torch.nn with default arguments. The
+// default is 0 where there is no parameter. gelu is the exact one.
+#define PYENS_ACTIVATIONS(X)     \
+  X(relu, Relu, 0)               \
+  X(gelu, Gelu, 0)               \
+  X(silu, Silu, 0)               \
+  X(elu, Elu, 1)                 \
+  X(softplus, Softplus, 0)       \
+  X(tanh, Tanh, 0)               \
+  X(identity, Identity, 0)       \
+  X(mish, Mish, 0)               \
+  X(celu, Celu, 1)               \
+  X(leaky_relu, LeakyRelu, 0.01) \
+  X(sigmoid, Sigmoid, 0)         \
+  X(gelu_tanh, GeluTanh, 0)      \
+  X(hardswish, Hardswish, 0)     \
+  X(sin, Sin, 0)
 
 namespace pyens {
 
 enum class ActivationKind : int {
-#define PYENS_KIND(name, Formulas) name,
+#define PYENS_KIND(name, Formulas, parameter) name,
   PYENS_ACTIVATIONS(PYENS_KIND)
 #undef PYENS_KIND
 };
 
-// Of one layer. `parameter` is the place of a slope or an alpha; none of the present ones has any.
+// Of one layer. `parameter`: the slope of leaky_relu, the alpha of elu and celu.
 struct Activation {
   ActivationKind kind = ActivationKind::identity;
-  float parameter = 0;
+  double parameter = 0;
 };
 
-#define PYENS_KIND(name, Formulas) ActivationKind::name,
+#define PYENS_KIND(name, Formulas, parameter) ActivationKind::name,
 inline constexpr ActivationKind kActivationKinds[] = {PYENS_ACTIVATIONS(PYENS_KIND)};
 #undef PYENS_KIND
 
 inline constexpr int kActivations = sizeof(kActivationKinds) / sizeof(kActivationKinds[0]);
 
 inline constexpr std::string_view kActivationNames[] = {
-#define PYENS_NAME(name, Formulas) #name,
+#define PYENS_NAME(name, Formulas, parameter) #name,
     PYENS_ACTIVATIONS(PYENS_NAME)
 #undef PYENS_NAME
 };
 
 // "relu, gelu, ...", for errors.
 inline constexpr const char* kAllActivationNames =
-#define PYENS_NAME(name, Formulas) ", " #name
+#define PYENS_NAME(name, Formulas, parameter) ", " #name
     &(PYENS_ACTIVATIONS(PYENS_NAME))[2];
 #undef PYENS_NAME
+
+inline constexpr double kDefaultParameters[] = {
+#define PYENS_DEFAULT(name, Formulas, parameter) parameter,
+    PYENS_ACTIVATIONS(PYENS_DEFAULT)
+#undef PYENS_DEFAULT
+};
 
 constexpr std::optional<ActivationKind> parse_activation_kind(std::string_view name) {
   for (const ActivationKind kind : kActivationKinds) {

@@ -1,4 +1,5 @@
-// The ensemble MLP: E small networks, each layer h <- act(W h + b), the last one linear.
+// The ensemble MLP: E small networks, each layer h <- act(W h + b), with a norm before or after the
+// activation, dropout, and a residual where they are asked for.
 //
 // Parameter blocks and the launchers, for CPU and CUDA. Raw pointers, no torch.
 #pragma once
@@ -15,8 +16,8 @@ namespace pyens {
 // Strides are counted in elements; the last dimension of every tensor has stride 1.
 // A member stride of 0 means that all members share the tensor.
 //
-// A layer is the unit: what it reads its weights from, and what it does to its sums. Its norm, its
-// residual and the scales of its weights will stand beside `activation`, as plain data like the rest.
+// A layer is the unit: what it reads its weights from, and what it does to its sums. The scales of its
+// weights will stand beside `activation`, as plain data like the rest.
 struct MLPWeight {
   const void* data;  // [E, out, in]
   int64_t member_stride, row_stride;
@@ -26,11 +27,28 @@ struct MLPBias {
   const void* data;  // [E, out], or nullptr
   int64_t member_stride;
 };
+// y = (x - mean) / sqrt(variance + epsilon) * weight + bias over the features of an example, variance with
+// their number; rms_norm takes the mean as 0.
+enum class NormKind : int { none, layer_norm, rms_norm };
+struct MLPNorm {
+  NormKind kind;
+  bool after_activation;
+  double epsilon;
+  MLPBias weight, bias;  // [E, out], or nullptr: 1 and 0
+};
+// The sums, then of a hidden layer: dropout if it comes before the norm; norm; activation; norm; dropout;
+// what the layer reads added.
 struct MLPLayer {
   int64_t in, out;
   MLPWeight weight;
   MLPBias bias;
-  Activation activation;  // the identity, of the last layer
+  MLPNorm norm;           // of a hidden layer
+  Activation activation;  // of the last layer: of the output
+  bool residual;          // of a hidden layer as wide as what it reads
+
+  bool has_norm() const { return norm.kind != NormKind::none; }
+  // Whether more follows the sums than an activation and dropout.
+  bool rich() const { return has_norm() || residual; }
 };
 
 // What is computed. The layers lie on the host.
@@ -38,16 +56,34 @@ struct EnsembleMLP {
   DType dtype;  // of inputs, biases and outputs
   int64_t ensemble_size, num_layers;
   const MLPLayer* layers;
+  // [ensemble_size]: whose parameters each of them has, among more members that the layers' tensors may
+  // hold; nullptr: its own. Inputs, outputs, dropout and gradients count those that are computed.
+  const int64_t* members;
+
+  PYENS_HOST_DEVICE int64_t parameters_of(int64_t member) const {
+    return members ? members[member] : member;
+  }
+  bool rich() const {
+    for (int64_t l = 0; l < num_layers; ++l) {
+      if (layers[l].rich()) return true;
+    }
+    return false;
+  }
 };
 
 // Share of the hidden activations that become 0; the others are scaled. See kernels/dropout.h.
 struct Dropout {
   double p;
-  const double* rates;   // [E], those of the members in the place of p; or nullptr
+  const double*
+      rates;  // in the place of p: [E, hidden layers], a stride of 0 where they are the same
+  int64_t rates_member_stride, rates_layer_stride;
   const int64_t* seeds;  // [E], where there may be some
+  bool before_norm;      // of layers that have one
 
   PYENS_HOST_DEVICE bool any() const { return p > 0 || rates; }
-  PYENS_HOST_DEVICE double of(int64_t member) const { return rates ? rates[member] : p; }
+  PYENS_HOST_DEVICE double of(int64_t member, int64_t layer) const {
+    return rates ? rates[member * rates_member_stride + layer * rates_layer_stride] : p;
+  }
 };
 
 // What belongs to one call: plain data, which a GPU is given as it is.
@@ -58,9 +94,32 @@ struct MLPCall {
   void* output;  // [E, B, O], contiguous
   Dropout dropout;
   ActivationStrengthParams strength;  // written too, without dropout
+  // CPU: the sums of the layers, Real, kept_elements(mlp, batch); or nullptr. A forward pass leaves them
+  // there, and a training pass begins with them instead of computing them.
+  void* kept;
 };
 
 struct EnsembleMLPParams : EnsembleMLP, MLPCall {};
+
+// Whether the sums of layer l are among those that are kept: all that a backward pass derives something of.
+inline bool keeps(const EnsembleMLP& mlp, int64_t l) {
+  return l + 1 < mlp.num_layers || mlp.layers[l].activation.kind != ActivationKind::identity;
+}
+// A member's kept sums lie layer after layer, panels of examples [panel][out][examples of a panel], the
+// examples rounded up to kKeptRows.
+constexpr int64_t kKeptRows = 64;
+template <class Int>
+Int kept_rows(const Int& batch) {
+  return (batch + (kKeptRows - 1)) / kKeptRows * kKeptRows;
+}
+inline int64_t kept_units_before(const EnsembleMLP& mlp, int64_t layer) {
+  int64_t units = 0;
+  for (int64_t l = 0; l < layer; ++l) units += keeps(mlp, l) ? mlp.layers[l].out : 0;
+  return units;
+}
+inline int64_t kept_elements(const EnsembleMLP& mlp, int64_t batch) {
+  return mlp.ensemble_size * kept_rows(batch) * kept_units_before(mlp, mlp.num_layers);
+}
 
 // What is left of one layer after its matrix products: bias, activation, dropout, strength.
 struct EnsembleMLPEpilogue {
@@ -85,9 +144,11 @@ struct ExpectedClasses {
         elsewhere(static_cast<R>(smoothing / static_cast<double>(classes))) {}
 };
 
-struct MLPLayerGradient {  // contiguous; nullptr where it is not asked for
-  void* weight;            // [E, out, in]
-  void* bias;              // [E, out]
+struct MLPLayerGradient {                // contiguous; nullptr where it is not asked for
+  void* weight;                          // [E, out, in]
+  void *bias, *norm_weight, *norm_bias;  // [E, out]
+
+  PYENS_HOST_DEVICE bool any() const { return weight || bias || norm_weight || norm_bias; }
 };
 
 // What belongs to one training pass, likewise plain. "Real" is float64 for float64 and float32 for all

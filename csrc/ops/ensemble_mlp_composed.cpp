@@ -58,7 +58,7 @@ struct Identity {
 template <class Call>
 Tensor with_formulas(ActivationKind kind, const Call& call) {
   switch (kind) {
-#define PYENS_CASE(name, Formulas) \
+#define PYENS_CASE(name, Formulas, parameter) \
   case ActivationKind::name: return call(Formulas());
     PYENS_ACTIVATIONS(PYENS_CASE)
 #undef PYENS_CASE

@@ -5,47 +5,44 @@
 namespace pyens::PYENS_ISA {
 
 template <class F, class Real, class V>
-inline void apply_rows(Real* rows, int64_t n) {
-  if constexpr (!std::is_same_v<F, Relu> && !std::is_same_v<F, Identity>) {
-    for (int64_t i = 0; i < n; i += lanes_of<V>()) {
-      V v = load<V>(rows + i);
-      if constexpr (std::is_same_v<Real, float>) {
-        v = F::template vector<V>(v);
-      } else {
-        for (int lane = 0; lane < lanes_of<V>(); ++lane) v[lane] = F::value(v[lane]);
-      }
-      store(rows + i, v);
+inline void apply_rows(Real* rows, int64_t n, Real parameter) {
+  for (int64_t i = 0; i < n; i += lanes_of<V>()) {
+    V v = load<V>(rows + i);
+    if constexpr (std::is_same_v<Real, float>) {
+      v = F::template vector<V>(v, broadcast<V>(parameter));
+    } else {
+      for (int lane = 0; lane < lanes_of<V>(); ++lane) v[lane] = F::value(v[lane], parameter);
     }
+    store(rows + i, v);
   }
 }
 
 template <class F, class Real, class V>
-inline void apply_rows_with_slope(Real* rows, Real* slope, int64_t n) {
-  if constexpr (!std::is_same_v<F, Relu>) {
-    for (int64_t i = 0; i < n; i += lanes_of<V>()) {
-      const V x = load<V>(rows + i);
-      V h = x, d{};
-      if constexpr (std::is_same_v<Real, float>) {
-        h = F::template vector<V>(x);
-        d = F::template vector_slope<V>(x, h);
-      } else {
-        for (int lane = 0; lane < lanes_of<V>(); ++lane) {
-          h[lane] = F::value(x[lane]);
-          d[lane] = F::slope(x[lane], h[lane]);
-        }
+inline void apply_rows_with_slope(Real* rows, Real* slope, int64_t n, Real parameter) {
+  for (int64_t i = 0; i < n; i += lanes_of<V>()) {
+    const V x = load<V>(rows + i), a = broadcast<V>(parameter);
+    V h = x, d{};
+    if constexpr (std::is_same_v<Real, float>) {
+      h = F::template vector<V>(x, a);
+      d = F::template vector_slope<V>(x, h, a);
+    } else {
+      for (int lane = 0; lane < lanes_of<V>(); ++lane) {
+        h[lane] = F::value(x[lane], parameter);
+        d[lane] = F::slope(x[lane], h[lane], parameter);
       }
-      store(rows + i, h);
-      store(slope + i, d);
     }
+    store(rows + i, h);
+    store(slope + i, d);
   }
 }
 
-// rows[i] <- act(rows[i]), i < n; n is a multiple of V's lanes. A ReLU is done where sums are stored.
+// rows[i] <- act(rows[i]), i < n; n is a multiple of V's lanes.
 template <class V, class Real>
-inline void activate(ActivationKind kind, Real* rows, int64_t n) {
-  switch (kind) {
-#define PYENS_CASE(name, F) \
-  case ActivationKind::name: return apply_rows<F, Real, V>(rows, n);
+inline void activate(const Activation& activation, Real* rows, int64_t n) {
+  const auto a = static_cast<Real>(activation.parameter);
+  switch (activation.kind) {
+#define PYENS_CASE(name, F, parameter) \
+  case ActivationKind::name: return apply_rows<F, Real, V>(rows, n, a);
     PYENS_ACTIVATIONS(PYENS_CASE)
 #undef PYENS_CASE
   }
@@ -53,10 +50,11 @@ inline void activate(ActivationKind kind, Real* rows, int64_t n) {
 
 // rows[i] <- act(rows[i]) and slope[i] <- act'(rows[i]), likewise.
 template <class V, class Real>
-inline void activate_with_slope(ActivationKind kind, Real* rows, Real* slope, int64_t n) {
-  switch (kind) {
-#define PYENS_CASE(name, F) \
-  case ActivationKind::name: return apply_rows_with_slope<F, Real, V>(rows, slope, n);
+inline void activate_with_slope(const Activation& activation, Real* rows, Real* slope, int64_t n) {
+  const auto a = static_cast<Real>(activation.parameter);
+  switch (activation.kind) {
+#define PYENS_CASE(name, F, parameter) \
+  case ActivationKind::name: return apply_rows_with_slope<F, Real, V>(rows, slope, n, a);
     PYENS_ACTIVATIONS(PYENS_CASE)
 #undef PYENS_CASE
   }

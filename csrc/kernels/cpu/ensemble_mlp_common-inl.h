@@ -56,8 +56,9 @@ int64_t tile_size(const EnsembleMLPParams& p) {
 }
 
 inline bool small_batch(const Forward& p) {
-  // Dropout is drawn with examples in the lanes.
-  return !p.dropout.any() && p.batch < (p.prepacked ? kSmallBatchPrepacked : kSmallBatch);
+  // Dropout, norms, residuals and sums to keep are written with examples in the lanes.
+  return !p.dropout.any() && !p.kept && !p.rich() &&
+         p.batch < (p.prepacked ? kSmallBatchPrepacked : kSmallBatch);
 }
 
 // Members that a small batch takes through the layers together.
@@ -88,6 +89,9 @@ struct Scratch {
   Real* pairs;      // hidden activations in units, where a unit is not a Real
   Real* weights;    // a block of weights, converted or transposed
   Real* bias;       // of one layer, zeros where it has none
+  Real* norm;       // weights and biases of one norm
+  Real*
+      plain;  // the tile's input once more, where the first layer adds it and a unit is not a Real
   StrengthScratch<A> strength;
   size_t bytes;
 
@@ -110,6 +114,8 @@ struct Scratch {
     pairs = take(A::kPerUnit == 1 ? 0 : rows * round_up(units<A>(width), kNarrowLanes<Real>));
     weights = take(block * kBlockUnits<A>);
     bias = take(members * width);
+    norm = take(p.rich() ? 2 * width : 0);
+    plain = take(A::kPerUnit > 1 && p.layers[0].residual ? rows * width : 0);
     strength.allocate(p, take);
   }
 
@@ -134,12 +140,16 @@ void load_bias(const MLPLayer& layer, int64_t member, typename A::Real* bias) {
   std::fill(bias + o, bias + round_up(layer.out, kNarrowLanes<typename A::Real>), 0);
 }
 
+// Whether nothing stands between the sums and the ReLU, which is then done where they are stored.
+inline bool fuses_relu(const MLPLayer& layer) {
+  return layer.activation.kind == ActivationKind::relu &&
+         (!layer.has_norm() || layer.norm.after_activation);
+}
+
 // Every sum is stored as max(floor, sum): 0 makes that the ReLU, minus infinity leaves it as it is.
 template <class Real>
 Real relu_floor(const MLPLayer& layer, bool finished) {
-  return finished && layer.activation.kind == ActivationKind::relu
-             ? 0
-             : -std::numeric_limits<Real>::infinity();
+  return finished && fuses_relu(layer) ? 0 : -std::numeric_limits<Real>::infinity();
 }
 
 }  // namespace pyens::PYENS_ISA::ensemble_mlp

@@ -173,6 +173,20 @@ void forward_layer(const MLPLayer& layer, int64_t member, int64_t examples,
   }
 }
 
+// Zeros in the lanes behind the last example: a bias that is infinite left them so, and the sums over the
+// examples multiply them by 0.
+template <class Real>
+void clear_padding(Real* panels, int64_t width, int64_t examples) {
+  using V = Wide<Real>;
+  constexpr int64_t N = lanes_of<V>(), P = kPanelOf<Real>;
+  const int64_t left = examples % N, b = examples - left;
+  if (left == 0) return;
+  for (int64_t u = 0; u < width; ++u) {
+    Real* lanes = panels + (b / P * width + u) * P + b % P;
+    std::fill(lanes + left, lanes + N, Real{0});
+  }
+}
+
 // The hidden layers of a tile, panels [out][kPanel] of each, to rows: see write_strengths.
 template <class A>
 struct GatherPanels {
@@ -209,13 +223,27 @@ void forward_tile(const EnsembleMLPParams& p, int64_t member, int64_t first, int
   using Real = typename A::Real;
   constexpr int64_t P = kPanel<A>;
   const int64_t panel_count = (examples + P - 1) / P;
-  const Real* x = scratch.input;
+  const Real* x = scratch.input;  // in units
+  const Real* plain = nullptr;    // the same, not in units
   for (int64_t l = 0; l < p.num_layers; ++l) {
     const MLPLayer& layer = p.layers[l];
-    const int64_t out = layer.out;
+    const int64_t out = layer.out, n = panel_count * P * out;
+    const bool last = l + 1 == p.num_layers;
     Real* z = scratch.output_of(p, l);
-    forward_layer<A>(layer, member, examples, x, z, scratch.weights, scratch.bias);
-    if (l + 1 == p.num_layers) {
+    Real* const sums = kept_sums<Real>(p, member, l, first);
+    if (layer.residual && l == 0) plain = A::plain_panels(x, panel_count, layer.in, scratch.plain);
+    forward_layer<A>(layer, p.parameters_of(member), examples, x, sums ? sums : z, scratch.weights,
+                     scratch.bias);
+    if (sums) {
+      clear_padding(sums, out, examples);
+      if (sums_are_read(p, member, l)) {
+        z = sums;
+      } else {
+        std::memcpy(z, sums, static_cast<size_t>(n) * sizeof(Real));
+      }
+    }
+    if (last) {
+      output_activation<Real>(layer.activation, z, nullptr, n);
       from_panels<A>(z, examples, out, output);
       if (p.strength.units) {
         write_strengths<A>(p, member, first, examples, scratch.strength,
@@ -223,7 +251,9 @@ void forward_tile(const EnsembleMLPParams& p, int64_t member, int64_t first, int
       }
       return;
     }
-    hidden_epilogue<Real>(p, l, member, first, examples, z, nullptr);
+    hidden_epilogue<A>(p, l, member, first, examples, z, static_cast<Real*>(nullptr), plain,
+                       scratch.norm, Normalized<Real>{});
+    plain = z;
     x = A::hidden_panels(z, panel_count, out, scratch.pairs);
   }
 }

@@ -344,7 +344,7 @@ void forward_small(const Forward& p, int64_t member, int64_t members, const Scra
     block.bias_member = prepacked ? prepacked_member : padded;
     if (!prepacked) {
       for (int64_t m = 0; m < members; ++m) {
-        load_bias<A>(layer, member + m, scratch.bias + m * padded);
+        load_bias<A>(layer, p.parameters_of(member + m), scratch.bias + m * padded);
       }
     }
     for (int64_t stripe = 0; stripe * N < layer.out; stripe += kGroup) {
@@ -361,7 +361,7 @@ void forward_small(const Forward& p, int64_t member, int64_t members, const Scra
           block.bias = bias + m * block.bias_member + stripe * N;
           if constexpr (A::kDirect) {
             if (p.batch == 1 && !prepacked && block.k_count >= N) {
-              block.w = weight_row<A>(layer, member + m, stripe * N) + k;
+              block.w = weight_row<A>(layer, p.parameters_of(member + m), stripe * N) + k;
               transposing_blocks<A>(block, layer.weight.row_stride,
                                     std::min<int64_t>(stripes * N, layer.out - stripe * N));
               ++m;
@@ -375,8 +375,8 @@ void forward_small(const Forward& p, int64_t member, int64_t members, const Scra
             block.w = prepacked + m * prepacked_member + stripe * N * unit_count + k * block.w_unit;
           } else {
             for (int64_t i = 0; i < count; ++i) {
-              transpose_group<A>(layer, member + m + i, stripe, stripes, k, block.k_count,
-                                 scratch.weights + i * block.w_member);
+              transpose_group<A>(layer, p.parameters_of(member + m + i), stripe, stripes, k,
+                                 block.k_count, scratch.weights + i * block.w_member);
             }
             block.w = scratch.weights;
           }
@@ -391,6 +391,9 @@ void forward_small(const Forward& p, int64_t member, int64_t members, const Scra
     }
     if (prepacked) prepacked += prepacked_reals<A>(layer);
     if (last) {
+      if (layer.activation.kind != ActivationKind::identity) {
+        activate<V>(layer.activation, z, rows * padded);
+      }
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t o = 0; o < layer.out; o += N) {
           store_first<Real>(output + r * layer.out + o, load<V>(z + r * padded + o), layer.out - o);
@@ -402,7 +405,9 @@ void forward_small(const Forward& p, int64_t member, int64_t members, const Scra
       }
       return;
     }
-    activate<V>(layer.activation.kind, z, rows * padded);
+    if (!fuses_relu(layer) && layer.activation.kind != ActivationKind::identity) {
+      activate<V>(layer.activation, z, rows * padded);
+    }
     const auto hidden = A::hidden_rows(z, rows, layer.out, scratch.pairs);
     block.x = hidden.x;
     block.x_example = hidden.stride;

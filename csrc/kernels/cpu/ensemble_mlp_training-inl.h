@@ -1,8 +1,9 @@
 // One training pass of the ensemble MLP: forward, loss, backward, tile by tile.
 //
 // A tile of examples goes through all layers of one member and back before the next one starts, so
-// activations are never stored: they lie in cache, in the panels of ensemble_mlp_panels-inl.h. Three
-// products per layer, each bound by multiply-adds:
+// activations are never stored: they lie in cache, in the panels of ensemble_mlp_panels-inl.h. (A forward
+// pass may have kept its sums: then the pass begins with those.) Three products per layer, each bound by
+// multiply-adds:
 //
 //   outputs          z = W x      kRows neurons x kVectors vectors in registers, weights broadcast
 //   input gradients  W^T g        the same with the weights read down their columns
@@ -64,8 +65,10 @@ struct TrainingSchedule {
     for (int64_t l = p.num_layers; l-- > 0;) {
       const MLPLayerGradient requested = requested_gradient(t, l);
       if (requested.weight) member_gradients += p.layers[l].out * p.layers[l].in;
-      if (requested.bias) member_gradients += p.layers[l].out;
-      if (requested.weight || requested.bias) lowest = l;
+      for (const void* of : {requested.bias, requested.norm_weight, requested.norm_bias}) {
+        if (of) member_gradients += p.layers[l].out;
+      }
+      if (requested.any()) lowest = l;
     }
     if (t.grad_input) lowest = 0;
 
@@ -123,19 +126,32 @@ inline int64_t loss_terms(const Training& t) {
   return t.loss == Loss::none ? 1 : target_features(t);
 }
 
+// Whether the derivative of layer l's activation gets panels of its own.
+inline bool needs_slope(const EnsembleMLPParams& p, int64_t l) {
+  const MLPLayer& layer = p.layers[l];
+  const bool identity = layer.activation.kind == ActivationKind::identity;
+  if (l + 1 == p.num_layers || layer.rich())
+    return !identity && !(l + 1 < p.num_layers && slope_shows(layer));
+  return !slope_shows(layer);
+}
+
 // Of one thread.
 template <class A>
 struct TrainingScratch {
   using Real = typename A::Real;
-  Real* input;           // panels of the tile's input
-  Real* target;          // panels of its targets
-  Real* example_weight;  // [tile], scaled; 0 behind the last example
-  Real** hidden;         // [layers]: panels of what each layer puts out
-  Real** slope;          // [layers]: derivative of the activation there, unless it is the ReLU
-  Real* gradient[2];     // by what a layer reads, in turn
-  Real* weights;         // a block of weights, converted
-  Real* bias;            // of one layer
-  Real* member;          // weights and biases of one member over one span
+  Real* input;                   // panels of the tile's input
+  Real* target;                  // panels of its targets
+  Real* example_weight;          // [tile], scaled; 0 behind the last example
+  Real** hidden;                 // [layers]: panels of what each layer puts out
+  const Real** reads;            // [layers]: panels of what each layer reads
+  Real** slope;                  // [layers]: derivative of the activation there, where it is needed
+  Normalized<Real>* normalized;  // [layers]: of a norm there
+  Real* output;                  // where the outputs' place has their gradient, the outputs
+  Real* gradient[2];             // by what a layer reads, in turn
+  Real* weights;                 // a block of weights, converted
+  Real* bias;                    // of one layer
+  Real* norm;                    // weights and biases of one norm
+  Real* member;                  // weights and biases of one member over one span
   size_t bytes;
 
   TrainingScratch(const Training& t, const TrainingSchedule<A>& s, void* base) {
@@ -151,23 +167,35 @@ struct TrainingScratch {
     };
     const int64_t pointers = p.num_layers * static_cast<int64_t>(sizeof(Real*));
     hidden = reinterpret_cast<Real**>(take(pointers));
+    reads = reinterpret_cast<const Real**>(take(pointers));
     slope = reinterpret_cast<Real**>(take(pointers));
+    normalized = reinterpret_cast<Normalized<Real>*>(
+        take(p.num_layers * static_cast<int64_t>(sizeof(Normalized<Real>))));
     input = reals(s.tile * p.layers[0].in);
     target = reals(s.tile * target_features(t));
     example_weight = reals(s.tile);
     int64_t widest = t.grad_input ? p.layers[0].in : 0;  // of the layers' inputs
     for (int64_t l = 0; l < p.num_layers; ++l) {
       const bool last = l + 1 == p.num_layers;
-      const bool smooth =
-          !last && l >= s.lowest && p.layers[l].activation.kind != ActivationKind::relu;
-      Real* h = reals(s.tile * p.layers[l].out);
-      Real* d = reals(smooth ? s.tile * p.layers[l].out : 0);
-      if (base) hidden[l] = h, slope[l] = smooth ? d : nullptr;
-      if (!last) widest = std::max(widest, p.layers[l].out);
+      const MLPLayer& layer = p.layers[l];
+      const bool has_slope = l >= s.lowest && needs_slope(p, l);
+      const bool has_norm = l >= s.lowest && layer.has_norm();
+      Real* h = reals(s.tile * layer.out);
+      Real* d = reals(has_slope ? s.tile * layer.out : 0);
+      Real* x = reals(has_norm ? s.tile * layer.out : 0);
+      Real* r = reals(has_norm ? s.tile : 0);
+      if (base) {
+        hidden[l] = h, slope[l] = has_slope ? d : nullptr;
+        normalized[l] = has_norm ? Normalized<Real>{x, r} : Normalized<Real>{};
+      }
+      if (!last) widest = std::max(widest, layer.out);
     }
+    const int64_t outputs = p.layers[p.num_layers - 1].out;
+    output = reals(t.loss == Loss::none && keeps(p, p.num_layers - 1) ? s.tile * outputs : 0);
     for (Real*& g : gradient) g = reals(s.lowest < p.num_layers ? s.tile * widest : 0);
     weights = reals(A::kDirect ? 0 : kNeuronBlock * kBlock);
     bias = reals(round_up(max_width(p), kNarrowLanes<Real>));
+    norm = reals(p.rich() ? 2 * max_width(p) : 0);
     member = reals(s.by_span ? 0 : s.member_gradients);
   }
 };
@@ -223,24 +251,27 @@ void input_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, int64
                     const typename A::Real* example_weight, typename A::Real* weights) {
   constexpr int64_t P = kPanel<A>;
   const MLPLayer& layer = p.layers[l];
-  const bool relu = l > 0 && p.layers[l - 1].activation.kind == ActivationKind::relu;
+  // A rich layer below has an epilogue of its own to go back through.
+  const bool below = l > 0 && !p.layers[l - 1].rich();
+  const bool relu = below && slope_shows(p.layers[l - 1]);
+  const double rate = l > 0 ? p.dropout.of(member, l - 1) : 0;
   for (int64_t row = 0; row < layer.in; row += kBlock) {
     const int64_t rows = std::min(kBlock, layer.in - row);
     for (int64_t k = 0; k < layer.out; k += kBlock) {
       InputGradientBlock<A> block;
       block.k_count = std::min(kBlock, layer.out - k);
-      block.w =
-          A::weight_block(layer, member, k, block.k_count, row, rows, weights, &block.w_stride);
+      block.w = A::weight_block(layer, p.parameters_of(member), k, block.k_count, row, rows,
+                                weights, &block.w_stride);
       block.first = k == 0 && !add;
-      block.scale = static_cast<typename A::Real>(1 / (1 - p.dropout.of(member)));
-      block.cuts = p.dropout.of(member) > 0;
+      block.scale = static_cast<typename A::Real>(1 / (1 - rate));
+      block.cuts = rate > 0;
       const bool finished = k + block.k_count == layer.out;
       for (int64_t panel = 0; panel * P < examples; ++panel) {
         const int64_t at = (panel * layer.in + row) * P;
         block.x = gradient + (panel * layer.out + k) * P;
         block.z = result + at;
         block.relu = finished && relu ? hidden + at : nullptr;
-        block.slope = finished && slope ? slope + at : nullptr;
+        block.slope = finished && below && slope ? slope + at : nullptr;
         block.example_weight = example_weight + panel * P;
         run_panel<A>(rows, examples - panel * P, block);
       }
@@ -318,9 +349,10 @@ void weight_gradient(const Real* g, int64_t out, const Real* x, int64_t in, int6
   }
 }
 
-// bias[o] <- (first ? 0 : bias[o]) + sum_b g[o][b] over the tile.
+// sums[o] <- (first ? 0 : sums[o]) + sum_b g[o][b] (x[o][b], if there is an x) over the tile.
 template <class Real>
-void bias_gradient(const Real* g, int64_t out, int64_t examples, Real* bias, bool first) {
+void feature_gradient(const Real* g, const Real* x, int64_t out, int64_t examples, Real* sums,
+                      bool first) {
   using V = Wide<Real>;
   constexpr int N = lanes_of<V>(), C = kColumns<Real>;
   constexpr int64_t P = kPanelOf<Real>;
@@ -330,17 +362,65 @@ void bias_gradient(const Real* g, int64_t out, int64_t examples, Real* bias, boo
     for (int64_t r = 0; r < rows; r += C) {
       V partial[C] = {};
       for (int64_t b = 0; b < examples; b += N) {
-        const Real* at = g + (b / P * out + o + r) * P + b % P;
+        const int64_t at = (b / P * out + o + r) * P + b % P;
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
-          partial[c] += load<V>(at + std::min<int64_t>(c, rows - 1 - r) * P);
+          const int64_t row = at + std::min<int64_t>(c, rows - 1 - r) * P;
+          partial[c] = x ? madd(load<V>(g + row), load<V>(x + row), partial[c])
+                         : partial[c] + load<V>(g + row);
         }
       }
       for (int c = 0; c < C; ++c) sum[r + c] = partial[c];
     }
     const V total = sum_lanes(sum);
-    for (int r = 0; r < rows; ++r) store_or_add(bias + o + r, total[r], first);
+    for (int r = 0; r < rows; ++r) store_or_add(sums + o + r, total[r], first);
   }
+}
+
+// to <- (first ? 0 : to) + from
+template <class Real>
+void add_panels(const Real* from, int64_t n, Real* to, bool first) {
+  using V = Wide<Real>;
+  for (int64_t i = 0; i < n; i += lanes_of<V>()) {
+    const V v = load<V>(from + i);
+    store(to + i, first ? v : load<V>(to + i) + v);
+  }
+}
+
+// The gradient by what a rich hidden layer puts out, without its residual, becomes that by its sums: the
+// steps of hidden_epilogue in reverse. What a slope of 0 cuts off is selected.
+template <class A>
+void epilogue_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, int64_t first,
+                       int64_t examples, const TrainingScratch<A>& scratch, typename A::Real* g,
+                       const MLPLayerGradient& to, bool first_sum) {
+  using Real = typename A::Real;
+  const MLPLayer& layer = p.layers[l];
+  const int64_t n = round_up(examples, kPanel<A>) * layer.out;
+  const bool drops = p.dropout.of(member, l) > 0, drops_early = drops && drops_before_norm(p, l);
+  const Normalized<Real> left = scratch.normalized[l];
+  const auto dropout = [&] { apply_dropout<Real>(p, l, member, first, examples, g, nullptr); };
+  const auto norm = [&] {
+    load_norm<A>(layer, p.parameters_of(member), scratch.norm, scratch.norm + layer.out);
+    if (to.norm_weight) {
+      feature_gradient<Real>(g, left.panels, layer.out, examples,
+                             static_cast<Real*>(to.norm_weight), first_sum);
+    }
+    if (to.norm_bias) {
+      feature_gradient<Real>(g, nullptr, layer.out, examples, static_cast<Real*>(to.norm_bias),
+                             first_sum);
+    }
+    for_each_column<Real>(examples, NormTileBackward<Real>{layer, scratch.norm, g, left});
+  };
+  if (drops && !drops_early) dropout();
+  if (layer.has_norm() && layer.norm.after_activation) norm();
+  if (drops_early && layer.norm.after_activation) dropout();
+  if (scratch.slope[l]) {
+    multiply_by_slope(g, scratch.slope[l], n);
+  } else if (layer.activation.kind == ActivationKind::relu) {
+    cut_by_relu(g, scratch.hidden[l], n);
+  }
+  if (layer.has_norm() && !layer.norm.after_activation) norm();
+  if (drops_early && !layer.norm.after_activation) dropout();
 }
 
 // --- one member over one tile ----------------------------------------------------------------------
@@ -392,20 +472,6 @@ void load_tile(const Training& t, const TrainingSchedule<A>& s, const TrainingPa
   }
 }
 
-// Zeros in the lanes behind the last example: a bias that is infinite left them so, and the sums over the
-// examples multiply them by 0.
-template <class Real>
-void clear_padding(Real* panels, int64_t width, int64_t examples) {
-  using V = Wide<Real>;
-  constexpr int64_t N = lanes_of<V>(), P = kPanelOf<Real>;
-  const int64_t left = examples % N, b = examples - left;
-  if (left == 0) return;
-  for (int64_t u = 0; u < width; ++u) {
-    Real* lanes = panels + (b / P * width + u) * P + b % P;
-    std::fill(lanes + left, lanes + N, Real{0});
-  }
-}
-
 // Returns the weighted sum of the examples' losses. `sums` are the member's gradients: weight and
 // bias of each layer that are asked for, one after the other from the last layer down.
 template <class A>
@@ -420,43 +486,73 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
 
   const Real* x = scratch.input;
   for (int64_t l = 0; l < layers; ++l) {
-    const bool last = l + 1 == layers;
-    if (last && t.loss == Loss::none) break;
-    Real *h = scratch.hidden[l], *d = scratch.slope[l];
-    forward_layer<A>(p.layers[l], member, examples, x, h, scratch.weights, scratch.bias);
+    const MLPLayer& layer = p.layers[l];
+    const bool last = l + 1 == layers, gradient_given = last && t.loss == Loss::none;
+    scratch.reads[l] = x;
+    if (gradient_given && !keeps(p, l)) break;
+    const int64_t n = round_up(examples, kPanel<A>) * layer.out;
+    Real* h = gradient_given ? scratch.output : scratch.hidden[l];
+    const Real* const kept = kept_sums<Real>(p, member, l, first);
+    if (kept && sums_are_read(p, member, l)) {
+      x = kept;
+      continue;
+    }
+    if (kept) {
+      std::memcpy(h, kept, static_cast<size_t>(n) * sizeof(Real));
+    } else {
+      forward_layer<A>(layer, p.parameters_of(member), examples, x, h, scratch.weights,
+                       scratch.bias);
+    }
+    if (last) {
+      output_activation<Real>(layer.activation, h, scratch.slope[l], n);
+      break;
+    }
+    hidden_epilogue<A>(p, l, member, first, examples, h, scratch.slope[l], x, scratch.norm,
+                       scratch.normalized[l]);
+    clear_padding(h, layer.out, examples);
     x = h;
-    if (last) break;
-    hidden_epilogue<Real>(p, l, member, first, examples, h, d);
-    clear_padding(h, p.layers[l].out, examples);
   }
 
   const double loss = loss_tile(t, scratch.hidden[layers - 1], out, scratch.target,
                                 target_features(t), scratch.example_weight, examples, scale);
 
-  const Real* gradient = scratch.hidden[layers - 1];
+  Real* gradient = scratch.hidden[layers - 1];
   for (int64_t l = layers; l-- > s.lowest;) {
-    const int64_t rows = p.layers[l].out, in = p.layers[l].in;
-    const Real* read = l == 0 ? scratch.input : scratch.hidden[l - 1];
-    const MLPLayerGradient requested = requested_gradient(t, l);
-    if (requested.weight) {
-      weight_gradient(gradient, rows, read, in, examples, sums, first_sum);
-      sums += rows * in;
+    const MLPLayer& layer = p.layers[l];
+    const int64_t rows = layer.out, in = layer.in;
+    const bool goes_on = l > s.lowest || (l == 0 && t.grad_input);
+    MLPLayerGradient to = requested_gradient(t, l);  // from here on the tile's sums
+    const auto take = [&](void*& sum, int64_t size) {
+      if (sum) sum = std::exchange(sums, sums + size);
+    };
+    take(to.weight, rows * in);
+    for (void** sum : {&to.bias, &to.norm_weight, &to.norm_bias}) take(*sum, rows);
+    Real* const result = l == 0 && shared_input ? shared_input : scratch.gradient[l % 2];
+    bool add = l == 0 && shared_input && !first_member;
+    if (l + 1 == layers) {
+      if (scratch.slope[l]) {
+        multiply_by_slope(gradient, scratch.slope[l], round_up(examples, kPanel<A>) * rows);
+      }
+    } else if (layer.rich()) {
+      if (layer.residual && goes_on) {  // the other way to what the layer reads
+        add_panels(gradient, round_up(examples, kPanel<A>) * rows, result, !add);
+        add = true;
+      }
+      epilogue_gradient<A>(p, l, member, first, examples, scratch, gradient, to, first_sum);
     }
-    if (requested.bias) {
-      bias_gradient(gradient, rows, examples, sums, first_sum);
-      sums += rows;
+    if (to.weight) {
+      weight_gradient(gradient, rows, scratch.reads[l], in, examples, static_cast<Real*>(to.weight),
+                      first_sum);
     }
-    if (l == s.lowest && !(l == 0 && t.grad_input)) break;
-    Real* result = scratch.gradient[l % 2];
-    if (l > 0) {
-      input_gradient<A>(p, l, member, examples, gradient, result, false, read, scratch.slope[l - 1],
-                        scratch.example_weight, scratch.weights);
-    } else if (shared_input) {
-      input_gradient<A>(p, l, member, examples, gradient, shared_input, !first_member, read,
-                        nullptr, scratch.example_weight, scratch.weights);
-    } else {
-      input_gradient<A>(p, l, member, examples, gradient, result, false, read, nullptr,
-                        scratch.example_weight, scratch.weights);
+    if (to.bias) {
+      feature_gradient<Real>(gradient, nullptr, rows, examples, static_cast<Real*>(to.bias),
+                             first_sum);
+    }
+    if (!goes_on) break;
+    input_gradient<A>(p, l, member, examples, gradient, result, add, scratch.reads[l],
+                      l > 0 ? scratch.slope[l - 1] : nullptr, scratch.example_weight,
+                      scratch.weights);
+    if (l == 0 && !shared_input) {
       from_panels<Plain<Real, Real>>(
           result, examples, in, static_cast<Real*>(t.grad_input) + (member * p.batch + first) * in);
     }
@@ -538,8 +634,9 @@ void add_span(const Training& t, int64_t member, const typename A::Real* sums, b
   };
   for (int64_t l = t.forward.num_layers; l-- > 0;) {
     const MLPLayer& layer = t.forward.layers[l];
-    add(requested_gradient(t, l).weight, layer.out * layer.in);
-    add(requested_gradient(t, l).bias, layer.out);
+    const MLPLayerGradient to = requested_gradient(t, l);
+    add(to.weight, layer.out * layer.in);
+    for (void* of : {to.bias, to.norm_weight, to.norm_bias}) add(of, layer.out);
   }
 }
 

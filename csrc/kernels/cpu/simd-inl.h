@@ -361,4 +361,21 @@ inline __attribute__((always_inline)) void load_transposed(const Row& row, V (&r
   transpose(r);
 }
 
+template <class V>
+inline __attribute__((always_inline)) V square_root(V v) {
+#if PYENS_HAS(AVX512)
+  if constexpr (sizeof(v[0]) == 4) return (V)_mm512_maskz_sqrt_ps(0xffff, (__m512)v);
+  if constexpr (sizeof(v[0]) == 8) return (V)_mm512_maskz_sqrt_pd(0xff, (__m512d)v);
+#elif PYENS_HAS(AVX2)
+  if constexpr (sizeof(v[0]) == 4) return (V)_mm256_sqrt_ps((__m256)v);
+  if constexpr (sizeof(v[0]) == 8) return (V)_mm256_sqrt_pd((__m256d)v);
+#elif defined(__x86_64__)
+  if constexpr (sizeof(v[0]) == 4) return (V)_mm_sqrt_ps((__m128)v);
+  if constexpr (sizeof(v[0]) == 8) return (V)_mm_sqrt_pd((__m128d)v);
+#else
+  for (int i = 0; i < lanes_of<V>(); ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+
 }  // namespace pyens::PYENS_ISA

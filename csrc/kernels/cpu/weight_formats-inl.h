@@ -11,6 +11,7 @@
 //   hidden_panels, hidden_rows
 //                    what a layer has left, as the units that the next one reads: panels of a tile, or
 //                    rows of round_up(units, N) of a small batch
+//   plain_panels     panels of units as panels of Reals
 
 namespace pyens::PYENS_ISA::ensemble_mlp {
 
@@ -79,6 +80,10 @@ struct Plain {
                                    Real* /*scratch*/) {
     return z;
   }
+  static const Real* plain_panels(const Real* x, int64_t /*panels*/, int64_t /*features*/,
+                                  Real* /*scratch*/) {
+    return x;
+  }
   static HiddenRows<Real> hidden_rows(const Real* z, int64_t /*rows*/, int64_t features,
                                       Real* /*scratch*/) {
     return {z, round_up(features, kNarrowLanes<Real>)};
@@ -125,6 +130,23 @@ struct Bfloat16Pairs {
       }
     }
     return pairs;
+  }
+  static const float* plain_panels(const float* pairs, int64_t panels, int64_t features,
+                                   float* plain) {
+    using V = Wide<float>;
+    using Words = Vec<uint32_t, lanes_of<V>()>;
+    constexpr int64_t P = kPanelOf<float>;
+    const int64_t unit_count = units<Bfloat16Pairs>(features);
+    for (int64_t p = 0; p < panels; ++p) {
+      for (int64_t f = 0; f < features; ++f) {
+        for (int64_t i = 0; i < P; i += lanes_of<V>()) {
+          const auto pair = (Words)load<V>(pairs + (p * unit_count + f / 2) * P + i);
+          store(plain + (p * features + f) * P + i,
+                (V)(f % 2 == 0 ? pair << 16 : pair & 0xffff0000u));
+        }
+      }
+    }
+    return plain;
   }
   static HiddenRows<float> hidden_rows(const float* z, int64_t rows, int64_t features,
                                        float* pairs) {
