@@ -19,8 +19,8 @@ namespace {
 
 using at::Tensor;
 using at::TensorList;
+using pyens::ForwardOptions;
 using pyens::LossOptions;
-using pyens::MLPOptions;
 using pyens::OptionalTensor;
 
 // A tensor argument, or a list of them, as Python gives it. `plain` are tensors that no class or mode which
@@ -134,10 +134,11 @@ using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using std::string_view;
-  def<Tensor(const MLPOptions&, const Tensor&, TensorList, TensorList)>(m, "ensemble_mlp");
-  def<Tensor(const LossOptions&, const Tensor&, const Tensor&, TensorList, TensorList)>(
-      m, "ensemble_mlp_loss");
-  def<Tensor(const Tensor&, const Tensor&, TensorList, TensorList, string_view)>(
+  def<Tensor(const ForwardOptions&, const Tensor&, TensorList, TensorList, TensorList, TensorList)>(
+      m, "ensemble_mlp");
+  def<Tensor(const LossOptions&, const Tensor&, const Tensor&, TensorList, TensorList, TensorList,
+             TensorList)>(m, "ensemble_mlp_loss");
+  def<Tensor(const Tensor&, const Tensor&, TensorList, TensorList, string_view, string_view)>(
       m, "ensemble_mlp_packed");
   def<Three(const Tensor&, TensorList, TensorList, const Tensor&, const Tensor&, string_view,
             bool)>(m, "activation_strength");

@@ -5,8 +5,28 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-Dropout = float | Sequence[float] | Tensor  # a rate, or one for each member
-Activation = Literal["relu", "gelu", "silu", "elu", "softplus", "tanh", "identity"]
+# A rate, one for each member [E], or one for each hidden layer [1, H] or [E, H].
+Dropout = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
+ActivationName = Literal[
+    "relu",
+    "gelu",
+    "silu",
+    "elu",
+    "softplus",
+    "tanh",
+    "identity",
+    "mish",
+    "celu",
+    "leaky_relu",
+    "sigmoid",
+    "gelu_tanh",
+    "hardswish",
+    "sin",
+]
+Activation = ActivationName | str  # or with its parameter, "elu(0.5)"
+Norm = Literal["layer_norm", "rms_norm"]
+NormPosition = Literal["before_activation", "after_activation"]
+DropoutPosition = Literal["after_activation", "before_norm"]
 Loss = Literal["mse", "bce", "gaussian_nll", "cross_entropy"]
 Bootstrap = Literal["poisson", "multinomial"]
 Decorrelation = Literal["correlation", "covariance", "residue"]

@@ -331,7 +331,7 @@ def test_opcheck(device, requires_grad):
     x, weights, biases = problem(3, 5, [4, 6, 2], torch.float32, device)
     weights = [w.requires_grad_(requires_grad) for w in weights]
     seeds = torch.arange(3, device=device)
-    torch.library.opcheck(torch.ops.pyens.ensemble_mlp, (x, weights, biases, "relu", 0.5, seeds))
+    torch.library.opcheck(torch.ops.pyens.ensemble_mlp, (x, weights, biases, [], [], "relu", 0.5, seeds))
 
 
 def test_compiled_with_new_seeds_each_step(device):

@@ -162,11 +162,11 @@ def test_opcheck(device, requires_grad):
     seeds = torch.arange(3, device=device)
     rates = torch.tensor([0.5, 0.0, 0.1], dtype=torch.float64, device=device)
     options = ("relu", 0.0, seeds, rates)
-    torch.library.opcheck(torch.ops.pyens.ensemble_mlp, (x, weights, biases, *options))
-    given = (x, torch.zeros(5, 2, device=device), weights, biases, "mse", 1.0, 0.0, None, *options)
+    torch.library.opcheck(torch.ops.pyens.ensemble_mlp, (x, weights, biases, [], [], *options))
+    given = (x, torch.zeros(5, 2, device=device), weights, biases, [], [], "mse", 1.0, 0.0, None, *options)
     torch.library.opcheck(torch.ops.pyens.ensemble_mlp_loss, given)
     if not requires_grad:
-        backward = (torch.randn(3, 5, 2, device=device), x, weights, biases, [True] * 5, *options)
+        backward = (torch.randn(3, 5, 2, device=device), x, weights, biases, [], [], None, [True] * 5, *options)
         torch.library.opcheck(torch.ops.pyens.ensemble_mlp_backward, backward)
 
 

@@ -32,7 +32,7 @@ def test_opcheck(device, loss, smoothing):
     for tracked in (False, True):
         for tensor in differentiable(a)[:3]:
             tensor.requires_grad_(tracked)
-        given = (a["input"], a["target"], a["weights"], a["biases"], loss, 1.0, smoothing)
+        given = (a["input"], a["target"], a["weights"], a["biases"], [], [], loss, 1.0, smoothing)
         op = torch.ops.pyens.ensemble_mlp_loss
         torch.library.opcheck(op, (*given, a["sample_weight"], "tanh", 0.25, seeds))
         torch.library.opcheck(op, (*given, None, "tanh"))
@@ -42,7 +42,7 @@ def test_opcheck(device, loss, smoothing):
 def test_opcheck_with_gradients(per_member):
     a = problem(3, 5, [4, 6, 2], "mse", torch.bfloat16, per_member=per_member, weighted="own")
     seeds, scale = torch.arange(3), torch.rand(3)
-    given = (a["input"], a["target"], a["weights"], a["biases"])
+    given = (a["input"], a["target"], a["weights"], a["biases"], [], [])
     for needs_grad in ([True] * 5, [False, True, False, False, True]):
         op = torch.ops.pyens.ensemble_mlp_loss_with_gradients
         weighted = ("mse", 1.0, 0.0, a["sample_weight"], "gelu", 0.25, seeds)
@@ -55,7 +55,7 @@ def test_opcheck_backward(device, per_member):
     a = problem(3, 5, [4, 6, 2], "mse", torch.float32, device, per_member=per_member)
     seeds = torch.arange(3, device=device)
     for grad in (torch.randn(3, 5, 2, device=device), torch.ones((), device=device).expand(3, 5, 2)):
-        given = (grad, a["input"], a["weights"], a["biases"])
+        given = (grad, a["input"], a["weights"], a["biases"], [], [], None)
         for needs_grad in ([True] * 5, [False, True, False, False, True]):
             op = torch.ops.pyens.ensemble_mlp_backward
             torch.library.opcheck(op, (*given, needs_grad, "relu", 0.25, seeds))
@@ -349,11 +349,11 @@ def test_backward_operations_check_what_they_read():
     backward = torch.ops.pyens.ensemble_mlp_backward
     for grad, error in ((torch.randn(3, 4, 2), ValueError), (torch.randn(3, 5, 2).double(), TypeError)):
         with pytest.raises(error, match=r"^ensemble_mlp: grad: expected"):
-            backward(grad, x, weights, biases, needs_grad, "relu")
+            backward(grad, x, weights, biases, [], [], None, needs_grad, "relu")
     with_gradients = torch.ops.pyens.ensemble_mlp_loss_with_gradients
     with pytest.raises(ValueError, match=r"^ensemble_mlp_loss: member_scale: expected"):
         with_gradients(
-            x, y, weights, biases, torch.ones(2), [False, True, True], "mse", 1.0, 0.0, None, "relu"
+            x, y, weights, biases, [], [], torch.ones(2), [False, True, True], "mse", 1.0, 0.0, None, "relu"
         )
 
 

@@ -89,6 +89,8 @@ def test_only_gradients_that_are_needed_are_computed(per_member):
         arguments["target"],
         arguments["weights"],
         arguments["biases"],
+        [],
+        [],
         None,
     )
     options = ("mse", 1.0, 0.0, None, "tanh")

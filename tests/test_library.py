@@ -156,7 +156,7 @@ model = pyens.EnsembleMLP(2, 3, [4], 1)
 for call in (
     pyens.build_info,
     lambda: pyens.ops.ensemble_mlp(x, weights),
-    lambda: torch.ops.pyens.ensemble_mlp(x, weights, [], "relu"),
+    lambda: torch.ops.pyens.ensemble_mlp(x, weights, [], [], [], "relu"),
     lambda: model(x),
     model.packed,
 ):

@@ -173,7 +173,7 @@ struct Sigmoid {  // s = 1 / (1 + e^-x);  s (1 - s)
 };
 
 // x s, s = 1 / (1 + e^-v) = (1 + tanh(v / 2)) / 2, v = x c (1 + k x^2), c = 2 sqrt(2/pi), k = 0.044715;
-// s + x s (1 - s) v', v' = c (1 + 3 k x^2). Where s (1 - s) is 0, an infinite v' meets it no more.
+// s + x s (1 - s) v', v' = c (1 + 3 k x^2), which where s (1 - s) is 0 may have overflowed.
 struct GeluTanh {
   PYENS_SCALAR R value(R x, R /*a*/ = R(0)) {
     const R v = x * R(1.59576912160573071176) * (R(1) + R(0.044715) * x * x);
@@ -183,7 +183,7 @@ struct GeluTanh {
     const R v = x * R(1.59576912160573071176) * (R(1) + R(0.044715) * x * x);
     const R rise = R(1.59576912160573071176) * (R(1) + R(3 * 0.044715) * x * x);
     const R bell = Sigmoid::slope(v, R(0));
-    return Sigmoid::value(v) + (bell == R(0) ? R(0) : x * bell * rise);
+    return Sigmoid::value(v) + (bell == R(0) ? x * bell : x * bell * rise);
   }
 #if defined(PYENS_ISA)
   template <class V>
@@ -200,7 +200,8 @@ struct GeluTanh {
     const V rise = c * madd(broadcast<V>(0.134145f), square, one);
     const V e = exp_nonpositive(-absolute(v)), r = one / (one + e), bell = e * r * r;
     const V s = v < V{} ? e * r : r;
-    return bell == V{} ? s : madd(x * bell, rise, s);
+    const V by = x * bell;
+    return bell == V{} ? s + by : madd(by, rise, s);
   }
 #endif
 };
@@ -214,7 +215,7 @@ struct Mish {
     const bool low = x <= R(0);
     const R w = std::exp(low ? x : -x), n = low ? w * (w + R(2)) : R(1) + R(2) * w;
     const R d = low ? n + R(2) : n + R(2) * w * w;
-    return n / d + (w == R(0) ? R(0) : x * R(4) * (low ? w : w * w) * (R(1) + w) / (d * d));
+    return n / d + x * (R(4) * (low ? w : w * w) * (R(1) + w) / (d * d));
   }
 #if defined(PYENS_ISA)
   template <class V>
@@ -230,19 +231,18 @@ struct Mish {
     const V low = w * (w + two), high = madd(two, w, one);
     const V n = x > V{} ? high : low, d = x > V{} ? madd(two * w, w, high) : low + two;
     const V bell = broadcast<V>(4.0f) * (x > V{} ? w * w : w) * (one + w) / (d * d);
-    const V t = n / d;
-    return w == V{} ? t : madd(x, bell, t);
+    return madd(x, bell, n / d);
   }
 #endif
 };
 
-struct Hardswish {  // x min(max(x + 3, 0), 6) / 6;  0 up to -3, 1 from 3 on, x/3 + 1/2 between
+struct Hardswish {  // x min(max(x + 3, 0), 6) / 6;  0 up to -3, x/3 + 1/2 below 3, else 1
   PYENS_SCALAR R value(R x, R /*a*/ = R(0)) {
     const R up = x + R(3);
     return x * (up < R(0) ? R(0) : up > R(6) ? R(6) : up) / R(6);
   }
   PYENS_SCALAR R slope(R x, R /*h*/, R /*a*/ = R(0)) {
-    return x <= R(-3) ? R(0) : x >= R(3) ? R(1) : x / R(3) + R(0.5);
+    return x <= R(-3) ? R(0) : x < R(3) ? x / R(3) + R(0.5) : R(1);
   }
 #if defined(PYENS_ISA)
   template <class V>
@@ -252,7 +252,7 @@ struct Hardswish {  // x min(max(x + 3, 0), 6) / 6;  0 up to -3, 1 from 3 on, x/
   template <class V>
   static V vector_slope(V x, V /*h*/, V /*a*/ = V{}) {
     const V three = broadcast<V>(3.0f), between = x / three + broadcast<V>(0.5f);
-    return x <= -three ? V{} : x >= three ? broadcast<V>(1.0f) : between;
+    return x <= -three ? V{} : x < three ? between : broadcast<V>(1.0f);
   }
 #endif
 };

@@ -36,7 +36,7 @@ void check_statistic(const char* argument, const Tensor& statistic, const Networ
 
 Strength checked_and_allocated(const Network& network, const Tensor& mean, const Tensor& std,
                                std::string_view activation, bool bitpack) {
-  check_mlp(kOp, network, {activation});
+  check_mlp(kOp, network, plain_options(activation));
   const c10::SymInt units = hidden_units(network.weights);
   check_statistic("mean", mean, network, units);
   check_statistic("std", std, network, units);
@@ -51,12 +51,11 @@ Strength checked_and_allocated(const Network& network, const Tensor& mean, const
 Strength activation_strength(const Tensor& input, TensorList weights, TensorList biases,
                              const Tensor& mean, const Tensor& std, std::string_view activation,
                              bool bitpack) {
-  const Network network{input, weights, biases};
+  const MLPOptions options = plain_options(activation);
+  const Network network{input, weights, biases, {}, {}, options.members};
   Strength result = checked_and_allocated(network, mean, std, activation, bitpack);
   auto& [output, value, active] = result;
-  ForwardCall call(weights, biases);
-  call.set_input(input);
-  call.set_options(kOp, parse_activation(kOp, activation), {activation});
+  ForwardCall call(kOp, network, options);
   call.params.output = output.mutable_data_ptr();
 
   const at::ScalarType real = accumulation_type(input.scalar_type());
@@ -77,7 +76,9 @@ Strength activation_strength(const Tensor& input, TensorList weights, TensorList
 Strength activation_strength_meta(const Tensor& input, TensorList weights, TensorList biases,
                                   const Tensor& mean, const Tensor& std,
                                   std::string_view activation, bool bitpack) {
-  return checked_and_allocated({input, weights, biases}, mean, std, activation, bitpack);
+  const OptionalTensor all;
+  return checked_and_allocated({input, weights, biases, {}, {}, all}, mean, std, activation,
+                               bitpack);
 }
 
 // Casts as ensemble_mlp does; the statistics keep their precision.

@@ -25,9 +25,16 @@ using torch::autograd::variable_list;
 
 constexpr char kOp[] = "ensemble_mlp";
 constexpr char kBackward[] = "ensemble_mlp_backward";
+constexpr char kKeeping[] = "ensemble_mlp_keeping";
+
+// A kept sum costs 8 bytes of traffic, a computed one a multiply-add for each input: from some inputs on it
+// is cheaper kept. The mean over the hidden units; benchmarks/layers.py measures it.
+constexpr double kOperationsWorthKeeping = 24;
+constexpr int64_t kFewExamples = 8;
+// Of one call. What is kept lives until backward.
+constexpr int64_t kMostKeptBytes = int64_t{1} << 30;
 
 Tensor run(ForwardCall& call, const Network& network) {
-  call.set_input(network.input);
   const auto& params = call.params;
   Tensor output = at::empty({params.ensemble_size, params.batch, call.layers.back().out},
                             network.input.options());
@@ -36,21 +43,79 @@ Tensor run(ForwardCall& call, const Network& network) {
   return output;
 }
 
-Tensor ensemble_mlp(const MLPOptions& options, const Tensor& input, TensorList weights,
-                    TensorList biases) {
-  const Network network{input, weights, biases};
-  const ActivationKind activation = check_mlp(kOp, network, options);
-  ForwardCall call(weights, biases);
-  call.set_options(kOp, activation, options);
+Tensor ensemble_mlp(const ForwardOptions& options, const Tensor& input, TensorList weights,
+                    TensorList biases, TensorList norm_weights, TensorList norm_biases) {
+  const Network network{input, weights, biases, norm_weights, norm_biases, options.mlp.members};
+  check_mlp(kOp, network, options.mlp);
+  ForwardCall call(kOp, network, options.mlp);
   return run(call, network);
 }
 
-Tensor ensemble_mlp_meta(const MLPOptions& options, const Tensor& input, TensorList weights,
-                         TensorList biases) {
-  const Network network{input, weights, biases};
-  check_mlp(kOp, network, options);
+Tensor output_like(const Network& network) {
   return at::empty_symint({network.members(), network.batch(), network.out_features()},
-                          input.options());
+                          network.input.options());
+}
+
+Tensor ensemble_mlp_meta(const ForwardOptions& options, const Tensor& input, TensorList weights,
+                         TensorList biases, TensorList norm_weights, TensorList norm_biases) {
+  const Network network{input, weights, biases, norm_weights, norm_biases, options.mlp.members};
+  check_mlp(kOp, network, options.mlp);
+  return output_like(network);
+}
+
+// --- sums that are kept for backward -----------------------------------------------------------------
+
+// All hidden sums, and those of the outputs where they have an activation.
+c10::SymInt kept_elements(const Network& network, const MLPOptions& options) {
+  const LayersOptions layers = parse_layers(kOp, options, network.weights.size());
+  const size_t last = layers.size() - 1;
+  c10::SymInt units = 0;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const bool keeps = l < last || layers[l].activation.kind != ActivationKind::identity;
+    if (keeps) units = units + network.weights[l].sym_size(1);
+  }
+  return network.members() * kept_rows(network.batch()) * units;
+}
+
+std::tuple<Tensor, Tensor> ensemble_mlp_keeping(const MLPOptions& options, const Tensor& input,
+                                                TensorList weights, TensorList biases,
+                                                TensorList norm_weights, TensorList norm_biases) {
+  const Network network{input, weights, biases, norm_weights, norm_biases, options.members};
+  check_mlp(kOp, network, options);
+  ForwardCall call(kOp, network, options);
+  const auto real = input.options().dtype(accumulation_type(input.scalar_type()));
+  const Tensor kept = at::empty({pyens::kept_elements(call.params, call.params.batch)}, real);
+  if (kept.numel() > 0) call.params.kept = kept.mutable_data_ptr();
+  return {run(call, network), kept};
+}
+
+std::tuple<Tensor, Tensor> ensemble_mlp_keeping_meta(const MLPOptions& options, const Tensor& input,
+                                                     TensorList weights, TensorList biases,
+                                                     TensorList norm_weights,
+                                                     TensorList norm_biases) {
+  const Network network{input, weights, biases, norm_weights, norm_biases, options.members};
+  check_mlp(kOp, network, options);
+  const auto real = input.options().dtype(accumulation_type(input.scalar_type()));
+  return {output_like(network), at::empty_symint({kept_elements(network, options)}, real)};
+}
+
+// Whether keeping the sums is cheaper than computing them again: see kMostKeptBytes.
+bool worth_keeping(const Network& network, const MLPOptions& options) {
+  if (!network.input.device().is_cpu()) return false;
+  // Shapes alone decide, and as little of them as possible: compiled code guards what is looked at.
+  double operations = 0, elements = 0;
+  for (size_t l = 0; l + 1 < network.weights.size(); ++l) {
+    const Tensor& w = network.weights[l];
+    const double out = static_cast<double>(w.sym_size(1).guard_int(__FILE__, __LINE__));
+    operations += out * static_cast<double>(w.sym_size(2).guard_int(__FILE__, __LINE__));
+    elements += out;
+  }
+  // A few examples have a kernel of their own, which keeps nothing.
+  if (operations < kOperationsWorthKeeping * elements || network.batch() < kFewExamples)
+    return false;
+  const c10::SymInt bytes =
+      kept_elements(network, options) * elementSize(accumulation_type(network.input.scalar_type()));
+  return bytes <= kMostKeptBytes;
 }
 
 // --- prepacked weights ---------------------------------------------------------------------------
@@ -77,12 +142,12 @@ Tensor ensemble_mlp_prepack_meta(TensorList weights, TensorList biases) {
 }
 
 Tensor ensemble_mlp_packed(const Tensor& input, const Tensor& packed, TensorList weights,
-                           TensorList biases, std::string_view activation) {
-  const Network network{input, weights, biases};
-  const MLPOptions options{activation};
-  const ActivationKind kind = check_mlp(kOp, network, options);
-  ForwardCall call(weights, biases);
-  call.set_options(kOp, kind, options);
+                           TensorList biases, std::string_view activation,
+                           std::string_view output_activation) {
+  const MLPOptions options = plain_options(activation, output_activation);
+  const Network network{input, weights, biases, {}, {}, options.members};
+  check_mlp(kOp, network, options);
+  ForwardCall call(kOp, network, options);
   check_device_of_weights(kOp, "packed", packed, weights);
   const bool is_bytes =
       packed.scalar_type() == at::kByte && packed.dim() == 1 && packed.is_contiguous();
@@ -97,9 +162,11 @@ Tensor ensemble_mlp_packed(const Tensor& input, const Tensor& packed, TensorList
 }
 
 Tensor ensemble_mlp_packed_meta(const Tensor& input, const Tensor& packed, TensorList weights,
-                                TensorList biases, std::string_view activation) {
+                                TensorList biases, std::string_view activation,
+                                std::string_view output_activation) {
   check_device_of_weights(kOp, "packed", packed, weights);
-  return ensemble_mlp_meta({activation}, input, weights, biases);
+  return ensemble_mlp_meta({plain_options(activation, output_activation), {}}, input, weights,
+                           biases, {}, {});
 }
 
 // --- backward ------------------------------------------------------------------------------------
@@ -112,36 +179,65 @@ void check_backward(const Tensor& grad, const Network& network, const MLPOptions
                     c10::str("shape ", c10::SymIntArrayRef(shape)), "shape ", grad.sym_sizes());
 }
 
+// By all members, of the parameters' dtype.
+void finish_gradients(const Network& network, const NeedsGrad& needs_grad,
+                      std::vector<Tensor>& gradients) {
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    const bool of_input = i == 0 && needs_grad[0];
+    if (!of_input) gradients[i] = gradient_of_all(network, gradients[i]);
+    gradients[i] = gradients[i].to(network.input.scalar_type());
+  }
+}
+
 std::vector<Tensor> ensemble_mlp_backward(const MLPOptions& options, const Tensor& grad,
                                           const Tensor& input, TensorList weights,
-                                          TensorList biases, NeedsGrad needs_grad) {
-  const Network network{input, weights, biases};
+                                          TensorList biases, TensorList norm_weights,
+                                          TensorList norm_biases, const OptionalTensor& kept,
+                                          NeedsGrad needs_grad) {
+  const Network network{input, weights, biases, norm_weights, norm_biases, options.members};
   check_backward(grad, network, options);
   TrainingCall call(kOp, network, options, needs_grad);
+  if (kept) {
+    const int64_t elements = pyens::kept_elements(call.params, call.params.batch);
+    PYENS_CHECK_VALUE(kept->is_contiguous() && kept->numel() == elements &&
+                          kept->scalar_type() == accumulation_type(input.scalar_type()),
+                      kOp, "kept",
+                      c10::str("what ensemble_mlp_keeping gives, ", elements, " elements"),
+                      kept->numel(), " of ", kept->scalar_type());
+    check_device_of_weights(kOp, "kept", *kept, weights);
+    // Only read.
+    if (elements > 0) call.params.kept = const_cast<void*>(kept->const_data_ptr());
+  }
   const Tensor& rows = with_contiguous_rows(grad, call.copies);
   call.training.target = rows.const_data_ptr();
   call.training.target_member_stride = rows.stride(0);
   call.training.target_row_stride = rows.stride(1);
   call.run(kOp);
-  for (Tensor& gradient : call.gradients) gradient = gradient.to(input.scalar_type());
+  finish_gradients(network, needs_grad, call.gradients);
   return call.gradients;
 }
 
 std::vector<Tensor> ensemble_mlp_backward_cuda(const MLPOptions& options, const Tensor& grad,
                                                const Tensor& input, TensorList weights,
-                                               TensorList biases, NeedsGrad needs_grad) {
-  const Network network{input, weights, biases};
+                                               TensorList biases, TensorList norm_weights,
+                                               TensorList norm_biases, const OptionalTensor& kept,
+                                               NeedsGrad needs_grad) {
+  const Network network{input, weights, biases, norm_weights, norm_biases, options.members};
   check_backward(grad, network, options);
   if (training_fits_one_launch(weights)) {
-    return ensemble_mlp_backward(options, grad, input, weights, biases, needs_grad);
+    return ensemble_mlp_backward(options, grad, input, weights, biases, norm_weights, norm_biases,
+                                 kept, needs_grad);
   }
   return composed_backward(kOp, grad, network, options, needs_grad);
 }
 
 std::vector<Tensor> ensemble_mlp_backward_meta(const MLPOptions& options, const Tensor& grad,
                                                const Tensor& input, TensorList weights,
-                                               TensorList biases, NeedsGrad needs_grad) {
-  const Network network{input, weights, biases};
+                                               TensorList biases, TensorList norm_weights,
+                                               TensorList norm_biases,
+                                               const OptionalTensor& /*kept*/,
+                                               NeedsGrad needs_grad) {
+  const Network network{input, weights, biases, norm_weights, norm_biases, options.members};
   check_backward(grad, network, options);
   return for_each_needed(kOp, network, needs_grad, [&](const Tensor& of) {
     return at::empty_symint(of.sym_sizes(), input.options());
@@ -151,35 +247,43 @@ std::vector<Tensor> ensemble_mlp_backward_meta(const MLPOptions& options, const 
 class EnsembleMLPFunction : public torch::autograd::Function<EnsembleMLPFunction> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, TensorList weights,
-                        TensorList biases, const MLPOptions& options) {
+                        TensorList biases, TensorList norm_weights, TensorList norm_biases,
+                        const MLPOptions& options, bool keeps) {
     at::AutoDispatchBelowADInplaceOrView guard;
+    const Network network{input, weights, biases, norm_weights, norm_biases, options.members};
+    Tensor output, kept;
+    if (keeps) {
+      std::tie(output, kept) = call_with<ensemble_mlp_keeping, kKeeping>(
+          options, input, weights, biases, norm_weights, norm_biases);
+    } else {
+      output = call_ensemble_mlp(options, network);
+    }
     variable_list saved;
-    saved.reserve(weights.size() + biases.size() + 2);
+    saved.reserve(network.tensors() + 4);
     saved.push_back(input);
+    saved.push_back(kept);
     save_options(ctx, options, saved);
-    saved.insert(saved.end(), weights.begin(), weights.end());
-    saved.insert(saved.end(), biases.begin(), biases.end());
+    save_network(ctx, network, saved);
     ctx->save_for_backward(saved);
-    ctx->saved_data["weights"] = static_cast<int64_t>(weights.size());
-    return call_ensemble_mlp(options, {input, weights, biases});
+    return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     SavedTensors saved(ctx);
     const Tensor& input = saved.next();
+    const Tensor& kept = saved.next();
     const auto options = saved_options<MLPOptions>(ctx, saved);
-    const TensorList weights = saved.next(ctx->saved_data["weights"].toInt());
-    const TensorList biases = saved.rest();
-    const Network network{input, weights, biases};
+    const Network network = saved_network(ctx, input, options, saved);
     NeedsGrad needs_grad;
     for (size_t i = 0; i < network.tensors(); ++i) needs_grad.push_back(ctx->needs_input_grad(i));
 
     const auto gradients =
         at::GradMode::is_enabled() || is_batched(grad_outputs[0])  // create_graph, or within vmap
             ? composed_backward(kOp, grad_outputs[0], network, options, needs_grad)
-            : call_with<ensemble_mlp_backward, kBackward>(options, grad_outputs[0], input, weights,
-                                                          biases, needs_grad);
-    variable_list grads(network.tensors() + 1);  // and of the options
+            : call_with<ensemble_mlp_backward, kBackward>(
+                  options, grad_outputs[0], input, network.weights, network.biases,
+                  network.norm_weights, network.norm_biases, if_defined(kept), needs_grad);
+    variable_list grads(network.tensors() + 2);  // and of options, keeps
     for (size_t i = 0, next = 0; i < network.tensors(); ++i) {
       if (needs_grad[i]) grads[i] = gradients[next++];
     }
@@ -187,15 +291,33 @@ class EnsembleMLPFunction : public torch::autograd::Function<EnsembleMLPFunction
   }
 };
 
-Tensor ensemble_mlp_autograd(const MLPOptions& options, const Tensor& input, TensorList weights,
-                             TensorList biases) {
-  return EnsembleMLPFunction::apply(input, weights, biases, options);
+bool needs_gradient(const Network& network) {
+  if (!at::GradMode::is_enabled()) return false;
+  for (size_t i = 0; i < network.tensors(); ++i) {
+    if (network.tensor(i).requires_grad()) return true;
+  }
+  return false;
 }
 
-Tensor ensemble_mlp_autocast(const MLPOptions& options, const Tensor& input, TensorList weights,
-                             TensorList biases) {
+Tensor ensemble_mlp_autograd(const ForwardOptions& options, const Tensor& input, TensorList weights,
+                             TensorList biases, TensorList norm_weights, TensorList norm_biases) {
+  const Network network{input, weights, biases, norm_weights, norm_biases, options.mlp.members};
+  // What does not fit is refused where the sums are formed.
+  const auto is_stacked = [](const Tensor& w) { return w.dim() == 3; };
+  const bool keeps =
+      needs_gradient(network) && options.save_hidden.value_or(true) && !weights.empty() &&
+      input.dim() >= 2 && std::all_of(weights.begin(), weights.end(), is_stacked) &&
+      (options.save_hidden ? input.device().is_cpu() : worth_keeping(network, options.mlp));
+  return EnsembleMLPFunction::apply(input, weights, biases, norm_weights, norm_biases, options.mlp,
+                                    keeps);
+}
+
+Tensor ensemble_mlp_autocast(const ForwardOptions& options, const Tensor& input, TensorList weights,
+                             TensorList biases, TensorList norm_weights, TensorList norm_biases) {
   const Autocast cast(input);
-  return call_ensemble_mlp(options, {cast.lower(input), cast.lower(weights), cast.lower(biases)});
+  return call_with<ensemble_mlp, kOp>(options, cast.lower(input), cast.lower(weights),
+                                      cast.lower(biases), cast.lower(norm_weights),
+                                      cast.lower(norm_biases));
 }
 
 std::vector<std::string> activations() {
@@ -205,20 +327,25 @@ std::vector<std::string> activations() {
 }  // namespace
 
 Tensor call_ensemble_mlp(const MLPOptions& options, const Network& network) {
-  return call_with<ensemble_mlp, kOp>(options, network.input, network.weights, network.biases);
+  return call_with<ensemble_mlp, kOp>(ForwardOptions{options, {}}, network.input, network.weights,
+                                      network.biases, network.norm_weights, network.norm_biases);
 }
 
 TORCH_LIBRARY_FRAGMENT(pyens, m) {
   m.def("activations() -> str[]", activations);
-  const std::string network = "Tensor input, Tensor[] weights, Tensor[] biases";
+  const std::string network = "Tensor input, " PYENS_NETWORK;
   const std::string options = MLPOptions::kSchema;
-  Operation(m, "ensemble_mlp(" + network + options + ") -> Tensor")
+  Operation(m, "ensemble_mlp(" + network + options + ForwardOptions::kSchema + ") -> Tensor")
       .cpu_and_cuda<ensemble_mlp>()
       .meta<ensemble_mlp_meta>()
       .autograd<ensemble_mlp_autograd>()
       .autocast<ensemble_mlp_autocast>();
-  Operation(m, "ensemble_mlp_backward(Tensor grad, " + network + ", bool[] needs_grad" + options +
-                   ") -> Tensor[]")
+  Operation(m, "ensemble_mlp_keeping(" + network + options + ") -> (Tensor, Tensor)")
+      .cpu<ensemble_mlp_keeping>()
+      .meta<ensemble_mlp_keeping_meta>()
+      .not_differentiable();
+  Operation(m, "ensemble_mlp_backward(Tensor grad, " + network +
+                   ", Tensor? kept, bool[] needs_grad" + options + ") -> Tensor[]")
       .cpu<ensemble_mlp_backward>()
       .cuda<ensemble_mlp_backward_cuda>()
       .meta<ensemble_mlp_backward_meta>()
@@ -230,7 +357,7 @@ TORCH_LIBRARY_FRAGMENT(pyens, m) {
       .not_differentiable();
   Operation(m,
             "ensemble_mlp_packed(Tensor input, Tensor packed, Tensor[] weights, Tensor[] biases,"
-            " str activation) -> Tensor")
+            " str activation, str output_activation='identity') -> Tensor")
       .cpu<ensemble_mlp_packed>()
       .meta<ensemble_mlp_packed_meta>()
       .not_differentiable();

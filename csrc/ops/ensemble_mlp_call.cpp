@@ -10,6 +10,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <cstdlib>
 
 #include "ops/ensemble_mlp.h"
 
@@ -20,11 +22,82 @@ using at::TensorList;
 
 // --- checks --------------------------------------------------------------------------------------
 
-ActivationKind parse_activation(const char* op, std::string_view name) {
+namespace {
+
+// The i-th of the names between commas; without any comma the only one.
+std::string_view entry(std::string_view list, size_t i, bool one_for_all) {
+  if (one_for_all) return list;
+  for (; i > 0; --i) list.remove_prefix(list.find(',') + 1);
+  list = list.substr(0, list.find(','));
+  while (!list.empty() && list.front() == ' ') list.remove_prefix(1);
+  while (!list.empty() && list.back() == ' ') list.remove_suffix(1);
+  return list;
+}
+
+// One entry for all hidden layers, or as many as there are; whether it is one.
+bool check_entries(const char* op, const char* argument, std::string_view list, size_t hidden) {
+  const auto count = static_cast<size_t>(std::count(list.begin(), list.end(), ',')) + 1;
+  PYENS_CHECK_VALUE(count == 1 || count == hidden, op, argument,
+                    c10::str("one for all hidden layers, or one for each of the ", hidden), count);
+  return count == 1;
+}
+
+// name, or name(parameter).
+Activation parse_activation(const char* op, const char* argument, std::string_view text) {
+  const std::string_view name = text.substr(0, text.find('('));
   const std::optional<ActivationKind> kind = parse_activation_kind(name);
-  TORCH_CHECK_VALUE(kind, op, ": activation: expected one of ", kAllActivationNames, ", got \"",
-                    name, "\"");
-  return *kind;
+  TORCH_CHECK_VALUE(kind, op, ": ", argument, ": expected one of ", kAllActivationNames, ", got \"",
+                    text, "\"");
+  Activation activation{*kind, kDefaultParameters[static_cast<int>(*kind)]};
+  if (name.size() == text.size()) return activation;
+  PYENS_CHECK_VALUE(activation.parameter != 0, op, argument,
+                    c10::str(name, ", which has no parameter"), text);
+  const std::string inside(text.substr(name.size() + 1, text.size() - name.size() - 2));
+  char* end = nullptr;
+  activation.parameter = std::strtod(inside.c_str(), &end);
+  PYENS_CHECK_VALUE(
+      text.back() == ')' && !inside.empty() && *end == '\0' && std::isfinite(activation.parameter),
+      op, argument, c10::str(name, "(a finite number)"), text);
+  PYENS_CHECK_VALUE(*kind != ActivationKind::celu || activation.parameter > 0, op, argument,
+                    "celu(alpha) with alpha > 0", text);
+  return activation;
+}
+
+NormKind parse_norm(const char* op, std::string_view name) {
+  if (name == "none") return NormKind::none;
+  if (name == "layer_norm") return NormKind::layer_norm;
+  if (name == "rms_norm") return NormKind::rms_norm;
+  TORCH_CHECK_VALUE(false, op, ": norm: expected one of layer_norm, rms_norm, none, got \"", name,
+                    "\"");
+}
+
+}  // namespace
+
+LayersOptions parse_layers(const char* op, const MLPOptions& options, size_t count) {
+  LayersOptions layers(count);
+  const size_t hidden = count - 1;
+  const bool one_activation = check_entries(op, "activation", options.activation, hidden);
+  const bool one_norm = check_entries(op, "norm", options.norm, hidden);
+  PYENS_CHECK_VALUE(options.residual.empty() || options.residual.size() == hidden, op, "residual",
+                    c10::str("one for all hidden layers, or one for each of the ", hidden),
+                    options.residual.size());
+  // Checked also where there is no hidden layer.
+  LayerOptions common;
+  if (one_activation) {
+    common.activation = parse_activation(op, "activation", options.activation);
+  }
+  if (one_norm) common.norm = parse_norm(op, options.norm);
+  for (size_t l = 0; l < hidden; ++l) {
+    layers[l] = common;
+    if (!one_activation) {
+      layers[l].activation =
+          parse_activation(op, "activation", entry(options.activation, l, false));
+    }
+    if (!one_norm) layers[l].norm = parse_norm(op, entry(options.norm, l, false));
+    layers[l].residual = !options.residual.empty() && options.residual[l] == '1';
+  }
+  layers[hidden].activation = parse_activation(op, "output_activation", options.output_activation);
+  return layers;
 }
 
 void check_layers(const char* op, TensorList weights, TensorList biases) {
@@ -53,9 +126,10 @@ void check_layers(const char* op, TensorList weights, TensorList biases) {
     const Tensor& b = biases[l];
     const ArgumentName bias_name{"biases", static_cast<int64_t>(l)};
     check_same_kind(op, bias_name, b, kFirstWeight, first);
-    PYENS_CHECK_VALUE(
-        b.dim() == 2 && b.sym_size(0) == w.sym_size(0) && b.sym_size(1) == w.sym_size(1), op,
-        bias_name, c10::str("[", w.sym_size(0), ", ", w.sym_size(1), "]"), "shape ", b.sym_sizes());
+    PYENS_CHECK_VALUE(b.dim() == 2 && b.sym_size(0) == w.sym_size(0) &&
+                          (b.sym_size(1) == w.sym_size(1) || b.sym_size(1) == 0),
+                      op, bias_name, c10::str("[", w.sym_size(0), ", ", w.sym_size(1), "]"),
+                      "shape ", b.sym_sizes());
   }
 }
 
@@ -63,14 +137,66 @@ void check_network(const char* op, const Network& network) {
   check_layers(op, network.weights, network.biases);
   const Tensor &input = network.input, &first = network.weights[0];
   check_same_kind(op, {"input"}, input, kFirstWeight, first);
+  if (network.chosen) {
+    const Tensor& members = *network.chosen;
+    PYENS_CHECK_TYPE(members.scalar_type() == at::kLong, op, "members", "int64",
+                     members.scalar_type());
+    check_device_of_weights(op, "members", members, network.weights);
+    PYENS_CHECK_VALUE(members.dim() == 1 && members.sym_size(0) >= 1, op, "members",
+                      "[n], at least one of them", "shape ", members.sym_sizes());
+  }
   const int64_t dim = input.dim();
-  PYENS_CHECK_VALUE((dim == 2 || (dim == 3 && input.sym_size(0) == first.sym_size(0))) &&
-                        input.sym_size(-1) == first.sym_size(2),
-                    op, "input",
-                    c10::str("[B, ", first.sym_size(2), "] or [", first.sym_size(0), ", B, ",
-                             first.sym_size(2), "]"),
-                    "shape ", input.sym_sizes());
+  const c10::SymInt members = network.members();
+  PYENS_CHECK_VALUE(
+      (dim == 2 || (dim == 3 && input.sym_size(0) == members)) &&
+          input.sym_size(-1) == first.sym_size(2),
+      op, "input",
+      c10::str("[B, ", first.sym_size(2), "] or [", members, ", B, ", first.sym_size(2), "]"),
+      "shape ", input.sym_sizes());
 }
+
+namespace {
+
+void check_norms(const char* op, const Network& network, const MLPOptions& options,
+                 const LayersOptions& layers) {
+  c10::SmallVector<size_t, 8> normed;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const Tensor& weight = network.weights[l];
+    if (layers[l].residual) {
+      PYENS_CHECK_VALUE(weight.sym_size(1) == weight.sym_size(2), op, "residual",
+                        c10::str("no residual of hidden layer ", l,
+                                 ", which is not as wide as what "
+                                 "it reads"),
+                        weight.sym_size(2), " inputs and ", weight.sym_size(1), " outputs");
+    }
+    if (layers[l].norm == NormKind::none) continue;
+    PYENS_CHECK_VALUE(weight.sym_size(1) > 1, op, "norm",
+                      c10::str("no norm of hidden layer ", l, ", which has one feature"),
+                      options.norm);
+    normed.push_back(l);
+  }
+  const std::pair<const char*, TensorList> given[] = {{"norm_weights", network.norm_weights},
+                                                      {"norm_biases", network.norm_biases}};
+  for (const auto& [argument, tensors] : given) {
+    PYENS_CHECK_VALUE(tensors.empty() || tensors.size() == normed.size(), op, argument,
+                      c10::str("one for each of the ", normed.size(), " norms, or none"),
+                      tensors.size());
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const Tensor &t = tensors[i], &w = network.weights[normed[i]];
+      const ArgumentName name{argument, static_cast<int64_t>(i)};
+      check_same_kind(op, name, t, kFirstWeight, network.weights[0]);
+      PYENS_CHECK_VALUE(
+          t.dim() == 2 && t.sym_size(0) == w.sym_size(0) && t.sym_size(1) == w.sym_size(1), op,
+          name, c10::str("[", w.sym_size(0), ", ", w.sym_size(1), "]"), "shape ", t.sym_sizes());
+    }
+  }
+  PYENS_CHECK_VALUE(normed.empty() || (options.norm_eps > 0 && std::isfinite(options.norm_eps)), op,
+                    "norm_eps", "a positive number", options.norm_eps);
+  PYENS_CHECK_VALUE(!options.dropout_before_norm || !normed.empty(), op, "dropout_position",
+                    "after_activation where no layer has a norm", "before_norm");
+}
+
+}  // namespace
 
 void check_device_of_weights(const char* op, const char* argument, const Tensor& tensor,
                              TensorList weights) {
@@ -88,9 +214,11 @@ void check_real(const char* op, const char* argument, const Tensor& tensor, Tens
   check_device_of_weights(op, argument, tensor, weights);
 }
 
-ActivationKind check_mlp(const char* op, const Network& network, const MLPOptions& options) {
-  const ActivationKind activation = parse_activation(op, options.activation);
+void check_mlp(const char* op, const Network& network, const MLPOptions& options) {
+  PYENS_CHECK_VALUE(!network.weights.empty(), op, "weights", "at least one layer", "an empty list");
+  const LayersOptions layers = parse_layers(op, options, network.weights.size());
   check_network(op, network);
+  check_norms(op, network, options, layers);
   PYENS_CHECK_VALUE(options.dropout >= 0 && options.dropout < 1, op, "dropout", "0 <= dropout < 1",
                     options.dropout);
   if (options.dropout_rates) {
@@ -100,9 +228,14 @@ ActivationKind check_mlp(const char* op, const Network& network, const MLPOption
     PYENS_CHECK_TYPE(rates.scalar_type() == at::kDouble, op, "dropout", "float64 rates",
                      rates.scalar_type());
     check_device_of_weights(op, "dropout", rates, network.weights);
-    PYENS_CHECK_VALUE(rates.dim() == 1 && rates.sym_size(0) == network.members(), op, "dropout",
-                      c10::str("a number, or [", network.members(), "]"), "shape ",
-                      rates.sym_sizes());
+    const c10::SymInt hidden = static_cast<int64_t>(layers.size()) - 1, e = network.members();
+    PYENS_CHECK_VALUE(
+        (rates.dim() == 1 && rates.sym_size(0) == e) ||
+            (rates.dim() == 2 && (rates.sym_size(0) == e || rates.sym_size(0) == 1) &&
+             rates.sym_size(1) == hidden),
+        op, "dropout",
+        c10::str("a number, or [", e, "], [1, ", hidden, "] or [", e, ", ", hidden, "]"), "shape ",
+        rates.sym_sizes());
     PYENS_CHECK_VALUE(!rates.requires_grad(), op, "dropout",
                       "requires_grad=False (it gets no gradient)", "True");
   }
@@ -113,7 +246,7 @@ ActivationKind check_mlp(const char* op, const Network& network, const MLPOption
             ? c10::str("int64 [", network.members(), "] with a dropout of each member")
             : c10::str("int64 [", network.members(), "] with dropout ", options.dropout),
         "None");
-    return activation;
+    return;
   }
   const Tensor& seeds = *options.dropout_seeds;
   PYENS_CHECK_TYPE(seeds.scalar_type() == at::kLong, op, "dropout_seeds", "int64",
@@ -121,7 +254,27 @@ ActivationKind check_mlp(const char* op, const Network& network, const MLPOption
   check_device_of_weights(op, "dropout_seeds", seeds, network.weights);
   PYENS_CHECK_VALUE(seeds.dim() == 1 && seeds.sym_size(0) == network.members(), op, "dropout_seeds",
                     c10::str("[", network.members(), "]"), "shape ", seeds.sym_sizes());
-  return activation;
+}
+
+// --- autograd ------------------------------------------------------------------------------------
+
+using torch::autograd::AutogradContext;
+
+void save_network(AutogradContext* ctx, const Network& network,
+                  torch::autograd::variable_list& tensors) {
+  std::vector<int64_t> sizes;
+  for (const TensorList list : network.lists()) {
+    sizes.push_back(static_cast<int64_t>(list.size()));
+    tensors.insert(tensors.end(), list.begin(), list.end());
+  }
+  ctx->saved_data["network"] = sizes;
+}
+
+Network saved_network(AutogradContext* ctx, const Tensor& input, const MLPOptions& options,
+                      SavedTensors& tensors) {
+  const std::vector<int64_t> sizes = ctx->saved_data["network"].toIntVector();
+  const auto next = [&](size_t i) { return tensors.next(static_cast<size_t>(sizes[i])); };
+  return {input, next(0), next(1), next(2), next(3), options.members};
 }
 
 // --- forward -------------------------------------------------------------------------------------
@@ -137,7 +290,7 @@ ForwardCall::ForwardCall(TensorList weights, TensorList biases) {
     layer.in = w.size(2);
     layer.weight.member_stride = w.stride(0);
     layer.weight.row_stride = w.stride(1);
-    if (!biases.empty()) {
+    if (!biases.empty() && biases[l].size(1) > 0) {
       const Tensor& b = with_contiguous_rows(biases[l], copies);
       layer.bias.data = b.const_data_ptr();
       layer.bias.member_stride = b.stride(0);
@@ -158,22 +311,67 @@ void ForwardCall::set_input(const Tensor& input) {
   params.input_member_stride = x.dim() == 3 && params.ensemble_size > 1 ? x.stride(0) : 0;
 }
 
-void ForwardCall::set_options(const char* op, ActivationKind activation,
-                              const MLPOptions& options) {
-  for (size_t l = 0; l + 1 < layers.size(); ++l) layers[l].activation.kind = activation;
-  params.dropout.p = options.dropout;
+ForwardCall::ForwardCall(const char* op, const Network& network, const MLPOptions& options)
+    : ForwardCall(network.weights, network.biases) {
+  set_layers(op, network, options);
+  set_members(op, network);
+  set_input(network.input);
+  set_dropout(op, options);
+}
+
+void ForwardCall::set_layers(const char* op, const Network& network, const MLPOptions& options) {
+  const LayersOptions given = parse_layers(op, options, layers.size());
+  const auto read = [&](TensorList tensors, size_t i, MLPBias& to) {
+    if (tensors.empty()) return;
+    const Tensor& t = with_contiguous_rows(tensors[i], copies);
+    to = {t.const_data_ptr(), t.stride(0)};
+  };
+  for (size_t l = 0, normed = 0; l < layers.size(); ++l) {
+    MLPLayer& layer = layers[l];
+    layer.activation = given[l].activation;
+    layer.residual = given[l].residual;
+    layer.norm.kind = given[l].norm;
+    if (!layer.has_norm()) continue;
+    layer.norm.after_activation = options.norm_after_activation;
+    layer.norm.epsilon = options.norm_eps;
+    read(network.norm_weights, normed, layer.norm.weight);
+    read(network.norm_biases, normed, layer.norm.bias);
+    ++normed;
+  }
+}
+
+void ForwardCall::set_members(const char* op, const Network& network) {
+  if (!network.chosen) return;
+  const Tensor& members = with_contiguous_rows(*network.chosen, copies);
+  const int64_t stored = params.ensemble_size;
+  params.ensemble_size = members.size(0);
+  params.members = members.const_data_ptr<int64_t>();
+  for (int64_t i = 0; members.is_cpu() && i < params.ensemble_size; ++i) {
+    const int64_t m = params.members[i];
+    PYENS_CHECK_VALUE(m >= 0 && m < stored, op, "members",
+                      c10::str("members from 0 to ", stored - 1), m);
+  }
+}
+
+void ForwardCall::set_dropout(const char* op, const MLPOptions& options) {
+  Dropout& dropout = params.dropout;
+  dropout.p = options.dropout;
+  dropout.before_norm = options.dropout_before_norm;
   if (options.dropout_rates) {
     const Tensor& rates = with_contiguous_rows(*options.dropout_rates, copies);
-    params.dropout.rates = rates.const_data_ptr<double>();
-    for (int64_t m = 0; rates.is_cpu() && m < params.ensemble_size; ++m) {
-      const double p = params.dropout.rates[m];
+    dropout.rates = rates.const_data_ptr<double>();
+    dropout.rates_member_stride = rates.size(0) == 1 ? 0 : rates.stride(0);
+    dropout.rates_layer_stride = rates.dim() == 1 ? 0 : 1;
+    const int64_t count = rates.dim() == 1 ? 1 : rates.size(1);
+    for (int64_t i = 0; rates.is_cpu() && i < rates.size(0) * count; ++i) {
+      const double p = dropout.rates[i / count * rates.stride(0) + i % count];
       PYENS_CHECK_VALUE(p >= 0 && p < 1, op, "dropout", "0 <= dropout < 1 of each member", p,
-                        " of member ", m);
+                        " of member ", i / count);
     }
   }
-  if (params.dropout.any()) {
+  if (dropout.any()) {
     const Tensor& seeds = with_contiguous_rows(*options.dropout_seeds, copies);
-    params.dropout.seeds = seeds.const_data_ptr<int64_t>();
+    dropout.seeds = seeds.const_data_ptr<int64_t>();
   }
 }
 
@@ -253,26 +451,28 @@ void ForwardCall::run(const char* op, const Network& network) {
 
 TrainingCall::TrainingCall(const char* op, const Network& network, const MLPOptions& options,
                            const NeedsGrad& needs_grad)
-    : ForwardCall(network.weights, network.biases),
+    : ForwardCall(op, network, options),
       input_(network.input),
       layer_gradients_(network.weights.size()) {
-  set_input(network.input);
-  set_options(op, parse_activation(op, options.activation), options);
   const auto real = input_.options().dtype(accumulation_type(input_.scalar_type()));
   gradients = for_each_needed(op, network, needs_grad, [&](const Tensor& of) {
-    return params.batch == 0 ? at::zeros(of.sizes(), real) : at::empty(of.sizes(), real);
+    c10::DimVector sizes(of.sizes());
+    if (&of != &network.input) sizes[0] = params.ensemble_size;
+    return params.batch == 0 ? at::zeros(sizes, real) : at::empty(sizes, real);
   });
   auto next = gradients.begin();
-  const auto take = [&](size_t i) {
-    return needs_grad[i] ? (next++)->mutable_data_ptr() : nullptr;
-  };
-  const size_t count = network.weights.size();
-  training.grad_input = take(0);
+  size_t position = 0;
+  const auto take = [&] { return needs_grad[position++] ? (next++)->mutable_data_ptr() : nullptr; };
+  training.grad_input = take();
   training.sum_grad_input = input_.dim() == 2;
-  for (size_t l = 0; l < count; ++l) layer_gradients_[l].weight = take(1 + l);
-  for (size_t l = 0; l < network.biases.size(); ++l) {
-    layer_gradients_[l].bias = take(1 + count + l);
+  for (MLPLayerGradient& layer : layer_gradients_) layer.weight = take();
+  for (size_t l = 0; l < network.biases.size(); ++l) layer_gradients_[l].bias = take();
+  c10::SmallVector<MLPLayerGradient*, 8> normed;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    if (layers[l].has_norm()) normed.push_back(&layer_gradients_[l]);
   }
+  for (size_t i = 0; i < network.norm_weights.size(); ++i) normed[i]->norm_weight = take();
+  for (size_t i = 0; i < network.norm_biases.size(); ++i) normed[i]->norm_bias = take();
   training.gradients = layer_gradients_.data();
 }
 
@@ -313,6 +513,16 @@ void TrainingCall::run_on_cpu(const char* op) {
              [&](int64_t begin, int64_t end, void* /*scratch*/) {
                finish_training(training, begin, end);
              });
+}
+
+Tensor gradient_of_all(const Network& network, const Tensor& gradient) {
+  if (!network.chosen) return gradient;
+  auto sizes = gradient.sym_sizes().vec();
+  sizes[0] = network.weights[0].sym_size(0);
+  const Tensor zeros = at::zeros_symint(sizes, gradient.options());
+  // index_put, because index_add on CUDA adds in any order.
+  if (gradient.is_cuda()) return zeros.index_put({*network.chosen}, gradient, /*accumulate=*/true);
+  return zeros.index_add(0, *network.chosen, gradient);
 }
 
 bool training_fits_one_launch([[maybe_unused]] TensorList weights) {

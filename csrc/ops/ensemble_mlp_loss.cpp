@@ -100,8 +100,9 @@ Loss check(const Network& network, const Tensor& target, const LossOptions& opti
 
 std::tuple<Tensor, std::vector<Tensor>> ensemble_mlp_loss_with_gradients(
     const LossOptions& options, const Tensor& input, const Tensor& target, TensorList weights,
-    TensorList biases, const OptionalTensor& member_scale, NeedsGrad needs_grad) {
-  const Network network{input, weights, biases};
+    TensorList biases, TensorList norm_weights, TensorList norm_biases,
+    const OptionalTensor& member_scale, NeedsGrad needs_grad) {
+  const Network network{input, weights, biases, norm_weights, norm_biases, options.mlp.members};
   const Loss loss = check(network, target, options);
   TrainingCall call(kOp, network, options.mlp, needs_grad);
   EnsembleMLPTraining& training = call.training;
@@ -142,8 +143,9 @@ std::tuple<Tensor, std::vector<Tensor>> ensemble_mlp_loss_with_gradients(
 
 std::tuple<Tensor, std::vector<Tensor>> ensemble_mlp_loss_with_gradients_meta(
     const LossOptions& options, const Tensor& input, const Tensor& target, TensorList weights,
-    TensorList biases, const OptionalTensor& member_scale, NeedsGrad needs_grad) {
-  const Network network{input, weights, biases};
+    TensorList biases, TensorList norm_weights, TensorList norm_biases,
+    const OptionalTensor& member_scale, NeedsGrad needs_grad) {
+  const Network network{input, weights, biases, norm_weights, norm_biases, options.mlp.members};
   check(network, target, options);
   if (member_scale) check_device_of_weights(kOp, "member_scale", *member_scale, weights);
   const auto real = input.options().dtype(accumulation_type(input.scalar_type()));
@@ -160,15 +162,21 @@ NeedsGrad no_gradients(const Network& network) {
 }
 
 Tensor ensemble_mlp_loss(const LossOptions& options, const Tensor& input, const Tensor& target,
-                         TensorList weights, TensorList biases) {
-  return std::get<0>(ensemble_mlp_loss_with_gradients(options, input, target, weights, biases, {},
-                                                      no_gradients({input, weights, biases})));
+                         TensorList weights, TensorList biases, TensorList norm_weights,
+                         TensorList norm_biases) {
+  const Network network{input, weights, biases, norm_weights, norm_biases, options.mlp.members};
+  return std::get<0>(ensemble_mlp_loss_with_gradients(options, input, target, weights, biases,
+                                                      norm_weights, norm_biases, {},
+                                                      no_gradients(network)));
 }
 
 Tensor ensemble_mlp_loss_meta(const LossOptions& options, const Tensor& input, const Tensor& target,
-                              TensorList weights, TensorList biases) {
-  return std::get<0>(ensemble_mlp_loss_with_gradients_meta(
-      options, input, target, weights, biases, {}, no_gradients({input, weights, biases})));
+                              TensorList weights, TensorList biases, TensorList norm_weights,
+                              TensorList norm_biases) {
+  const Network network{input, weights, biases, norm_weights, norm_biases, options.mlp.members};
+  return std::get<0>(ensemble_mlp_loss_with_gradients_meta(options, input, target, weights, biases,
+                                                           norm_weights, norm_biases, {},
+                                                           no_gradients(network)));
 }
 
 // --- composed of torch's own operations --------------------------------------------------------------
@@ -208,14 +216,20 @@ Tensor example_losses(const Tensor& z, const Tensor& target, Loss loss,
 }
 
 // Differentiable as often as ensemble_mlp is.
-Tensor composed_loss(const LossOptions& options, const Tensor& input, const Tensor& target,
-                     TensorList weights, TensorList biases) {
-  const Loss loss = check({input, weights, biases}, target, options);
+Tensor composed_loss(const LossOptions& options, const Network& network, const Tensor& target) {
+  const Tensor& input = network.input;
+  const Loss loss = check(network, target, options);
   const bool classes = loss == Loss::cross_entropy;
   const at::ScalarType real = accumulation_type(input.scalar_type());
   const Tensor expected = classes ? target : target.to(real);
   const auto evaluate = [&](const Tensor& x, const Tensor& y) {
-    const Tensor z = call_ensemble_mlp(options.mlp, {x, weights, biases}).to(real);
+    const Network same{x,
+                       network.weights,
+                       network.biases,
+                       network.norm_weights,
+                       network.norm_biases,
+                       network.chosen};
+    const Tensor z = call_ensemble_mlp(options.mlp, same).to(real);
     return example_losses(z, y, loss, options);
   };
   if (!options.sample_weight) {
@@ -246,9 +260,13 @@ Tensor composed_loss(const LossOptions& options, const Tensor& input, const Tens
 }
 
 Tensor ensemble_mlp_loss_cuda(const LossOptions& options, const Tensor& input, const Tensor& target,
-                              TensorList weights, TensorList biases) {
-  const auto compute = training_fits_one_launch(weights) ? ensemble_mlp_loss : composed_loss;
-  return compute(options, input, target, weights, biases);
+                              TensorList weights, TensorList biases, TensorList norm_weights,
+                              TensorList norm_biases) {
+  if (training_fits_one_launch(weights)) {
+    return ensemble_mlp_loss(options, input, target, weights, biases, norm_weights, norm_biases);
+  }
+  const Network network{input, weights, biases, norm_weights, norm_biases, options.mlp.members};
+  return composed_loss(options, network, target);
 }
 
 // --- autograd --------------------------------------------------------------------------------------
@@ -256,7 +274,8 @@ Tensor ensemble_mlp_loss_cuda(const LossOptions& options, const Tensor& input, c
 auto call_with_gradients(const LossOptions& options, const Network& network, const Tensor& target,
                          const OptionalTensor& member_scale, const NeedsGrad& needs_grad) {
   return call_with<ensemble_mlp_loss_with_gradients, kWithGradients>(
-      options, network.input, target, network.weights, network.biases, member_scale, needs_grad);
+      options, network.input, target, network.weights, network.biases, network.norm_weights,
+      network.norm_biases, member_scale, needs_grad);
 }
 
 // Whether it is a tensor of numbers that lie here and are all 1, as loss.sum().backward() gives.
@@ -270,22 +289,20 @@ bool is_all_ones(const Tensor& grad) {
 class EnsembleMLPLossFunction : public torch::autograd::Function<EnsembleMLPLossFunction> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, TensorList weights,
-                        TensorList biases, const Tensor& target, const LossOptions& options,
+                        TensorList biases, TensorList norm_weights, TensorList norm_biases,
+                        const Tensor& target, const LossOptions& options,
                         const NeedsGrad& needs_grad) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [mean, gradients] =
-        call_with_gradients(options, {input, weights, biases}, target, {}, needs_grad);
+    const Network network{input, weights, biases, norm_weights, norm_biases, options.mlp.members};
+    auto [mean, gradients] = call_with_gradients(options, network, target, {}, needs_grad);
     variable_list saved;
-    saved.reserve(weights.size() + biases.size() + gradients.size() + 4);
+    saved.reserve(network.tensors() + gradients.size() + 5);
     saved.push_back(input);
     saved.push_back(target);
     save_options(ctx, options, saved);
-    saved.insert(saved.end(), weights.begin(), weights.end());
-    saved.insert(saved.end(), biases.begin(), biases.end());
+    save_network(ctx, network, saved);
     saved.insert(saved.end(), gradients.begin(), gradients.end());
     ctx->save_for_backward(saved);
-    ctx->saved_data["weights"] = static_cast<int64_t>(weights.size());
-    ctx->saved_data["biases"] = static_cast<int64_t>(biases.size());
     ctx->saved_data["gradients"] = needs_grad;
     return mean;
   }
@@ -295,9 +312,7 @@ class EnsembleMLPLossFunction : public torch::autograd::Function<EnsembleMLPLoss
     const Tensor& input = saved.next();
     const Tensor& target = saved.next();
     const auto options = saved_options<LossOptions>(ctx, saved);
-    const TensorList weights = saved.next(ctx->saved_data["weights"].toInt());
-    const TensorList biases = saved.next(ctx->saved_data["biases"].toInt());
-    const Network network{input, weights, biases};
+    const Network network = saved_network(ctx, input, options.mlp, saved);
     const Tensor& grad = grad_outputs[0];
     variable_list grads(network.tensors() + 3);  // and of target, options, needs_grad
 
@@ -309,8 +324,8 @@ class EnsembleMLPLossFunction : public torch::autograd::Function<EnsembleMLPLoss
         if (ctx->needs_input_grad(i)) by.push_back(network.tensor(i));
       }
       const variable_list found =
-          torch::autograd::grad({composed_loss(options, input, target, weights, biases)}, by,
-                                {grad}, /*retain_graph=*/true, create_graph);
+          torch::autograd::grad({composed_loss(options, network, target)}, by, {grad},
+                                /*retain_graph=*/true, create_graph);
       for (size_t i = 0, next = 0; i < network.tensors(); ++i) {
         if (ctx->needs_input_grad(i)) grads[i] = found[next++];
       }
@@ -338,15 +353,18 @@ class EnsembleMLPLossFunction : public torch::autograd::Function<EnsembleMLPLoss
       const Tensor factor =
           grad.view(gradient.dim() == 3 ? at::IntArrayRef{-1, 1, 1} : at::IntArrayRef{-1, 1});
       const at::ScalarType type = network.tensor(i).scalar_type();
-      grads[i] = unscaled ? gradient.to(type, /*non_blocking=*/false, copied)
-                          : (gradient * factor).to(type);
+      const Tensor scaled = unscaled ? gradient : gradient * factor;
+      const Tensor of_all = i == 0 ? scaled : gradient_of_all(network, scaled);
+      grads[i] = of_all.to(type, /*non_blocking=*/false, copied && of_all.is_same(gradient));
     }
     return grads;
   }
 };
 
 Tensor ensemble_mlp_loss_autograd(const LossOptions& options, const Tensor& input,
-                                  const Tensor& target, TensorList weights, TensorList biases) {
+                                  const Tensor& target, TensorList weights, TensorList biases,
+                                  TensorList norm_weights, TensorList norm_biases) {
+  const Network network{input, weights, biases, norm_weights, norm_biases, options.mlp.members};
   const auto needs = [](const Tensor& t) {
     return at::GradMode::is_enabled() && t.requires_grad();
   };
@@ -356,27 +374,31 @@ Tensor ensemble_mlp_loss_autograd(const LossOptions& options, const Tensor& inpu
       !options.sample_weight || !options.sample_weight->requires_grad(), kOp,
       ": sample_weight: expected requires_grad=False (it gets no gradient), got True");
   if (input.is_cuda() && !training_fits_one_launch(weights)) {
-    return composed_loss(options, input, target, weights, biases);
+    return composed_loss(options, network, target);
   }
   // Not by a shared input: see backward.
   NeedsGrad needs_grad{input.dim() == 3 && needs(input)};
-  for (const Tensor& w : weights) needs_grad.push_back(needs(w));
-  for (const Tensor& b : biases) needs_grad.push_back(needs(b));
-  return EnsembleMLPLossFunction::apply(input, weights, biases, target, options, needs_grad);
+  for (const TensorList list : network.lists()) {
+    for (const Tensor& t : list) needs_grad.push_back(needs(t));
+  }
+  return EnsembleMLPLossFunction::apply(input, weights, biases, norm_weights, norm_biases, target,
+                                        options, needs_grad);
 }
 
 // The matrices cast as linear does; the loss is computed in float32 whatever they are.
 Tensor ensemble_mlp_loss_autocast(const LossOptions& options, const Tensor& input,
-                                  const Tensor& target, TensorList weights, TensorList biases) {
+                                  const Tensor& target, TensorList weights, TensorList biases,
+                                  TensorList norm_weights, TensorList norm_biases) {
   const Autocast cast(input);
   return ensemble_mlp_loss_autograd(options, cast.lower(input), target, cast.lower(weights),
-                                    cast.lower(biases));
+                                    cast.lower(biases), cast.lower(norm_weights),
+                                    cast.lower(norm_biases));
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(pyens, m) {
-  const std::string network = "Tensor input, Tensor target, Tensor[] weights, Tensor[] biases";
+  const std::string network = "Tensor input, Tensor target, " PYENS_NETWORK;
   const std::string options = std::string(LossOptions::kSchema) + MLPOptions::kSchema;
   Operation(m, "ensemble_mlp_loss(" + network + options + ") -> Tensor")
       .cpu<ensemble_mlp_loss>()

@@ -6,7 +6,7 @@
 //   };
 //
 // gives the struct a field for each option of the list, references to all of them, and their schema, which
-// begins with a comma. Types: bool, int64_t, double, std::string_view, OptionalTensor.
+// begins with a comma. Types: bool, std::optional<bool>, int64_t, double, std::string_view, OptionalTensor.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -31,6 +31,12 @@ using OptionalTensor = std::optional<at::Tensor>;
   auto fields() { return std::tuple_cat(LIST(PYENS_OPTION_TIE) inner); } \
   auto fields() const { return std::tuple_cat(LIST(PYENS_OPTION_TIE) inner); }
 #define PYENS_OPTIONS(LIST) PYENS_OPTIONS_AND(LIST, std::tuple<>())
+// The same with `inner` first.
+#define PYENS_OPTIONS_AFTER(inner, LIST)                                                 \
+  LIST(PYENS_OPTION_FIELD)                                                               \
+  static constexpr const char* kSchema = LIST(PYENS_OPTION_SCHEMA);                      \
+  auto fields() { return std::tuple_cat(inner, LIST(PYENS_OPTION_TIE) std::tuple<>()); } \
+  auto fields() const { return std::tuple_cat(inner, LIST(PYENS_OPTION_TIE) std::tuple<>()); }
 
 // How the dispatcher passes the options of a struct: a tuple of types, or void for what is no such struct.
 template <class T>

@@ -1,14 +1,15 @@
 """The fused ensemble MLP."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pyens import _kinds, reference
-from pyens._types import Activation, Dropout
+from pyens._types import Activation, Dropout, DropoutPosition, Norm, NormPosition
 from pyens.ops._call import Given, join_members, join_rows, mapped, operation
+from pyens.reference.ensemble_mlp import default_norm_eps, for_each, residual_layers
 
 
 def ensemble_mlp(
@@ -16,31 +17,67 @@ def ensemble_mlp(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor] | None = None,
     *,
-    activation: Activation = "relu",
+    activation: Activation | Sequence[Activation] = "relu",
+    output_activation: Activation = "identity",
+    norm: Norm | Sequence[Norm | None] | None = None,
+    norm_weights: Sequence[Tensor] | None = None,
+    norm_biases: Sequence[Tensor] | None = None,
+    norm_eps: float | None = None,
+    norm_position: NormPosition = "before_activation",
+    residual: bool | Sequence[bool] = False,
     dropout: Dropout = 0.0,
     dropout_seeds: Tensor | None = None,
+    dropout_position: DropoutPosition = "after_activation",
+    members: Tensor | None = None,
+    save_hidden: bool | Literal["auto"] = "auto",
 ) -> Tensor:
     r"""All members of an ensemble of MLPs in one call.
 
     For every member m, with h_0 = input (or input[m]):
 
-        z_l = h_{l-1} W_l[m]^T + b_l[m],   h_l = act(z_l) for l < L,   output[m] = z_L
+        z_l = h_{l-1} W_l[m]^T + b_l[m],   h_l = act(z_l) for l < L,   output[m] = act_out(z_L)
+
+    and of a hidden layer, in this order, what is asked for of
+
+        dropout ("before_norm"), norm ("before_activation"), activation, norm ("after_activation"), dropout
+        ("after_activation"), + h_{l-1}  (residual)
+
+    where a norm of x with n features is (x - mean) / sqrt(var + eps) * weight + bias, var with n; rms_norm
+    takes the mean as 0.
 
     Args:
         input: `[B, I]`, shared by all members and never copied for them, or `[E, B, I]`. B may be 0.
         weights: L >= 1 tensors `[E, out_l, in_l]` with in_1 = I and in_{l+1} = out_l, the layout of
             `nn.Linear.weight` stacked (`torch.func.stack_module_state`).
-        biases: L tensors `[E, out_l]`, or None for no biases.
-        activation: of the hidden layers: relu, gelu (exact), silu, elu, softplus, tanh or identity, each with
-            the default arguments of `torch.nn`. The last layer is linear.
+        biases: L tensors `[E, out_l]`, `[E, 0]` for a layer without one, or None for no biases.
+        activation: of the hidden layers, one for all or one for each: relu, gelu (exact), silu, elu, softplus,
+            tanh, identity, mish, celu, leaky_relu, sigmoid, gelu_tanh, hardswish or sin, each with the
+            default arguments of `torch.nn`; or with the alpha of elu and celu, or the slope of leaky_relu:
+            "elu(0.5)".
+        output_activation: likewise, of the last layer.
+        norm: layer_norm, rms_norm or None, of all hidden layers or of each.
+        norm_weights, norm_biases: `[E, out_l]` for each layer that has a norm, in their order; None: ones and
+            zeros.
+        norm_eps: None: 1e-5 where there is a layer_norm, else that of `nn.RMSNorm`.
+        residual: whether a hidden layer adds what it reads, all (True: all that are as wide as that) or each.
         dropout: p in [0, 1): the share of the hidden activations that becomes 0; the others are multiplied by
             1 / (1 - p). Or one rate for each member, as numbers or as a tensor `[E]`, 0 for some if need be:
-            a member then has the bits that it has where its rate is that of all. It gets no gradient. On CUDA
-            a rate out of range, in a tensor, makes its member's output NaN.
+            a member then has the bits that it has where its rate is that of all. Or one for each of H hidden
+            layers, `[1, H]` or `[E, H]`. It gets no gradient. On CUDA a rate out of range, in a tensor,
+            makes its member's output NaN.
         dropout_seeds: int64 `[E]`, needed where dropout > 0. Whether a unit is kept is a pure function of
             (dropout_seeds[m], layer, batch row, unit): the same seeds give the same masks, backward draws
             them again, and no member depends on another. A training loop passes new seeds each step; 100
             passes of Monte Carlo dropout are one member's weights, expanded to E = 100, with 100 seeds.
+        dropout_position: before_norm: of layers that have a norm; the others have it after the activation.
+        members: int64 `[n]`: only these members are computed, in this order, their parameters read where they
+            lie; E is n then for all but the parameters, which get gradients of their own shape: 0 for who is
+            not among `members`, the sum for who is several times. On CUDA an index out of range makes that
+            output NaN.
+        save_hidden: whether backward is left the hidden sums, one number a hidden unit, or computes them
+            again. "auto": where that is cheaper, up to 1 GB. The gradients have the same bits, but on
+            processors with bfloat16 dot products those of bfloat16, whose forward pass rounds the hidden
+            activations. On CUDA nothing is kept.
 
     Returns:
         `[E, B, O]`, contiguous, of the input's dtype.
@@ -57,13 +94,13 @@ def ensemble_mlp(
     not fit into a block's shared memory), or more than 32, are the library's batched products: their bits may
     depend on the batch and the members beside.
 
-    Differentiable in input, weights and biases, twice and more. Backward computes the activations again, tile
-    by tile, instead of keeping them; to train, `ensemble_mlp_loss` saves that too. Under autocast it casts as
-    `F.linear` does. Within `torch.func`, grad, vjp, jvp and vmap work (also nested).
+    Differentiable in input, weights, biases and the norms' parameters, twice and more. Under autocast it casts
+    all of them as `F.linear` does. Within `torch.func`, grad, vjp, jvp and vmap work (also nested).
 
     Raises:
-        ValueError: a shape that does not fit, no layer, an unknown activation, dropout out of range or
-            without seeds.
+        ValueError: a shape that does not fit, no layer, an unknown activation or norm, a parameter of an
+            activation that has none, a norm of one feature, a residual between unequal widths, members out
+            of range, dropout out of range or without seeds.
         TypeError: mixed or unsupported dtypes, mixed devices.
         NotImplementedError: CUDA tensors where pyens was built without CUDA.
 
@@ -73,11 +110,99 @@ def ensemble_mlp(
     if not isinstance(dropout, (float, int)):
         dropout, rates = member_rates("ensemble_mlp", dropout, input)
     biases = () if biases is None else biases
-    return _ensemble_mlp(input, weights, biases, activation, dropout, dropout_seeds, rates)
+    if not isinstance(activation, str):
+        activation = joined("ensemble_mlp", "activation", activation)
+    if norm is None and residual is False and dropout_position == "after_activation":
+        layers: tuple[Any, ...] = PLAIN_LAYERS
+        norm_weights = () if norm_weights is None else norm_weights
+        norm_biases = () if norm_biases is None else norm_biases
+    else:
+        *layers, norm_weights, norm_biases = layer_options(  # type: ignore[assignment]
+            "ensemble_mlp",
+            weights,
+            norm,
+            norm_weights,
+            norm_biases,
+            norm_eps,
+            norm_position,
+            residual,
+            dropout_position,
+        )
+    early, norms, eps, late, residuals = layers
+    return _ensemble_mlp(
+        input,
+        weights,
+        biases,
+        norm_weights,
+        norm_biases,
+        activation,
+        dropout,
+        dropout_seeds,
+        rates,
+        early,
+        output_activation,
+        norms,
+        eps,
+        late,
+        residuals,
+        members,
+        None if isinstance(save_hidden, str) and save_hidden == "auto" else save_hidden,
+    )
+
+
+# dropout_before_norm, norm, norm_eps, norm_after_activation and residual of the schema.
+PLAIN_LAYERS = (False, "none", 1e-5, False, "")
+
+
+def layer_options(
+    op: str,
+    weights: Sequence[Tensor],
+    norm: Norm | Sequence[Norm | None] | None,
+    norm_weights: Sequence[Tensor] | None,
+    norm_biases: Sequence[Tensor] | None,
+    norm_eps: float | None,
+    norm_position: NormPosition,
+    residual: bool | Sequence[bool],
+    dropout_position: DropoutPosition,
+) -> tuple[Any, ...]:
+    """As the schema has them: those of `PLAIN_LAYERS`, and the parameters of the norms."""
+    for argument, value, known in (
+        ("norm_position", norm_position, ("before_activation", "after_activation")),
+        ("dropout_position", dropout_position, ("after_activation", "before_norm")),
+    ):
+        if value not in known:
+            raise ValueError(f'{op}: {argument}: expected {" or ".join(known)}, got "{value}"')
+    _kinds.check_tensors(op, "weights", weights)
+    norms = for_each(norm, 1)
+    if norm_eps is None:
+        norm_eps = default_norm_eps(norms, weights[0].dtype) if len(weights) > 0 else 1e-5
+    names = joined(op, "norm", ["none" if one is None else one for one in norms])
+    if residual is True and not any(residual_layers(residual, weights)):
+        raise ValueError(
+            f"{op}: residual: expected a hidden layer as wide as what it reads, got none"
+        )
+    has = [] if residual is False else residual_layers(residual, weights)
+    return (
+        dropout_position == "before_norm",
+        names,
+        norm_eps,
+        norm_position == "after_activation",
+        "".join("1" if one else "0" for one in has),
+        () if norm_weights is None else norm_weights,
+        () if norm_biases is None else norm_biases,
+    )
+
+
+def joined(op: str, argument: str, names: Any) -> str:
+    """Names one after the other, as the schema has them."""
+    if isinstance(names, Sequence) and all(isinstance(name, str) for name in names) and names:
+        return ", ".join(names)
+    raise TypeError(f"{op}: {argument}: expected a name, or a sequence of them, got {names!r}")
 
 
 def member_rates(op: str, dropout: Dropout, input: Tensor) -> tuple[float, Tensor | None]:
-    """The options dropout and dropout_rates of a rate for each member: float64 `[E]`, as exact as a number.
+    """The options dropout and dropout_rates of a rate for each member, or each layer: float64, as exact as a
+    number.
 
     What is neither several numbers nor a tensor of them stays what it is.
     """
@@ -88,18 +213,41 @@ def member_rates(op: str, dropout: Dropout, input: Tensor) -> tuple[float, Tenso
         return 0.0, dropout.double()
     if not isinstance(dropout, Sequence) or isinstance(dropout, (str, bytes)):
         return dropout, None  # type: ignore[return-value]
-    for member, rate in enumerate(dropout):
-        _kinds.check_number(op, f"dropout[{member}]", rate)
-        if not 0 <= rate < 1:
-            raise ValueError(f"{op}: dropout[{member}]: expected 0 <= dropout < 1, got {rate}")
+    for member, rates in enumerate(dropout):
+        several = isinstance(rates, Sequence) and not isinstance(rates, str)
+        for layer, rate in enumerate(rates if several else [rates]):  # type: ignore[arg-type]
+            place = f"dropout[{member}][{layer}]" if several else f"dropout[{member}]"
+            _kinds.check_number(op, place, rate)
+            if not 0 <= rate < 1:
+                raise ValueError(f"{op}: {place}: expected 0 <= dropout < 1, got {rate}")
     return 0.0, torch.tensor(dropout, dtype=torch.float64, device=getattr(input, "device", None))
 
 
-def one_dropout(of: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A reference that is given dropout and dropout_rates, as the schema has them."""
+def from_schema(of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A reference that is given the options as the schema has them."""
 
-    def call(*, dropout: float, dropout_rates: Tensor | None, **given: Any) -> Tensor:
-        return of(**given, dropout=dropout if dropout_rates is None else dropout_rates)
+    def call(
+        *,
+        activation: str,
+        dropout: float,
+        dropout_rates: Tensor | None,
+        dropout_before_norm: bool,
+        norm: str,
+        norm_after_activation: bool,
+        residual: str,
+        save_hidden: bool | None = None,
+        **given: Any,
+    ) -> Tensor:
+        norms = [None if name == "none" else name for name in norm.split(", ")]
+        return of(
+            **given,
+            activation=activation.split(", ") if "," in activation else activation,
+            dropout=dropout if dropout_rates is None else dropout_rates,
+            dropout_position="before_norm" if dropout_before_norm else "after_activation",
+            norm=norms if "," in norm else norms[0],
+            norm_position="after_activation" if norm_after_activation else "before_activation",
+            residual=[one == "1" for one in residual] if residual else False,
+        )
 
     return call
 
@@ -108,11 +256,26 @@ def _vmap(n: int, dims: Given, given: Given) -> tuple[Given, int, tuple[int, ...
     dropped = given["dropout"] != 0 or given["dropout_rates"] is not None  # which numbers the rows
     if mapped(dims) == {"input"} and not dropped:
         return join_rows(n, dims, given, {"input": -2})
-    ranks = {"weights": 3, "biases": 2, "input": 3, "dropout_seeds": 1, "dropout_rates": 1}
-    return join_members(n, dims, given, ranks)
+    if given["members"] is not None:
+        raise NotImplementedError(
+            "ensemble_mlp: members: expected None in vmap over more than an input without dropout, got a tensor"
+        )
+    return join_members(n, dims, given, member_ranks(dims, given))
 
 
-_ensemble_mlp: Callable[..., Tensor] = operation("ensemble_mlp", one_dropout(reference.ensemble_mlp), _vmap)
+def member_ranks(dims: Given, given: Given) -> dict[str, int]:
+    """The dimensions of each tensor that may have a member axis, that axis counted."""
+    ranks = {"weights": 3, "biases": 2, "norm_weights": 2, "norm_biases": 2, "input": 3, "dropout_seeds": 1}
+    rates, dim = given["dropout_rates"], dims["dropout_rates"]
+    if rates is None:
+        return ranks
+    own = rates.dim() - (dim is not None)
+    if own == 2 and dim is None and len(rates) == 1:
+        return ranks  # of the layers, shared by all
+    return ranks | {"dropout_rates": own}
+
+
+_ensemble_mlp: Callable[..., Tensor] = operation("ensemble_mlp", from_schema(reference.ensemble_mlp), _vmap)
 
 
 def prepack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> Tensor:
@@ -132,14 +295,18 @@ def ensemble_mlp_packed(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor] | None = None,
     *,
-    activation: Activation = "relu",
+    activation: Activation | Sequence[Activation] = "relu",
+    output_activation: Activation = "identity",
 ) -> Tensor:
     """`ensemble_mlp` for inference: the same bits, sooner for small batches.
 
     `packed` is `prepack(weights, biases)`. Large batches read `weights` and `biases`. Not differentiable:
     backward raises.
     """
-    return _ensemble_mlp_packed(input, packed, weights, () if biases is None else biases, activation)
+    if not isinstance(activation, str):
+        activation = joined("ensemble_mlp", "activation", activation)
+    biases = () if biases is None else biases
+    return _ensemble_mlp_packed(input, packed, weights, biases, activation, output_activation)
 
 
 _ensemble_mlp_packed: Callable[..., Tensor] = operation("ensemble_mlp_packed")

@@ -1,13 +1,21 @@
 """The loss inside the fused ensemble MLP."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from pyens import reference
-from pyens._types import Activation, Dropout, Loss
+from pyens._types import Activation, Dropout, DropoutPosition, Loss, Norm, NormPosition
 from pyens.ops._call import Given, join_members, operation
-from pyens.ops.ensemble_mlp import member_rates, one_dropout
+from pyens.ops.ensemble_mlp import (
+    PLAIN_LAYERS,
+    from_schema,
+    joined,
+    layer_options,
+    member_ranks,
+    member_rates,
+)
 
 
 def ensemble_mlp_loss(
@@ -17,12 +25,21 @@ def ensemble_mlp_loss(
     biases: Sequence[Tensor] | None = None,
     *,
     loss: Loss,
-    activation: Activation = "relu",
     temperature: float = 1.0,
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
+    activation: Activation | Sequence[Activation] = "relu",
+    output_activation: Activation = "identity",
+    norm: Norm | Sequence[Norm | None] | None = None,
+    norm_weights: Sequence[Tensor] | None = None,
+    norm_biases: Sequence[Tensor] | None = None,
+    norm_eps: float | None = None,
+    norm_position: NormPosition = "before_activation",
+    residual: bool | Sequence[bool] = False,
     dropout: Dropout = 0.0,
     dropout_seeds: Tensor | None = None,
+    dropout_position: DropoutPosition = "after_activation",
+    members: Tensor | None = None,
 ) -> Tensor:
     r"""Each member's own mean loss, computed with its gradient in one pass over the examples.
 
@@ -41,7 +58,7 @@ def ensemble_mlp_loss(
     in backward by a second pass, for it sums over members that are scaled differently.
 
     Args:
-        input, weights, biases, activation, dropout, dropout_seeds: as in `pyens.ops.ensemble_mlp`.
+        input, weights, biases, and what follows sample_weight: as in `pyens.ops.ensemble_mlp`.
         target: `[B, K]`, the same for all members, or `[E, B, K]`, of the input's dtype or float32; K is O,
             and O/2 for gaussian_nll. For cross_entropy int64 `[B]` or `[E, B]`, classes from 0 to O - 1.
         loss: mse, bce, gaussian_nll or cross_entropy.
@@ -57,7 +74,7 @@ def ensemble_mlp_loss(
         `[E]`, float32 (float64 for float64), also for bfloat16 and float16 inputs, whose outputs enter the
         loss unrounded on the CPU. Under autocast the matrices cast as in `F.linear`.
 
-    Differentiable in input, weights and biases, twice and more; target and sample_weight get no gradient.
+    Differentiable in input, weights, biases and the norms' parameters, twice and more; target and sample_weight get no gradient.
     The loss and the gradients of weights, biases and an input per member are the same bits for any number of
     threads and any members beside. Within `torch.func`, grad, vjp, jvp and vmap work (also nested).
 
@@ -77,11 +94,32 @@ def ensemble_mlp_loss(
     rates = None
     if not isinstance(dropout, (float, int)):
         dropout, rates = member_rates("ensemble_mlp_loss", dropout, input)
+    if not isinstance(activation, str):
+        activation = joined("ensemble_mlp_loss", "activation", activation)
+    if norm is None and residual is False and dropout_position == "after_activation":
+        layers: tuple[Any, ...] = PLAIN_LAYERS
+        norm_weights = () if norm_weights is None else norm_weights
+        norm_biases = () if norm_biases is None else norm_biases
+    else:
+        *layers, norm_weights, norm_biases = layer_options(  # type: ignore[assignment]
+            "ensemble_mlp_loss",
+            weights,
+            norm,
+            norm_weights,
+            norm_biases,
+            norm_eps,
+            norm_position,
+            residual,
+            dropout_position,
+        )
+    early, norms, eps, late, residuals = layers
     return _ensemble_mlp_loss(
         input,
         target,
         weights,
         () if biases is None else biases,
+        norm_weights,
+        norm_biases,
         loss,
         temperature,
         label_smoothing,
@@ -90,18 +128,26 @@ def ensemble_mlp_loss(
         dropout,
         dropout_seeds,
         rates,
+        early,
+        output_activation,
+        norms,
+        eps,
+        late,
+        residuals,
+        members,
     )
 
 
 def _vmap(n: int, dims: Given, given: Given) -> tuple[Given, int, tuple[int, ...]]:
-    ranks = {"weights": 3, "biases": 2, "input": 3, "sample_weight": 2}
-    ranks |= {"target": 3 if given["target"].is_floating_point() else 2}
-    return join_members(n, dims, given, ranks | {"dropout_seeds": 1, "dropout_rates": 1})
+    if given["members"] is not None:
+        raise NotImplementedError("ensemble_mlp_loss: members: expected None in vmap, got a tensor")
+    target = 3 if given["target"].is_floating_point() else 2
+    return join_members(n, dims, given, member_ranks(dims, given) | {"sample_weight": 2, "target": target})
 
 
 _ensemble_mlp_loss: Callable[..., Tensor] = operation(
     "ensemble_mlp_loss",
-    one_dropout(reference.ensemble_mlp_loss),
+    from_schema(reference.ensemble_mlp_loss),
     _vmap,
     constants=("target", "sample_weight"),
 )

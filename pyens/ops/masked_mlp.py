@@ -10,7 +10,7 @@ from pyens._types import Activation, Loss
 from pyens.ops._call import Given, first, operation, shifted
 from pyens.ops.ensemble_mlp import ensemble_mlp
 from pyens.ops.ensemble_mlp_loss import ensemble_mlp_loss
-from pyens.reference.activations import ACTIVATIONS
+from pyens.reference.activations import activation_module
 from pyens.reference.masked_mlp import masked_weights as reference_weights
 
 
@@ -204,8 +204,7 @@ def _check(
     for argument, tensors in (("weights", weights), ("biases", biases), ("masks", masks), ("plan", plan)):
         if isinstance(tensors, Tensor):  # whose rows would pass for a list
             _kinds.check_tensors(op, argument, tensors)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f'{op}: activation: expected one of {", ".join(ACTIVATIONS)}, got "{activation}"')
+    activation_module(activation, op)  # raises if there is none of this name
     if len(masks) == 0 or len(masks) != len(weights) - 1:
         raise ValueError(
             f"{op}: masks: expected one for each hidden layer, of at least one, with {len(weights)} weights, "

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyens._types import Activation, ActivationStrength
-from pyens.reference.activations import ACTIVATIONS
+from pyens.reference.activations import activation_module
 
 
 def activation_strength(
@@ -25,7 +25,7 @@ def activation_strength(
     hidden = []
     for layer, weight in enumerate(weights):  # [E, out, in]
         if layer > 0:
-            x = ACTIVATIONS[activation](x)
+            x = activation_module(activation)(x)
             hidden.append(x)
         x = torch.matmul(x, weight.transpose(1, 2))  # [E, B, out]
         if biases:

@@ -1,12 +1,15 @@
 """Specification of `pyens.ops.ensemble_mlp`."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from pyens._types import Activation, Dropout
-from pyens.reference.activations import ACTIVATIONS
+from pyens._types import Activation, Dropout, DropoutPosition, Norm, NormPosition
+from pyens.reference.activations import activation_module
+
+T = TypeVar("T")
 
 
 def ensemble_mlp(
@@ -14,33 +17,105 @@ def ensemble_mlp(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor] | None = None,
     *,
-    activation: Activation = "relu",
+    activation: Activation | Sequence[Activation] = "relu",
+    output_activation: Activation = "identity",
+    norm: Norm | Sequence[Norm | None] | None = None,
+    norm_weights: Sequence[Tensor] | None = None,
+    norm_biases: Sequence[Tensor] | None = None,
+    norm_eps: float | None = None,
+    norm_position: NormPosition = "before_activation",
+    residual: bool | Sequence[bool] = False,
     dropout: Dropout = 0.0,
     dropout_seeds: Tensor | None = None,
+    dropout_position: DropoutPosition = "after_activation",
+    members: Tensor | None = None,
 ) -> Tensor:
     """See `pyens.ops.ensemble_mlp`."""
-    act = ACTIVATIONS[activation]
-    hidden = input if input.dim() == 3 else input.unsqueeze(0)  # [E or 1, B, I]
-    rate, rates = 0.0, None  # of all members, or of each [E, 1, 1]
-    if isinstance(dropout, (float, int)):
-        rate = dropout
-    else:
-        rates = torch.as_tensor(dropout, dtype=torch.float64, device=input.device).view(-1, 1, 1)
+    hidden_layers = len(weights) - 1
+    activations, norms = for_each(activation, hidden_layers), for_each(norm, hidden_layers)
+    residuals = residual_layers(residual, weights)
+    epsilon = default_norm_eps(norms, input.dtype) if norm_eps is None else norm_eps
+    norm_weight, norm_bias = iter(norm_weights or ()), iter(norm_biases or ())
+
+    def of_members(parameter: Tensor) -> Tensor:
+        return parameter if members is None else parameter[members]
+
+    def apply_norm(h: Tensor, layer: int) -> Tensor:
+        kind = norms[layer]
+        assert kind is not None
+        x = h.to(torch.promote_types(h.dtype, torch.float32))
+        if kind == "layer_norm":
+            x = x - x.mean(-1, keepdim=True)
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+        if norm_weights:
+            y = y * of_members(next(norm_weight)).unsqueeze(1)
+        if norm_biases:
+            y = y + of_members(next(norm_bias)).unsqueeze(1)
+        return y.to(h.dtype)
+
+    def apply_dropout(h: Tensor, layer: int) -> Tensor:
+        rates = dropout_rates(dropout, layer, h.device)
+        if not isinstance(rates, Tensor) and rates == 0:
+            return h
+        assert dropout_seeds is not None
+        kept = kept_by_dropout(dropout_seeds, layer, *h.shape[1:], rates)
+        # As exact as a division by a number.
+        exact = torch.promote_types(h.dtype, torch.float32)
+        share = (1 - rates).to(exact) if isinstance(rates, Tensor) else 1 - rates
+        return torch.where(kept, (h / share).to(h.dtype), 0)
+
+    h = input if input.dim() == 3 else input.unsqueeze(0)  # [E or 1, B, I]
     for layer, weight in enumerate(weights):  # [E, out, in]
-        if layer > 0:
-            hidden = act(hidden)
-            if rates is not None or rate > 0:
-                assert dropout_seeds is not None
-                _, rows, units = hidden.shape
-                kept = kept_by_dropout(dropout_seeds, layer - 1, rows, units, dropout)
-                # As exact as a division by a number.
-                exact = torch.promote_types(hidden.dtype, torch.float32)
-                share = 1 - rate if rates is None else (1 - rates).to(exact)
-                hidden = torch.where(kept, (hidden / share).to(hidden.dtype), 0)
-        hidden = torch.matmul(hidden, weight.transpose(1, 2))  # [E, B, out]
-        if biases:
-            hidden = hidden + biases[layer].unsqueeze(1)
-    return hidden
+        read = h
+        h = torch.matmul(h, of_members(weight).transpose(1, 2))  # [E, B, out]
+        if biases and biases[layer].shape[1] > 0:
+            h = h + of_members(biases[layer]).unsqueeze(1)
+        if layer == hidden_layers:
+            return activation_module(output_activation)(h)
+        has_norm = norms[layer] is not None
+        drops_early = has_norm and dropout_position == "before_norm"
+        for position in ("before_activation", "after_activation"):
+            if position == "after_activation":
+                h = activation_module(activations[layer])(h)
+            if has_norm and norm_position == position:
+                if drops_early:
+                    h = apply_dropout(h, layer)
+                h = apply_norm(h, layer)
+        if not drops_early:
+            h = apply_dropout(h, layer)
+        if residuals[layer]:
+            h = h + read
+    raise ValueError("ensemble_mlp: weights: expected at least one layer, got an empty list")
+
+
+def for_each(given: T | Sequence[T], layers: int) -> list[T]:
+    """One thing for all layers, or one for each of them."""
+    if given is None or isinstance(given, (str, bool)):
+        return [given] * layers  # type: ignore[list-item]
+    return list(given)  # type: ignore[arg-type]
+
+
+def residual_layers(residual: bool | Sequence[bool], weights: Sequence[Tensor]) -> list[bool]:
+    """Which hidden layers have one; True: those that are as wide as what they read."""
+    if residual is True:
+        return [weight.shape[1] == weight.shape[2] for weight in weights[:-1]]
+    return for_each(residual, len(weights) - 1)
+
+
+def default_norm_eps(norms: Sequence[Norm | None], dtype: torch.dtype) -> float:
+    """That of `nn.LayerNorm`, or where all are rms_norm that of `nn.RMSNorm`: of 16-bit types, which are
+    normalized in float32, that of float32."""
+    if "layer_norm" in norms:
+        return 1e-5
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+
+
+def dropout_rates(dropout: Dropout, layer: int, device: torch.device) -> float | Tensor:
+    """The rate of a hidden layer, or float64 [E or 1, 1, 1]."""
+    if isinstance(dropout, (float, int)):
+        return dropout
+    rates = torch.as_tensor(dropout, dtype=torch.float64, device=device)
+    return (rates if rates.dim() == 1 else rates[:, layer]).view(-1, 1, 1)
 
 
 def kept_by_dropout(seeds: Tensor, layer: int, batch_size: int, features: int, dropout: Dropout) -> Tensor:

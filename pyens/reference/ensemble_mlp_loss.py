@@ -1,12 +1,13 @@
 """Specification of `pyens.ops.ensemble_mlp_loss`."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyens._types import Activation, Dropout, Loss
+from pyens._types import Loss
 from pyens.reference.ensemble_mlp import ensemble_mlp
 
 
@@ -51,19 +52,15 @@ def ensemble_mlp_loss(
     biases: Sequence[Tensor] | None = None,
     *,
     loss: Loss,
-    activation: Activation = "relu",
     temperature: float = 1.0,
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
-    dropout: Dropout = 0.0,
-    dropout_seeds: Tensor | None = None,
+    **network: Any,
 ) -> Tensor:
-    """See `pyens.ops.ensemble_mlp_loss`."""
+    """See `pyens.ops.ensemble_mlp_loss`; `network` are the options of `ensemble_mlp`."""
 
     def run(input: Tensor) -> Tensor:
-        return ensemble_mlp(
-            input, weights, biases, activation=activation, dropout=dropout, dropout_seeds=dropout_seeds
-        )
+        return ensemble_mlp(input, weights, biases, **network)
 
     return mean_losses(run, input, target, loss, temperature, sample_weight, label_smoothing)
 

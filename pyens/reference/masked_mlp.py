@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyens._types import Activation, Loss
-from pyens.reference.activations import ACTIVATIONS
+from pyens.reference.activations import activation_module
 from pyens.reference.ensemble_mlp_loss import mean_losses
 
 
@@ -25,7 +25,7 @@ def masked_mlp(
     bool `[N, H_l]`, one for each hidden layer; returns `[N, B, O]`. Masking comes after the activation. The
     rows and columns of units that a mask leaves out take no part, so NaN and Inf in them do not either.
     """
-    act = ACTIVATIONS[activation]
+    act = activation_module(activation)
     outputs = []
     for n in range(masks[0].shape[0]):
         hidden = input if input.dim() == 2 else input[n]  # [B, I]

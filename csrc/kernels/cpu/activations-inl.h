@@ -41,7 +41,7 @@ template <class V, class Real>
 inline void activate(const Activation& activation, Real* rows, int64_t n) {
   const auto a = static_cast<Real>(activation.parameter);
   switch (activation.kind) {
-#define PYENS_CASE(name, F, parameter) \
+#define PYENS_CASE(name, F, standard) \
   case ActivationKind::name: return apply_rows<F, Real, V>(rows, n, a);
     PYENS_ACTIVATIONS(PYENS_CASE)
 #undef PYENS_CASE
@@ -53,7 +53,7 @@ template <class V, class Real>
 inline void activate_with_slope(const Activation& activation, Real* rows, Real* slope, int64_t n) {
   const auto a = static_cast<Real>(activation.parameter);
   switch (activation.kind) {
-#define PYENS_CASE(name, F, parameter) \
+#define PYENS_CASE(name, F, standard) \
   case ActivationKind::name: return apply_rows_with_slope<F, Real, V>(rows, slope, n, a);
     PYENS_ACTIVATIONS(PYENS_CASE)
 #undef PYENS_CASE

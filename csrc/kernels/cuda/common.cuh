@@ -204,7 +204,7 @@ __device__ inline R smallest_normal() {
 template <class R>
 __device__ inline R activate(ActivationKind kind, R x) {
   switch (kind) {
-#define PYENS_CASE(name, F, parameter) \
+#define PYENS_CASE(name, F, standard) \
   case ActivationKind::name: return F::value(x);
     PYENS_ACTIVATIONS(PYENS_CASE)
 #undef PYENS_CASE
@@ -214,7 +214,7 @@ __device__ inline R activate(ActivationKind kind, R x) {
 template <class R>
 __device__ inline R activation_slope(ActivationKind kind, R x, R h) {
   switch (kind) {
-#define PYENS_CASE(name, F, parameter) \
+#define PYENS_CASE(name, F, standard) \
   case ActivationKind::name: return F::slope(x, h);
     PYENS_ACTIVATIONS(PYENS_CASE)
 #undef PYENS_CASE
@@ -226,7 +226,7 @@ __device__ inline R activation_slope(ActivationKind kind, R x, R h) {
 template <class F>
 __device__ inline void with_activation(ActivationKind kind, const F& f) {
   switch (kind) {
-#define PYENS_CASE(name, Formulas, parameter) \
+#define PYENS_CASE(name, Formulas, standard) \
   case ActivationKind::name: return f(Formulas{});
     PYENS_ACTIVATIONS(PYENS_CASE)
 #undef PYENS_CASE
