@@ -61,6 +61,11 @@ inline constexpr double kDefaultParameters[] = {
 #undef PYENS_DEFAULT
 };
 
+// Whether a gradient where the slope is 0 is 0 whatever it was: selected, as torch does, not multiplied.
+constexpr bool cuts_off(ActivationKind kind) {
+  return kind == ActivationKind::relu || kind == ActivationKind::hardswish;
+}
+
 constexpr std::optional<ActivationKind> parse_activation_kind(std::string_view name) {
   for (const ActivationKind kind : kActivationKinds) {
     if (kActivationNames[static_cast<int>(kind)] == name) return kind;

@@ -81,8 +81,7 @@ struct Sigmoid {
 struct Hardswish {
   static Tensor value(const Tensor& z, double /*a*/) { return at::hardswish(z); }
   static Tensor backward(const Tensor& grad, const Tensor& z, const Tensor& /*h*/, double /*a*/) {
-    const Tensor slope = at::where(z <= -3, 0, at::where(z < 3, z / 3 + 0.5, 1));
-    return grad * slope;
+    return at::where(z <= -3, 0, at::where(z < 3, grad * (z / 3 + 0.5), grad));
   }
 };
 struct Sin {

@@ -283,13 +283,14 @@ inline bool sums_are_read(const EnsembleMLPParams& p, int64_t member, int64_t l)
   return l + 1 < p.num_layers && plain && !(p.dropout.of(member, l) > 0);
 }
 
-// g <- g times the slope; what a slope of 0 cuts off is selected.
+// g <- g times the slope of an activation.
 template <class Real>
-void multiply_by_slope(Real* g, const Real* slope, int64_t n) {
+void multiply_by_slope(const Activation& activation, Real* g, const Real* slope, int64_t n) {
   using V = Wide<Real>;
+  const bool cuts = cuts_off(activation.kind);
   for (int64_t i = 0; i < n; i += lanes_of<V>()) {
     const V by = load<V>(slope + i);
-    store(g + i, by == V{} ? V{} : load<V>(g + i) * by);
+    store(g + i, cuts && by == V{} ? V{} : load<V>(g + i) * by);
   }
 }
 template <class Real>

@@ -217,7 +217,7 @@ struct InputGradientBlock {
   const Real* slope;
   const Real* relu;
   Real scale;
-  bool cuts;  // dropout: slopes of 0 are selected, not multiplied
+  bool cuts;  // dropout and cuts_off: slopes of 0 are selected, not multiplied
   const Real* example_weight;
 
   template <int R, int NV>
@@ -264,7 +264,7 @@ void input_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, int64
                                 weights, &block.w_stride);
       block.first = k == 0 && !add;
       block.scale = static_cast<typename A::Real>(1 / (1 - rate));
-      block.cuts = rate > 0;
+      block.cuts = rate > 0 || (below && cuts_off(p.layers[l - 1].activation.kind));
       const bool finished = k + block.k_count == layer.out;
       for (int64_t panel = 0; panel * P < examples; ++panel) {
         const int64_t at = (panel * layer.in + row) * P;
@@ -388,7 +388,7 @@ void add_panels(const Real* from, int64_t n, Real* to, bool first) {
 }
 
 // The gradient by what a rich hidden layer puts out, without its residual, becomes that by its sums: the
-// steps of hidden_epilogue in reverse. What a slope of 0 cuts off is selected.
+// steps of hidden_epilogue in reverse.
 template <class A>
 void epilogue_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, int64_t first,
                        int64_t examples, const TrainingScratch<A>& scratch, typename A::Real* g,
@@ -415,7 +415,7 @@ void epilogue_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, in
   if (layer.has_norm() && layer.norm.after_activation) norm();
   if (drops_early && layer.norm.after_activation) dropout();
   if (scratch.slope[l]) {
-    multiply_by_slope(g, scratch.slope[l], n);
+    multiply_by_slope(layer.activation, g, scratch.slope[l], n);
   } else if (layer.activation.kind == ActivationKind::relu) {
     cut_by_relu(g, scratch.hidden[l], n);
   }
@@ -531,7 +531,8 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
     bool add = l == 0 && shared_input && !first_member;
     if (l + 1 == layers) {
       if (scratch.slope[l]) {
-        multiply_by_slope(gradient, scratch.slope[l], round_up(examples, kPanel<A>) * rows);
+        multiply_by_slope(layer.activation, gradient, scratch.slope[l],
+                          round_up(examples, kPanel<A>) * rows);
       }
     } else if (layer.rich()) {
       if (layer.residual && goes_on) {  // the other way to what the layer reads
