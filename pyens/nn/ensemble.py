@@ -51,8 +51,9 @@ class Ensemble(nn.Module):
     Attributes:
         ensemble_size: E, the number of members.
         dropout: p, or a tuple of one for each member where they differ. Where it is not 0, `forward` and
-            `loss` take `dropout_seeds`, int64 `[E]`, see `pyens.ops.ensemble_mlp`: dropout is applied if and
-            only if they are given, also in evaluation (for MC dropout), and training needs them.
+            `loss` take `dropout_seeds`, int64 `[E]`, see `pyens.ops.ensemble_mlp`, and `fit` gives them. A
+            part that is given none draws its own in training, see `EnsembleMLP`: `fit` knows nothing of
+            those, so that a run depends on the generator that they come from.
         activation: of the hidden layers, where the members are MLPs on top of `features`; None for others.
         shares_parameters: whether all members have the same parameters, without a member axis. `fit` then
             keeps and stops all of them together.

@@ -25,6 +25,8 @@ class _StackedMLP(Members):
     """What `EnsembleLinear`, `EnsembleMLP` and `PackedEnsembleMLP` share: a stack of linear layers each."""
 
     activation: Activation
+    dropout_generator: torch.Generator | None = None
+    mc_dropout: bool = False
 
     def forward(
         self, input: Tensor, *, dropout: Dropout | None = None, dropout_seeds: Tensor | None = None
@@ -33,18 +35,20 @@ class _StackedMLP(Members):
 
         Args:
             dropout: of the hidden activations; None: that of the ensemble.
-            dropout_seeds: int64 `[E]`, see `pyens.ops.ensemble_mlp`. Dropout is applied if and only if they
-                are given, also in evaluation (for MC dropout); training with dropout needs them.
+            dropout_seeds: int64 `[E]`, see `pyens.ops.ensemble_mlp`. Given, dropout is applied, also in
+                evaluation. None: in training, and with `mc_dropout` in evaluation too, seeds are drawn from
+                `dropout_generator`, once a call; in evaluation there is no dropout.
         """
-        if dropout is None:
-            dropout = self.dropout and self._dropout(dropout_seeds)
+        rate = self.dropout if dropout is None else dropout
+        if not isinstance(rate, (int, float)) or rate != 0:
+            rate, dropout_seeds = self._dropping(dropout, dropout_seeds)
         weights, biases = self.stacked()
         return ops.ensemble_mlp(
             input,
             weights,
             biases,
             activation=self.activation,
-            dropout=dropout,
+            dropout=rate,
             dropout_seeds=dropout_seeds,
         )
 
@@ -64,8 +68,9 @@ class _StackedMLP(Members):
 
         mse, bce, gaussian_nll or cross_entropy: see `pyens.ops.ensemble_mlp_loss`. Dropout as in `forward`.
         """
-        if dropout is None:
-            dropout = self.dropout and self._dropout(dropout_seeds)
+        rate = self.dropout if dropout is None else dropout
+        if not isinstance(rate, (int, float)) or rate != 0:
+            rate, dropout_seeds = self._dropping(dropout, dropout_seeds)
         weights, biases = self.stacked()
         return ops.ensemble_mlp_loss(
             input,
@@ -77,19 +82,35 @@ class _StackedMLP(Members):
             temperature=temperature,
             label_smoothing=label_smoothing,
             sample_weight=sample_weight,
-            dropout=dropout,
+            dropout=rate,
             dropout_seeds=dropout_seeds,
         )
 
-    def _dropout(self, seeds: Tensor | None) -> Dropout:
-        if seeds is not None:
-            return self.dropout
-        if self.training:
-            raise ValueError(
-                f"{type(self).__name__}: dropout_seeds: expected int64 [{self.ensemble_size}], new in every "
-                f"step of training with dropout {self.dropout}, got None"
+    def _dropping(self, dropout: Dropout | None, seeds: Tensor | None) -> tuple[Dropout, Tensor | None]:
+        """The rate and the seeds of a call, drawn where it is to drop and was given none."""
+        if seeds is None and (self.training or self.mc_dropout):
+            seeds = self._draw_seeds()
+        if dropout is None:
+            dropout = 0.0 if seeds is None else self._rates()
+        return dropout, seeds
+
+    def _draw_seeds(self) -> Tensor:
+        generator, shape, device = self.dropout_generator, (self.ensemble_size,), self.stacked()[0][0].device
+        if generator is None and is_dynamo_compiling():
+            return torch.randint(2**62, shape, device=device)
+        if generator is not None and (
+            not isinstance(generator, torch.Generator) or generator.device.type != "cpu"
+        ):
+            kind = type(generator).__name__
+            got = f"one on {generator.device}" if isinstance(generator, torch.Generator) else kind
+            raise TypeError(
+                f"{type(self).__name__}: dropout_generator: expected a torch.Generator on the CPU, got {got}"
             )
-        return 0.0
+        # On the CPU, so that a generator means the same on every device.
+        return torch.randint(2**62, shape, generator=generator, device="cpu").to(device)
+
+    def _rates(self) -> Dropout:
+        return self.dropout
 
     def draw(self, member: int, generator: torch.Generator | None) -> None:
         weights, biases = self._parameters_alone("reset_parameters")
@@ -218,6 +239,12 @@ class EnsembleMLP(Derived, _StackedMLP):
             member, which it keeps wherever it is chosen to.
         device, dtype: of the parameters.
         seeds: one per member, see `reset_parameters`.
+
+    Attributes:
+        dropout_generator: a `torch.Generator` on the CPU that the seeds of dropout are drawn from; None:
+            torch's default one. Activation checkpointing needs None, whose state it knows to restore;
+            compiled code with a generator breaks its graph there, and without one draws other seeds.
+        mc_dropout: whether dropout is active in evaluation too (False).
 
     Parameters: `weights.{l}` `[E, out_l, in_l]` and `biases.{l}` `[E, out_l]`.
 
@@ -402,8 +429,8 @@ class EnsembleMLP(Derived, _StackedMLP):
             device = next(self.parameters()).device
             self._derived = self.dropout, torch.tensor(self.dropout, dtype=torch.float64, device=device)
 
-    def _dropout(self, seeds: Tensor | None) -> Dropout:
-        dropout = super()._dropout(seeds)
+    def _rates(self) -> Dropout:
+        dropout = self.dropout
         if not isinstance(dropout, tuple):
             return dropout
         if not is_dynamo_compiling() and (self._derived is None or self._derived[0] is not dropout):

@@ -18,8 +18,9 @@ def mc_dropout(
 
     Each pass has its own mask, drawn once: every unit is kept with probability 1 - p and then multiplied by
     1 / (1 - p), by the weights that follow it. All examples of a pass meet the same mask, so a pass is one
-    function; `EnsembleMLP(..., dropout=p)`, called with `dropout_seeds`, draws for each example instead.
-    Masksembles with S = 1 / (1 - p) and N going to infinity comes to the same, but for the rescaling.
+    function; `EnsembleMLP(..., dropout=p)`, with its attribute `mc_dropout` or with `dropout_seeds`, draws
+    for each example instead. Masksembles with S = 1 / (1 - p) and N going to infinity comes to the same, but
+    for the rescaling.
 
     Args:
         model: Linear, activation, ..., Linear, with or without `nn.Dropout` after activations. Where there is
