@@ -29,11 +29,20 @@ class _StackedMLP(Members):
     mc_dropout: bool = False
 
     def forward(
-        self, input: Tensor, *, dropout: Dropout | None = None, dropout_seeds: Tensor | None = None
+        self,
+        input: Tensor,
+        *,
+        dropout: Dropout | None = None,
+        dropout_seeds: Tensor | None = None,
+        shared: bool = False,
     ) -> Tensor:
         """`[B, in_features]` (shared by all members) or `[E, B, in_features]` -> `[E, B, out_features]`.
 
+        Also `[in_features]` -> `[E, out_features]`, and `[1, B, in_features]`, which all members share.
+
         Args:
+            shared: whether an input of any dimensions `[..., in_features]` is the same for all members:
+                -> `[E, ..., out_features]`.
             dropout: of the hidden activations; None: that of the ensemble.
             dropout_seeds: int64 `[E]`, see `pyens.ops.ensemble_mlp`. Given, dropout is applied, also in
                 evaluation. None: in training, and with `mc_dropout` in evaluation too, seeds are drawn from
@@ -50,6 +59,7 @@ class _StackedMLP(Members):
             activation=self.activation,
             dropout=rate,
             dropout_seeds=dropout_seeds,
+            shared=shared,
         )
 
     def loss(  # type: ignore[override]
@@ -63,10 +73,12 @@ class _StackedMLP(Members):
         sample_weight: Tensor | None = None,
         dropout: Dropout | None = None,
         dropout_seeds: Tensor | None = None,
+        shared: bool = False,
     ) -> Tensor:
         """Each member's mean loss `[E]`, its gradient computed in the same pass; train on its sum.
 
-        mse, bce, gaussian_nll or cross_entropy: see `pyens.ops.ensemble_mlp_loss`. Dropout as in `forward`.
+        mse, bce, gaussian_nll or cross_entropy: see `pyens.ops.ensemble_mlp_loss`. Input and dropout as in
+        `forward`; target and sample_weight have the input's dimensions in the place of B.
         """
         rate = self.dropout if dropout is None else dropout
         if not isinstance(rate, (int, float)) or rate != 0:
@@ -84,6 +96,7 @@ class _StackedMLP(Members):
             sample_weight=sample_weight,
             dropout=rate,
             dropout_seeds=dropout_seeds,
+            shared=shared,
         )
 
     def _dropping(self, dropout: Dropout | None, seeds: Tensor | None) -> tuple[Dropout, Tensor | None]:
@@ -484,12 +497,14 @@ class PackedEnsembleMLP(Derived, _StackedMLP):
         self._derive_and_follow()
         self.eval()
 
-    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # without dropout
-        """`[B, in_features]` (shared by all members) or `[E, B, in_features]` -> `[E, B, out_features]`."""
+    def forward(  # type: ignore[override]  # without dropout
+        self, input: Tensor, *, shared: bool = False
+    ) -> Tensor:
+        """As `EnsembleMLP.forward`, without dropout."""
         packed, weights, biases = self._derived
         if packed is None:
-            return ops.ensemble_mlp(input, weights, biases, activation=self.activation)
-        return ensemble_mlp_packed(input, packed, weights, biases, activation=self.activation)
+            return ops.ensemble_mlp(input, weights, biases, activation=self.activation, shared=shared)
+        return ensemble_mlp_packed(input, packed, weights, biases, activation=self.activation, shared=shared)
 
     def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         _, weights, biases = self._derived

@@ -9,6 +9,7 @@ from torch import Tensor
 from pyens import _kinds, reference
 from pyens._types import Activation, Dropout
 from pyens.ops._call import Given, join_members, join_rows, mapped, operation
+from pyens.ops._inputs import as_given, as_rows, is_unusual
 
 
 def ensemble_mlp(
@@ -19,6 +20,7 @@ def ensemble_mlp(
     activation: Activation = "relu",
     dropout: Dropout = 0.0,
     dropout_seeds: Tensor | None = None,
+    shared: bool = False,
 ) -> Tensor:
     r"""All members of an ensemble of MLPs in one call.
 
@@ -27,7 +29,8 @@ def ensemble_mlp(
         z_l = h_{l-1} W_l[m]^T + b_l[m],   h_l = act(z_l) for l < L,   output[m] = z_L
 
     Args:
-        input: `[B, I]`, shared by all members and never copied for them, or `[E, B, I]`. B may be 0.
+        input: `[B, I]`, shared by all members and never copied for them, or `[E, B, I]`. B may be 0. Also
+            `[I]`, one row, and `[1, B, I]`, which is shared unless E is 1.
         weights: L >= 1 tensors `[E, out_l, in_l]` with in_1 = I and in_{l+1} = out_l, the layout of
             `nn.Linear.weight` stacked (`torch.func.stack_module_state`).
         biases: L tensors `[E, out_l]`, or None for no biases.
@@ -41,9 +44,11 @@ def ensemble_mlp(
             (dropout_seeds[m], layer, batch row, unit): the same seeds give the same masks, backward draws
             them again, and no member depends on another. A training loop passes new seeds each step; 100
             passes of Monte Carlo dropout are one member's weights, expanded to E = 100, with 100 seeds.
+        shared: whether the input is the same for all members, whatever its dimensions: `[..., I]`. Without
+            it, an input of three is `[E, B, I]`. Dropout numbers its rows as `input.flatten(0, -2)` has them.
 
     Returns:
-        `[E, B, O]`, contiguous, of the input's dtype.
+        `[E, B, O]`, contiguous, of the input's dtype; `[E, O]` for `[I]`, and `[E, ..., O]` with `shared`.
 
     float32 and float64 are computed as such; bfloat16 and float16 accumulate in float32 and keep the hidden
     activations in float32, except where the processor's bfloat16 dot products read them as bfloat16. Every
@@ -73,6 +78,10 @@ def ensemble_mlp(
     if not isinstance(dropout, (float, int)):
         dropout, rates = member_rates("ensemble_mlp", dropout, input)
     biases = () if biases is None else biases
+    if shared or is_unusual(input):
+        input, lead = as_rows(input, weights, shared)
+        output = _ensemble_mlp(input, weights, biases, activation, dropout, dropout_seeds, rates)
+        return as_given(output, lead)
     return _ensemble_mlp(input, weights, biases, activation, dropout, dropout_seeds, rates)
 
 
@@ -133,13 +142,18 @@ def ensemble_mlp_packed(
     biases: Sequence[Tensor] | None = None,
     *,
     activation: Activation = "relu",
+    shared: bool = False,
 ) -> Tensor:
     """`ensemble_mlp` for inference: the same bits, sooner for small batches.
 
     `packed` is `prepack(weights, biases)`. Large batches read `weights` and `biases`. Not differentiable:
     backward raises.
     """
-    return _ensemble_mlp_packed(input, packed, weights, () if biases is None else biases, activation)
+    biases = () if biases is None else biases
+    if shared or is_unusual(input):
+        input, lead = as_rows(input, weights, shared)
+        return as_given(_ensemble_mlp_packed(input, packed, weights, biases, activation), lead)
+    return _ensemble_mlp_packed(input, packed, weights, biases, activation)
 
 
 _ensemble_mlp_packed: Callable[..., Tensor] = operation("ensemble_mlp_packed")

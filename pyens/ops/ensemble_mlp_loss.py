@@ -7,6 +7,7 @@ from torch import Tensor
 from pyens import reference
 from pyens._types import Activation, Dropout, Loss
 from pyens.ops._call import Given, join_members, operation
+from pyens.ops._inputs import as_rows, is_unusual, of_rows
 from pyens.ops.ensemble_mlp import member_rates, one_dropout
 
 
@@ -23,6 +24,7 @@ def ensemble_mlp_loss(
     sample_weight: Tensor | None = None,
     dropout: Dropout = 0.0,
     dropout_seeds: Tensor | None = None,
+    shared: bool = False,
 ) -> Tensor:
     r"""Each member's own mean loss, computed with its gradient in one pass over the examples.
 
@@ -41,7 +43,9 @@ def ensemble_mlp_loss(
     in backward by a second pass, for it sums over members that are scaled differently.
 
     Args:
-        input, weights, biases, activation, dropout, dropout_seeds: as in `pyens.ops.ensemble_mlp`.
+        input, weights, biases, activation, dropout, dropout_seeds, shared: as in `pyens.ops.ensemble_mlp`.
+            Where the input has other dimensions than B, target and sample_weight have those instead of B
+            (`[..., K]` or `[E, ..., K]`), and the mean is over all of them.
         target: `[B, K]`, the same for all members, or `[E, B, K]`, of the input's dtype or float32; K is O,
             and O/2 for gaussian_nll. For cross_entropy int64 `[B]` or `[E, B]`, classes from 0 to O - 1.
         loss: mse, bce, gaussian_nll or cross_entropy.
@@ -77,6 +81,12 @@ def ensemble_mlp_loss(
     rates = None
     if not isinstance(dropout, (float, int)):
         dropout, rates = member_rates("ensemble_mlp_loss", dropout, input)
+    if shared or is_unusual(input):
+        given, (input, lead) = input, as_rows(input, weights, shared)
+        if input is not given:
+            members = weights[0].shape[0]
+            target = of_rows(target, lead, 0 if loss == "cross_entropy" else 1, members)
+            sample_weight = of_rows(sample_weight, lead, 0, members)
     return _ensemble_mlp_loss(
         input,
         target,
