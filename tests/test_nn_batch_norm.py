@@ -427,7 +427,7 @@ def hooked(module: nn.Module, pre: bool = False) -> nn.Module:
         ),
         (
             lambda: [linear(4, 6), trained_norm(6, track_running_stats=False), linear(6, 2)],
-            r"expected a EnsembleBatchNorm with running statistics, .* got EnsembleBatchNorm\(",
+            r"expected EnsembleBatchNorm with running statistics, .* got EnsembleBatchNorm\(",
         ),
         (
             lambda: [linear(4, 6), nn.ReLU(), trained_norm(6)],

@@ -239,11 +239,11 @@ REFUSED: dict[str, Any] = {
     "alpha dropout": (lambda: around(nn.ReLU(), nn.AlphaDropout(0.1)), r"got AlphaDropout\("),
     "norm in training": (
         lambda: around(norm(4).train(), nn.ReLU()),
-        r"expected a BatchNorm1d in evaluation \(eval\(\)\), .* got BatchNorm1d\(4",
+        r"expected BatchNorm1d in evaluation \(eval\(\)\), .* got BatchNorm1d\(4",
     ),
     "norm without statistics": (
         lambda: around(nn.BatchNorm1d(4, track_running_stats=False).eval(), nn.ReLU()),
-        r"expected a BatchNorm1d with running statistics, .* got BatchNorm1d\(4",
+        r"expected BatchNorm1d with running statistics, .* got BatchNorm1d\(4",
     ),
     "norm of another width": (lambda: around(norm(3), nn.ReLU()), r"batch norm of shape \[4\] .*, got \[3\]"),
     "norm before the activation": (
@@ -329,3 +329,9 @@ def test_linear_refuses(module, message):
 )
 def test_names_of_activations(module, name):
     assert _sequential.activation_string(module) == name
+
+
+def test_what_users_note_on_an_activation_changes_nothing():
+    module = nn.ELU(alpha=1.0)
+    module.place = "after the first layer"
+    assert _sequential.activation_string(module) == "elu"

@@ -67,8 +67,8 @@ def flatten(module: nn.Module) -> Iterator[nn.Module]:
         yield module
 
 
-# The activations of torch.nn as the kernels name them, with the argument that such a name may hold and its
-# default: nn.ELU(2.0) is "elu(2.0)". Other attributes must have the values that default arguments give.
+# The activations of torch.nn by the names of the kernels, and the argument that such a name may hold where it
+# is not the default one: nn.ELU(2.0) is "elu(2.0)". Other arguments must be the default ones.
 _ACTIVATIONS: dict[type[nn.Module], tuple[str, str | None]] = {
     nn.ReLU: ("relu", None),
     nn.GELU: ("gelu", None),
@@ -91,7 +91,8 @@ def activation_string(module: nn.Module) -> str | None:
     """
     for kind, (name, argument) in _ACTIVATIONS.items():
         if is_plain(module, kind):
-            given, usual = _settings(module), _settings(kind())
+            usual = _settings(kind())
+            given = {name: getattr(module, name) for name in usual}
             if argument is not None and given[argument] != usual[argument]:
                 name = f"{name}({float(given[argument])!r})"
                 given[argument] = usual[argument]
@@ -123,12 +124,12 @@ def _scale_and_shift(norm: Any, argument: str) -> tuple[Tensor, Tensor]:
     kind = type(norm).__name__
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError(
-            f"{argument}: expected a {kind} with running statistics, which can be folded into weights, "
+            f"{argument}: expected {kind} with running statistics, which can be folded into weights, "
             f"got {norm}"
         )
     if norm.training:
         raise ValueError(
-            f"{argument}: expected a {kind} in evaluation (eval()), which can be folded into weights, "
+            f"{argument}: expected {kind} in evaluation (eval()), which can be folded into weights, "
             f"got {norm} in training"
         )
     scale = (norm.running_var.double() + norm.eps).rsqrt()
@@ -236,7 +237,7 @@ def parse(
             elif pending[0].shape == scale.shape:
                 pending = pending[0] * scale, pending[1] * scale + shift
             else:
-                raise refuse(f"a {bn} of {pending[0].shape[-1]} features after another", module)
+                raise refuse(f"{bn} of {pending[0].shape[-1]} features after another", module)
         elif (name := activation_string(module)) is not None and _is_known(name):
             if pending is not None:
                 raise refuse(f"{lin} after {bn}, which is folded into it", module)
