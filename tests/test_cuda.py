@@ -154,7 +154,10 @@ def opcheck_arguments(device):
     wide = [draw(3, 400, 5), draw(3, 300, 400), draw(3, 2, 300)]
     mean, std = torch.zeros(7, device=device), torch.ones(7, device=device)
     labels, index = torch.randint(2, (9,), device=device), torch.randint(6, (3, 9, 1), device=device)
-    network, options = (labels, weights, biases, [], []), ("cross_entropy", 1.0, 0.1, None, "relu", 0.25, seeds)
+    network, options = (
+        (labels, weights, biases, [], []),
+        ("cross_entropy", 1.0, 0.1, None, "relu", 0.25, seeds),
+    )
     masks = torch.tensor([[True, False, True, True, False]] * 3, device=device)
     rows = torch.tensor([[0, 2, 3]] * 3, device=device)
     outputs, saved = draw(3, 9, 4), torch.ops.pyens.decorrelation_loss_forward

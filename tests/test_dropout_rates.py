@@ -166,7 +166,17 @@ def test_opcheck(device, requires_grad):
     given = (x, torch.zeros(5, 2, device=device), weights, biases, [], [], "mse", 1.0, 0.0, None, *options)
     torch.library.opcheck(torch.ops.pyens.ensemble_mlp_loss, given)
     if not requires_grad:
-        backward = (torch.randn(3, 5, 2, device=device), x, weights, biases, [], [], None, [True] * 5, *options)
+        backward = (
+            torch.randn(3, 5, 2, device=device),
+            x,
+            weights,
+            biases,
+            [],
+            [],
+            None,
+            [True] * 5,
+            *options,
+        )
         torch.library.opcheck(torch.ops.pyens.ensemble_mlp_backward, backward)
 
 
@@ -192,9 +202,13 @@ def test_compiled(device):
 
 
 BAD: dict[str, tuple[Any, type[Exception], str]] = {
-    "number": ([0.1, 0.2], ValueError, r"dropout: expected a number, or \[3\], got shape \[2\]"),
-    "none": ([], ValueError, r"dropout: expected a number, or \[3\], got shape \[0\]"),
-    "shape": (torch.ones(3, 1) / 2, ValueError, r"dropout: expected a number, or \[3\], got shape \[3, 1\]"),
+    "number": ([0.1, 0.2], ValueError, r"dropout: expected a number, or \[3\], .*, got shape \[2\]"),
+    "none": ([], ValueError, r"dropout: expected a number, or \[3\], .*, got shape \[0\]"),
+    "shape": (
+        torch.ones(3, 2) / 2,
+        ValueError,
+        r"dropout: expected a number, or \[3\], .*, got shape \[3, 2\]",
+    ),
     "1": ([0.1, 1.0, 0.2], ValueError, r"dropout\[1\]: expected 0 <= dropout < 1, got 1"),
     "nan": ([0.1, 0.2, float("nan")], ValueError, r"dropout\[2\]: expected 0 <= dropout < 1, got nan"),
     "1 in a tensor": (
@@ -306,9 +320,8 @@ def test_equal_rates_are_one():
     assert not model.dropout and model(torch.randn(4, 2)).shape == (3, 4, 1)  # needs no seeds
     mixed = EnsembleMLP(3, 2, [4], 1, dropout=[0.0, 0.5, 0.0])
     assert mixed.dropout and not mixed.select([0, 2]).dropout
-    with pytest.raises(ValueError, match=r"EnsembleMLP: dropout_seeds: expected int64 \[3\], new"):
-        mixed(torch.randn(4, 2))
     x = torch.randn(4, 2)
+    assert not torch.equal(mixed(x)[1], mixed(x)[1]) and torch.equal(mixed(x)[0], mixed(x)[0])
     assert torch.equal(mixed.eval()(x)[0], mixed(x, dropout_seeds=torch.arange(3))[0])
 
 

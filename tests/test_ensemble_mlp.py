@@ -570,9 +570,9 @@ BAD = {
         r"biases: expected one for each of the 2 layers",
     ),
     "rank of input": (
-        (X[0], [W], [V], "relu"),
+        (X[None, None], [W], [V], "relu"),
         ValueError,
-        r"input: expected \[B, 5\] or \[3, B, 5\], got shape \[5\]",
+        r"input: expected \[B, 5\] or \[3, B, 5\], got shape \[1, 1, \d+, 5\]",
     ),
     "features of input": (
         (X[:, :4], [W], [V], "relu"),

@@ -8,16 +8,14 @@ import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyens import reference
 from pyens.ops import ensemble_mlp, ensemble_mlp_loss
-from pyens.reference.activations import MODULES, activation_module
+from pyens.reference.activations import MODULES
 
 ACTIVATIONS = [*MODULES, "elu(0.5)", "celu(0.125)", "celu(2)", "leaky_relu(0.2)", "leaky_relu(-0.5)"]
 # Of celu torch forms the derivative with an alpha that is rounded to float32.
@@ -54,7 +52,10 @@ class Network:
         return self.call(tensors, reference.ensemble_mlp)
 
     def to(self, dtype: torch.dtype) -> "Network":
-        lists = [[t.to(dtype) for t in ts] for ts in (self.weights, self.biases, self.norm_weights, self.norm_biases)]
+        lists = [
+            [t.to(dtype) for t in ts]
+            for ts in (self.weights, self.biases, self.norm_weights, self.norm_biases)
+        ]
         return Network(self.x.to(dtype), *lists, self.options)
 
     def requires_grad(self) -> list[Tensor]:
@@ -84,7 +85,7 @@ def network(
     n = e if chosen is None else len(chosen)
     x = randn(*([n] if own else []), b, widths[0])
     weights = [randn(e, o, i) / i**0.5 * 1.4 for i, o in layers]
-    biases = [randn(e, 0 if l in no_bias else o) * 0.3 for l, (_, o) in enumerate(layers)]
+    biases = [randn(e, 0 if layer in no_bias else o) * 0.3 for layer, (_, o) in enumerate(layers)]
     kinds = norms if isinstance(norms, list) else [norms] * (len(layers) - 1)
     normed = [o for (_, o), kind in zip(layers, kinds, strict=False) if kind is not None]
     norm_weights = [1 + 0.3 * randn(e, o) for o in normed if affine]
@@ -140,7 +141,7 @@ def networks(draw, activations: list[str] = SMOOTH) -> Network:
         norms=norms,
         affine=draw(st.booleans()),
         own=draw(st.booleans()),
-        no_bias=tuple(l for l in range(len(widths) - 1) if draw(st.integers(0, 3)) == 0),
+        no_bias=tuple(layer for layer in range(len(widths) - 1) if draw(st.integers(0, 3)) == 0),
         chosen=chosen,
         seed=draw(st.integers(0, 2**20)),
         **options,
@@ -150,7 +151,12 @@ def networks(draw, activations: list[str] = SMOOTH) -> Network:
 def gradients(of: Network, tensors: list[Tensor], output: Tensor, create_graph: bool = False) -> list[Tensor]:
     above = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return torch.autograd.grad(
-        output, tensors, above.to(output.dtype), create_graph=create_graph, allow_unused=True, materialize_grads=True
+        output,
+        tensors,
+        above.to(output.dtype),
+        create_graph=create_graph,
+        allow_unused=True,
+        materialize_grads=True,
     )
 
 
@@ -160,7 +166,7 @@ def assert_near(got: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(got.double(), expected.double(), rtol=0, atol=tolerance * scale)
 
 
-# --- every mixture -------------------------------------------------------------------------------------------
+# --- every mixture -----------------------------------------------------------------------------------------
 
 
 @given(networks(), st.booleans())

@@ -74,7 +74,7 @@ def test_attributes():
 @kinds
 def test_forward_refuses_what_does_not_fit(kind):
     model = make(kind)
-    for wrong in (torch.randn(5, 7), torch.randn(6), torch.randn(3, 5, 6)):
+    for wrong in (torch.randn(5, 7), torch.tensor(6.0), torch.randn(3, 5, 6), torch.randn(4, 5, 2, 6)):
         with pytest.raises(
             ValueError, match=r"ensemble_mlp: input: expected \[B, 6\] or \[4, B, 6\], got shape"
         ):

@@ -53,12 +53,15 @@ def resample(bootstrap):
 
 
 CALLS = [
-    ("Activation", lambda n: ops.ensemble_mlp(X, WEIGHTS, activation=n)),
-    ("Activation", lambda n: ops.ensemble_mlp_loss(X, target("mse"), WEIGHTS, loss="mse", activation=n)),
-    ("Activation", lambda n: ops.masked_mlp(X, SHARED, None, MASKS, activation=n)),
-    ("Activation", lambda n: pyens.EnsembleMLP(3, 6, [5], 2, activation=n)),
-    ("Activation", lambda n: nn.MaskedMLP(3, 6, [5], 2, scale=2.0, activation=n)),
-    ("Activation", lambda n: nn.TabularEnsemble(3, [], 6, [5], 2, activation=n)),
+    ("Norm", lambda n: ops.ensemble_mlp(X, WEIGHTS, norm=n)),
+    ("NormPosition", lambda n: ops.ensemble_mlp(X, WEIGHTS, norm="layer_norm", norm_position=n)),
+    ("DropoutPosition", lambda n: ops.ensemble_mlp(X, WEIGHTS, norm="rms_norm", dropout_position=n)),
+    ("ActivationName", lambda n: ops.ensemble_mlp(X, WEIGHTS, activation=n)),
+    ("ActivationName", lambda n: ops.ensemble_mlp_loss(X, target("mse"), WEIGHTS, loss="mse", activation=n)),
+    ("ActivationName", lambda n: ops.masked_mlp(X, SHARED, None, MASKS, activation=n)),
+    ("ActivationName", lambda n: pyens.EnsembleMLP(3, 6, [5], 2, activation=n)),
+    ("ActivationName", lambda n: nn.MaskedMLP(3, 6, [5], 2, scale=2.0, activation=n)),
+    ("ActivationName", lambda n: nn.TabularEnsemble(3, [], 6, [5], 2, activation=n)),
     ("Loss", lambda n: ops.ensemble_mlp_loss(X, target(n), WEIGHTS, loss=n)),
     ("Loss", lambda n: ops.masked_mlp_loss(X, target(n), SHARED, None, MASKS, loss=n)),
     ("Loss", lambda n: nn.Ensemble.loss(pyens.EnsembleMLP(3, 6, [5], 2), X, target(n), loss=n)),
@@ -119,5 +122,5 @@ def test_every_set_of_names_is_tried():
 
 
 def test_the_references_know_the_same_names():
-    assert tuple(ACTIVATIONS) == get_args(_types.Activation)
+    assert tuple(ACTIVATIONS) == get_args(_types.ActivationName)
     assert tuple(LOSSES) == get_args(_types.Loss)

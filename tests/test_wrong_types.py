@@ -196,6 +196,14 @@ CASES = {
     ),
     "nn.EnsembleLinear": Case(pyens.EnsembleLinear(E, INPUTS, OUTPUTS), {"input": X}, "ensemble_mlp"),
     "nn.PackedEnsembleMLP": Case(MLP.packed(), {"input": X}, "ensemble_mlp|ensemble_mlp_packed"),
+    "nn.EnsembleBatchNorm": Case(pyens_nn.EnsembleBatchNorm(E, INPUTS), {"input": X}, "EnsembleBatchNorm"),
+    "nn.EnsembleMLP.from_stacked": Case(
+        pyens.EnsembleMLP.from_stacked,
+        {"weights": WEIGHTS, "biases": BIASES},
+        "from_stacked",
+        ("biases",),
+        called={"weights": r"weights(\[\d\])?", "biases": r"biases(\[\d\])?"},
+    ),
     "nn.EnsembleEmbedding": Case(pyens.EnsembleEmbedding(E, 4, 2), {"index": INDEX}, "ensemble_embedding"),
     "nn.Ensemble": Case(
         own_loss,
@@ -468,7 +476,7 @@ CASES = {
 # What is no function of tensors: named tuples, constants, and what builds or changes modules.
 NOT_CALLED_WITH_TENSORS = {
     "ops": {"ActivationStrength", "Moments", "Uncertainty"},
-    "nn": {"insert_masksembles_", "set_mask_mode_"},
+    "nn": {"fold_batchnorm", "insert_masksembles_", "set_mask_mode_"},
     "metrics": {
         "BrierDecomposition",
         "ConfidenceCurve",

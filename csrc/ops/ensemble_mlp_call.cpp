@@ -234,8 +234,7 @@ void check_mlp(const char* op, const Network& network, const MLPOptions& options
             (rates.dim() == 2 && (rates.sym_size(0) == e || rates.sym_size(0) == 1) &&
              rates.sym_size(1) == hidden),
         op, "dropout",
-        c10::str("a number, or [", e, "], [1, ", hidden, "] or [", e, ", ", hidden, "]"), "shape ",
-        rates.sym_sizes());
+        c10::str("a number, or [", e, "], or [1 or ", e, ", ", hidden, "]"), "shape ", rates.sym_sizes());
     PYENS_CHECK_VALUE(!rates.requires_grad(), op, "dropout",
                       "requires_grad=False (it gets no gradient)", "True");
   }

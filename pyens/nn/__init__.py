@@ -1,5 +1,6 @@
 """Modules: thin Python over `pyens.ops`."""
 
+from pyens.nn.batch_norm import EnsembleBatchNorm, fold_batchnorm
 from pyens.nn.ensemble import Ensemble
 from pyens.nn.ensemble_embedding import EnsembleEmbedding
 from pyens.nn.ensemble_mlp import EnsembleLinear, EnsembleMLP, PackedEnsembleMLP
@@ -12,6 +13,7 @@ from pyens.nn.tabular import TabularEnsemble
 
 __all__ = [
     "Ensemble",
+    "EnsembleBatchNorm",
     "EnsembleEmbedding",
     "EnsembleLinear",
     "EnsembleMLP",
@@ -22,6 +24,7 @@ __all__ = [
     "Masksembles3D",
     "PackedEnsembleMLP",
     "TabularEnsemble",
+    "fold_batchnorm",
     "forward_tiled",
     "insert_masksembles_",
     "mc_dropout",

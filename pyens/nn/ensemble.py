@@ -44,24 +44,29 @@ class Ensemble(nn.Module):
 
     Parameters are `[E, ...]`, member first, unless the class sets `shares_parameters`. A class that has
     parameters beside those of ensembles also defines `draw`. Buffers are the same for all members and do not
-    change in training; a class with buffers `[E, ...]`, or whose members share their parameters, defines
-    `select` to be taken apart (and may call the one here, which then copies those as they are). Ensembles
-    inside have as many members, and choose with their own `select`.
+    change in training, but for those that `member_buffers` names; a class with other buffers `[E, ...]`, or
+    whose members share their parameters, defines `select` to be taken apart (and may call the one here, which
+    then copies those as they are). Ensembles inside have as many members, and choose with their own `select`.
 
     Attributes:
         ensemble_size: E, the number of members.
         dropout: p, or a tuple of one for each member where they differ. Where it is not 0, `forward` and
-            `loss` take `dropout_seeds`, int64 `[E]`, see `pyens.ops.ensemble_mlp`: dropout is applied if and
-            only if they are given, also in evaluation (for MC dropout), and training needs them.
+            `loss` take `dropout_seeds`, int64 `[E]`, see `pyens.ops.ensemble_mlp`, and `fit` gives them. A
+            part that is given none draws its own in training, see `EnsembleMLP`: `fit` knows nothing of
+            those, so that a run depends on the generator that they come from.
         activation: of the hidden layers, where the members are MLPs on top of `features`; None for others.
         shares_parameters: whether all members have the same parameters, without a member axis. `fit` then
             keeps and stops all of them together.
+        member_buffers: names of the class's own buffers `[E, ...]` that belong to the members as parameters
+            do, such as running statistics: `select` takes the rows of the chosen ones, and `fit` keeps them
+            with the weights of the best epoch.
     """
 
     ensemble_size: int
     dropout: float | tuple[float, ...] = 0.0
     activation: Activation | None = None
     shares_parameters: bool = False
+    member_buffers: tuple[str, ...] = ()
 
     def features(self, input: Tensor) -> Tensor:
         """What the members' MLPs take, `[B, I]` or `[E, B, I]`, from the arguments of `forward`."""
@@ -298,6 +303,9 @@ class Ensemble(nn.Module):
                     masks.add(masked)
             for name, buffer in module._buffers.items():
                 shape = [] if buffer is None else list(buffer.shape)
+                if buffer is not None and isinstance(module, Ensemble) and name in module.member_buffers:
+                    copies[id(buffer)] = buffer[members.to(buffer.device)]
+                    continue
                 # Of one member there is nothing to leave out.
                 if generic and shape[:1] == [size] and name not in masks and not len(members) == size == 1:
                     full = f"{place}.{name}".lstrip(".")
@@ -336,6 +344,16 @@ class Ensemble(nn.Module):
         defined = type(self).config is not Ensemble.config
         config = self.config() if defined else {"ensemble_size": getattr(self, "ensemble_size", None)}
         return ", ".join(f"{name}={v}" for name, v in config.items() if name != "dropout" or v)
+
+
+def member_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What training changes, by name: all parameters, then the `member_buffers` of every ensemble."""
+    yield from model.named_parameters()
+    for place, module in model.named_modules():
+        if isinstance(module, Ensemble):
+            for name in module.member_buffers:
+                if (buffer := module._buffers.get(name)) is not None:
+                    yield f"{place}.{name}".lstrip("."), buffer
 
 
 def one_rate(rates: Sequence[float]) -> float | tuple[float, ...]:

@@ -1,7 +1,7 @@
 """Ensembles of linear layers and of MLPs."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from pyens._types import Activation, Dropout, Loss, WeightLayout
 from pyens.masks import check
 from pyens.nn import _sequential
 from pyens.nn._buffers import BufferList, Derived
+from pyens.nn._layout import as_out_in, check_layout, layout_needed
 from pyens.nn._members import Members, check_layers, draw_linear, listed
 from pyens.nn.ensemble import Indices, chosen_members, one_rate, parameters_of, reader
 from pyens.ops.ensemble_mlp import ensemble_mlp_packed, prepack
@@ -24,27 +25,41 @@ class _StackedMLP(Members):
     """What `EnsembleLinear`, `EnsembleMLP` and `PackedEnsembleMLP` share: a stack of linear layers each."""
 
     activation: Activation
+    dropout_generator: torch.Generator | None = None
+    mc_dropout: bool = False
 
     def forward(
-        self, input: Tensor, *, dropout: Dropout | None = None, dropout_seeds: Tensor | None = None
+        self,
+        input: Tensor,
+        *,
+        dropout: Dropout | None = None,
+        dropout_seeds: Tensor | None = None,
+        shared: bool = False,
     ) -> Tensor:
         """`[B, in_features]` (shared by all members) or `[E, B, in_features]` -> `[E, B, out_features]`.
 
+        Also `[in_features]` -> `[E, out_features]`, and `[1, B, in_features]`, which all members share.
+
         Args:
+            shared: whether an input of any dimensions `[..., in_features]` is the same for all members:
+                -> `[E, ..., out_features]`.
             dropout: of the hidden activations; None: that of the ensemble.
-            dropout_seeds: int64 `[E]`, see `pyens.ops.ensemble_mlp`. Dropout is applied if and only if they
-                are given, also in evaluation (for MC dropout); training with dropout needs them.
+            dropout_seeds: int64 `[E]`, see `pyens.ops.ensemble_mlp`. Given, dropout is applied, also in
+                evaluation. None: in training, and with `mc_dropout` in evaluation too, seeds are drawn from
+                `dropout_generator`, once a call; in evaluation there is no dropout.
         """
-        if dropout is None:
-            dropout = self.dropout and self._dropout(dropout_seeds)
+        rate = self.dropout if dropout is None else dropout
+        if not isinstance(rate, (int, float)) or rate != 0:
+            rate, dropout_seeds = self._dropping(dropout, dropout_seeds)
         weights, biases = self.stacked()
         return ops.ensemble_mlp(
             input,
             weights,
             biases,
             activation=self.activation,
-            dropout=dropout,
+            dropout=rate,
             dropout_seeds=dropout_seeds,
+            shared=shared,
         )
 
     def loss(  # type: ignore[override]
@@ -58,13 +73,16 @@ class _StackedMLP(Members):
         sample_weight: Tensor | None = None,
         dropout: Dropout | None = None,
         dropout_seeds: Tensor | None = None,
+        shared: bool = False,
     ) -> Tensor:
         """Each member's mean loss `[E]`, its gradient computed in the same pass; train on its sum.
 
-        mse, bce, gaussian_nll or cross_entropy: see `pyens.ops.ensemble_mlp_loss`. Dropout as in `forward`.
+        mse, bce, gaussian_nll or cross_entropy: see `pyens.ops.ensemble_mlp_loss`. Input and dropout as in
+        `forward`; target and sample_weight have the input's dimensions in the place of B.
         """
-        if dropout is None:
-            dropout = self.dropout and self._dropout(dropout_seeds)
+        rate = self.dropout if dropout is None else dropout
+        if not isinstance(rate, (int, float)) or rate != 0:
+            rate, dropout_seeds = self._dropping(dropout, dropout_seeds)
         weights, biases = self.stacked()
         return ops.ensemble_mlp_loss(
             input,
@@ -76,19 +94,36 @@ class _StackedMLP(Members):
             temperature=temperature,
             label_smoothing=label_smoothing,
             sample_weight=sample_weight,
-            dropout=dropout,
+            dropout=rate,
             dropout_seeds=dropout_seeds,
+            shared=shared,
         )
 
-    def _dropout(self, seeds: Tensor | None) -> Dropout:
-        if seeds is not None:
-            return self.dropout
-        if self.training:
-            raise ValueError(
-                f"{type(self).__name__}: dropout_seeds: expected int64 [{self.ensemble_size}], new in every "
-                f"step of training with dropout {self.dropout}, got None"
+    def _dropping(self, dropout: Dropout | None, seeds: Tensor | None) -> tuple[Dropout, Tensor | None]:
+        """The rate and the seeds of a call, drawn where it is to drop and was given none."""
+        if seeds is None and (self.training or self.mc_dropout):
+            seeds = self._draw_seeds()
+        if dropout is None:
+            dropout = 0.0 if seeds is None else self._rates()
+        return dropout, seeds
+
+    def _draw_seeds(self) -> Tensor:
+        generator, shape, device = self.dropout_generator, (self.ensemble_size,), self.stacked()[0][0].device
+        if generator is None and is_dynamo_compiling():
+            return torch.randint(2**62, shape, device=device)
+        if generator is not None and (
+            not isinstance(generator, torch.Generator) or generator.device.type != "cpu"
+        ):
+            kind = type(generator).__name__
+            got = f"one on {generator.device}" if isinstance(generator, torch.Generator) else kind
+            raise TypeError(
+                f"{type(self).__name__}: dropout_generator: expected a torch.Generator on the CPU, got {got}"
             )
-        return 0.0
+        # On the CPU, so that a generator means the same on every device.
+        return torch.randint(2**62, shape, generator=generator, device="cpu").to(device)
+
+    def _rates(self) -> Dropout:
+        return self.dropout
 
     def draw(self, member: int, generator: torch.Generator | None) -> None:
         weights, biases = self._parameters_alone("reset_parameters")
@@ -117,14 +152,10 @@ class _StackedMLP(Members):
             ValueError: names or shapes that do not fit, or square layers without a layout; nothing is copied
                 then.
         """
-        if layout not in (None, "out_in", "in_out"):
-            raise ValueError(f"load_stacked: layout: expected out_in, in_out or None, got {layout!r}")
+        check_layout("load_stacked", layout)
         shapes = {tuple(weight.shape[1:]) for weight in self.stacked()[0]}
         if layout is None and all(out == inputs > 1 for out, inputs in shapes):
-            raise ValueError(
-                "load_stacked: layout: expected out_in ([E, out, in], as torch has it) or in_out "
-                "([E, in, out]) where all layers are square, and no shape tells them apart; got None"
-            )
+            raise layout_needed("load_stacked", "all layers are square, and no shape tells them apart")
         if layout == "in_out":
             params = {
                 name: t.mT if name.endswith("weight") and t.dim() > 1 else t for name, t in params.items()
@@ -176,12 +207,13 @@ class EnsembleLinear(_StackedMLP):
     def from_modules(cls, modules: Iterable[nn.Linear]) -> Self:
         """An ensemble of copies of trained layers of one shape, dtype and device, bit for bit."""
         modules = listed(modules)
+        layers = []
         for i, module in enumerate(modules):
-            if type(module) is not nn.Linear:
-                raise ValueError(
-                    f"from_modules: modules[{i}]: expected nn.Linear, got {type(module).__name__}"
-                )
-        weights, biases = _sequential.stack([[module] for module in modules])
+            argument = f"from_modules: modules[{i}]"
+            if not _sequential.is_plain(module, nn.Linear):
+                raise ValueError(f"{argument}: expected nn.Linear, got {type(module).__name__}")
+            layers.append([_sequential.linear_layer(module, argument)])
+        weights, biases = _sequential.stack(layers)
         (weight,) = weights
         ensemble_size, out_features, in_features = weight.shape
         new = cls(ensemble_size, in_features, out_features, bool(biases), device="meta", dtype=weight.dtype)
@@ -220,6 +252,12 @@ class EnsembleMLP(Derived, _StackedMLP):
             member, which it keeps wherever it is chosen to.
         device, dtype: of the parameters.
         seeds: one per member, see `reset_parameters`.
+
+    Attributes:
+        dropout_generator: a `torch.Generator` on the CPU that the seeds of dropout are drawn from; None:
+            torch's default one. Activation checkpointing needs None, whose state it knows to restore;
+            compiled code with a generator breaks its graph there, and without one draws other seeds.
+        mc_dropout: whether dropout is active in evaluation too (False).
 
     Parameters: `weights.{l}` `[E, out_l, in_l]` and `biases.{l}` `[E, out_l]`.
 
@@ -273,30 +311,85 @@ class EnsembleMLP(Derived, _StackedMLP):
         self.reset_parameters(seeds)
 
     @classmethod
-    def from_modules(cls, modules: Iterable[nn.Sequential]) -> Self:
-        """An ensemble of copies of trained members, bit for bit.
+    def from_modules(
+        cls,
+        modules: Iterable[nn.Module],
+        *,
+        layers: Callable[[Any], Iterable[nn.Module]] | None = None,
+    ) -> Self:
+        """An ensemble of copies of trained members, bit for bit but for batch norms.
 
-        Each is an `nn.Sequential` of `nn.Linear` and one kind of activation between them. Whatever the kernel
-        does not compute (tanh-GELU, ELU with alpha other than 1, dropout, ...) is refused by name with a
-        ValueError.
+        Each is an `nn.Sequential`, also nested, of `nn.Linear` and one kind of activation between them.
+        Subclasses that do not override `forward` are what they are derived from; `nn.Identity` is left out.
+
+        `nn.Dropout` between an activation and the next `nn.Linear`, of one rate in all of a member, becomes
+        the member's rate of `dropout`. `nn.BatchNorm1d` in evaluation is folded into the `nn.Linear` before
+        it, or after it where it follows an activation or comes first (in float64, then rounded).
+
+        Args:
+            modules: the members. The ensemble is in training if the first one is.
+            layers: gives a member's layers in their order, where members are not `nn.Sequential`:
+                `lambda m: [m.fc1, nn.ReLU(), m.fc2]`. What else `forward` does is not looked at.
+
+        Raises:
+            ValueError: whatever the kernel does not compute (tanh-GELU, ELU with alpha other than 1, norms
+                that cannot be folded, dropout in other places, ...), hooks that run in forward, weights that
+                are computed from others; members that differ; by name.
         """
         modules = listed(modules)
-        parsed = [
-            _sequential.parse(module, f"from_modules: modules[{i}]") for i, module in enumerate(modules)
+        members = [
+            _sequential.member_layers(m, f"from_modules: modules[{i}]", layers) for i, m in enumerate(modules)
         ]
-        for i, (_, activation) in enumerate(parsed):
-            if activation != parsed[0][1]:
+        activations, rates = [], []
+        for i, member in enumerate(members):
+            activations.append(_sequential.one_activation(member, f"from_modules: modules[{i}]"))
+            rates.append(_sequential.one_dropout(member, f"from_modules: modules[{i}]"))
+            if activations[i] != activations[0]:
                 raise ValueError(
-                    f"from_modules: modules[{i}]: expected the activation of modules[0] ({parsed[0][1]}), "
-                    f"got {activation}"
+                    f"from_modules: modules[{i}]: expected the activation of modules[0] ({activations[0]}), "
+                    f"got {activations[i]}"
                 )
-        weights, biases = _sequential.stack([linears for linears, _ in parsed])
-        new = cls.from_parameters(weights, biases, activation=parsed[0][1])
+        weights, biases = _sequential.stack(members)
+        new = cls.from_parameters(weights, biases, activation=activations[0], dropout=rates)
         return new.train(modules[0].training)
 
     @classmethod
+    def from_stacked(
+        cls,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor] | None = None,
+        layout: WeightLayout | None = None,
+        *,
+        activation: Activation = "relu",
+    ) -> Self:
+        """An ensemble of copies of weights and biases that are stacked over the members, layer by layer.
+
+        Args:
+            weights: `[E, out, in]`, or `[E, in, out]` as products `x @ w` have them.
+            biases: `[E, out]` or `[E, 1, out]`; None or empty: none.
+            layout: "out_in" for `[E, out, in]`, "in_out" for `[E, in, out]`. None: the one that the shapes
+                fit; where they fit both, as those of square layers do, it has to be given.
+            activation: of the hidden layers.
+
+        Raises:
+            ValueError, TypeError: shapes, dtypes or devices that do not fit each other or the layout; shapes
+                that fit both without a layout.
+
+        Example:
+            >>> weights = [torch.randn(100, 32, 50), torch.randn(100, 50, 1)]
+            >>> EnsembleMLP.from_stacked(weights, layout="in_out", activation="tanh").hidden_features
+            (50,)
+        """
+        return cls.from_parameters(*as_out_in(weights, biases, layout), activation=activation)
+
+    @classmethod
     def from_parameters(
-        cls, weights: Sequence[Tensor], biases: Sequence[Tensor], *, activation: Activation = "relu"
+        cls,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        *,
+        activation: Activation = "relu",
+        dropout: float | Sequence[float] = 0.0,
     ) -> Self:
         """An ensemble of weights `[E, out, in]` and biases `[E, out]` (none: empty), used as they are.
 
@@ -313,10 +406,12 @@ class EnsembleMLP(Derived, _StackedMLP):
             out,
             activation=activation,
             bias=bool(biases),
+            dropout=dropout,
             device="meta",
             dtype=first.dtype,
         )
         new.weights, new.biases = nn.ParameterList(weights), nn.ParameterList(biases)
+        new._derive()
         return new
 
     def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -347,8 +442,8 @@ class EnsembleMLP(Derived, _StackedMLP):
             device = next(self.parameters()).device
             self._derived = self.dropout, torch.tensor(self.dropout, dtype=torch.float64, device=device)
 
-    def _dropout(self, seeds: Tensor | None) -> Dropout:
-        dropout = super()._dropout(seeds)
+    def _rates(self) -> Dropout:
+        dropout = self.dropout
         if not isinstance(dropout, tuple):
             return dropout
         if not is_dynamo_compiling() and (self._derived is None or self._derived[0] is not dropout):
@@ -402,12 +497,14 @@ class PackedEnsembleMLP(Derived, _StackedMLP):
         self._derive_and_follow()
         self.eval()
 
-    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # without dropout
-        """`[B, in_features]` (shared by all members) or `[E, B, in_features]` -> `[E, B, out_features]`."""
+    def forward(  # type: ignore[override]  # without dropout
+        self, input: Tensor, *, shared: bool = False
+    ) -> Tensor:
+        """As `EnsembleMLP.forward`, without dropout."""
         packed, weights, biases = self._derived
         if packed is None:
-            return ops.ensemble_mlp(input, weights, biases, activation=self.activation)
-        return ensemble_mlp_packed(input, packed, weights, biases, activation=self.activation)
+            return ops.ensemble_mlp(input, weights, biases, activation=self.activation, shared=shared)
+        return ensemble_mlp_packed(input, packed, weights, biases, activation=self.activation, shared=shared)
 
     def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         _, weights, biases = self._derived

@@ -172,16 +172,16 @@ class MaskedMLP(Derived, Ensemble):
         masks: list[Tensor | None] = []
         for layer, following in itertools.pairwise([*layers, None]):
             if isinstance(layer, Masksembles1D):
-                if type(following) is not nn.Linear or not masks:
+                if not _sequential.is_plain(following, nn.Linear) or not masks:
                     raise ValueError(
                         "from_module: module: expected Masksembles1D between an activation and an nn.Linear, "
                         f"got {module}"
                     )
                 masks[-1] = layer.masks
-            elif type(layer) is nn.Linear:
+            elif _sequential.is_plain(layer, nn.Linear):
                 masks.append(None)
         rest = nn.Sequential(*(layer for layer in layers if not isinstance(layer, Masksembles1D)))
-        linears, activation = _sequential.parse(rest, "from_module: module")
+        linears, activation = _sequential.parse_plain(rest, "from_module: module")
         sizes = {len(mask) for mask in masks if mask is not None}
         if len(sizes) != 1:
             raise ValueError(
@@ -190,7 +190,7 @@ class MaskedMLP(Derived, Ensemble):
             )
         (num_masks,) = sizes
         hidden = [
-            linear.weight.new_ones(num_masks, linear.out_features, dtype=torch.bool) if mask is None else mask
+            linear.weight.new_ones(num_masks, len(linear.weight), dtype=torch.bool) if mask is None else mask
             for linear, mask in zip(linears[:-1], masks[:-1], strict=True)
         ]
         stacked = _sequential.stack([linears])

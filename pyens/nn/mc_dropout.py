@@ -18,8 +18,9 @@ def mc_dropout(
 
     Each pass has its own mask, drawn once: every unit is kept with probability 1 - p and then multiplied by
     1 / (1 - p), by the weights that follow it. All examples of a pass meet the same mask, so a pass is one
-    function; `EnsembleMLP(..., dropout=p)`, called with `dropout_seeds`, draws for each example instead.
-    Masksembles with S = 1 / (1 - p) and N going to infinity comes to the same, but for the rescaling.
+    function; `EnsembleMLP(..., dropout=p)`, with its attribute `mc_dropout` or with `dropout_seeds`, draws
+    for each example instead. Masksembles with S = 1 / (1 - p) and N going to infinity comes to the same, but
+    for the rescaling.
 
     Args:
         model: Linear, activation, ..., Linear, with or without `nn.Dropout` after activations. Where there is
@@ -39,16 +40,16 @@ def mc_dropout(
     rates: list[float | None] = []  # of each linear layer's outputs
     for layer, following in itertools.pairwise([*layers, None]):
         if type(layer) is nn.Dropout:
-            if type(following) is not nn.Linear or not rates:
+            if not _sequential.is_plain(following, nn.Linear) or not rates:
                 raise ValueError(
                     "mc_dropout: model: expected nn.Dropout between an activation and an nn.Linear, "
                     f"got {model}"
                 )
             rates[-1] = layer.p
-        elif type(layer) is nn.Linear:
+        elif _sequential.is_plain(layer, nn.Linear):
             rates.append(None)
     rest = nn.Sequential(*(layer for layer in layers if type(layer) is not nn.Dropout))
-    linears, activation = _sequential.parse(rest, "mc_dropout: model")
+    linears, activation = _sequential.parse_plain(rest, "mc_dropout: model")
     del rates[-1]
     if not rates:
         raise ValueError("mc_dropout: model: expected at least one hidden layer, got none")
@@ -60,12 +61,12 @@ def mc_dropout(
     for rate in rates:
         if rate is not None and not 0 <= rate < 1:
             raise ValueError(f"mc_dropout: p: expected 0 <= p < 1, got {rate}")
-    check_masks("mc_dropout", num_masks, num_masks=max(linear.out_features for linear in linears[:-1]))
+    check_masks("mc_dropout", num_masks, num_masks=max(len(linear.weight) for linear in linears[:-1]))
     stacked = _sequential.stack([linears])
     weights, biases = ([tensor[0] for tensor in tensors] for tensors in stacked)
     masks: list[Tensor] = []
     for i, rate in enumerate(rates):
-        shape = (num_masks, linears[i].out_features)
+        shape = (num_masks, len(linears[i].weight))
         kept = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu") >= (rate or 0)
         masks.append(kept.to(weights[0].device))
         weights[i + 1] /= 1 - (rate or 0)

@@ -112,6 +112,24 @@ class TabularEnsemble(Ensemble):
         return self.mlp.dropout
 
     @property
+    def dropout_generator(self) -> torch.Generator | None:
+        """Of the MLP: what seeds of dropout are drawn from."""
+        return self.mlp.dropout_generator
+
+    @dropout_generator.setter
+    def dropout_generator(self, generator: torch.Generator | None) -> None:
+        self.mlp.dropout_generator = generator
+
+    @property
+    def mc_dropout(self) -> bool:
+        """Of the MLP: whether dropout is active in evaluation too."""
+        return self.mlp.mc_dropout
+
+    @mc_dropout.setter
+    def mc_dropout(self, active: bool) -> None:
+        self.mlp.mc_dropout = active
+
+    @property
     def activation(self) -> Activation:  # type: ignore[override]
         """Of the MLP."""
         return self.mlp.activation
@@ -151,12 +169,11 @@ class TabularEnsemble(Ensemble):
             categorical: int64 `[B, C]`, shared by all members, or `[E, B, C]`; None if there are no
                 categorical columns.
             numeric: `[B, F]` or `[E, B, F]`; None if there are no numeric columns.
-            dropout_seeds: int64 `[E]`, see `pyens.ops.ensemble_mlp`. Dropout is applied if and only if they
-                are given, also in evaluation (for MC dropout); training with dropout needs them.
+            dropout_seeds: int64 `[E]`, see `EnsembleMLP`, whose attributes `dropout_generator` and
+                `mc_dropout` there are here too.
 
         Raises:
-            ValueError: columns missing or not expected, shapes that do not fit, a category out of range, no
-                dropout_seeds in training with dropout.
+            ValueError: columns missing or not expected, shapes that do not fit, a category out of range.
         """
         output: Tensor = self.mlp(self.features(categorical, numeric), dropout_seeds=dropout_seeds)
         return output

@@ -9,6 +9,7 @@ from torch import Tensor
 from pyens import _kinds, reference
 from pyens._types import Activation, Dropout, DropoutPosition, Norm, NormPosition
 from pyens.ops._call import Given, join_members, join_rows, mapped, operation
+from pyens.ops._inputs import as_given, as_rows, is_unusual
 from pyens.reference.ensemble_mlp import default_norm_eps, for_each, residual_layers
 
 
@@ -30,6 +31,7 @@ def ensemble_mlp(
     dropout_position: DropoutPosition = "after_activation",
     members: Tensor | None = None,
     save_hidden: bool | Literal["auto"] = "auto",
+    shared: bool = False,
 ) -> Tensor:
     r"""All members of an ensemble of MLPs in one call.
 
@@ -46,7 +48,8 @@ def ensemble_mlp(
     takes the mean as 0.
 
     Args:
-        input: `[B, I]`, shared by all members and never copied for them, or `[E, B, I]`. B may be 0.
+        input: `[B, I]`, shared by all members and never copied for them, or `[E, B, I]`. B may be 0. Also
+            `[I]`, one row, and `[1, B, I]`, which is shared unless E is 1.
         weights: L >= 1 tensors `[E, out_l, in_l]` with in_1 = I and in_{l+1} = out_l, the layout of
             `nn.Linear.weight` stacked (`torch.func.stack_module_state`).
         biases: L tensors `[E, out_l]`, `[E, 0]` for a layer without one, or None for no biases.
@@ -78,9 +81,11 @@ def ensemble_mlp(
             again. "auto": where that is cheaper, up to 1 GB. The gradients have the same bits, but on
             processors with bfloat16 dot products those of bfloat16, whose forward pass rounds the hidden
             activations. On CUDA nothing is kept.
+        shared: whether the input is the same for all members, whatever its dimensions: `[..., I]`. Without
+            it, an input of three is `[E, B, I]`. Dropout numbers its rows as `input.flatten(0, -2)` has them.
 
     Returns:
-        `[E, B, O]`, contiguous, of the input's dtype.
+        `[E, B, O]`, contiguous, of the input's dtype; `[E, O]` for `[I]`, and `[E, ..., O]` with `shared`.
 
     float32 and float64 are computed as such; bfloat16 and float16 accumulate in float32 and keep the hidden
     activations in float32, except where the processor's bfloat16 dot products read them as bfloat16. Every
@@ -106,97 +111,104 @@ def ensemble_mlp(
 
     Source: the members are those of "Deep Ensemble"; reference in `pyens.reference.ensemble_mlp`.
     """
-    rates = None
-    if not isinstance(dropout, (float, int)):
-        dropout, rates = member_rates("ensemble_mlp", dropout, input)
-    biases = () if biases is None else biases
-    if not isinstance(activation, str):
-        activation = joined("ensemble_mlp", "activation", activation)
-    if norm is None and residual is False and dropout_position == "after_activation":
-        layers: tuple[Any, ...] = PLAIN_LAYERS
-        norm_weights = () if norm_weights is None else norm_weights
-        norm_biases = () if norm_biases is None else norm_biases
-    else:
-        *layers, norm_weights, norm_biases = layer_options(  # type: ignore[assignment]
-            "ensemble_mlp",
-            weights,
-            norm,
-            norm_weights,
-            norm_biases,
-            norm_eps,
-            norm_position,
-            residual,
-            dropout_position,
-        )
-    early, norms, eps, late, residuals = layers
-    return _ensemble_mlp(
+    norm_weights, norm_biases, options = schema_options(
+        "ensemble_mlp",
         input,
         weights,
-        biases,
+        activation,
+        output_activation,
+        norm,
         norm_weights,
         norm_biases,
-        activation,
+        norm_eps,
+        norm_position,
+        residual,
         dropout,
         dropout_seeds,
-        rates,
-        early,
-        output_activation,
-        norms,
-        eps,
-        late,
-        residuals,
+        dropout_position,
         members,
-        None if isinstance(save_hidden, str) and save_hidden == "auto" else save_hidden,
     )
+    keeps = None if isinstance(save_hidden, str) and save_hidden == "auto" else save_hidden
+    biases = () if biases is None else biases
+    lead = None
+    if shared or is_unusual(input):
+        input, lead = as_rows(input, weights if members is None else [members], shared)
+    output = _ensemble_mlp(input, weights, biases, norm_weights, norm_biases, *options, keeps)
+    return output if lead is None else as_given(output, lead)
 
 
-# dropout_before_norm, norm, norm_eps, norm_after_activation and residual of the schema.
-PLAIN_LAYERS = (False, "none", 1e-5, False, "")
-
-
-def layer_options(
+def schema_options(
     op: str,
+    input: Tensor,
     weights: Sequence[Tensor],
+    activation: Activation | Sequence[Activation],
+    output_activation: Activation,
     norm: Norm | Sequence[Norm | None] | None,
     norm_weights: Sequence[Tensor] | None,
     norm_biases: Sequence[Tensor] | None,
     norm_eps: float | None,
     norm_position: NormPosition,
     residual: bool | Sequence[bool],
+    dropout: Dropout,
+    dropout_seeds: Tensor | None,
     dropout_position: DropoutPosition,
-) -> tuple[Any, ...]:
-    """As the schema has them: those of `PLAIN_LAYERS`, and the parameters of the norms."""
-    for argument, value, known in (
-        ("norm_position", norm_position, ("before_activation", "after_activation")),
-        ("dropout_position", dropout_position, ("after_activation", "before_norm")),
-    ):
-        if value not in known:
-            raise ValueError(f'{op}: {argument}: expected {" or ".join(known)}, got "{value}"')
-    _kinds.check_tensors(op, "weights", weights)
-    norms = for_each(norm, 1)
-    if norm_eps is None:
-        norm_eps = default_norm_eps(norms, weights[0].dtype) if len(weights) > 0 else 1e-5
-    names = joined(op, "norm", ["none" if one is None else one for one in norms])
-    if residual is True and not any(residual_layers(residual, weights)):
-        raise ValueError(
-            f"{op}: residual: expected a hidden layer as wide as what it reads, got none"
-        )
-    has = [] if residual is False else residual_layers(residual, weights)
+    members: Tensor | None,
+) -> tuple[Sequence[Tensor], Sequence[Tensor], tuple[Any, ...]]:
+    """Weights and biases of the norms, and the options of a network in the order of the schema."""
+    rates = None
+    if not isinstance(dropout, (float, int)):
+        dropout, rates = member_rates(op, dropout, input)
+    if not isinstance(activation, str):
+        activation = joined(op, "activation", activation)
+    early, names, eps, late, residuals = False, "none", 1e-5, False, ""
+    if norm is not None or residual is not False or dropout_position != "after_activation":
+        if dropout_position not in ("after_activation", "before_norm"):
+            raise ValueError(
+                f'{op}: dropout_position: expected after_activation or before_norm, got "{dropout_position}"'
+            )
+        if norm_position not in ("before_activation", "after_activation"):
+            raise ValueError(
+                f'{op}: norm_position: expected before_activation or after_activation, got "{norm_position}"'
+            )
+        _kinds.check_tensors(op, "weights", weights)
+        early, late = dropout_position == "before_norm", norm_position == "after_activation"
+        norms = for_each(norm, 1)
+        names = joined(op, "norm", ["none" if one is None else one for one in norms])
+        if norm_eps is None and len(weights) > 0:
+            eps = default_norm_eps(norms, weights[0].dtype)
+        elif norm_eps is not None:
+            _kinds.check_number(op, "norm_eps", norm_eps)
+            eps = norm_eps
+        if residual is not False:
+            has = residual_layers(residual, weights)
+            if residual is True and not any(has):
+                raise ValueError(
+                    f"{op}: residual: expected a hidden layer as wide as what it reads, got none"
+                )
+            residuals = "".join("1" if one else "0" for one in has)
     return (
-        dropout_position == "before_norm",
-        names,
-        norm_eps,
-        norm_position == "after_activation",
-        "".join("1" if one else "0" for one in has),
         () if norm_weights is None else norm_weights,
         () if norm_biases is None else norm_biases,
+        (
+            activation,
+            dropout,
+            dropout_seeds,
+            rates,
+            early,
+            output_activation,
+            names,
+            eps,
+            late,
+            residuals,
+            members,
+        ),
     )
 
 
 def joined(op: str, argument: str, names: Any) -> str:
     """Names one after the other, as the schema has them."""
-    if isinstance(names, Sequence) and all(isinstance(name, str) for name in names) and names:
-        return ", ".join(names)
+    if isinstance(names, Sequence) and all(isinstance(name, str) for name in names):
+        return ", ".join(names) if names else "identity" if argument == "activation" else "none"
     raise TypeError(f"{op}: {argument}: expected a name, or a sequence of them, got {names!r}")
 
 
@@ -297,6 +309,7 @@ def ensemble_mlp_packed(
     *,
     activation: Activation | Sequence[Activation] = "relu",
     output_activation: Activation = "identity",
+    shared: bool = False,
 ) -> Tensor:
     """`ensemble_mlp` for inference: the same bits, sooner for small batches.
 
@@ -306,7 +319,11 @@ def ensemble_mlp_packed(
     if not isinstance(activation, str):
         activation = joined("ensemble_mlp", "activation", activation)
     biases = () if biases is None else biases
-    return _ensemble_mlp_packed(input, packed, weights, biases, activation, output_activation)
+    lead = None
+    if shared or is_unusual(input):
+        input, lead = as_rows(input, weights, shared)
+    output = _ensemble_mlp_packed(input, packed, weights, biases, activation, output_activation)
+    return output if lead is None else as_given(output, lead)
 
 
 _ensemble_mlp_packed: Callable[..., Tensor] = operation("ensemble_mlp_packed")

@@ -1,21 +1,14 @@
 """The loss inside the fused ensemble MLP."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import Tensor
 
 from pyens import reference
 from pyens._types import Activation, Dropout, DropoutPosition, Loss, Norm, NormPosition
 from pyens.ops._call import Given, join_members, operation
-from pyens.ops.ensemble_mlp import (
-    PLAIN_LAYERS,
-    from_schema,
-    joined,
-    layer_options,
-    member_ranks,
-    member_rates,
-)
+from pyens.ops._inputs import as_rows, is_unusual, of_rows
+from pyens.ops.ensemble_mlp import from_schema, member_ranks, schema_options
 
 
 def ensemble_mlp_loss(
@@ -40,6 +33,7 @@ def ensemble_mlp_loss(
     dropout_seeds: Tensor | None = None,
     dropout_position: DropoutPosition = "after_activation",
     members: Tensor | None = None,
+    shared: bool = False,
 ) -> Tensor:
     r"""Each member's own mean loss, computed with its gradient in one pass over the examples.
 
@@ -58,7 +52,9 @@ def ensemble_mlp_loss(
     in backward by a second pass, for it sums over members that are scaled differently.
 
     Args:
-        input, weights, biases, and what follows sample_weight: as in `pyens.ops.ensemble_mlp`.
+        input, weights, biases, and what follows sample_weight: as in `pyens.ops.ensemble_mlp`. Where the
+            input has other dimensions than B, target and sample_weight have those instead of B (`[..., K]` or
+            `[E, ..., K]`), and the mean is over all of them.
         target: `[B, K]`, the same for all members, or `[E, B, K]`, of the input's dtype or float32; K is O,
             and O/2 for gaussian_nll. For cross_entropy int64 `[B]` or `[E, B]`, classes from 0 to O - 1.
         loss: mse, bce, gaussian_nll or cross_entropy.
@@ -91,28 +87,29 @@ def ensemble_mlp_loss(
     Source: gaussian_nll is eq. 1 of "Deep Ensemble" with its variance; the temperature and the left-out
     groups (jackknife) are those of "Beyond Point Estimate". Reference in `pyens.reference.ensemble_mlp_loss`.
     """
-    rates = None
-    if not isinstance(dropout, (float, int)):
-        dropout, rates = member_rates("ensemble_mlp_loss", dropout, input)
-    if not isinstance(activation, str):
-        activation = joined("ensemble_mlp_loss", "activation", activation)
-    if norm is None and residual is False and dropout_position == "after_activation":
-        layers: tuple[Any, ...] = PLAIN_LAYERS
-        norm_weights = () if norm_weights is None else norm_weights
-        norm_biases = () if norm_biases is None else norm_biases
-    else:
-        *layers, norm_weights, norm_biases = layer_options(  # type: ignore[assignment]
-            "ensemble_mlp_loss",
-            weights,
-            norm,
-            norm_weights,
-            norm_biases,
-            norm_eps,
-            norm_position,
-            residual,
-            dropout_position,
-        )
-    early, norms, eps, late, residuals = layers
+    norm_weights, norm_biases, options = schema_options(
+        "ensemble_mlp_loss",
+        input,
+        weights,
+        activation,
+        output_activation,
+        norm,
+        norm_weights,
+        norm_biases,
+        norm_eps,
+        norm_position,
+        residual,
+        dropout,
+        dropout_seeds,
+        dropout_position,
+        members,
+    )
+    if shared or is_unusual(input):
+        computed = weights if members is None else [members]
+        given, (input, lead) = input, as_rows(input, computed, shared)
+        if input is not given:
+            target = of_rows(target, lead, 0 if loss == "cross_entropy" else 1, len(computed[0]))
+            sample_weight = of_rows(sample_weight, lead, 0, len(computed[0]))
     return _ensemble_mlp_loss(
         input,
         target,
@@ -124,17 +121,7 @@ def ensemble_mlp_loss(
         temperature,
         label_smoothing,
         sample_weight,
-        activation,
-        dropout,
-        dropout_seeds,
-        rates,
-        early,
-        output_activation,
-        norms,
-        eps,
-        late,
-        residuals,
-        members,
+        *options,
     )
 
 

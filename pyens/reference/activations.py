@@ -61,5 +61,3 @@ def activation_module(activation: str, function: str = "ensemble_mlp") -> nn.Mod
     if name == "celu" and number <= 0:
         raise ValueError(f"{function}: activation: expected celu(alpha) with alpha > 0, got {activation}")
     return MODULES[name](**{PARAMETERS[name]: number})
-
-

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyens._kinds import check_number, check_tensor
-from pyens.nn import Ensemble
+from pyens.nn import Ensemble, EnsembleBatchNorm
 from pyens.training.randomness import Randomness
 
 
@@ -110,6 +110,28 @@ def model(model: nn.Module) -> int:
                 )
         model.select([0])  # members that stop leave the others by it: raises now if it cannot be
     return members
+
+
+def statistics(
+    model: nn.Module, rows: int, batch_size: int, micro_batch_size: int | None, left_out: bool
+) -> None:
+    """Refuses rows that `EnsembleBatchNorm` cannot compute its statistics from."""
+    if not any(isinstance(module, EnsembleBatchNorm) for module in model.modules()):
+        return
+    if left_out:
+        raise ValueError(
+            "fit: model: expected no EnsembleBatchNorm where members leave rows out (bootstrap, jackknife, a "
+            "sample_weight of 0): such rows would enter its statistics as zeros, got one"
+        )
+    sizes = {min(batch_size, rows), rows % batch_size}
+    if micro_batch_size is not None:
+        sizes |= {min(micro_batch_size, size) for size in sizes} | {size % micro_batch_size for size in sizes}
+    if 1 in sizes:
+        raise ValueError(
+            "fit: batch_size: expected batches, and parts of them, of 2 or more rows for EnsembleBatchNorm, "
+            f"got one of 1 row ({rows} training rows, batch_size {batch_size}, "
+            f"micro_batch_size {micro_batch_size})"
+        )
 
 
 def dense(model: nn.Module, clip_norm: float | None, clip_value: float | None) -> None:

@@ -18,7 +18,7 @@ from pyens import _files
 from pyens._kinds import check_number
 from pyens._types import Bootstrap
 from pyens.nn import Ensemble
-from pyens.nn.ensemble import is_held, renew_accumulator
+from pyens.nn.ensemble import is_held, member_tensors, renew_accumulator
 from pyens.reference.ensemble_mlp_loss import row_sums
 from pyens.training import _checks, _data
 from pyens.training import checkpoint as checkpoints
@@ -159,6 +159,10 @@ class Run:
                 f"got {trainer.mask_mode!r}"
             )
         self._check_members_have_rows()
+        without = self.order.groups is not None
+        if self.weight is not None:
+            without |= bool((self.weight[..., training.long().to(device)] == 0).any())
+        _checks.statistics(model, len(training), batch_size, trainer.micro_batch_size, without)
         # Whatever the model refuses, before anything is changed.
         with torch.no_grad(), training_mode(model, False):
             first = self._first_row()
@@ -216,11 +220,14 @@ class Run:
 
     def describe(self) -> dict[str, Any]:
         """What another run must have in common with this one to go on from its checkpoint."""
+        trained = dict(member_tensors(self.model))
         arguments = {
             **self.described_at_first,
-            "parameters": {name: list(p.shape) for name, p in self.model.named_parameters()},
+            "parameters": {name: list(p.shape) for name, p in member_tensors(self.model)},
             "buffers": {
-                name: checkpoints.describe_tensor(buffer) for name, buffer in self.model.named_buffers()
+                name: checkpoints.describe_tensor(buffer)
+                for name, buffer in self.model.named_buffers()
+                if name not in trained
             },
             "bootstrap": self.bootstrap,
             "weights": None if self.weight is None else checkpoints.describe_tensor(self.weight),
@@ -314,7 +321,7 @@ class Run:
         self.status = np.full(members, RUNNING)
         self.to_stop: set[int] = set()
         self.step_loss = torch.empty(0)
-        self.kept = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.kept = {name: p.detach().clone() for name, p in member_tensors(self.model)}
         self.initial = _described_all(self.kept)
         self.whole = [
             (module, module.ensemble_size, vars(module).get("dropout"))
@@ -334,7 +341,7 @@ class Run:
             if self.randomness is not None:
                 seeds = self.trainer.seeds if self.randomness.init else [self.trainer.seed] * members
                 self.model.reset_parameters(list(seeds))
-                self.kept = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+                self.kept = {name: p.detach().clone() for name, p in member_tensors(self.model)}
                 self.initial = _described_all(self.kept)
             return
         self.initial = saved["initial"]
@@ -372,7 +379,7 @@ class Run:
         best_epoch = saved["best_epoch"]
         _require(type(epoch) is int and epoch >= 1, f"epoch {epoch!r}")
         if self.randomness is None:
-            present = _described_all(dict(self.model.named_parameters()))
+            present = _described_all(dict(member_tensors(self.model)))
             # Those that the run began with, or the model as that run left it.
             began, left = _left.get(self.model, (None, None))
             known = present in (saved["initial"], _described_all(saved["kept"]))
@@ -395,7 +402,7 @@ class Run:
         if active:
             groups["parameters"] = torch.ones(len(active), dtype=torch.bool)
         for group, trained in groups.items():
-            own = dict(self.model.named_parameters())
+            own = dict(member_tensors(self.model))
             _require(saved[group].keys() == own.keys(), f"{group} of other names")
             for name, tensor in saved[group].items():
                 shared = self.model.shares_parameters
@@ -422,7 +429,7 @@ class Run:
             "status": torch.from_numpy(self.status),
             "kept": self.kept,
             "initial": self.initial,
-            "parameters": {name: p.detach() for name, p in self.model.named_parameters()},
+            "parameters": {name: p.detach() for name, p in member_tensors(self.model)},
             "trainer": self.trainer.state(),
             "callbacks": [callback.state_dict() for callback in self._remembering()],
         }
@@ -659,10 +666,10 @@ class Run:
         return [None if t is None else t[owners, rows.long()] for t in tensors]
 
     def _finite(self) -> np.ndarray:
-        """bool, of each active member: whether it has no NaN or infinite parameter."""
+        """bool, of each active member: whether it has no NaN or Inf in parameters and statistics."""
         if self.model.shares_parameters:
             return np.array(all(parameter.isfinite().all() for parameter in self.model.parameters()))
-        flags = [p.isfinite().reshape(len(p), -1).all(1) for p in self.model.parameters()]
+        flags = [p.isfinite().reshape(len(p), -1).all(1) for _, p in member_tensors(self.model)]
         return torch.stack(flags).all(0).cpu().numpy()
 
     def _keep(self, chosen: np.ndarray) -> None:
@@ -671,13 +678,13 @@ class Run:
             return
         # In one assignment: whatever interrupts this, what is kept is of one epoch.
         if self.model.shares_parameters or (chosen.all() and len(chosen) == len(self.status)):
-            self.kept = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+            self.kept = {name: p.detach().clone() for name, p in member_tensors(self.model)}
             return
         places = torch.from_numpy(np.flatnonzero(chosen)).to(self.device)
         members = torch.tensor(self.active, device=places.device)[places]
         self.kept = {
             name: self.kept[name].index_copy(0, members, p.detach()[places])
-            for name, p in self.model.named_parameters()
+            for name, p in member_tensors(self.model)
         }
 
 
@@ -715,9 +722,10 @@ def _described_all(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 @torch.no_grad()
-def copy_into(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.copy_(parameters[name])
+def copy_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for name, own in member_tensors(model):
+        if name in tensors:
+            own.copy_(tensors[name])
 
 
 @contextmanager

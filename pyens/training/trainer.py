@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from pyens._files import only_writer
 from pyens._types import Bootstrap, Loss, MaskMode
 from pyens.nn import Ensemble, MaskedMLP
-from pyens.nn.ensemble import check_label_smoothing, check_temperature, is_held, renew_accumulator
+from pyens.nn.ensemble import (
+    check_label_smoothing,
+    check_temperature,
+    is_held,
+    member_tensors,
+    renew_accumulator,
+)
 from pyens.optim import (
     clip_member_grad_norm_,
     keep_members,
@@ -346,8 +352,7 @@ class Trainer:
         if not self._averages:
             yield
             return
-        parameters = dict(self.model.named_parameters())
-        own = {name: p.detach().clone() for name, p in parameters.items()}
+        own = {name: t.detach().clone() for name, t in member_tensors(self.model)}
         try:
             copy_into(self.model, self._averages)
             yield
@@ -432,7 +437,7 @@ class Trainer:
             raise ValueError("options of another optimizer")
         if not fits or not all(isinstance(s, dict) for of_one in states for s in of_one):
             raise ValueError("another optimizer")
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(member_tensors(self.model))
         averages = saved["averages"]
         if not set(averages) <= set(parameters) or type(saved["averaged"]) is not int:
             raise ValueError("averages of other names")
@@ -522,8 +527,10 @@ class Trainer:
 
     @torch.no_grad()
     def _add_to_averages(self, share: float) -> None:
-        """average <- average + share * (weights - average), each rounded by itself, in float32 at least."""
-        parameters = dict(self.model.named_parameters())
+        """average <- average + share * (weights - average), each rounded by itself, in float32 at least.
+
+        Running statistics are averaged like weights."""
+        parameters = {name: t for name, t in member_tensors(self.model) if t.is_floating_point()}
         self._averaged += 1
         if not self._averages:
             self._averages = {

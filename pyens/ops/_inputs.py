@@ -1,0 +1,72 @@
+"""Inputs of other leading dimensions than `[B, I]` and `[E, B, I]`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Lead = tuple[int, ...]
+
+
+def is_unusual(input: Tensor) -> bool:
+    """Whether an input is none of `[B, I]` and `[E, B, I]`; quick where it is, for every call asks."""
+    try:
+        dims = input.ndim
+        return dims != 2 and (dims != 3 or input.shape[0] == 1)
+    except (AttributeError, RuntimeError):  # no tensor, or a nested one
+        return False
+
+
+def as_rows(input: Tensor, weights: Sequence[Tensor], shared: bool) -> tuple[Tensor, Lead | None]:
+    """The input as `[B, I]` or `[E, B, I]`, and the dimensions that stand for B; None where B does.
+
+    `[I]` is one row, `[1, B, I]` is shared by the members unless there is one, and with `shared` so is any
+    `[..., I]`. What is none of these stays what it is, for the operation to refuse.
+    """
+    if not isinstance(input, Tensor) or input.layout is not torch.strided or input.is_nested:
+        return input, None
+    dims = input.dim()
+    if dims == 1:
+        return input.unsqueeze(0), ()
+    if shared and dims > 2:
+        return input.flatten(0, -2), tuple(input.shape[:-1])
+    if dims == 3 and not shared and input.shape[0] == 1 and _members(weights) != 1:
+        return input[0], None
+    return input, None
+
+
+def of_rows(tensor: Any, lead: Lead | None, rank: int, members: int) -> Any:
+    """A target or weights that go with such an input: as of the rows `[B, ...]`, or of `[E, B, ...]`.
+
+    Args:
+        tensor: `[*lead, ...]`, or `[E, *lead, ...]`.
+        lead: of the input, from `as_rows`; None for an input that was `[1, B, I]`, with which it may be
+            `[1, B, ...]`.
+        rank: how many dimensions it has after those of the rows.
+        members: E.
+    """
+    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_nested:
+        return tensor
+    if lead is None:
+        return tensor[0] if tensor.dim() == rank + 2 and tensor.shape[0] == 1 != members else tensor
+    shape = tuple(tensor.shape)
+    for axis in (0, 1):
+        if shape[axis : axis + len(lead)] == lead and len(shape) == axis + len(lead) + rank:
+            return tensor.unsqueeze(axis) if not lead else tensor.flatten(axis, axis + len(lead) - 1)
+    return tensor
+
+
+def as_given(output: Tensor, lead: Lead | None) -> Tensor:
+    """`[E, B, O]` with the dimensions of the input in the place of B."""
+    if lead is None:
+        return output
+    return output.unflatten(1, lead) if lead else output.squeeze(1)
+
+
+def _members(weights: Any) -> int:
+    """E, or 1 where that cannot be said."""
+    try:
+        return int(weights[0].shape[0])
+    except (TypeError, IndexError, AttributeError, KeyError):
+        return 1

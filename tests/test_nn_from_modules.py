@@ -1,0 +1,337 @@
+"""pyens.EnsembleMLP.from_modules: members as users of torch build them."""
+
+from typing import Any
+
+import pytest
+import torch
+from nn_models import assert_same_state
+from torch import Tensor, nn
+
+from pyens import EnsembleLinear, EnsembleMLP
+from pyens.nn import _sequential
+
+E = 3
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+class PlainLinear(nn.Linear):
+    """As users subclass it: another way to begin, the same forward."""
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_normal_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Block(nn.Sequential):
+    """Layers that it makes itself, the forward of nn.Sequential."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(PlainLinear(inputs, outputs), nn.ReLU())
+
+
+class Named(nn.Module):
+    """A member with a forward of its own."""
+
+    def __init__(self, second: type[nn.Linear] = nn.Linear) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 6), second(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x).relu())
+
+
+class Other(Named):
+    pass
+
+
+def norm(features: int) -> nn.BatchNorm1d:
+    made = nn.BatchNorm1d(features)
+    with torch.no_grad():
+        for tensor in (made.weight, made.bias, made.running_mean):
+            tensor.normal_()
+        made.running_var.uniform_(0.5, 2)
+    return made.eval()
+
+
+TAKEN: dict[str, Any] = {
+    "nested": lambda: nn.Sequential(
+        nn.Sequential(nn.Linear(4, 6), nn.ReLU()), nn.Sequential(nn.Linear(6, 2))
+    ),
+    "subclasses": lambda: nn.Sequential(Block(4, 6), Block(6, 5), PlainLinear(5, 2)),
+    "identities": lambda: nn.Sequential(
+        nn.Identity(), nn.Linear(4, 6), nn.Identity(), nn.Tanh(), nn.Linear(6, 2), nn.Identity()
+    ),
+    "dropout": lambda: nn.Sequential(
+        nn.Linear(4, 6),
+        nn.ReLU(),
+        nn.Dropout(0.2),
+        nn.Linear(6, 5),
+        nn.ReLU(),
+        nn.Dropout(0.2),
+        nn.Linear(5, 2),
+    ),
+    "dropout of 0": lambda: nn.Sequential(
+        nn.Dropout(0), nn.Linear(4, 6), nn.Dropout(0), nn.ReLU(), nn.Linear(6, 2), nn.Dropout(0)
+    ),
+    "norm after the layer": lambda: nn.Sequential(nn.Linear(4, 6), norm(6), nn.GELU(), nn.Linear(6, 2)),
+    "norm after the activation": lambda: nn.Sequential(nn.Linear(4, 6), nn.SiLU(), norm(6), nn.Linear(6, 2)),
+    "norms everywhere": lambda: nn.Sequential(
+        norm(4), nn.Linear(4, 6), norm(6), nn.ReLU(), nn.Dropout(0.1), norm(6), nn.Linear(6, 2), norm(2)
+    ),
+    "no biases and a norm": lambda: nn.Sequential(
+        nn.Linear(4, 6, bias=False), norm(6), nn.ReLU(), nn.Linear(6, 2, bias=False)
+    ),
+    "in place": lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(True), nn.Dropout(0.1, True), nn.Linear(6, 2)),
+}
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_computes_what_the_members_do(case):
+    members = [TAKEN[case]().double().eval() for _ in range(E)]
+    model = EnsembleMLP.from_modules(members)
+    assert not model.training
+    x = torch.randn(7, 4, dtype=torch.float64)
+    close(model(x), torch.stack([member(x) for member in members]))
+
+
+def test_bits_stay_where_nothing_is_folded():
+    for case in ("nested", "subclasses", "identities", "dropout"):
+        members = [TAKEN[case]() for _ in range(E)]
+        model = EnsembleMLP.from_modules(members)
+        for i, member in enumerate(members):
+            linears = [module for module in member.modules() if isinstance(module, nn.Linear)]
+            for layer, linear in enumerate(linears):
+                assert torch.equal(model.weights[layer][i], linear.weight)
+                assert torch.equal(model.biases[layer][i], linear.bias)
+
+
+def test_dropout_is_the_rate_of_each_member():
+    def member(p: float) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Dropout(p), nn.Linear(6, 2))
+
+    assert EnsembleMLP.from_modules([member(0.25)] * 2).dropout == 0.25
+    model = EnsembleMLP.from_modules([member(0.25), member(0.0), member(0.5)])
+    assert model.dropout == (0.25, 0.0, 0.5) and model.training
+    x, seeds = torch.randn(5, 4), torch.arange(3)
+    expected = EnsembleMLP(3, 4, [6], 2, dropout=[0.25, 0.0, 0.5])
+    expected.load_state_dict(model.state_dict())
+    assert torch.equal(model(x, dropout_seeds=seeds), expected(x, dropout_seeds=seeds))
+
+
+@pytest.mark.parametrize("second", [nn.Linear, PlainLinear])
+def test_layers_of_other_modules(second):
+    members = [Named(), Named(second), Other()]
+    for layers in (
+        lambda m: [m.fc1, nn.ReLU(), m.fc2],
+        lambda m: nn.Sequential(m.fc1, nn.ReLU(), m.fc2),
+        lambda m: iter([nn.Sequential(m.fc1, nn.ReLU()), m.fc2]),
+    ):
+        model = EnsembleMLP.from_modules(members, layers=layers)
+        x = torch.randn(5, 4)
+        torch.testing.assert_close(model(x), torch.stack([member(x) for member in members]))
+
+
+def test_members_of_different_classes():
+    members = [
+        nn.Sequential(Block(4, 6), nn.Linear(6, 2)),
+        nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Identity(), PlainLinear(6, 2)),
+        nn.Sequential(nn.Sequential(nn.Linear(4, 6)), nn.ReLU(inplace=True), nn.Linear(6, 2)),
+    ]
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(EnsembleMLP.from_modules(members)(x), torch.stack([m(x) for m in members]))
+
+
+def test_linear_layers_of_subclasses():
+    layers = [nn.Linear(4, 2), PlainLinear(4, 2)]
+    model = EnsembleLinear.from_modules(layers)
+    for layer, back in zip(layers, model.to_modules(), strict=True):
+        assert type(back) is nn.Linear
+        assert_same_state(back, layer)
+
+
+# --- refused -------------------------------------------------------------------------------------
+
+
+def hooked(module: nn.Module, pre: bool = False) -> nn.Module:
+    def hook(module: nn.Module, *_: Any) -> None:
+        pass
+
+    (module.register_forward_pre_hook if pre else module.register_forward_hook)(hook)
+    return module
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class DoubledCall(nn.Linear):
+    def __call__(self, input: Tensor) -> Tensor:
+        return 2 * super().__call__(input)
+
+
+class Residual(nn.Sequential):
+    def forward(self, input: Tensor) -> Tensor:
+        return input + super().forward(input)
+
+
+def replaced() -> nn.Linear:
+    module = nn.Linear(4, 4)
+    module.forward = lambda x: x  # type: ignore[method-assign]
+    return module
+
+
+def around(*layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), *layers, nn.Linear(4, 2))
+
+
+REFUSED: dict[str, Any] = {
+    "forward hook": (lambda: around(hooked(nn.ReLU())), r"without forward hooks, got them on ReLU\(\)"),
+    "forward pre-hook": (
+        lambda: around(nn.Sequential(hooked(nn.Linear(4, 4), True))),
+        r"without forward pre-hooks, got them on Linear\(",
+    ),
+    "hook on the member": (
+        lambda: hooked(around(nn.ReLU())),
+        "without forward hooks, got them on Sequential",
+    ),
+    "hook on a sequence": (
+        lambda: around(hooked(nn.Sequential(nn.ReLU()), True)),
+        "without forward pre-hooks, got them on Sequential",
+    ),
+    "hook on an identity": (lambda: around(hooked(nn.Identity())), r"hooks, got them on Identity\(\)"),
+    "linear with a forward": (lambda: around(Doubled(4, 4)), r"got Doubled\("),
+    "linear with a __call__": (lambda: around(DoubledCall(4, 4)), r"got DoubledCall\("),
+    "forward of an instance": (lambda: around(replaced()), r"got Linear\(in_features=4"),
+    "sequence with a forward": (
+        lambda: Residual(nn.Linear(4, 4)),
+        "expected nn.Sequential, got Residual with a forward of its own; layers= says",
+    ),
+    "sequence with a forward inside": (lambda: around(Residual(nn.Linear(4, 4))), r"got Residual\("),
+    "dropout before the activation": (
+        lambda: around(nn.Dropout(0.1), nn.ReLU()),
+        "expected nn.Dropout once, .*, got it before the activation",
+    ),
+    "dropout first": (lambda: nn.Sequential(nn.Dropout(0.1), nn.Linear(4, 2)), r"got Dropout\(p=0.1"),
+    "dropout last": (
+        lambda: nn.Sequential(around(nn.ReLU()), nn.Dropout(0.1)),
+        "nn.Linear as the last layer",
+    ),
+    "dropout twice": (
+        lambda: around(nn.ReLU(), nn.Dropout(0.1), nn.Dropout(0.2)),
+        r"once.* got Dropout\(p=0.2",
+    ),
+    "dropout of all": (lambda: around(nn.ReLU(), nn.Dropout(1.0)), r"with p below 1, got Dropout\(p=1.0"),
+    "dropout after a norm": (
+        lambda: around(nn.ReLU(), norm(4), nn.Dropout(0.1)),
+        r"once.* got Dropout\(p=0.1",
+    ),
+    "dropout of some layers": (
+        lambda: nn.Sequential(
+            nn.Linear(4, 4), nn.ReLU(), nn.Dropout(0.1), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)
+        ),
+        r"expected nn.Dropout of one rate after each hidden layer, got the rates \[0.1, 0.0\]",
+    ),
+    "alpha dropout": (lambda: around(nn.ReLU(), nn.AlphaDropout(0.1)), r"got AlphaDropout\("),
+    "norm in training": (
+        lambda: around(norm(4).train(), nn.ReLU()),
+        r"expected BatchNorm1d in evaluation \(eval\(\)\), .* got BatchNorm1d\(4",
+    ),
+    "norm without statistics": (
+        lambda: around(nn.BatchNorm1d(4, track_running_stats=False).eval(), nn.ReLU()),
+        r"expected BatchNorm1d with running statistics, .* got BatchNorm1d\(4",
+    ),
+    "norm of another width": (lambda: around(norm(3), nn.ReLU()), r"batch norm of shape \[4\] .*, got \[3\]"),
+    "norm before the activation": (
+        lambda: around(nn.ReLU(), norm(4), nn.ReLU()),
+        r"expected nn.Linear after nn.BatchNorm1d, which is folded into it, got ReLU",
+    ),
+    "norm at the end": (
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), norm(4)),
+        "expected nn.Linear after nn.BatchNorm1d",
+    ),
+    "norm after dropout": (lambda: around(nn.Dropout(0.1), norm(4), nn.ReLU()), r"got BatchNorm1d\(4"),
+    "layer norm": (lambda: around(nn.LayerNorm(4), nn.ReLU()), r"got LayerNorm\(\(4,\)"),
+    "RMS norm": (lambda: around(nn.ReLU(), nn.RMSNorm(4)), r"got RMSNorm\(\(4,\)"),
+    "instance norm": (lambda: around(nn.InstanceNorm1d(4), nn.ReLU()), r"got InstanceNorm1d\("),
+    "convolution": (lambda: around(nn.Conv1d(4, 4, 1)), r"got Conv1d\("),
+    "another module": (Named, "expected nn.Sequential, got Named; layers= says what its layers are"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses_by_name(case):
+    made, message = REFUSED[case]
+    good = around(nn.ReLU())
+    with pytest.raises(ValueError, match=r"(?s)^from_modules: modules\[1\]: .*" + message):
+        EnsembleMLP.from_modules([good, made()])
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (lambda m: [m.fc1, torch.relu, m.fc2], r"expected layers that are modules, got builtin_"),
+        (lambda m: [m.fc1, nn.ReLU()], "expected an nn.Linear as the last layer"),
+        (lambda m: m, "expected a list from layers, got Named"),
+        (lambda m: m.fc1, "expected a list from layers, got Linear"),
+    ],
+)
+def test_layers_refuses(layers, message):
+    with pytest.raises(ValueError, match=r"^from_modules: modules\[0\]: .*" + message):
+        EnsembleMLP.from_modules([Named()], layers=layers)
+    with pytest.raises(ValueError, match="without forward hooks, got them on Named"):
+        EnsembleMLP.from_modules([hooked(Named())], layers=layers)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Doubled(4, 2), "expected nn.Linear, got Doubled"),
+        (hooked(nn.Linear(4, 2)), "without forward hooks, got them on Linear"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(4, 2)), r"parameters, got ParametrizedLinear\("),
+    ],
+)
+def test_linear_refuses(module, message):
+    with pytest.raises(ValueError, match=r"^from_modules: modules\[0\]: .*" + message):
+        EnsembleLinear.from_modules([module])
+
+
+# --- what the parser reads -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (nn.ReLU(inplace=True), "relu"),
+        (nn.GELU(), "gelu"),
+        (nn.GELU("tanh"), "gelu_tanh"),
+        (nn.ELU(), "elu"),
+        (nn.ELU(alpha=2), "elu(2.0)"),
+        (nn.CELU(alpha=0.1), "celu(0.1)"),
+        (nn.CELU(), "celu"),
+        (nn.LeakyReLU(), "leaky_relu"),
+        (nn.LeakyReLU(0.2, inplace=True), "leaky_relu(0.2)"),
+        (nn.Softplus(), "softplus"),
+        (nn.Softplus(beta=2), None),
+        (nn.Softplus(threshold=5), None),
+        (nn.Mish(), "mish"),
+        (nn.Sigmoid(), "sigmoid"),
+        (nn.Hardswish(), "hardswish"),
+        (type("Mine", (nn.Tanh,), {})(), "tanh"),
+        (nn.Softmax(-1), None),
+        (nn.PReLU(), None),
+    ],
+    ids=str,
+)
+def test_names_of_activations(module, name):
+    assert _sequential.activation_string(module) == name
+
+
+def test_what_users_note_on_an_activation_changes_nothing():
+    module = nn.ELU(alpha=1.0)
+    module.place = "after the first layer"
+    assert _sequential.activation_string(module) == "elu"
