@@ -1,7 +1,8 @@
-"""What a layer of ensemble_mlp may be beyond sums and an activation: against composed torch, in every mixture.
+"""What a layer of ensemble_mlp may be beyond sums and an activation: against composed torch.
 
-Norms, residuals, activations of each layer, an output activation, places of dropout, chosen members, biases of
-some layers; forward, backward and double backward, with the hidden sums kept and computed again.
+In every mixture: norms, residuals, activations of each layer, an output activation, places of dropout, chosen
+members, biases of some layers; forward, backward and double backward, with the hidden sums kept and computed
+again.
 """
 
 import itertools

@@ -53,10 +53,10 @@ def ensemble_mlp(
         weights: L >= 1 tensors `[E, out_l, in_l]` with in_1 = I and in_{l+1} = out_l, the layout of
             `nn.Linear.weight` stacked (`torch.func.stack_module_state`).
         biases: L tensors `[E, out_l]`, `[E, 0]` for a layer without one, or None for no biases.
-        activation: of the hidden layers, one for all or one for each: relu, gelu (exact), silu, elu, softplus,
-            tanh, identity, mish, celu, leaky_relu, sigmoid, gelu_tanh, hardswish or sin, each with the
-            default arguments of `torch.nn`; or with the alpha of elu and celu, or the slope of leaky_relu:
-            "elu(0.5)".
+        activation: of the hidden layers, one for all or one for each: relu, gelu (exact), silu, elu,
+            softplus, tanh, identity, mish, celu, leaky_relu, sigmoid, gelu_tanh, hardswish or sin, each with
+            the default arguments of `torch.nn`; or with the alpha of elu and celu, or the slope of
+            leaky_relu: "elu(0.5)".
         output_activation: likewise, of the last layer.
         norm: layer_norm, rms_norm or None, of all hidden layers or of each.
         norm_weights, norm_biases: `[E, out_l]` for each layer that has a norm, in their order; None: ones and
@@ -99,8 +99,8 @@ def ensemble_mlp(
     not fit into a block's shared memory), or more than 32, are the library's batched products: their bits may
     depend on the batch and the members beside.
 
-    Differentiable in input, weights, biases and the norms' parameters, twice and more. Under autocast it casts
-    all of them as `F.linear` does. Within `torch.func`, grad, vjp, jvp and vmap work (also nested).
+    Differentiable in input, weights, biases and the norms' parameters, twice and more. Under autocast it
+    casts all of them as `F.linear` does. Within `torch.func`, grad, vjp, jvp and vmap work (also nested).
 
     Raises:
         ValueError: a shape that does not fit, no layer, an unknown activation or norm, a parameter of an
@@ -270,7 +270,8 @@ def _vmap(n: int, dims: Given, given: Given) -> tuple[Given, int, tuple[int, ...
         return join_rows(n, dims, given, {"input": -2})
     if given["members"] is not None:
         raise NotImplementedError(
-            "ensemble_mlp: members: expected None in vmap over more than an input without dropout, got a tensor"
+            "ensemble_mlp: members: expected None in vmap over more than an input without dropout, "
+            "got a tensor"
         )
     return join_members(n, dims, given, member_ranks(dims, given))
 

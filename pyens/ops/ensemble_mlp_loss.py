@@ -70,9 +70,9 @@ def ensemble_mlp_loss(
         `[E]`, float32 (float64 for float64), also for bfloat16 and float16 inputs, whose outputs enter the
         loss unrounded on the CPU. Under autocast the matrices cast as in `F.linear`.
 
-    Differentiable in input, weights, biases and the norms' parameters, twice and more; target and sample_weight get no gradient.
-    The loss and the gradients of weights, biases and an input per member are the same bits for any number of
-    threads and any members beside. Within `torch.func`, grad, vjp, jvp and vmap work (also nested).
+    Differentiable in input, weights, biases and the norms' parameters, twice and more; target and
+    sample_weight get no gradient. The loss and the gradients of parameters and an input per member are the
+    same bits for any number of threads and any members beside. Within `torch.func`, grad, vjp, jvp and vmap work (also nested).
 
     On CUDA the loss of members of more than 2^19 parameters, or of layers too wide for shared memory, is
     composed of torch operations and `ensemble_mlp`; and a class out of range, or a weight that is negative or
