@@ -67,8 +67,7 @@ NormKind parse_norm(const char* op, std::string_view name) {
   if (name == "none") return NormKind::none;
   if (name == "layer_norm") return NormKind::layer_norm;
   if (name == "rms_norm") return NormKind::rms_norm;
-  TORCH_CHECK_VALUE(false, op, ": norm: expected one of layer_norm, rms_norm, none, got \"", name,
-                    "\"");
+  TORCH_CHECK_VALUE(false, op, ": norm: expected layer_norm, rms_norm or None, got \"", name, "\"");
 }
 
 }  // namespace
@@ -229,12 +228,12 @@ void check_mlp(const char* op, const Network& network, const MLPOptions& options
                      rates.scalar_type());
     check_device_of_weights(op, "dropout", rates, network.weights);
     const c10::SymInt hidden = static_cast<int64_t>(layers.size()) - 1, e = network.members();
-    PYENS_CHECK_VALUE(
-        (rates.dim() == 1 && rates.sym_size(0) == e) ||
-            (rates.dim() == 2 && (rates.sym_size(0) == e || rates.sym_size(0) == 1) &&
-             rates.sym_size(1) == hidden),
-        op, "dropout",
-        c10::str("a number, or [", e, "], or [1 or ", e, ", ", hidden, "]"), "shape ", rates.sym_sizes());
+    PYENS_CHECK_VALUE((rates.dim() == 1 && rates.sym_size(0) == e) ||
+                          (rates.dim() == 2 && (rates.sym_size(0) == e || rates.sym_size(0) == 1) &&
+                           rates.sym_size(1) == hidden),
+                      op, "dropout",
+                      c10::str("a number, or [", e, "], or [1 or ", e, ", ", hidden, "]"), "shape ",
+                      rates.sym_sizes());
     PYENS_CHECK_VALUE(!rates.requires_grad(), op, "dropout",
                       "requires_grad=False (it gets no gradient)", "True");
   }

@@ -72,7 +72,8 @@ def ensemble_mlp_loss(
 
     Differentiable in input, weights, biases and the norms' parameters, twice and more; target and
     sample_weight get no gradient. The loss and the gradients of parameters and an input per member are the
-    same bits for any number of threads and any members beside. Within `torch.func`, grad, vjp, jvp and vmap work (also nested).
+    same bits for any number of threads and any members beside. Within `torch.func`, grad, vjp, jvp and vmap
+    work (also nested).
 
     On CUDA the loss of members of more than 2^19 parameters, or of layers too wide for shared memory, is
     composed of torch operations and `ensemble_mlp`; and a class out of range, or a weight that is negative or

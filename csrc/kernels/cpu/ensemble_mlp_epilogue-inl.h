@@ -118,10 +118,11 @@ void norm_columns(const MLPNorm& norm, int64_t out, const Real* weight, const Re
 }
 
 // g, the gradient by what a norm puts out, becomes that by what it reads: with x what it normalized,
-// r (w g - mean(w g) - x mean(w g x)); an rms_norm has no mean(w g).
+// r (w g - mean(w g) - x mean(w g x)); an rms_norm has no mean(w g). On the way g x and g are added to
+// `sums`, [2][out] vectors: the gradients of weight and bias, lane by lane.
 template <class Real, int NV>
 void norm_columns_backward(const MLPNorm& norm, int64_t out, const Real* weight, Real* g,
-                           const Real* normalized, const Real* scale) {
+                           const Real* normalized, const Real* scale, Real* sums) {
   using V = Wide<Real>;
   constexpr int N = lanes_of<V>(), C = kNormChains;
   constexpr int64_t P = kPanelOf<Real>;
@@ -131,13 +132,19 @@ void norm_columns_backward(const MLPNorm& norm, int64_t out, const Real* weight,
     for (int c = 0; c < C; ++c) {
       if (f + c >= out) break;
       const V by = broadcast<V>(weight[f + c]);
+      Real *of_weight = sums + (f + c) * N, *of_bias = of_weight + out * N;
+      V sum = load<V>(of_weight), plain = load<V>(of_bias);
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         const int64_t at = (f + c) * P + v * N;
-        const V scaled = load<V>(g + at) * by;
+        const V above = load<V>(g + at), x = load<V>(normalized + at), scaled = above * by;
         chain[c][v] += scaled;
-        along[c][v] = madd(scaled, load<V>(normalized + at), along[c][v]);
+        along[c][v] = madd(scaled, x, along[c][v]);
+        sum = madd(above, x, sum);
+        plain += above;
       }
+      store(of_weight, sum);
+      store(of_bias, plain);
     }
   }
   add_chains<NV>(chain, mean);
@@ -202,13 +209,14 @@ struct NormTileBackward {
   const Real* weight;
   Real* g;
   Normalized<Real> left;
+  Real* sums;
 
   template <int NV>
   void run(int64_t panel, int64_t lane) const {
     constexpr int64_t P = kPanelOf<Real>;
     const int64_t at = panel * layer.out * P + lane;
     norm_columns_backward<Real, NV>(layer.norm, layer.out, weight, g + at, left.panels + at,
-                                    left.scale + panel * P + lane);
+                                    left.scale + panel * P + lane, sums);
   }
 };
 
