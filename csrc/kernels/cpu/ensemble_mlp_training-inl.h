@@ -151,6 +151,7 @@ struct TrainingScratch {
   Real* weights;                 // a block of weights, converted
   Real* bias;                    // of one layer
   Real* norm;                    // weights and biases of one norm
+  Real* norm_sums;               // their gradients over the tile, lane by lane
   Real* member;                  // weights and biases of one member over one span
   size_t bytes;
 
@@ -196,6 +197,7 @@ struct TrainingScratch {
     weights = reals(A::kDirect ? 0 : kNeuronBlock * kBlock);
     bias = reals(round_up(max_width(p), kNarrowLanes<Real>));
     norm = reals(p.rich() ? 2 * max_width(p) : 0);
+    norm_sums = reals(p.rich() ? 2 * max_width(p) * lanes_of<Wide<Real>>() : 0);
     member = reals(s.by_span ? 0 : s.member_gradients);
   }
 };
@@ -349,10 +351,9 @@ void weight_gradient(const Real* g, int64_t out, const Real* x, int64_t in, int6
   }
 }
 
-// sums[o] <- (first ? 0 : sums[o]) + sum_b g[o][b] (x[o][b], if there is an x) over the tile.
+// bias[o] <- (first ? 0 : bias[o]) + sum_b g[o][b] over the tile.
 template <class Real>
-void feature_gradient(const Real* g, const Real* x, int64_t out, int64_t examples, Real* sums,
-                      bool first) {
+void bias_gradient(const Real* g, int64_t out, int64_t examples, Real* bias, bool first) {
   using V = Wide<Real>;
   constexpr int N = lanes_of<V>(), C = kColumns<Real>;
   constexpr int64_t P = kPanelOf<Real>;
@@ -362,18 +363,30 @@ void feature_gradient(const Real* g, const Real* x, int64_t out, int64_t example
     for (int64_t r = 0; r < rows; r += C) {
       V partial[C] = {};
       for (int64_t b = 0; b < examples; b += N) {
-        const int64_t at = (b / P * out + o + r) * P + b % P;
+        const Real* at = g + (b / P * out + o + r) * P + b % P;
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
-          const int64_t row = at + std::min<int64_t>(c, rows - 1 - r) * P;
-          partial[c] = x ? madd(load<V>(g + row), load<V>(x + row), partial[c])
-                         : partial[c] + load<V>(g + row);
+          partial[c] += load<V>(at + std::min<int64_t>(c, rows - 1 - r) * P);
         }
       }
       for (int c = 0; c < C; ++c) sum[r + c] = partial[c];
     }
     const V total = sum_lanes(sum);
-    for (int r = 0; r < rows; ++r) store_or_add(sums + o + r, total[r], first);
+    for (int r = 0; r < rows; ++r) store_or_add(bias + o + r, total[r], first);
+  }
+}
+
+// to[o] <- (first ? 0 : to[o]) + the sum of vector o's lanes; nothing where `to` is nullptr.
+template <class Real>
+void add_lanes(const Real* vectors, int64_t out, Real* to, bool first) {
+  using V = Wide<Real>;
+  constexpr int N = lanes_of<V>();
+  for (int64_t o = 0; to && o < out; o += N) {
+    const int64_t rows = std::min<int64_t>(N, out - o);
+    V sum[N];
+    for (int r = 0; r < N; ++r) sum[r] = r < rows ? load<V>(vectors + (o + r) * N) : V{};
+    const V total = sum_lanes(sum);
+    for (int r = 0; r < rows; ++r) store_or_add(to + o + r, total[r], first);
   }
 }
 
@@ -401,15 +414,12 @@ void epilogue_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, in
   const auto dropout = [&] { apply_dropout<Real>(p, l, member, first, examples, g, nullptr); };
   const auto norm = [&] {
     load_norm<A>(layer, p.parameters_of(member), scratch.norm, scratch.norm + layer.out);
-    if (to.norm_weight) {
-      feature_gradient<Real>(g, left.panels, layer.out, examples,
-                             static_cast<Real*>(to.norm_weight), first_sum);
-    }
-    if (to.norm_bias) {
-      feature_gradient<Real>(g, nullptr, layer.out, examples, static_cast<Real*>(to.norm_bias),
-                             first_sum);
-    }
-    for_each_column<Real>(examples, NormTileBackward<Real>{layer, scratch.norm, g, left});
+    const int64_t lanes = layer.out * lanes_of<Wide<Real>>();
+    std::fill(scratch.norm_sums, scratch.norm_sums + 2 * lanes, Real{0});
+    for_each_column<Real>(examples,
+                          NormTileBackward<Real>{layer, scratch.norm, g, left, scratch.norm_sums});
+    add_lanes(scratch.norm_sums, layer.out, static_cast<Real*>(to.norm_weight), first_sum);
+    add_lanes(scratch.norm_sums + lanes, layer.out, static_cast<Real*>(to.norm_bias), first_sum);
   };
   if (drops && !drops_early) dropout();
   if (layer.has_norm() && layer.norm.after_activation) norm();
@@ -546,8 +556,7 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
                       first_sum);
     }
     if (to.bias) {
-      feature_gradient<Real>(gradient, nullptr, rows, examples, static_cast<Real*>(to.bias),
-                             first_sum);
+      bias_gradient(gradient, rows, examples, static_cast<Real*>(to.bias), first_sum);
     }
     if (!goes_on) break;
     input_gradient<A>(p, l, member, examples, gradient, result, add, scratch.reads[l],
