@@ -151,7 +151,9 @@ std::tuple<Tensor, std::vector<Tensor>> ensemble_mlp_loss_with_gradients_meta(
   const auto real = input.options().dtype(accumulation_type(input.scalar_type()));
   return {at::empty_symint({network.members()}, real),
           for_each_needed(kOp, network, needs_grad, [&](const Tensor& of) {
-            return at::empty_symint(of.sym_sizes(), real);
+            auto sizes = of.sym_sizes().vec();
+            if (&of != &network.input) sizes[0] = network.members();
+            return at::empty_symint(sizes, real);
           })};
 }
 
