@@ -12,8 +12,8 @@ Each is compared with the project's own way to put the members together (`networ
 weights and with the same loss written in torch; and ours with the loss in the kernel where it has one. All
 take Adam's fused step, ours from `pyens.optim`. Without a step:
 
-    keeping_*     a loss in torch, whose backward pass begins with the sums that the forward pass kept, computes
-                  them again, or leaves the choice to pyens, against the loss in the kernel
+    keeping_*     a loss in torch, whose backward pass begins with the sums that the forward pass kept, or
+                  computes them again, or chooses by itself, against the loss in the kernel
     norm_*        a network with LayerNorm against the same one without
     linear_*      `EnsembleLinear` alone with an input of each member, forward and backward, against baddbmm
 """

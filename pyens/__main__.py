@@ -29,7 +29,7 @@ from pyens.reference.ensemble_embedding import ensemble_embedding_concat as refe
 from pyens.reference.ensemble_mlp_loss import LOSSES
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# For gradients: in the others a rounding turns a ReLU on or off; in float32 ReLU is left out.
+# For gradients: in the others a rounding turns a ReLU on or off; in float32 those with a kink are left out.
 FULL = (torch.float32, torch.float64)
 BATCHES = (1, 3, 7, 8, 9, 10, 17, 100)  # the CPU kernel maps those under 8, packed 10, in another way
 
@@ -104,6 +104,31 @@ def mlp_dropout(draw: Draw) -> Problem:
     problem = mlp(draw)
     seeds = torch.arange(len(problem["biases"][0])) - draw.number
     return problem | {"dropout": (draw.number % 9 + 1) / 10, "dropout_seeds": seeds}
+
+
+def mlp_layers(draw: Draw) -> Problem:
+    """What a layer may have beyond an activation."""
+    width, members = draw.size(3, 40), draw.size(9, 40)
+    problem = draw.layers([draw.size(1, 50), width, width, draw.size(1, 5)], members)
+    chosen = draw.index(members, draw.size(1, 12))
+    leading = [len(chosen), draw.batch] if problem["input"].dim() == 3 else [draw.batch]
+    early = draw.number % 3 == 0
+    return problem | {
+        "input": draw.normal(*leading, problem["input"].shape[-1]),
+        "activation": [draw.activation, "mish"],
+        "output_activation": "tanh",
+        "norm": ["rms_norm", "layer_norm"] if draw.number % 2 else "layer_norm",
+        "norm_weights": [1 + draw.normal(members, width, scale=0.2) for _ in range(2)],
+        "norm_biases": [draw.normal(members, width, scale=0.2) for _ in range(2)],
+        # A small one magnifies roundings where features are few and alike.
+        "norm_eps": 0.1,
+        "norm_position": "after_activation" if draw.number % 5 == 0 else "before_activation",
+        "residual": True,
+        "dropout": 0.25 if draw.number % 4 == 1 else 0.0,
+        "dropout_seeds": torch.arange(len(chosen)) - draw.number,
+        "dropout_position": "before_norm" if early else "after_activation",
+        "members": chosen,
+    }
 
 
 def mlp_loss(draw: Draw) -> Problem:
@@ -244,7 +269,7 @@ def problems(
     """Every dtype and batch size, each so often, with the activations in turn."""
     for number, (dtype, batch, i) in enumerate(itertools.product(dtypes, BATCHES, range(each))):
         activation = list(ACTIVATIONS)[i % len(ACTIVATIONS)]
-        if dtypes is not FULL or dtype == torch.float64 or activation != "relu":
+        if dtypes is not FULL or dtype == torch.float64 or activation not in ("relu", "leaky_relu"):
             yield make(Draw(number, dtype, batch, activation))
 
 
@@ -367,6 +392,8 @@ CHECKS: dict[str, Callable[[], Iterator[float]]] = {
     "ensemble_mlp, packed": check_packed,
     "ensemble_mlp, gradients": of("ensemble_mlp", mlp, gradients, FULL, 7),
     "ensemble_mlp, dropout": of("ensemble_mlp", mlp_dropout, each=7),
+    "ensemble_mlp, layers": of("ensemble_mlp", mlp_layers, each=7),
+    "ensemble_mlp, gradients of layers": of("ensemble_mlp", mlp_layers, gradients, FULL, 7),
     "ensemble_mlp_loss": of("ensemble_mlp_loss", mlp_loss, each=7),
     "ensemble_mlp_loss, gradients": of("ensemble_mlp_loss", mlp_loss, gradients, FULL, 7),
     "activation_strength": of("activation_strength", strength, numbers, each=7),

@@ -78,6 +78,24 @@ def operations(
     def dropped_each(x: Tensor, w: list[Tensor], b: list[Tensor]) -> Tensor:
         return ops.ensemble_mlp(x, w, b, dropout=rates, dropout_seeds=seeds)
 
+    def layered(x: Tensor, w: list[Tensor], b: list[Tensor]) -> Tensor:
+        widths = [one.shape[1] for one in w[:-1]]
+        norms = [torch.full((E, width), 0.9, device=device, dtype=dtype) for width in widths]
+        return ops.ensemble_mlp(
+            x,
+            w,
+            b,
+            activation=["mish", "celu(0.5)"],
+            output_activation="tanh",
+            norm="layer_norm",
+            norm_weights=norms,
+            residual=[i == o for i, o in itertools.pairwise([x.shape[-1], *widths])],
+            dropout=[[0.2, 0.4]],
+            dropout_seeds=seeds,
+            dropout_position="before_norm",
+            members=torch.tensor([2, 0, 2], device=device),
+        )
+
     def smooth(x: Tensor, w: list[Tensor], b: list[Tensor]) -> Tensor:  # no ReLU to flip
         return ops.ensemble_mlp(x, w, b, activation="gelu")
 
@@ -105,6 +123,8 @@ def operations(
         "activation_strength, wide, packed": wide_strength(True),
         "ensemble_mlp, dropout": with_gradients(of_mlp(dropped), mlp),
         "ensemble_mlp, dropout of each member": with_gradients(of_mlp(dropped_each), mlp),
+        "ensemble_mlp, layers": with_gradients(of_mlp(layered), mlp),
+        "ensemble_mlp, wide, layers": with_gradients(of_mlp(layered), wide_mlp),
         "ensemble_mlp_loss": with_gradients(of_mlp(loss), mlp),
         "activation_strength": wrap(lambda: ops.activation_strength(x, weights, biases, mean, std)),
         "activation_strength, packed": wrap(
