@@ -137,6 +137,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   def<Tensor(const MLPOptions&, const Tensor&, TensorList, TensorList)>(m, "ensemble_mlp");
   def<Tensor(const LossOptions&, const Tensor&, const Tensor&, TensorList, TensorList)>(
       m, "ensemble_mlp_loss");
+  def<Tensor(const LossOptions&, const Tensor&, const Tensor&, TensorList, TensorList)>(
+      m, "ensemble_mlp_example_losses");
   def<Tensor(const Tensor&, const Tensor&, TensorList, TensorList, string_view)>(
       m, "ensemble_mlp_packed");
   def<Three(const Tensor&, TensorList, TensorList, const Tensor&, const Tensor&, string_view,

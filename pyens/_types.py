@@ -1,13 +1,24 @@
 """The named tuples that operations and their references return, and the names that arguments may be."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 
 from torch import Tensor
 
 Dropout = float | Sequence[float] | Tensor  # a rate, or one for each member
 Activation = Literal["relu", "gelu", "silu", "elu", "softplus", "tanh", "identity"]
-Loss = Literal["mse", "bce", "gaussian_nll", "cross_entropy"]
+Loss = Literal[
+    "mse",
+    "bce",
+    "gaussian_nll",
+    "cross_entropy",
+    "huber",
+    "smooth_l1",
+    "quantile",
+    "poisson_nll",
+    "soft_cross_entropy",
+]
+LossReduction = Literal["mean", "none"]
 Bootstrap = Literal["poisson", "multinomial"]
 Decorrelation = Literal["correlation", "covariance", "residue"]
 Reduction = Literal["sum", "none"]
@@ -22,6 +33,18 @@ PredictionVariation = Literal["value", "distribution"]
 UncertaintyScore = Literal["entropy", "margin", "mutual_information", "variation_ratio"]
 VariationTask = Literal["regression", "classification"]
 StrengthFeatures = Literal["binary", "value", "both"]
+
+
+class LossOptions(TypedDict, total=False):
+    """Options of one loss or another, see `pyens.ops.ensemble_mlp_loss`."""
+
+    temperature: float
+    label_smoothing: float
+    delta: float
+    quantiles: Sequence[float] | Tensor | None
+    class_weight: Tensor | None
+    log_variance_min: Tensor | float | None
+    log_variance_max: Tensor | float | None
 
 
 class ActivationStrength(NamedTuple):
