@@ -135,18 +135,29 @@ def mlp_loss(draw: Draw) -> Problem:
     """A loss with all its options."""
     problem, i, loss = mlp(draw), draw.number, list(LOSSES)[draw.number % len(LOSSES)]
     members, out = problem["biases"][-1].shape
-    if loss == "gaussian_nll" and out % 2 == 1:
+    if loss in ("gaussian_nll", "quantile") and out % 2 == 1:
         loss = "mse"
-    if loss == "gaussian_nll":  # no variance so small that it magnifies a rounding to all of the loss
+    if loss in ("gaussian_nll", "poisson_nll"):  # no exponent that magnifies a rounding to all of the loss
         problem["weights"][-1] *= 0.125
-        out //= 2
+    columns = out // 2 if loss in ("gaussian_nll", "quantile") else out
     leading = draw.leading(members)
-    labels, values = draw.index(out, *leading), draw.uniform(*leading, out).to(draw.dtype)
+    labels, values = draw.index(out, *leading), draw.uniform(*leading, columns).to(draw.dtype)
+    options: Problem = {}
+    if loss in ("cross_entropy", "soft_cross_entropy"):
+        options = {"temperature": 0.5, "label_smoothing": 0.1 if i % 8 == 7 else 0.0}
+    if loss == "cross_entropy" and i % 4 > 1:
+        options["class_weight"] = (draw.uniform(out) + 0.1).to(draw.dtype)
+    if loss == "gaussian_nll" and i % 4 > 1:
+        options |= {"log_variance_min": -2.0, "log_variance_max": 0.5}
+    if loss == "quantile":  # no error whose sign depends on a rounding
+        values = values + 20 * (2 * draw.index(2, *leading, columns) - 1).to(draw.dtype)
+        options["quantiles"] = [0.25, 0.9]
+    if loss in ("huber", "smooth_l1"):
+        options["delta"] = 0.5
     return problem | {
         "target": labels if loss == "cross_entropy" else values,
         "loss": loss,
-        "temperature": 0.5 if loss == "cross_entropy" else 1.0,
-        "label_smoothing": 0.1 if loss == "cross_entropy" and i % 8 == 7 else 0.0,
+        **options,
         "sample_weight": (draw.uniform(*leading) + 0.1).to(draw.dtype) if i % 2 == 0 else None,
         "dropout": 0.2 if i % 5 == 0 else 0.0,
         "dropout_seeds": torch.arange(members) if i % 5 == 0 else None,
@@ -301,7 +312,8 @@ def gradients(operation: Operation, problem: Problem) -> list[Tensor]:
         leaves.append(tensor.detach().requires_grad_())
         return leaves[-1]
 
-    constant = {name: problem[name] for name in ("target", "sample_weight") if name in problem}
+    fixed = ("target", "sample_weight", "class_weight")
+    constant = {name: problem[name] for name in fixed if name in problem}
     output = operation(**convert({k: v for k, v in problem.items() if k not in constant}, leaf), **constant)
     total = output.square().sum() if output.dim() else output
     return [g.to_dense() for g in torch.autograd.grad(total, leaves)]

@@ -1,7 +1,7 @@
 """The named tuples that operations and their references return, and the names that arguments may be."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 
 from torch import Tensor
 
@@ -27,7 +27,18 @@ Activation = ActivationName | str  # or with its parameter, "elu(0.5)"
 Norm = Literal["layer_norm", "rms_norm"]
 NormPosition = Literal["before_activation", "after_activation"]
 DropoutPosition = Literal["after_activation", "before_norm"]
-Loss = Literal["mse", "bce", "gaussian_nll", "cross_entropy"]
+Loss = Literal[
+    "mse",
+    "bce",
+    "gaussian_nll",
+    "cross_entropy",
+    "huber",
+    "smooth_l1",
+    "quantile",
+    "poisson_nll",
+    "soft_cross_entropy",
+]
+LossReduction = Literal["mean", "none"]
 Bootstrap = Literal["poisson", "multinomial"]
 Decorrelation = Literal["correlation", "covariance", "residue"]
 Reduction = Literal["sum", "none"]
@@ -42,6 +53,18 @@ PredictionVariation = Literal["value", "distribution"]
 UncertaintyScore = Literal["entropy", "margin", "mutual_information", "variation_ratio"]
 VariationTask = Literal["regression", "classification"]
 StrengthFeatures = Literal["binary", "value", "both"]
+
+
+class LossOptions(TypedDict, total=False):
+    """Options of one loss or another, see `pyens.ops.ensemble_mlp_loss`."""
+
+    temperature: float
+    label_smoothing: float
+    delta: float
+    quantiles: Sequence[float] | Tensor | None
+    class_weight: Tensor | None
+    log_variance_min: Tensor | float | None
+    log_variance_max: Tensor | float | None
 
 
 class ActivationStrength(NamedTuple):

@@ -213,6 +213,37 @@ def smoothed_cases() -> Iterator[tuple[str, list[Tensor]]]:
         yield name, [found, *gradients(found, parameters)]
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "huber": {"delta": 0.25},
+    "smooth_l1": {"delta": 0.25},
+    "quantile": {"quantiles": [0.125, 0.5, 0.75]},
+    "poisson_nll": {},
+    "soft_cross_entropy": {"temperature": 0.5, "label_smoothing": 0.125},
+    "cross_entropy": {"class_weight": None},
+    "gaussian_nll": {"log_variance_min": -1.5, "log_variance_max": 0.25},
+}
+
+
+def option_cases() -> Iterator[tuple[str, list[Tensor]]]:
+    for (kind, dtype), loss, (k, batch) in itertools.product(
+        DTYPES.items(), OPTIONS, ((6, 9), (6, 65), (12, 300), (300, 8))
+    ):
+        if kind == "f64" and loss not in ("huber", "smooth_l1", "quantile"):
+            continue
+        name = f"options of {loss} {kind} K{k} B{batch}"
+        draw = Numbers(name)
+        weights, biases = network(draw, 3, [9, 13, k], dtype, True)
+        parameters = [t.requires_grad_() for t in (*weights, *biases)]
+        x, target = draw(batch, 9, dtype=dtype), draw(batch, k, dtype=dtype).abs()
+        options = dict(OPTIONS[loss])
+        if loss == "cross_entropy":
+            target, options["class_weight"] = draw.integers(k, batch), draw(3, k, dtype=dtype).abs()
+        elif loss in ("quantile", "gaussian_nll"):
+            target = target[:, : k // (3 if loss == "quantile" else 2)]
+        found = ops.ensemble_mlp_loss(x, target, weights, biases, loss=loss, **options)
+        yield name, [found, *gradients(found, parameters)]
+
+
 def rate_cases() -> Iterator[tuple[str, list[Tensor]]]:
     for (kind, dtype), activation, batch in itertools.product(DTYPES.items(), EXACT, (3, 65, 300)):
         name = f"rates {kind} {activation} B{batch}"
@@ -349,6 +380,7 @@ def cases() -> Iterator[tuple[str, list[Tensor]]]:
     yield from packed_and_strength_cases()
     yield from loss_cases()
     yield from smoothed_cases()
+    yield from option_cases()
     yield from rate_cases()
     yield from mask_cases()
     yield from embedding_cases()

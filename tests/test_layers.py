@@ -15,6 +15,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from loss_problems import NO_OPTIONS
 from torch import Tensor
 
 from pyens import reference
@@ -460,7 +461,7 @@ def test_opcheck(requires_grad):
     for keeps in (None, True, False):
         torch.library.opcheck(torch.ops.pyens.ensemble_mlp, dispatcher_arguments(of, *layers, keeps))
     target = torch.rand(9, 3)
-    loss = ("mse", 1.0, 0.0, None)
+    loss = ("mse", 1.0, 0.0, None, *NO_OPTIONS)
     given = (of.x, target, of.weights, of.biases, of.norm_weights, of.norm_biases, *loss, *layers)
     torch.library.opcheck(torch.ops.pyens.ensemble_mlp_loss, given)
     if requires_grad:

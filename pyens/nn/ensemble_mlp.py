@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
 from pyens import ops
 from pyens._kinds import check_number
-from pyens._types import Activation, Dropout, Loss, WeightLayout
+from pyens._types import Activation, Dropout, Loss, LossOptions, LossReduction, WeightLayout
 from pyens.masks import check
 from pyens.nn import _sequential
 from pyens.nn._buffers import BufferList, Derived
@@ -68,17 +68,17 @@ class _StackedMLP(Members):
         target: Tensor,
         *,
         loss: Loss,
-        temperature: float = 1.0,
-        label_smoothing: float = 0.0,
         sample_weight: Tensor | None = None,
         dropout: Dropout | None = None,
         dropout_seeds: Tensor | None = None,
         shared: bool = False,
+        reduction: LossReduction = "mean",
+        **options: Unpack[LossOptions],
     ) -> Tensor:
         """Each member's mean loss `[E]`, its gradient computed in the same pass; train on its sum.
 
-        mse, bce, gaussian_nll or cross_entropy: see `pyens.ops.ensemble_mlp_loss`. Input and dropout as in
-        `forward`; target and sample_weight have the input's dimensions in the place of B.
+        The losses, their options and `reduction` are those of `pyens.ops.ensemble_mlp_loss`. Input and
+        dropout as in `forward`; target and sample_weight have the input's dimensions in the place of B.
         """
         rate = self.dropout if dropout is None else dropout
         if not isinstance(rate, (int, float)) or rate != 0:
@@ -91,12 +91,12 @@ class _StackedMLP(Members):
             biases,
             loss=loss,
             activation=self.activation,
-            temperature=temperature,
-            label_smoothing=label_smoothing,
             sample_weight=sample_weight,
             dropout=rate,
             dropout_seeds=dropout_seeds,
             shared=shared,
+            reduction=reduction,
+            **options,
         )
 
     def _dropping(self, dropout: Dropout | None, seeds: Tensor | None) -> tuple[Dropout, Tensor | None]:

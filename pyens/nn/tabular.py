@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from pyens._kinds import check_tensor
-from pyens._types import Activation, Loss
+from pyens._types import Activation, Loss, LossOptions, LossReduction
 from pyens.masks import check
 from pyens.nn.ensemble import Ensemble
 from pyens.nn.ensemble_embedding import EnsembleEmbedding
@@ -185,10 +186,10 @@ class TabularEnsemble(Ensemble):
         target: Tensor,
         *,
         loss: Loss,
-        temperature: float = 1.0,
-        label_smoothing: float = 0.0,
         sample_weight: Tensor | None = None,
         dropout_seeds: Tensor | None = None,
+        reduction: LossReduction = "mean",
+        **options: Unpack[LossOptions],
     ) -> Tensor:
         """Each member's mean loss `[E]`, computed together with its gradient: train on its sum.
 
@@ -204,10 +205,10 @@ class TabularEnsemble(Ensemble):
             self.features(categorical, numeric),
             target,
             loss=loss,
-            temperature=temperature,
-            label_smoothing=label_smoothing,
             sample_weight=sample_weight,
             dropout_seeds=dropout_seeds,
+            reduction=reduction,
+            **options,
         )
 
     def without_left_out(self, inputs: Sequence[Any], sample_weight: Tensor) -> list[Any]:

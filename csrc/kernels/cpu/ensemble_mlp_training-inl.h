@@ -124,15 +124,11 @@ struct TrainingPartial {
   }
 };
 
-inline int64_t target_features(const Training& t) {
-  const int64_t out = t.forward.layers[t.forward.num_layers - 1].out;
-  if (t.loss == Loss::cross_entropy) return 1;
-  return t.loss == Loss::gaussian_nll ? out / 2 : out;
+inline int64_t outputs_of(const Training& t) {
+  return t.forward.layers[t.forward.num_layers - 1].out;
 }
-// Number of terms that an example's loss averages.
-inline int64_t loss_terms(const Training& t) {
-  return t.loss == Loss::none ? 1 : target_features(t);
-}
+inline int64_t target_features(const Training& t) { return target_features(t, outputs_of(t)); }
+inline int64_t loss_terms(const Training& t) { return loss_terms(t, outputs_of(t)); }
 
 // Whether the derivative of layer l's activation gets panels of its own.
 inline bool needs_slope(const EnsembleMLPParams& p, int64_t l) {
@@ -150,6 +146,7 @@ struct TrainingScratch {
   Real* input;                   // panels of the tile's input
   Real* target;                  // panels of its targets
   Real* example_weight;          // [tile], scaled; 0 behind the last example
+  Real* class_weight;            // [out], scaled, where there are some
   Real** hidden;                 // [layers]: panels of what each layer puts out
   const Real** reads;            // [layers]: panels of what each layer reads
   Real** slope;                  // [layers]: derivative of the activation there, where it is needed
@@ -184,6 +181,7 @@ struct TrainingScratch {
     input = reals(s.tile * p.layers[0].in);
     target = reals(s.tile * target_features(t));
     example_weight = reals(s.tile);
+    class_weight = reals(t.of_loss.class_weight ? outputs_of(t) : 0);
     int64_t widest = t.grad_input ? p.layers[0].in : 0;  // of the layers' inputs
     for (int64_t l = 0; l < p.num_layers; ++l) {
       const bool last = l + 1 == p.num_layers;
@@ -622,8 +620,10 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
     x = h;
   }
 
-  const double loss = loss_tile(t, scratch.hidden[layers - 1], out, scratch.target,
-                                target_features(t), scratch.example_weight, examples, scale);
+  if (t.of_loss.class_weight) scale_class_weights(t, member, out, scratch.class_weight);
+  const double loss =
+      loss_tile(t, member, scratch.class_weight, scratch.hidden[layers - 1], out, scratch.target,
+                target_features(t), scratch.example_weight, examples, scale);
 
   Real* gradient = scratch.hidden[layers - 1];
   for (int64_t l = layers; l-- > s.lowest;) {
@@ -699,8 +699,10 @@ ensemble_mlp_cpu::TrainingError prepare_training(const Training& t, int64_t begi
   using ensemble_mlp_cpu::TrainingError;
   const TrainingPartial<A> partial(t, TrainingSchedule<A>(t));
   const EnsembleMLPParams& p = t.forward;
-  const int64_t classes = p.layers[p.num_layers - 1].out;
-  const bool own_weights = t.sample_weight && t.sample_weight_member_stride != 0;
+  const int64_t classes = outputs_of(t);
+  const bool own_weights = (t.sample_weight && t.sample_weight_member_stride != 0) ||
+                           (t.of_loss.class_weight && (t.of_loss.class_weight_member_stride != 0 ||
+                                                       t.target_member_stride != 0));
   for (int64_t m = begin; m < end; ++m) {
     const auto* weight = static_cast<const Real*>(t.sample_weight);
     if (weight) weight += m * t.sample_weight_member_stride;
@@ -727,6 +729,18 @@ ensemble_mlp_cpu::TrainingError prepare_training(const Training& t, int64_t begi
       const bool left_out = weight && weight[b] == 0;
       if (!left_out && (label < 0 || label >= classes)) return TrainingError::target_out_of_range;
     }
+    if (!t.of_loss.class_weight) continue;
+    // The mean divides by the weights of the examples times those of their classes.
+    const auto* of_class = class_weights<Real>(t, m);
+    const double class_scale = class_weight_scale(of_class, classes);
+    sum = 0;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      if (weight && weight[b] == 0) continue;
+      const Real own = weight ? scaled_sample_weight(weight[b], scale) : 1;
+      const Real by = scaled_sample_weight(of_class[labels[b * t.target_row_stride]], class_scale);
+      sum += static_cast<double>(own) * static_cast<double>(by);
+    }
+    partial.weight_sum[m] = sum;
   }
   return TrainingError::none;
 }
@@ -760,7 +774,7 @@ void train_group(const Training& t, const TrainingSchedule<A>& s, const Training
   const int64_t last_tile = std::min(first_tile + s.tiles_per_span, s.tiles);
   for (int64_t m = first_member; m < last_member; ++m) {
     const double terms = partial.weight_sum[m] * static_cast<double>(loss_terms(t));
-    Real scale = terms > 0 ? static_cast<Real>(1 / terms) : 0;
+    Real scale = mean_scale<Real>(terms);
     if (t.member_scale) scale *= static_cast<const Real*>(t.member_scale)[m];
     Real* sums = s.by_span ? partial.gradients + (span * p.ensemble_size + m) * s.member_gradients
                            : scratch.member;
