@@ -505,8 +505,7 @@ Tensor composed_loss(const LossOptions& options, const Network& network, const T
   const Tensor& losses = examples.losses;
   const Tensor& of_labels = examples.labels_weight;
   if (!options.sample_weight && !options.class_weight) {
-    return losses.sum(-1) /
-           at::clamp_min(at::scalar_tensor(input.sym_size(-2), losses.options()), 1);
+    return losses.sum(-1) / at::clamp_min(at::scalar_tensor(network.batch(), losses.options()), 1);
   }
   const Tensor zero = at::zeros({}, losses.options());
   Tensor weighted = losses, each = of_labels;
