@@ -190,3 +190,42 @@ def test_on_meta():
     model = mlp().to("meta")
     assert model(rows(2, B).to("meta"), shared=True).shape == (E, 2, B, K)
     assert model(rows().to("meta")).shape == (E, K)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("own", [(False, False), (False, True), (True, True)])
+def test_a_tuple_is_put_together(way, own):
+    model = mlp()
+    call = list(calls(model))[way]
+    lead = [(E, B) if one else (B,) for one in own]
+    state = torch.randn(*lead[0], 3, dtype=torch.float64)
+    action = torch.randn(*lead[1], 1, dtype=torch.float64)
+    expected = model(torch.cat([state.expand(*lead[1], 3), action], -1))
+    assert torch.equal(call((state, action)), expected)
+    if way > 1:
+        return
+    state.requires_grad_()
+    action.requires_grad_()
+    for one in torch.autograd.grad(call((state, action)).square().sum(), (state, action)):
+        assert one.isfinite().all() and one.any()
+
+
+def test_the_loss_of_a_tuple():
+    model, state, action = mlp(), torch.randn(B, 3).double(), torch.randn(E, B, 1).double()
+    whole = torch.cat([state.expand(E, -1, -1), action], -1)
+    target = targets("mse", B)
+    assert torch.equal(model.loss((state, action), target, loss="mse"), model.loss(whole, target, loss="mse"))
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "message"),
+    [
+        ((), ValueError, "input: expected a tensor, or a tuple of at least one, got an empty tuple"),
+        ((torch.ones(5, 3), 2), TypeError, r"input\[1\]: expected a tensor, got int"),
+        ((torch.ones(5, 3), torch.ones(4, 1)), ValueError, "input: expected parts that differ in their last"),
+        ((torch.ones(5, 3), torch.ones(5, 2)), ValueError, r"input: expected \[B, 4\]"),
+    ],
+)
+def test_tuples_that_do_not_fit(parts, error, message):
+    with pytest.raises(error, match=f"^ensemble_mlp: {message}"):
+        EnsembleMLP(E, F, [6], K)(parts)

@@ -1,10 +1,12 @@
-"""Inputs of other leading dimensions than `[B, I]` and `[E, B, I]`."""
+"""Inputs of other leading dimensions than `[B, I]` and `[E, B, I]`, and of several parts."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pyens._kinds import check_tensor
 
 Lead = tuple[int, ...]
 
@@ -15,15 +17,38 @@ def is_unusual(input: Tensor) -> bool:
         dims = input.ndim
         return dims != 2 and (dims != 3 or input.shape[0] == 1)
     except (AttributeError, RuntimeError):  # no tensor, or a nested one
-        return False
+        return isinstance(input, tuple)
 
 
-def as_rows(input: Tensor, weights: Sequence[Tensor], shared: bool) -> tuple[Tensor, Lead | None]:
+def put_together(op: str, parts: tuple[Any, ...]) -> Tensor:
+    """A tuple of inputs, such as a state and an action, side by side: `[..., I_1 + I_2 + ..]`.
+
+    A part `[B, I]` beside one `[E, B, I]` is the same for all members; where all are shared, so is the whole.
+    """
+    if not parts:
+        raise ValueError(f"{op}: input: expected a tensor, or a tuple of at least one, got an empty tuple")
+    for i, part in enumerate(parts):
+        check_tensor(op, f"input[{i}]", part)
+    try:
+        lead = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    except RuntimeError:
+        shapes = [list(part.shape) for part in parts]
+        raise ValueError(
+            f"{op}: input: expected parts that differ in their last dimension alone, got shapes {shapes}"
+        ) from None
+    return torch.cat([part.expand(*lead, part.shape[-1]) for part in parts], -1)
+
+
+def as_rows(
+    op: str, input: Tensor | tuple[Tensor, ...], weights: Sequence[Tensor], shared: bool
+) -> tuple[Tensor, Lead | None]:
     """The input as `[B, I]` or `[E, B, I]`, and the dimensions that stand for B; None where B does.
 
     `[I]` is one row, `[1, B, I]` is shared by the members unless there is one, and with `shared` so is any
     `[..., I]`. What is none of these stays what it is, for the operation to refuse.
     """
+    if isinstance(input, tuple):
+        input = put_together(op, input)
     if not isinstance(input, Tensor) or input.layout is not torch.strided or input.is_nested:
         return input, None
     dims = input.dim()

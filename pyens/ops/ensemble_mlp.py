@@ -14,7 +14,7 @@ from pyens.reference.ensemble_mlp import default_norm_eps, for_each, residual_la
 
 
 def ensemble_mlp(
-    input: Tensor,
+    input: Tensor | tuple[Tensor, ...],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor] | None = None,
     *,
@@ -49,7 +49,8 @@ def ensemble_mlp(
 
     Args:
         input: `[B, I]`, shared by all members and never copied for them, or `[E, B, I]`. B may be 0. Also
-            `[I]`, one row, and `[1, B, I]`, which is shared unless E is 1.
+            `[I]`, one row, and `[1, B, I]`, which is shared unless E is 1. A tuple of such inputs, as of a
+            state and an action, is put together along the features first.
         weights: L >= 1 tensors `[E, out_l, in_l]` with in_1 = I and in_{l+1} = out_l, the layout of
             `nn.Linear.weight` stacked (`torch.func.stack_module_state`).
         biases: L tensors `[E, out_l]`, `[E, 0]` for a layer without one, or None for no biases.
@@ -111,6 +112,9 @@ def ensemble_mlp(
 
     Source: the members are those of "Deep Ensemble"; reference in `pyens.reference.ensemble_mlp`.
     """
+    lead = None
+    if shared or is_unusual(input):
+        input, lead = as_rows("ensemble_mlp", input, weights if members is None else [members], shared)
     norm_weights, norm_biases, options = schema_options(
         "ensemble_mlp",
         input,
@@ -130,9 +134,6 @@ def ensemble_mlp(
     )
     keeps = None if isinstance(save_hidden, str) and save_hidden == "auto" else save_hidden
     biases = () if biases is None else biases
-    lead = None
-    if shared or is_unusual(input):
-        input, lead = as_rows(input, weights if members is None else [members], shared)
     output = _ensemble_mlp(input, weights, biases, norm_weights, norm_biases, *options, keeps)
     return output if lead is None else as_given(output, lead)
 
@@ -322,7 +323,7 @@ def ensemble_mlp_packed(
     biases = () if biases is None else biases
     lead = None
     if shared or is_unusual(input):
-        input, lead = as_rows(input, weights, shared)
+        input, lead = as_rows("ensemble_mlp", input, weights, shared)
     output = _ensemble_mlp_packed(input, packed, weights, biases, activation, output_activation)
     return output if lead is None else as_given(output, lead)
 

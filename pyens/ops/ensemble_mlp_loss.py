@@ -14,7 +14,7 @@ from pyens.ops.ensemble_mlp import from_schema, member_ranks, schema_options
 
 
 def ensemble_mlp_loss(
-    input: Tensor,
+    input: Tensor | tuple[Tensor, ...],
     target: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor] | None = None,
@@ -123,6 +123,12 @@ def ensemble_mlp_loss(
     temperature and the left-out groups (jackknife) are those of "Beyond Point Estimate". Reference in
     `pyens.reference.ensemble_mlp_loss`.
     """
+    if shared or is_unusual(input):
+        computed = weights if members is None else [members]
+        given, (input, lead) = input, as_rows("ensemble_mlp_loss", input, computed, shared)
+        if input is not given:
+            target = of_rows(target, lead, 0 if loss == "cross_entropy" else 1, len(computed[0]))
+            sample_weight = of_rows(sample_weight, lead, 0, len(computed[0]))
     norm_weights, norm_biases, options = schema_options(
         "ensemble_mlp_loss",
         input,
@@ -140,12 +146,6 @@ def ensemble_mlp_loss(
         dropout_position,
         members,
     )
-    if shared or is_unusual(input):
-        computed = weights if members is None else [members]
-        given, (input, lead) = input, as_rows(input, computed, shared)
-        if input is not given:
-            target = of_rows(target, lead, 0 if loss == "cross_entropy" else 1, len(computed[0]))
-            sample_weight = of_rows(sample_weight, lead, 0, len(computed[0]))
     if quantiles is not None:
         quantiles = _quantiles(quantiles, input)
     if log_variance_min is not None or log_variance_max is not None:
