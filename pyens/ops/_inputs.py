@@ -11,11 +11,11 @@ from pyens._kinds import check_tensor
 Lead = tuple[int, ...]
 
 
-def is_unusual(input: Tensor) -> bool:
+def is_unusual(input: Tensor | tuple[Tensor, ...]) -> bool:
     """Whether an input is none of `[B, I]` and `[E, B, I]`; quick where it is, for every call asks."""
     try:
-        dims = input.ndim
-        return dims != 2 and (dims != 3 or input.shape[0] == 1)
+        dims = input.ndim  # type: ignore[union-attr]
+        return dims != 2 and (dims != 3 or input.shape[0] == 1)  # type: ignore[union-attr]
     except (AttributeError, RuntimeError):  # no tensor, or a nested one
         return isinstance(input, tuple)
 

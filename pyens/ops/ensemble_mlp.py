@@ -140,7 +140,7 @@ def ensemble_mlp(
 
 def schema_options(
     op: str,
-    input: Tensor,
+    input: Any,
     weights: Sequence[Tensor],
     activation: Activation | Sequence[Activation],
     output_activation: Activation,
@@ -228,7 +228,8 @@ def member_rates(op: str, dropout: Dropout, input: Tensor) -> tuple[float, Tenso
         return dropout, None  # type: ignore[return-value]
     for member, rates in enumerate(dropout):
         several = isinstance(rates, Sequence) and not isinstance(rates, str)
-        for layer, rate in enumerate(rates if several else [rates]):  # type: ignore[arg-type]
+        each: Any = rates if several else [rates]
+        for layer, rate in enumerate(each):
             place = f"dropout[{member}][{layer}]" if several else f"dropout[{member}]"
             _kinds.check_number(op, place, rate)
             if not 0 <= rate < 1:

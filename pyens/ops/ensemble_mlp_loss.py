@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -173,7 +174,7 @@ def ensemble_mlp_loss(
     )
 
 
-def _quantiles(quantiles: Sequence[float] | Tensor, input: Tensor) -> Tensor:
+def _quantiles(quantiles: Sequence[float] | Tensor, input: Any) -> Tensor:
     """float64 `[Q]`, as exact as numbers are. A tensor's values are looked at by the operation."""
     if isinstance(quantiles, Tensor):
         _kinds.check_real("ensemble_mlp_loss", "quantiles", quantiles)

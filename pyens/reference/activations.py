@@ -1,8 +1,6 @@
 """The activations that the kernels know: a name, or a name and its parameter, as in "elu(0.5)"."""
 
 import math
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,21 +19,19 @@ class Sin(nn.Module):
         return torch.sin(input)
 
 
-def _module(name: str) -> Callable[..., nn.Module]:
-    """What makes the module: the class of `torch.nn` of that name, whatever its capitals: `nn.SiLU`."""
+def _module(name: str) -> type[nn.Module]:
+    """The class of `torch.nn` of that name, whatever its capitals: `nn.SiLU` for "silu"."""
     if name == "sin":
         return Sin
     if name == "gelu_tanh":
-        return partial(nn.GELU, approximate="tanh")
+        return nn.GELU
     found: type[nn.Module] = next(getattr(nn, k) for k in dir(nn) if k.lower() == name.replace("_", ""))
     return found
 
 
-MODULES: dict[ActivationName, Callable[..., nn.Module]] = {
+MODULES: dict[ActivationName, type[nn.Module]] = {
     name: _module(name) for name in torch.ops.pyens.activations()
 }
-# With default arguments, as functions of a tensor.
-ACTIVATIONS: dict[ActivationName, nn.Module] = {name: module() for name, module in MODULES.items()}
 
 
 def activation_module(activation: str, function: str = "ensemble_mlp") -> nn.Module:
@@ -49,7 +45,7 @@ def activation_module(activation: str, function: str = "ensemble_mlp") -> nn.Mod
     if name not in MODULES:
         raise ValueError(f'{function}: activation: expected one of {", ".join(MODULES)}, got "{activation}"')
     if not opened:
-        return MODULES[name]()
+        return MODULES[name](**({"approximate": "tanh"} if name == "gelu_tanh" else {}))
     if name not in PARAMETERS:
         raise ValueError(f"{function}: activation: expected {name}, which has no parameter, got {activation}")
     try:
@@ -61,3 +57,7 @@ def activation_module(activation: str, function: str = "ensemble_mlp") -> nn.Mod
     if name == "celu" and number <= 0:
         raise ValueError(f"{function}: activation: expected celu(alpha) with alpha > 0, got {activation}")
     return MODULES[name](**{PARAMETERS[name]: number})
+
+
+# With default arguments, as functions of a tensor.
+ACTIVATIONS: dict[ActivationName, nn.Module] = {name: activation_module(name) for name in MODULES}

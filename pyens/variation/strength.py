@@ -14,7 +14,7 @@ from pyens.ops.activation_strength import activation_strength
 from pyens.reference.activation_strength import pack_bits, strength
 from pyens.reference.activations import MODULES
 
-ACTIVATION_MODULES = tuple(module for module in MODULES.values() if module is not nn.Identity)
+ACTIVATION_MODULES = tuple(module for module in dict.fromkeys(MODULES.values()) if module is not nn.Identity)
 
 
 @torch.no_grad()
