@@ -638,13 +638,13 @@ def test_bad_losses_are_refused_within_torch_func_too(case):
 
 
 def test_unknown_activations_are_refused_everywhere():
-    options = {"activation": "mish"}
+    options = {"activation": "swish"}
     for function in (
         lambda x: masked_mlp(x, [W, W2], [V, V2], [M], **options).sum(),
         lambda x: masked_mlp_loss(x, Y, [W, W2], [V, V2], [M], loss="mse", **options).sum(),
     ):
         for call in (function, torch.func.grad(function)):
-            message = r'^masked_mlp(_loss)?: activation: expected one of relu, .*, got "mish"'
+            message = r'^masked_mlp(_loss)?: activation: expected one of relu, .*, got "swish"'
             with pytest.raises(ValueError, match=message):
                 call(X)
 

@@ -8,7 +8,14 @@ from pyens import reference
 from pyens._types import Activation, Dropout, DropoutPosition, Loss, Norm, NormPosition
 from pyens.ops._call import Given, join_members, operation
 from pyens.ops._inputs import as_rows, is_unusual, of_rows
-from pyens.ops.ensemble_mlp import from_schema, member_ranks, schema_options
+from pyens.ops.ensemble_mlp import (
+    Layers,
+    Norms,
+    from_schema,
+    layer_options,
+    member_ranks,
+    member_rates,
+)
 
 
 def ensemble_mlp_loss(
@@ -88,41 +95,83 @@ def ensemble_mlp_loss(
     Source: gaussian_nll is eq. 1 of "Deep Ensemble" with its variance; the temperature and the left-out
     groups (jackknife) are those of "Beyond Point Estimate". Reference in `pyens.reference.ensemble_mlp_loss`.
     """
-    norm_weights, norm_biases, options = schema_options(
+    layers = layer_options(
         "ensemble_mlp_loss",
-        input,
         weights,
         activation,
         output_activation,
         norm,
-        norm_weights,
-        norm_biases,
         norm_eps,
         norm_position,
         residual,
+        dropout_position,
+    )
+    return call_ensemble_mlp_loss(
+        input,
+        target,
+        weights,
+        () if biases is None else biases,
+        (() if norm_weights is None else norm_weights, () if norm_biases is None else norm_biases),
+        (loss, temperature, label_smoothing, sample_weight),
+        layers,
         dropout,
         dropout_seeds,
-        dropout_position,
         members,
+        shared,
     )
+
+
+def call_ensemble_mlp_loss(
+    input: Tensor,
+    target: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norms: Norms,
+    of_loss: tuple[Loss, float, float, Tensor | None],
+    layers: Layers,
+    dropout: Dropout,
+    seeds: Tensor | None,
+    members: Tensor | None,
+    shared: bool,
+) -> Tensor:
+    """`ensemble_mlp_loss` of options that `layer_options` has made: a module does so once.
+
+    `of_loss`: loss, temperature, label_smoothing and sample_weight.
+    """
+    rates = None
+    if not isinstance(dropout, (float, int)):
+        dropout, rates = member_rates("ensemble_mlp_loss", dropout, input)
+    loss, temperature, label_smoothing, sample_weight = of_loss
     if shared or is_unusual(input):
         computed = weights if members is None else [members]
         given, (input, lead) = input, as_rows(input, computed, shared)
         if input is not given:
             target = of_rows(target, lead, 0 if loss == "cross_entropy" else 1, len(computed[0]))
             sample_weight = of_rows(sample_weight, lead, 0, len(computed[0]))
+    norm_weights, norm_biases = norms
+    activation, early, output_activation, norm, eps, late, residual = layers
     return _ensemble_mlp_loss(
         input,
         target,
         weights,
-        () if biases is None else biases,
+        biases,
         norm_weights,
         norm_biases,
         loss,
         temperature,
         label_smoothing,
         sample_weight,
-        *options,
+        activation,
+        dropout,
+        seeds,
+        rates,
+        early,
+        output_activation,
+        norm,
+        eps,
+        late,
+        residual,
+        members,
     )
 
 
