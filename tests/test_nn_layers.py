@@ -403,12 +403,12 @@ def test_from_stacked_and_from_parameters_take_the_options():
     assert torch.equal(without.eval()(x), begun.eval()(x)) and "norm_weights.0" not in without.state_dict()
     rms = EnsembleMLP.from_stacked(weights, layout="out_in", norm_weights=scales, norm="rms_norm")
     assert [n for n in rms.state_dict() if "norm" in n] == ["norm_weights.0"]
-    for given, message in (
+    for norms, message in (
         ({"norm_weights": []}, "norm_weights: expected one for each of the 1 norms, got 0"),
         ({"norm_biases": [scales[0][:2]]}, r"norm_biases\[0\]: expected shape \[3, 5\], got shape \[2, 5\]"),
     ):
         with pytest.raises(ValueError, match="^from_parameters: " + message):
-            EnsembleMLP.from_parameters(weights, biases, **options, **given)
+            EnsembleMLP.from_parameters(weights, biases, **options, **norms)
     with pytest.raises(
         TypeError, match=r"norm_weights\[0\]: expected torch.float32 on cpu like weights\[0\]"
     ):
@@ -517,7 +517,7 @@ def test_tabular():
     given = torch.randint(5, (4, 1)), torch.randn(4, 3)
     assert torch.equal(again.eval()(*given), model.eval()(*given))
     assert torch.equal(model.select([2])(*given), model(*given)[[2]])
-    with pytest.raises(ValueError, match="strength_of: module: expected MLPs of .* with norm layer_norm"):
+    with pytest.raises(ValueError, match=r"strength_of: module: expected MLPs of .* with norm layer_norm"):
         strength_of(model, *given)
 
 
@@ -596,7 +596,7 @@ def train(model: EnsembleMLP, **options: Any) -> Any:
     "options",
     [
         {"early_stopping": 1},
-        {"randomness": "RSJ", "jackknife_groups": 4},
+        {"randomness": "R6", "jackknife_groups": 4},
         {"ema": 0.9, "early_stopping": 2},
         {"swa_start": 6},
         {"clip_norm": 0.1},
@@ -605,7 +605,7 @@ def train(model: EnsembleMLP, **options: Any) -> Any:
 )
 def test_fit_trains_each_member_as_if_it_were_alone(options):
     if "randomness" in options:
-        options = options | {"randomness": Randomness.parse(options["randomness"])}
+        options = options | {"randomness": Randomness.from_code(options["randomness"])}
     model, seeds = trained_net(), [3, 1, 4, 2]
     before = [p.detach().clone() for p in model.parameters()]
     history = train(model, seeds=seeds, **options)
@@ -695,6 +695,6 @@ def test_refuses(options, message):
     with pytest.raises(ValueError, match="^EnsembleMLP: " + message):
         EnsembleMLP(E, 4, out_features=2, **arguments)
     with pytest.raises(
-        TypeError, match="^EnsembleMLP: residual: expected a bool, or a sequence of them, got 1"
+        TypeError, match=r"^EnsembleMLP: residual: expected a bool, or a sequence of them, got 1"
     ):
         EnsembleMLP(E, 4, [4], 2, residual=1)
