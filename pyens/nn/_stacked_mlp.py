@@ -68,9 +68,15 @@ class StackedMLP(Members):
         if not isinstance(rate, (int, float)) or rate != 0:
             rate, dropout_seeds = self._dropping(dropout, dropout_seeds, members)
         weights, biases = self.stacked()
-        norms = _NO_NORMS if self.norm is None else self._norms()
+        known = self._known_layers
+        if self.norm is not None:
+            norms, layers = self._norms(), self._layers(weights)
+        elif known is not None and known[0] is self.activation:  # as in `_layers`, without its call
+            norms, layers = _NO_NORMS, known[2]
+        else:
+            norms, layers = _NO_NORMS, self._layers(weights)
         return call_ensemble_mlp(
-            input, weights, biases, norms, self._layers(weights), rate, dropout_seeds, members, None, shared
+            input, weights, biases, norms, layers, rate, dropout_seeds, members, None, shared
         )
 
     def loss(  # type: ignore[override]

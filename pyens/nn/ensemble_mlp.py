@@ -148,6 +148,8 @@ class EnsembleMLP(Derived, StackedMLP):
         torch.Size([2, 8, 1])
     """
 
+    _gaps: bool = False  # whether there are layers without a bias beside others
+
     def __init__(
         self,
         ensemble_size: int,
@@ -234,6 +236,7 @@ class EnsembleMLP(Derived, StackedMLP):
         self.biases = _parameters(biases)
         self._names = tuple(str(layer) for layer in range(len(weights)))
         self._bias_names = _names(biases)
+        self._gaps = len(self._bias_names) not in (0, len(weights))
         self._read_weights, self._read_biases = reader(self._names), reader(self._bias_names)
         if self.norm is not None and self.norm_affine:
             self.norm_weights = nn.ParameterList(norm_weights)
@@ -383,18 +386,17 @@ class EnsembleMLP(Derived, StackedMLP):
         """Weights `[E, out, in]` and biases `[E, out]`, `[E, 0]` of a layer without one (all: empty)."""
         modules: dict[str, Any] = self._modules  # submodules as attributes cost half a microsecond each
         weights, biases = modules["weights"], modules["biases"]
+        found: Any = None
         if not is_dynamo_compiling():  # dynamo does not know what reads them
             # Not called as methods, which are looked for in all classes first.
             read_weights, read_biases = self._read_weights, self._read_biases
             try:
                 found = read_weights(weights._parameters), read_biases(biases._parameters)
             except KeyError:
-                found = None
-        else:
-            found = None
+                pass
         if found is None:
             found = parameters_of(weights, self._names), parameters_of(biases, self._bias_names)
-        return found if len(found[1]) in (0, len(found[0])) else self._with_gaps(*found)
+        return self._with_gaps(*found) if self._gaps else found
 
     def _with_gaps(
         self, weights: Sequence[Tensor], biases: Sequence[Tensor]
