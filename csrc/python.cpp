@@ -136,8 +136,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using std::string_view;
   def<Tensor(const ForwardOptions&, const Tensor&, TensorList, TensorList, TensorList, TensorList)>(
       m, "ensemble_mlp");
-  def<Tensor(const LossOptions&, const Tensor&, const Tensor&, TensorList, TensorList, TensorList,
-             TensorList)>(m, "ensemble_mlp_loss");
+  using OfLoss = Tensor(const LossOptions&, const Tensor&, const Tensor&, TensorList, TensorList,
+                        TensorList, TensorList);
+  def<OfLoss>(m, "ensemble_mlp_loss");
+  def<OfLoss>(m, "ensemble_mlp_example_losses");
   def<Tensor(const Tensor&, const Tensor&, TensorList, TensorList, string_view, string_view)>(
       m, "ensemble_mlp_packed");
   def<Three(const Tensor&, TensorList, TensorList, const Tensor&, const Tensor&, string_view,

@@ -29,7 +29,7 @@ from pyens.reference.ensemble_embedding import ensemble_embedding_concat as refe
 from pyens.reference.ensemble_mlp_loss import LOSSES
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# For gradients: in the others a rounding turns a ReLU on or off; in float32 ReLU is left out.
+# For gradients: in the others a rounding turns a ReLU on or off; in float32 those with a kink are left out.
 FULL = (torch.float32, torch.float64)
 BATCHES = (1, 3, 7, 8, 9, 10, 17, 100)  # the CPU kernel maps those under 8, packed 10, in another way
 
@@ -106,22 +106,58 @@ def mlp_dropout(draw: Draw) -> Problem:
     return problem | {"dropout": (draw.number % 9 + 1) / 10, "dropout_seeds": seeds}
 
 
+def mlp_layers(draw: Draw) -> Problem:
+    """What a layer may have beyond an activation."""
+    width, members = draw.size(3, 40), draw.size(9, 40)
+    problem = draw.layers([draw.size(1, 50), width, width, draw.size(1, 5)], members)
+    chosen = draw.index(members, draw.size(1, 12))
+    leading = [len(chosen), draw.batch] if problem["input"].dim() == 3 else [draw.batch]
+    early = draw.number % 3 == 0
+    return problem | {
+        "input": draw.normal(*leading, problem["input"].shape[-1]),
+        "activation": [draw.activation, "mish"],
+        "output_activation": "tanh",
+        "norm": ["rms_norm", "layer_norm"] if draw.number % 2 else "layer_norm",
+        "norm_weights": [1 + draw.normal(members, width, scale=0.2) for _ in range(2)],
+        "norm_biases": [draw.normal(members, width, scale=0.2) for _ in range(2)],
+        # A small one magnifies roundings where features are few and alike.
+        "norm_eps": 0.1,
+        "norm_position": "after_activation" if draw.number % 5 == 0 else "before_activation",
+        "residual": True,
+        "dropout": 0.25 if draw.number % 4 == 1 else 0.0,
+        "dropout_seeds": torch.arange(len(chosen)) - draw.number,
+        "dropout_position": "before_norm" if early else "after_activation",
+        "members": chosen,
+    }
+
+
 def mlp_loss(draw: Draw) -> Problem:
     """A loss with all its options."""
     problem, i, loss = mlp(draw), draw.number, list(LOSSES)[draw.number % len(LOSSES)]
     members, out = problem["biases"][-1].shape
-    if loss == "gaussian_nll" and out % 2 == 1:
+    if loss in ("gaussian_nll", "quantile") and out % 2 == 1:
         loss = "mse"
-    if loss == "gaussian_nll":  # no variance so small that it magnifies a rounding to all of the loss
+    if loss in ("gaussian_nll", "poisson_nll"):  # no exponent that magnifies a rounding to all of the loss
         problem["weights"][-1] *= 0.125
-        out //= 2
+    columns = out // 2 if loss in ("gaussian_nll", "quantile") else out
     leading = draw.leading(members)
-    labels, values = draw.index(out, *leading), draw.uniform(*leading, out).to(draw.dtype)
+    labels, values = draw.index(out, *leading), draw.uniform(*leading, columns).to(draw.dtype)
+    options: Problem = {}
+    if loss in ("cross_entropy", "soft_cross_entropy"):
+        options = {"temperature": 0.5, "label_smoothing": 0.1 if i % 8 == 7 else 0.0}
+    if loss == "cross_entropy" and i % 4 > 1:
+        options["class_weight"] = (draw.uniform(out) + 0.1).to(draw.dtype)
+    if loss == "gaussian_nll" and i % 4 > 1:
+        options |= {"log_variance_min": -2.0, "log_variance_max": 0.5}
+    if loss == "quantile":  # no error whose sign depends on a rounding
+        values = values + 20 * (2 * draw.index(2, *leading, columns) - 1).to(draw.dtype)
+        options["quantiles"] = [0.25, 0.9]
+    if loss in ("huber", "smooth_l1"):
+        options["delta"] = 0.5
     return problem | {
         "target": labels if loss == "cross_entropy" else values,
         "loss": loss,
-        "temperature": 0.5 if loss == "cross_entropy" else 1.0,
-        "label_smoothing": 0.1 if loss == "cross_entropy" and i % 8 == 7 else 0.0,
+        **options,
         "sample_weight": (draw.uniform(*leading) + 0.1).to(draw.dtype) if i % 2 == 0 else None,
         "dropout": 0.2 if i % 5 == 0 else 0.0,
         "dropout_seeds": torch.arange(members) if i % 5 == 0 else None,
@@ -244,7 +280,7 @@ def problems(
     """Every dtype and batch size, each so often, with the activations in turn."""
     for number, (dtype, batch, i) in enumerate(itertools.product(dtypes, BATCHES, range(each))):
         activation = list(ACTIVATIONS)[i % len(ACTIVATIONS)]
-        if dtypes is not FULL or dtype == torch.float64 or activation != "relu":
+        if dtypes is not FULL or dtype == torch.float64 or activation not in ("relu", "leaky_relu"):
             yield make(Draw(number, dtype, batch, activation))
 
 
@@ -276,7 +312,8 @@ def gradients(operation: Operation, problem: Problem) -> list[Tensor]:
         leaves.append(tensor.detach().requires_grad_())
         return leaves[-1]
 
-    constant = {name: problem[name] for name in ("target", "sample_weight") if name in problem}
+    fixed = ("target", "sample_weight", "class_weight")
+    constant = {name: problem[name] for name in fixed if name in problem}
     output = operation(**convert({k: v for k, v in problem.items() if k not in constant}, leaf), **constant)
     total = output.square().sum() if output.dim() else output
     return [g.to_dense() for g in torch.autograd.grad(total, leaves)]
@@ -367,6 +404,8 @@ CHECKS: dict[str, Callable[[], Iterator[float]]] = {
     "ensemble_mlp, packed": check_packed,
     "ensemble_mlp, gradients": of("ensemble_mlp", mlp, gradients, FULL, 7),
     "ensemble_mlp, dropout": of("ensemble_mlp", mlp_dropout, each=7),
+    "ensemble_mlp, layers": of("ensemble_mlp", mlp_layers, each=7),
+    "ensemble_mlp, gradients of layers": of("ensemble_mlp", mlp_layers, gradients, FULL, 7),
     "ensemble_mlp_loss": of("ensemble_mlp_loss", mlp_loss, each=7),
     "ensemble_mlp_loss, gradients": of("ensemble_mlp_loss", mlp_loss, gradients, FULL, 7),
     "activation_strength": of("activation_strength", strength, numbers, each=7),

@@ -28,7 +28,18 @@ Norm = Literal["layer_norm", "rms_norm"]
 NormPosition = Literal["before_activation", "after_activation"]
 DropoutPosition = Literal["after_activation", "before_norm"]
 Residual = bool | Sequence[bool]
-Loss = Literal["mse", "bce", "gaussian_nll", "cross_entropy"]
+Loss = Literal[
+    "mse",
+    "bce",
+    "gaussian_nll",
+    "cross_entropy",
+    "huber",
+    "smooth_l1",
+    "quantile",
+    "poisson_nll",
+    "soft_cross_entropy",
+]
+LossReduction = Literal["mean", "none"]
 Bootstrap = Literal["poisson", "multinomial"]
 Decorrelation = Literal["correlation", "covariance", "residue"]
 Reduction = Literal["sum", "none"]
@@ -63,6 +74,18 @@ class LayerOptionsAndBias(LayerOptions, total=False):
     """The same where no tensors say which layers have biases."""
 
     bias: bool | Sequence[bool]
+
+
+class LossOptions(TypedDict, total=False):
+    """Options of one loss or another, see `pyens.ops.ensemble_mlp_loss`."""
+
+    temperature: float
+    label_smoothing: float
+    delta: float
+    quantiles: Sequence[float] | Tensor | None
+    class_weight: Tensor | None
+    log_variance_min: Tensor | float | None
+    log_variance_max: Tensor | float | None
 
 
 class ActivationStrength(NamedTuple):

@@ -101,6 +101,44 @@ def mlp_cases() -> Iterator[tuple[str, list[Tensor]]]:
             yield f"{name} strided", [ops.ensemble_mlp(strided, weights, biases, activation=activation)]
 
 
+def layer_cases() -> Iterator[tuple[str, list[Tensor]]]:
+    """Norms, residuals, other activations, chosen members; of float64 as above."""
+    choices = itertools.cycle(itertools.product(("before", "after"), (False, True), (0.0, 0.25)))
+    activations = itertools.cycle(
+        ("mish", "celu(0.5)", "leaky_relu(0.25)", "sigmoid", "gelu_tanh", "hardswish", "sin", "elu(2)")
+    )
+    for (kind, dtype), norm, width, batch in itertools.product(
+        DTYPES.items(), ("none", "layer_norm", "rms_norm"), (5, 64, 130), (1, 9, 65, 300)
+    ):
+        place, own, dropout = next(choices)
+        activation = "leaky_relu(0.25)" if kind == "f64" else next(activations)
+        name = f"layers {kind} {norm} {place} {activation} {width} B{batch}{' own' * own} p{dropout}"
+        draw = Numbers(name)
+        weights, biases = network(draw, 3, [7, width, width, 2], dtype, True)
+        norms = [draw(3, width, dtype=dtype) for _ in range(0 if norm == "none" else 4)]
+        chosen = torch.tensor([2, 0, 2, 1])
+        x = draw(*([4] * own), batch, 7, dtype=dtype).requires_grad_()
+        parameters = [t.requires_grad_() for t in (*weights, *biases, *norms)]
+        output = ops.ensemble_mlp(
+            x,
+            weights,
+            biases,
+            activation=activation,
+            output_activation=activation,
+            norm=None if norm == "none" else norm,
+            norm_weights=norms[:2],
+            norm_biases=norms[2:],
+            norm_position=f"{place}_activation",
+            residual=[False, True],
+            dropout=dropout,
+            dropout_seeds=draw.integers(2**40, 4),
+            dropout_position="before_norm" if own and norm != "none" else "after_activation",
+            members=chosen,
+        )
+        from_above = draw(*output.shape, dtype=dtype)
+        yield name, [output, *torch.autograd.grad(output, [x, *parameters], from_above)]
+
+
 def packed_and_strength_cases() -> Iterator[tuple[str, list[Tensor]]]:
     for (kind, dtype), (shape, (e, widths)), batch in itertools.product(
         DTYPES.items(), SHAPES.items(), (1, 3, 9, 10, 70)
@@ -172,6 +210,37 @@ def smoothed_cases() -> Iterator[tuple[str, list[Tensor]]]:
         found = ops.ensemble_mlp_loss(
             x, target, weights, biases, loss="cross_entropy", temperature=0.5, label_smoothing=0.125
         )
+        yield name, [found, *gradients(found, parameters)]
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "huber": {"delta": 0.25},
+    "smooth_l1": {"delta": 0.25},
+    "quantile": {"quantiles": [0.125, 0.5, 0.75]},
+    "poisson_nll": {},
+    "soft_cross_entropy": {"temperature": 0.5, "label_smoothing": 0.125},
+    "cross_entropy": {"class_weight": None},
+    "gaussian_nll": {"log_variance_min": -1.5, "log_variance_max": 0.25},
+}
+
+
+def option_cases() -> Iterator[tuple[str, list[Tensor]]]:
+    for (kind, dtype), loss, (k, batch) in itertools.product(
+        DTYPES.items(), OPTIONS, ((6, 9), (6, 65), (12, 300), (300, 8))
+    ):
+        if kind == "f64" and loss not in ("huber", "smooth_l1", "quantile"):
+            continue
+        name = f"options of {loss} {kind} K{k} B{batch}"
+        draw = Numbers(name)
+        weights, biases = network(draw, 3, [9, 13, k], dtype, True)
+        parameters = [t.requires_grad_() for t in (*weights, *biases)]
+        x, target = draw(batch, 9, dtype=dtype), draw(batch, k, dtype=dtype).abs()
+        options = dict(OPTIONS[loss])
+        if loss == "cross_entropy":
+            target, options["class_weight"] = draw.integers(k, batch), draw(3, k, dtype=dtype).abs()
+        elif loss in ("quantile", "gaussian_nll"):
+            target = target[:, : k // (3 if loss == "quantile" else 2)]
+        found = ops.ensemble_mlp_loss(x, target, weights, biases, loss=loss, **options)
         yield name, [found, *gradients(found, parameters)]
 
 
@@ -307,9 +376,11 @@ def clip_cases() -> Iterator[tuple[str, list[Tensor]]]:
 
 def cases() -> Iterator[tuple[str, list[Tensor]]]:
     yield from mlp_cases()
+    yield from layer_cases()
     yield from packed_and_strength_cases()
     yield from loss_cases()
     yield from smoothed_cases()
+    yield from option_cases()
     yield from rate_cases()
     yield from mask_cases()
     yield from embedding_cases()

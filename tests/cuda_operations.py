@@ -7,6 +7,7 @@ compute-sanitizer.
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +79,24 @@ def operations(
     def dropped_each(x: Tensor, w: list[Tensor], b: list[Tensor]) -> Tensor:
         return ops.ensemble_mlp(x, w, b, dropout=rates, dropout_seeds=seeds)
 
+    def layered(x: Tensor, w: list[Tensor], b: list[Tensor]) -> Tensor:
+        widths = [one.shape[1] for one in w[:-1]]
+        norms = [torch.full((E, width), 0.9, device=device, dtype=dtype) for width in widths]
+        return ops.ensemble_mlp(
+            x,
+            w,
+            b,
+            activation=["mish", "celu(0.5)"],
+            output_activation="tanh",
+            norm="layer_norm",
+            norm_weights=norms,
+            residual=[i == o for i, o in itertools.pairwise([x.shape[-1], *widths])],
+            dropout=[[0.2, 0.4]],
+            dropout_seeds=seeds,
+            dropout_position="before_norm",
+            members=torch.tensor([2, 0, 2], device=device),
+        )
+
     def smooth(x: Tensor, w: list[Tensor], b: list[Tensor]) -> Tensor:  # no ReLU to flip
         return ops.ensemble_mlp(x, w, b, activation="gelu")
 
@@ -88,6 +107,23 @@ def operations(
         return ops.ensemble_mlp_loss(
             x, labels, w, b, loss="cross_entropy", label_smoothing=0.1, activation="gelu"
         )
+
+    def loss_with(loss: str, *y: Tensor, **options: Any) -> Callable[..., Tensor]:
+        return lambda x, w, b: ops.ensemble_mlp_loss(x, *y, w, b, loss=loss, **options)
+
+    four, two = 2 * x[:, :4].detach().abs(), x[:, :2].detach()
+    shares = four / four.sum(1, keepdim=True)
+    each = torch.tensor([0.5, 2.0, 0.0, 1.0], device=device, dtype=real)
+    with_options = {
+        "huber": loss_with("huber", four, delta=0.5),
+        "smooth_l1": loss_with("smooth_l1", four, delta=0.5),
+        "quantile": loss_with("quantile", two, quantiles=[0.25, 0.75]),
+        "poisson_nll": loss_with("poisson_nll", four),
+        "soft_cross_entropy": loss_with("soft_cross_entropy", shares, temperature=0.5),
+        "gaussian_nll": loss_with("gaussian_nll", two, log_variance_min=-2.0, log_variance_max=0.5),
+        "class_weight": loss_with("cross_entropy", labels, class_weight=each, label_smoothing=0.1),
+        "examples": loss_with("cross_entropy", labels, class_weight=each, reduction="none"),
+    }
 
     def wide_strength(pack: bool) -> Operation:
         return wrap(
@@ -105,7 +141,13 @@ def operations(
         "activation_strength, wide, packed": wide_strength(True),
         "ensemble_mlp, dropout": with_gradients(of_mlp(dropped), mlp),
         "ensemble_mlp, dropout of each member": with_gradients(of_mlp(dropped_each), mlp),
+        "ensemble_mlp, layers": with_gradients(of_mlp(layered), mlp),
+        "ensemble_mlp, wide, layers": with_gradients(of_mlp(layered), wide_mlp),
         "ensemble_mlp_loss": with_gradients(of_mlp(loss), mlp),
+        **{
+            f"ensemble_mlp_loss, {name}": with_gradients(of_mlp(function), mlp)
+            for name, function in with_options.items()
+        },
         "activation_strength": wrap(lambda: ops.activation_strength(x, weights, biases, mean, std)),
         "activation_strength, packed": wrap(
             lambda: ops.activation_strength(x, weights, biases, mean, std, bitpack=True)

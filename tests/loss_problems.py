@@ -12,9 +12,26 @@ from pyens.ops import ensemble_mlp_loss
 from pyens.reference.activations import ACTIVATIONS as ACTIVATION_FUNCTIONS
 
 ACTIVATIONS = list(ACTIVATION_FUNCTIONS)
-LOSSES = ["mse", "bce", "gaussian_nll", "cross_entropy"]
+# What follows a comma are the options that `problem` gives.
+LOSSES = [
+    "mse",
+    "bce",
+    "gaussian_nll",
+    "gaussian_nll, bounded",
+    "cross_entropy",
+    "cross_entropy, weighted",
+    "huber",
+    "smooth_l1",
+    "quantile",
+    "poisson_nll",
+    "soft_cross_entropy",
+]
+CLASSES = ("cross_entropy", "cross_entropy, weighted")
 # With what label smoothing.
-SMOOTHED = [*((loss, 0.0) for loss in LOSSES), ("cross_entropy", 0.2)]
+SMOOTHED = [*((loss, 0.0) for loss in LOSSES), *((loss, 0.2) for loss in (*CLASSES, "soft_cross_entropy"))]
+# What stands behind sample_weight in the schema where there is nothing to say: delta, quantiles,
+# class_weight, log_variance_min, log_variance_max.
+NO_OPTIONS = (1.0, None, None, None, None)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 WEIGHTED = [None, "shared", "own"]
 CPU = torch.device("cpu")
@@ -68,7 +85,9 @@ def problem(
         return (torch.randn(shape, dtype=torch.float64) * scale / step).round() * step
 
     *hidden, out = widths
-    layers = list(itertools.pairwise([*hidden, 2 * out if loss == "gaussian_nll" else out]))
+    loss, _, options = loss.partition(", ")
+    outputs = {"gaussian_nll": 2, "quantile": 3}.get(loss, 1) * out
+    layers = list(itertools.pairwise([*hidden, outputs]))
     arguments = {
         "input": grid(*([e] if per_member else []), b, widths[0], step=0.25),
         "weights": [grid(e, o, i, scale=1.4 / i**0.5) for i, o in layers],
@@ -77,13 +96,31 @@ def problem(
         "activation": activation,
     }
     target_shape = [e, b] if own_target else [b]
+    of_option = [e, out] if own_target else [out]  # of each member too
     if loss == "cross_entropy":
         arguments["target"] = torch.randint(out, target_shape)
         arguments |= {"temperature": 0.75, "label_smoothing": smoothing}
+        if options == "weighted":
+            arguments["class_weight"] = torch.randint(1, 9, of_option) / 4
+    elif loss == "soft_cross_entropy":
+        shares = torch.randint(4, (*target_shape, out)) + torch.eye(out)[0]
+        arguments["target"] = shares / shares.sum(-1, keepdim=True)
+        arguments |= {"temperature": 0.75, "label_smoothing": smoothing}
     elif loss == "bce":
         arguments["target"] = torch.randint(9, (*target_shape, out)) / 8
+    elif loss == "poisson_nll":
+        arguments["target"] = torch.randint(5, (*target_shape, out)).double()
+        arguments["weights"][-1] /= 4  # no rates that half precision cannot hold
     else:
         arguments["target"] = grid(*target_shape, out)
+    if loss in ("huber", "smooth_l1"):
+        arguments["delta"] = 0.7
+    if loss == "quantile":
+        arguments["quantiles"] = [0.1, 0.5, 0.875]
+        arguments["target"] += torch.randint(2, arguments["target"].shape) * 16 - 8  # off the kinks
+    if options == "bounded":
+        least = grid(*of_option)
+        arguments |= {"log_variance_min": least, "log_variance_max": least + 1.5}
     if weighted:
         weight = torch.randint(9, [e, b] if weighted == "own" else [b]) / 4
         weight[..., ::5] = 0

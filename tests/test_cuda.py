@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from loss_problems import NO_OPTIONS
 
 from pyens import ops
 from tests.cuda_operations import DTYPES, operations
@@ -154,10 +155,8 @@ def opcheck_arguments(device):
     wide = [draw(3, 400, 5), draw(3, 300, 400), draw(3, 2, 300)]
     mean, std = torch.zeros(7, device=device), torch.ones(7, device=device)
     labels, index = torch.randint(2, (9,), device=device), torch.randint(6, (3, 9, 1), device=device)
-    network, options = (
-        (labels, weights, biases, [], []),
-        ("cross_entropy", 1.0, 0.1, None, "relu", 0.25, seeds),
-    )
+    network = (labels, weights, biases, [], [])
+    options = ("cross_entropy", 1.0, 0.1, None, *NO_OPTIONS, "relu", 0.25, seeds)
     masks = torch.tensor([[True, False, True, True, False]] * 3, device=device)
     rows = torch.tensor([[0, 2, 3]] * 3, device=device)
     outputs, saved = draw(3, 9, 4), torch.ops.pyens.decorrelation_loss_forward
@@ -189,6 +188,7 @@ def opcheck_arguments(device):
             seeds,
         ),
         "ensemble_mlp_loss": (leaf, *network, *options),
+        "ensemble_mlp_example_losses": (leaf, *network, *options),
         "ensemble_mlp_loss_with_gradients": (x, *network, draw(3), [True] * 5, *options),
         "activation_strength": (x, weights, [], mean, std, "relu", True),
         "activation_strength, wide": (x, wide, [], draw(700), draw(700), "relu", False),

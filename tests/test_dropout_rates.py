@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from loss_problems import NO_OPTIONS
 from test_dropout import DTYPES, problem
 from torch import Tensor
 
@@ -163,7 +164,20 @@ def test_opcheck(device, requires_grad):
     rates = torch.tensor([0.5, 0.0, 0.1], dtype=torch.float64, device=device)
     options = ("relu", 0.0, seeds, rates)
     torch.library.opcheck(torch.ops.pyens.ensemble_mlp, (x, weights, biases, [], [], *options))
-    given = (x, torch.zeros(5, 2, device=device), weights, biases, [], [], "mse", 1.0, 0.0, None, *options)
+    given = (
+        x,
+        torch.zeros(5, 2, device=device),
+        weights,
+        biases,
+        [],
+        [],
+        "mse",
+        1.0,
+        0.0,
+        None,
+        *NO_OPTIONS,
+        *options,
+    )
     torch.library.opcheck(torch.ops.pyens.ensemble_mlp_loss, given)
     if not requires_grad:
         backward = (

@@ -11,7 +11,17 @@ from pyens.ops.masked_mlp import masked_mlp, masked_mlp_loss
 SEEDS = torch.arange(3)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ACTIVATIONS = ["relu", "gelu", "silu", "elu", "softplus", "tanh", "identity"]
-TARGETS = {"mse": (4,), "bce": (4,), "gaussian_nll": (2,), "cross_entropy": ()}
+TARGETS = {
+    "mse": (4,),
+    "bce": (4,),
+    "gaussian_nll": (2,),
+    "cross_entropy": (),
+    "huber": (4,),
+    "smooth_l1": (4,),
+    "quantile": (2,),
+    "poisson_nll": (4,),
+    "soft_cross_entropy": (4,),
+}
 
 
 def layers(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
@@ -51,6 +61,7 @@ def test_ensemble_mlp_loss(dtype: torch.dtype, loss: str, dropout: float, weight
         weights,
         biases,
         loss=loss,
+        quantiles=[0.25, 0.5] if loss == "quantile" else None,
         dropout=dropout,
         dropout_seeds=SEEDS if dropout else None,
         sample_weight=torch.zeros(0) if weighted and dtype != torch.float64 else None,

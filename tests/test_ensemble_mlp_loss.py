@@ -8,6 +8,7 @@ import pytest
 import torch
 from loss_problems import (
     ACTIVATIONS,
+    CLASSES,
     DTYPES,
     LOSSES,
     SHAPES,
@@ -106,7 +107,9 @@ def test_half_precision_outputs_enter_the_loss_unrounded(loss, dtype):
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "loss", ["mse", "bce", "gaussian_nll", "cross_entropy", "huber", "smooth_l1", "soft_cross_entropy"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_large_outputs(device, loss, dtype):
     # Where exponentials overflow, if anything is exponentiated that should not be.
@@ -175,7 +178,7 @@ def test_strided_and_expanded_arguments(device, loss, smoothing, b):
         changed = {
             name: [change(v) for v in value] if isinstance(value, list) else change(value)
             for name, value in arguments.items()
-            if isinstance(value, list | Tensor)
+            if isinstance(value, list | Tensor) and name != "quantiles"
         }
         tensors = differentiable(arguments | changed)
         got = ensemble_mlp_loss(**arguments | changed)
@@ -233,7 +236,7 @@ def test_a_weight_of_zero_leaves_out_whatever_is_there(device, loss, own, bad):
     assert left_out.any()
     poisoned = {"input": arguments["input"].clone(), "target": arguments["target"].clone()}
     poisoned["input"][left_out] = bad
-    poisoned["target"][left_out] = -100 if loss == "cross_entropy" else bad
+    poisoned["target"][left_out] = -100 if loss in CLASSES else bad
     got = with_gradients(ensemble_mlp_loss, arguments | poisoned)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, expected, strict=True))
     assert torch.equal(got[1][left_out], torch.zeros_like(got[1][left_out]))
@@ -280,7 +283,7 @@ def test_a_weight_of_zero_excuses_the_same_everywhere(device, loss, smoothing, o
     clean = of_all_three(arguments)
     left_out = arguments["sample_weight"] == 0
     arguments["input"][left_out] = bad
-    arguments["target"][left_out] = -100 if loss == "cross_entropy" else bad
+    arguments["target"][left_out] = -100 if loss in CLASSES else bad
     for way, got in of_all_three(arguments).items():
         for ours, theirs in zip(got, clean[way], strict=True):
             assert torch.equal(ours, theirs), way
@@ -427,7 +430,7 @@ def test_nan_and_inf_as_in_torch(device, activation, loss, smoothing, dtype):
         for place in ("input", "target", "weights", "biases", "last weights", "last biases"):
             arguments = cast(clean, dtype, device)
             if place == "target":
-                if loss == "cross_entropy":
+                if loss in CLASSES:
                     continue
                 arguments["target"] = arguments["target"].expand(2, -1, -1).clone()
                 arguments["target"][1, 4, 0] = value

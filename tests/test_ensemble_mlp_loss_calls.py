@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from loss_problems import SMOOTHED, cast, differentiable, problem
+from loss_problems import NO_OPTIONS, SMOOTHED, cast, differentiable, problem
 from torch import Tensor
 
 from pyens import reference
@@ -32,10 +32,16 @@ def test_opcheck(device, loss, smoothing):
     for tracked in (False, True):
         for tensor in differentiable(a)[:3]:
             tensor.requires_grad_(tracked)
-        given = (a["input"], a["target"], a["weights"], a["biases"], [], [], loss, 1.0, smoothing)
-        op = torch.ops.pyens.ensemble_mlp_loss
-        torch.library.opcheck(op, (*given, a["sample_weight"], "tanh", 0.25, seeds))
-        torch.library.opcheck(op, (*given, None, "tanh"))
+        given = (a["input"], a["target"], a["weights"], a["biases"], [], [], a["loss"], 1.0, smoothing)
+        quantiles = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64, device=device)
+        options = (
+            a.get("delta", 1.0),
+            quantiles if loss == "quantile" else None,
+            *(a.get(name) for name in ("class_weight", "log_variance_min", "log_variance_max")),
+        )
+        for op in (torch.ops.pyens.ensemble_mlp_loss, torch.ops.pyens.ensemble_mlp_example_losses):
+            torch.library.opcheck(op, (*given, a["sample_weight"], *options, "tanh", 0.25, seeds))
+            torch.library.opcheck(op, (*given, None, *options, "tanh"))
 
 
 @pytest.mark.parametrize("per_member", [False, True])
@@ -45,9 +51,9 @@ def test_opcheck_with_gradients(per_member):
     given = (a["input"], a["target"], a["weights"], a["biases"], [], [])
     for needs_grad in ([True] * 5, [False, True, False, False, True]):
         op = torch.ops.pyens.ensemble_mlp_loss_with_gradients
-        weighted = ("mse", 1.0, 0.0, a["sample_weight"], "gelu", 0.25, seeds)
+        weighted = ("mse", 1.0, 0.0, a["sample_weight"], *NO_OPTIONS, "gelu", 0.25, seeds)
         torch.library.opcheck(op, (*given, scale, needs_grad, *weighted))
-        torch.library.opcheck(op, (*given, None, needs_grad, "mse", 1.0, 0.0, None, "gelu"))
+        torch.library.opcheck(op, (*given, None, needs_grad, "mse", 1.0, 0.0, None, *NO_OPTIONS, "gelu"))
 
 
 @pytest.mark.parametrize("per_member", [False, True])
@@ -68,15 +74,17 @@ def test_compile_without_graph_breaks_or_many_recompilations(device, loss, smoot
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     seeds = torch.arange(3, device=device)
+    first = problem(3, 5, [4, 6, 2], loss, torch.float32, device, smoothing=smoothing)
+    given_once = ("loss", "delta", "quantiles", "class_weight", "log_variance_min", "log_variance_max")
+    options = {name: first[name] for name in given_once if name in first}
 
     def step(x: Tensor, y: Tensor, w: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
         return ensemble_mlp_loss(
-            x, y, weights, biases, loss=loss, activation="tanh", label_smoothing=smoothing, sample_weight=w,
-            dropout=0.25, dropout_seeds=seeds,
+            x, y, weights, biases, activation="tanh", label_smoothing=smoothing, sample_weight=w,
+            dropout=0.25, dropout_seeds=seeds, **options,
         ).square()  # fmt: skip
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
-    first = problem(3, 5, [4, 6, 2], loss, torch.float32, device, smoothing=smoothing)
     parameters = [t.requires_grad_() for t in differentiable(first)[1:]]
     for b in (5, 7, 12, 16, 33, 64, 100):
         a = problem(
@@ -352,9 +360,8 @@ def test_backward_operations_check_what_they_read():
             backward(grad, x, weights, biases, [], [], None, needs_grad, "relu")
     with_gradients = torch.ops.pyens.ensemble_mlp_loss_with_gradients
     with pytest.raises(ValueError, match=r"^ensemble_mlp_loss: member_scale: expected"):
-        with_gradients(
-            x, y, weights, biases, [], [], torch.ones(2), [False, True, True], "mse", 1.0, 0.0, None, "relu"
-        )
+        options = ("mse", 1.0, 0.0, None, *NO_OPTIONS, "relu")
+        with_gradients(x, y, weights, biases, [], [], torch.ones(2), [False, True, True], *options)
 
 
 def test_forward_mode_raises():

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from loss_problems import SMOOTHED, Problem, cast, differentiable, problem, rms, with_gradients
+from loss_problems import NO_OPTIONS, SMOOTHED, Problem, cast, differentiable, problem, rms, with_gradients
 from torch import Tensor
 
 from pyens import reference
@@ -93,7 +93,7 @@ def test_only_gradients_that_are_needed_are_computed(per_member):
         [],
         None,
     )
-    options = ("mse", 1.0, 0.0, None, "tanh")
+    options = ("mse", 1.0, 0.0, None, *NO_OPTIONS, "tanh")
     for needs_grad in itertools.product((False, True), repeat=5):
         _, found = torch.ops.pyens.ensemble_mlp_loss_with_gradients(*given, list(needs_grad), *options)
         assert len(found) == sum(needs_grad)

@@ -150,7 +150,7 @@ def test_weights_at_the_ends_of_the_range_are_those_of_any_scale(loss, tiny):
         dtype = weight.dtype  # float64 on the left is the independent computation
         leaf = output.to(dtype).requires_grad_()
         identity = lambda x: x  # noqa: E731
-        losses = mean_losses(identity, leaf, target.to(dtype), loss, 1.0, weight)
+        losses = mean_losses(identity, leaf, target.to(dtype), loss, weight)
         results.append((losses, *torch.autograd.grad(losses.sum(), leaf)))
     for exact, got in zip(*results, strict=True):
         torch.testing.assert_close(got.double(), exact, rtol=1e-3 if tiny < 1 else 1e-5, atol=1e-6)

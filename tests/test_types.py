@@ -20,13 +20,19 @@ STRENGTH = torch.rand(30, 4)
 
 
 def target(loss):
-    return LABELS if loss == "cross_entropy" else torch.rand(4, 1 if loss == "gaussian_nll" else 2)
+    return (
+        LABELS if loss == "cross_entropy" else torch.rand(4, 1 if loss in ("gaussian_nll", "quantile") else 2)
+    )
+
+
+def options(loss):
+    return {"quantiles": [0.1, 0.9]} if loss == "quantile" else {}
 
 
 def train(loss):
     data, model = (X, target(loss)), pyens.EnsembleMLP(3, 6, [5], 2)
     optimizer = torch.optim.SGD
-    settings = {"epochs": 1, "batch_size": 4, "validation": 0, "progress": False}
+    settings = {"epochs": 1, "batch_size": 4, "validation": 0, "progress": False, **options(loss)}
     fit(model, data, loss=loss, optimizer=lambda p: optimizer(p, lr=0.1), **settings)
 
 
@@ -62,10 +68,23 @@ CALLS = [
     ("ActivationName", lambda n: pyens.EnsembleMLP(3, 6, [5], 2, activation=n)),
     ("ActivationName", lambda n: nn.MaskedMLP(3, 6, [5], 2, scale=2.0, activation=n)),
     ("ActivationName", lambda n: nn.TabularEnsemble(3, [], 6, [5], 2, activation=n)),
-    ("Loss", lambda n: ops.ensemble_mlp_loss(X, target(n), WEIGHTS, loss=n)),
-    ("Loss", lambda n: ops.masked_mlp_loss(X, target(n), SHARED, None, MASKS, loss=n)),
-    ("Loss", lambda n: nn.Ensemble.loss(pyens.EnsembleMLP(3, 6, [5], 2), X, target(n), loss=n)),
+    ("Loss", lambda n: ops.ensemble_mlp_loss(X, target(n), WEIGHTS, loss=n, **options(n))),
+    ("Loss", lambda n: ops.masked_mlp_loss(X, target(n), SHARED, None, MASKS, loss=n, **options(n))),
+    (
+        "Loss",
+        lambda n: nn.Ensemble.loss(pyens.EnsembleMLP(3, 6, [5], 2), X, target(n), loss=n, **options(n)),
+    ),
     ("Loss", train),
+    (
+        "LossReduction",
+        lambda n: pyens.EnsembleMLP(3, 6, [5], 2).loss(X, target("mse"), loss="mse", reduction=n),
+    ),
+    (
+        "LossReduction",
+        lambda n: nn.Ensemble.loss(
+            pyens.EnsembleMLP(3, 6, [5], 2), X, target("mse"), loss="mse", reduction=n
+        ),
+    ),
     ("Decorrelation", lambda n: ops.decorrelation_loss(MEMBERS, kind=n)),
     ("Decorrelation", lambda n: losses.gram_schmidt_decorrelation_loss(MEMBERS, kind=n)),
     ("Decorrelation", lambda n: losses.RunningDecorrelationLoss(3, 2, kind=n)),

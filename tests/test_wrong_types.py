@@ -137,6 +137,7 @@ CASES = {
             "dropout": NUMBER,
             "temperature": NUMBER,
             "label_smoothing": NUMBER,
+            "delta": NUMBER,
             "activation": STRINGS,
             "loss": STRING,
         },
@@ -162,7 +163,13 @@ CASES = {
         MASKED_NETWORK | {"target": TARGET, "loss": "mse", "sample_weight": WEIGHT},
         "masked_mlp_loss|ensemble_mlp_loss",
         ("biases", "sample_weight"),
-        {"temperature": NUMBER, "label_smoothing": NUMBER, "activation": STRING, "loss": STRING},
+        {
+            "temperature": NUMBER,
+            "label_smoothing": NUMBER,
+            "delta": NUMBER,
+            "activation": STRING,
+            "loss": STRING,
+        },
     ),
     "ops.mask_channels": Case(
         ops.mask_channels,
@@ -211,7 +218,7 @@ CASES = {
         {"input": X, "target": TARGET, "sample_weight": WEIGHT},
         "loss|ensemble_mlp",
         ("sample_weight",),
-        {"loss": STRING, "temperature": NUMBER, "label_smoothing": NUMBER},
+        {"loss": STRING, "temperature": NUMBER, "label_smoothing": NUMBER, "delta": NUMBER},
         called={"input": r"(input|batch\[0\])"},
     ),
     "nn.TabularEnsemble": Case(

@@ -131,17 +131,51 @@ struct EnsembleMLPEpilogue {
 };
 
 // What is differentiated: a loss of the output, or the output itself against a given gradient.
-enum class Loss : int { none, mse, bce, gaussian_nll, cross_entropy };
+enum class Loss : int {
+  none,
+  mse,
+  bce,
+  gaussian_nll,
+  cross_entropy,
+  huber,
+  smooth_l1,
+  quantile,
+  poisson_nll,
+  soft_cross_entropy
+};
 
 // What cross_entropy expects of K classes: label smoothing s takes the share s from the label, and gives each
-// class s / K. Exactly 1 and 0 without smoothing, and 1 where there is one class.
+// class s / K. Exactly 1 and 0 without smoothing, and 1 where there is one class. A share that is given, as
+// soft_cross_entropy has it, becomes kept times itself + elsewhere.
 template <class R>
 struct ExpectedClasses {
-  R at_label, elsewhere;
+  R at_label, elsewhere, kept;
 
   PYENS_HOST_DEVICE ExpectedClasses(double smoothing, int64_t classes)
       : at_label(static_cast<R>(1 - smoothing + smoothing / static_cast<double>(classes))),
-        elsewhere(static_cast<R>(smoothing / static_cast<double>(classes))) {}
+        elsewhere(static_cast<R>(smoothing / static_cast<double>(classes))),
+        kept(static_cast<R>(1 - smoothing)) {}
+};
+
+// The least and the largest `delta` that huber and smooth_l1 compute with: normal numbers.
+template <class R>
+PYENS_HOST_DEVICE inline R loss_delta(double delta) {
+  const double least = sizeof(R) == 8 ? 2.2250738585072014e-308 : 1.1754943508222875e-38;
+  const double largest = sizeof(R) == 8 ? 1.7976931348623157e308 : 3.4028234663852886e38;
+  return static_cast<R>(delta < least ? least : delta > largest ? largest : delta);
+}
+
+// Options of one loss or another, which the others do not read.
+struct LossParameters {
+  double temperature, label_smoothing;  // of cross_entropy and soft_cross_entropy
+  double delta;                         // of huber and smooth_l1
+  const double* quantiles;              // [num_quantiles], of quantile
+  int64_t num_quantiles;
+  // Real [K], a member's own at multiples of the stride, or nullptr.
+  const void* class_weight;  // of cross_entropy
+  int64_t class_weight_member_stride;
+  const void *log_variance_min, *log_variance_max;  // of gaussian_nll: both, or neither
+  int64_t log_variance_min_member_stride, log_variance_max_member_stride;
 };
 
 struct MLPLayerGradient {                // contiguous; nullptr where it is not asked for
@@ -155,7 +189,7 @@ struct MLPLayerGradient {                // contiguous; nullptr where it is not 
 // others.
 struct MLPTrainingCall {
   Loss loss;
-  double temperature, label_smoothing;  // of cross_entropy
+  LossParameters of_loss;
   // Loss::none: the gradient of the output, elements [E, B, O]. cross_entropy: int64 [B] or [E, B].
   // The others: Real [B, T] or [E, B, T].
   const void* target;
@@ -167,6 +201,26 @@ struct MLPTrainingCall {
   bool sum_grad_input;       // over the members, to [B, I]
   void* loss_output;         // Real [E]; not of Loss::none
 };
+
+// How many numbers of an example's target meet `outputs` outputs; a class counts as one.
+PYENS_HOST_DEVICE inline int64_t target_features(const MLPTrainingCall& t, int64_t outputs) {
+  switch (t.loss) {
+    case Loss::cross_entropy: return 1;
+    case Loss::gaussian_nll: return outputs / 2;
+    case Loss::quantile: return outputs / t.of_loss.num_quantiles;
+    default: return outputs;
+  }
+}
+// Number of terms that an example's loss averages.
+PYENS_HOST_DEVICE inline int64_t loss_terms(const MLPTrainingCall& t, int64_t outputs) {
+  switch (t.loss) {
+    case Loss::none:
+    case Loss::cross_entropy:
+    case Loss::soft_cross_entropy: return 1;
+    case Loss::gaussian_nll: return outputs / 2;
+    default: return outputs;
+  }
+}
 
 struct EnsembleMLPTraining : MLPTrainingCall {
   EnsembleMLPParams forward;          // its output is not written

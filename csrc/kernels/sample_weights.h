@@ -25,4 +25,14 @@ PYENS_HOST_DEVICE inline R scaled_sample_weight(R weight, double scale) {
   return scaled == R(0) && weight > R(0) ? smallest : scaled;
 }
 
+// 1 / terms, by which the sum of the losses becomes their mean; 0 where there are none, NaN of NaN. As large as
+// R can be where class weights make them so small that it would be infinite.
+template <class R>
+PYENS_HOST_DEVICE inline R mean_scale(double terms) {
+  if (terms == 0) return R(0);
+  const double largest = sizeof(R) == 8 ? 1.7976931348623157e308 : 3.4028234663852886e38;
+  const double scale = 1 / terms;
+  return static_cast<R>(scale > largest ? largest : scale);
+}
+
 }  // namespace pyens

@@ -32,6 +32,9 @@ struct Network {
   c10::SymInt batch() const { return input.sym_size(-2); }
   c10::SymInt out_features() const { return weights.back().sym_size(1); }
 
+  Network with_input(const at::Tensor& other) const {
+    return {other, weights, biases, norm_weights, norm_biases, chosen};
+  }
   std::array<at::TensorList, 4> lists() const {
     return {weights, biases, norm_weights, norm_biases};
   }

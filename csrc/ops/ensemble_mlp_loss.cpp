@@ -4,9 +4,11 @@
 //   ensemble_mlp_loss_with_gradients  the same, and the gradients of the sum of the losses by those tensors
 //                                     that need one, [input, weights.., biases..], in float32 (float64 for
 //                                     float64), times `member_scale` [E] if given
+//   ensemble_mlp_example_losses       the losses of the examples [E, B], times their weights
 //
 // The gradients come out of the forward pass, and backward only scales them by what comes from above.
-// On CUDA the loss of wide layers is composed of torch's own operations over ensemble_mlp.
+// Composed of torch's own operations over ensemble_mlp: the losses of the examples, what bounds that need a
+// gradient bound, and on CUDA the loss of wide layers.
 
 #include "ops/torch.h"
 
@@ -27,14 +29,32 @@ using torch::autograd::variable_list;
 constexpr char kOp[] = "ensemble_mlp_loss";
 constexpr char kWithGradients[] = "ensemble_mlp_loss_with_gradients";
 
+struct NamedLoss {
+  std::string_view name;
+  Loss loss;
+};
+constexpr NamedLoss kLosses[] = {
+    {"mse", Loss::mse},
+    {"bce", Loss::bce},
+    {"gaussian_nll", Loss::gaussian_nll},
+    {"cross_entropy", Loss::cross_entropy},
+    {"huber", Loss::huber},
+    {"smooth_l1", Loss::smooth_l1},
+    {"quantile", Loss::quantile},
+    {"poisson_nll", Loss::poisson_nll},
+    {"soft_cross_entropy", Loss::soft_cross_entropy},
+};
+
 Loss parse_loss(std::string_view name) {
-  if (name == "mse") return Loss::mse;
-  if (name == "bce") return Loss::bce;
-  if (name == "gaussian_nll") return Loss::gaussian_nll;
-  if (name == "cross_entropy") return Loss::cross_entropy;
-  TORCH_CHECK_VALUE(false, kOp,
-                    ": loss: expected one of mse, bce, gaussian_nll, cross_entropy, got \"", name,
-                    "\"");
+  for (const NamedLoss& known : kLosses) {
+    if (known.name == name) return known.loss;
+  }
+  std::string names;
+  for (const NamedLoss& known : kLosses) {
+    if (!names.empty()) names += ", ";
+    names += known.name;
+  }
+  TORCH_CHECK_VALUE(false, kOp, ": loss: expected one of ", names, ", got \"", name, "\"");
 }
 
 // --- checks --------------------------------------------------------------------------------------
@@ -57,6 +77,54 @@ void check_shape(const char* argument, const Tensor& tensor, const c10::SymInt& 
       "shape ", tensor.sym_sizes());
 }
 
+// `value`: of an option that only these losses have, `none` with all others.
+void check_is_of(const char* argument, const char* losses, bool has, double value, double none,
+                 std::string_view loss) {
+  PYENS_CHECK_VALUE(has || value == none, kOp, argument,
+                    c10::str(none, " (only ", losses, ") with loss ", loss), value);
+}
+void check_is_of(const char* argument, const char* losses, bool has, const OptionalTensor& value,
+                 std::string_view loss) {
+  PYENS_CHECK_VALUE(has || !value, kOp, argument,
+                    c10::str("None (only ", losses, ") with loss ", loss), "a tensor of shape ",
+                    value->sym_sizes());
+}
+
+void check_positive(const char* argument, double value) {
+  PYENS_CHECK_VALUE(value > 0 && value < std::numeric_limits<double>::infinity(), kOp, argument,
+                    "a positive number", value);
+}
+
+// A tensor [K] or [E, K] of one number for each of `size`.
+void check_each(const char* argument, const Tensor& tensor, const Network& network,
+                const c10::SymInt& size) {
+  check_real(kOp, argument, tensor, network.weights);
+  check_shape(argument, tensor, network.members(), {size});
+}
+
+void check_quantiles(const Network& network, const Tensor& quantiles) {
+  PYENS_CHECK_TYPE(quantiles.scalar_type() == at::kDouble, kOp, "quantiles", "float64",
+                   quantiles.scalar_type());
+  check_device_of_weights(kOp, "quantiles", quantiles, network.weights);
+  PYENS_CHECK_VALUE(quantiles.dim() == 1 && quantiles.sym_size(0) >= 1, kOp, "quantiles",
+                    "[Q], at least one", "shape ", quantiles.sym_sizes());
+  const c10::SymInt out = network.out_features(), count = quantiles.sym_size(0);
+  PYENS_CHECK_VALUE(out % count == 0, kOp, c10::str("weights[", network.weights.size() - 1, "]"),
+                    c10::str("a multiple of ", count, " outputs (each target's quantiles)"), out);
+}
+
+// What an example's target is: [features], or a class.
+std::vector<c10::SymInt> target_shape(const Network& network, Loss loss,
+                                      const LossOptions& options) {
+  const c10::SymInt out = network.out_features();
+  switch (loss) {
+    case Loss::cross_entropy: return {network.batch()};
+    case Loss::gaussian_nll: return {network.batch(), out / 2};
+    case Loss::quantile: return {network.batch(), out / options.quantiles->sym_size(0)};
+    default: return {network.batch(), out};
+  }
+}
+
 Loss check(const Network& network, const Tensor& target, const LossOptions& options) {
   const Loss loss = parse_loss(options.loss);
   check_mlp(kOp, network, options.mlp);
@@ -64,31 +132,47 @@ Loss check(const Network& network, const Tensor& target, const LossOptions& opti
   const c10::SymInt members = network.members(), batch = network.batch();
   const c10::SymInt out = network.out_features();
   check_device_of_weights(kOp, "target", target, weights);
+  const bool classes = loss == Loss::cross_entropy || loss == Loss::soft_cross_entropy;
   if (loss == Loss::cross_entropy) {
     PYENS_CHECK_TYPE(target.scalar_type() == at::kLong, kOp, "target",
                      "int64 classes for cross_entropy", target.scalar_type());
-    check_shape("target", target, members, {batch});
-    PYENS_CHECK_VALUE(
-        options.temperature > 0 && options.temperature < std::numeric_limits<double>::infinity(),
-        kOp, "temperature", "a positive number", options.temperature);
-    PYENS_CHECK_VALUE(options.label_smoothing >= 0 && options.label_smoothing <= 1, kOp,
-                      "label_smoothing", "a number from 0 to 1", options.label_smoothing);
   } else {
     check_real(kOp, "target", target, weights);
-    PYENS_CHECK_VALUE(options.temperature == 1, kOp, "temperature",
-                      c10::str("1 (only cross_entropy has one) with loss ", options.loss),
-                      options.temperature);
-    PYENS_CHECK_VALUE(options.label_smoothing == 0, kOp, "label_smoothing",
-                      c10::str("0 (only cross_entropy has it) with loss ", options.loss),
-                      options.label_smoothing);
-    if (loss == Loss::gaussian_nll) {
-      PYENS_CHECK_VALUE(out % 2 == 0, kOp, c10::str("weights[", weights.size() - 1, "]"),
-                        "an even number of outputs for gaussian_nll (means, then raw variances)",
-                        out);
-    }
-    check_shape("target", target, members,
-                {batch, loss == Loss::gaussian_nll ? c10::SymInt(out / 2) : out});
   }
+  const std::string_view name = options.loss;
+  check_is_of("temperature", "cross_entropy has one", classes, options.temperature, 1, name);
+  check_positive("temperature", options.temperature);
+  check_is_of("label_smoothing", "cross_entropy has it", classes, options.label_smoothing, 0, name);
+  PYENS_CHECK_VALUE(options.label_smoothing >= 0 && options.label_smoothing <= 1, kOp,
+                    "label_smoothing", "a number from 0 to 1", options.label_smoothing);
+  check_is_of("delta", "huber and smooth_l1 have one",
+              loss == Loss::huber || loss == Loss::smooth_l1, options.delta, 1, name);
+  check_positive("delta", options.delta);
+  check_is_of("quantiles", "quantile has them", loss == Loss::quantile, options.quantiles, name);
+  if (loss == Loss::quantile) {
+    PYENS_CHECK_VALUE(options.quantiles, kOp, "quantiles", "some with loss quantile", "None");
+    check_quantiles(network, *options.quantiles);
+  }
+  check_is_of("class_weight", "cross_entropy has them", loss == Loss::cross_entropy,
+              options.class_weight, name);
+  if (options.class_weight) check_each("class_weight", *options.class_weight, network, out);
+  const bool gaussian = loss == Loss::gaussian_nll;
+  check_is_of("log_variance_min", "gaussian_nll has one", gaussian, options.log_variance_min, name);
+  check_is_of("log_variance_max", "gaussian_nll has one", gaussian, options.log_variance_max, name);
+  if (gaussian) {
+    PYENS_CHECK_VALUE(out % 2 == 0, kOp, c10::str("weights[", weights.size() - 1, "]"),
+                      "an even number of outputs for gaussian_nll (means, then raw variances)",
+                      out);
+    PYENS_CHECK_VALUE(options.log_variance_min || !options.log_variance_max, kOp,
+                      "log_variance_min", "one beside log_variance_max", "None");
+    PYENS_CHECK_VALUE(options.log_variance_max || !options.log_variance_min, kOp,
+                      "log_variance_max", "one beside log_variance_min", "None");
+    if (options.log_variance_min) {
+      check_each("log_variance_min", *options.log_variance_min, network, out / 2);
+      check_each("log_variance_max", *options.log_variance_max, network, out / 2);
+    }
+  }
+  check_shape("target", target, members, target_shape(network, loss, options));
   if (options.sample_weight) {
     check_real(kOp, "sample_weight", *options.sample_weight, weights);
     check_shape("sample_weight", *options.sample_weight, members, {batch});
@@ -96,7 +180,60 @@ Loss check(const Network& network, const Tensor& target, const LossOptions& opti
   return loss;
 }
 
+// Whether a tensor's numbers lie in memory that can be looked at here.
+bool is_readable(const Tensor& tensor) {
+  constexpr c10::DispatchKeySet traced =
+      c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
+  return tensor.device().is_cpu() && !tensor.key_set().has_any(traced) && !is_batched(tensor);
+}
+
+bool holds(const Tensor& all) { return at::native::is_nonzero(all.all()); }
+constexpr char kNotIt[] = "one that is not";
+
+// The values of small tensors, on the CPU.
+void check_values(const LossOptions& options) {
+  if (options.quantiles && is_readable(*options.quantiles)) {
+    const Tensor& q = *options.quantiles;
+    PYENS_CHECK_VALUE(holds((q > 0).bitwise_and(q < 1)), kOp, "quantiles",
+                      "numbers above 0 and below 1", kNotIt);
+  }
+  if (options.class_weight && is_readable(*options.class_weight)) {
+    const Tensor& w = *options.class_weight;
+    PYENS_CHECK_VALUE(holds(w.isfinite().bitwise_and(w >= 0)), kOp, "class_weight",
+                      "finite weights of at least 0", kNotIt);
+  }
+  if (!options.log_variance_min) return;
+  const Tensor &least = *options.log_variance_min, &most = *options.log_variance_max;
+  if (!is_readable(least) || !is_readable(most)) return;
+  PYENS_CHECK_VALUE(holds(least.isfinite()), kOp, "log_variance_min", "finite numbers", kNotIt);
+  PYENS_CHECK_VALUE(holds(most.isfinite()), kOp, "log_variance_max", "finite numbers", kNotIt);
+  PYENS_CHECK_VALUE(holds(least <= most), kOp, "log_variance_min", "at most log_variance_max",
+                    "one above it");
+}
+
 // --- the loss and its gradients --------------------------------------------------------------------
+
+// What the kernels read of the options; the call keeps what had to be copied.
+void set_parameters(TrainingCall& call, const LossOptions& options, at::ScalarType real) {
+  LossParameters& p = call.training.of_loss;
+  p.temperature = options.temperature;
+  p.label_smoothing = options.label_smoothing;
+  p.delta = options.delta;
+  if (options.quantiles) {
+    const Tensor& quantiles = call.copies.emplace_front(options.quantiles->contiguous());
+    p.quantiles = quantiles.const_data_ptr<double>();
+    p.num_quantiles = quantiles.size(0);
+  }
+  const auto set = [&](const OptionalTensor& given, const void*& data, int64_t& member_stride) {
+    if (!given) return;
+    const Tensor& tensor = call.copies.emplace_front(given->to(real).contiguous());
+    data = tensor.const_data_ptr();
+    member_stride = tensor.dim() == 2 ? tensor.size(1) : 0;
+  };
+  set(options.class_weight, p.class_weight, p.class_weight_member_stride);
+  set(options.log_variance_min, p.log_variance_min, p.log_variance_min_member_stride);
+  set(options.log_variance_max, p.log_variance_max, p.log_variance_max_member_stride);
+}
 
 std::tuple<Tensor, std::vector<Tensor>> ensemble_mlp_loss_with_gradients(
     const LossOptions& options, const Tensor& input, const Tensor& target, TensorList weights,
@@ -104,6 +241,7 @@ std::tuple<Tensor, std::vector<Tensor>> ensemble_mlp_loss_with_gradients(
     const OptionalTensor& member_scale, NeedsGrad needs_grad) {
   const Network network{input, weights, biases, norm_weights, norm_biases, options.mlp.members};
   const Loss loss = check(network, target, options);
+  check_values(options);
   TrainingCall call(kOp, network, options.mlp, needs_grad);
   EnsembleMLPTraining& training = call.training;
   const at::ScalarType real = accumulation_type(input.scalar_type());
@@ -113,8 +251,7 @@ std::tuple<Tensor, std::vector<Tensor>> ensemble_mlp_loss_with_gradients(
   const Tensor expected = classes ? target : with_contiguous_rows(target.to(real), call.copies);
   const int64_t batch_dim = expected.dim() - (classes ? 1 : 2);
   training.loss = loss;
-  training.temperature = options.temperature;
-  training.label_smoothing = options.label_smoothing;
+  set_parameters(call, options, real);
   training.target = expected.const_data_ptr();
   training.target_row_stride = expected.stride(batch_dim);
   training.target_member_stride = batch_dim == 1 && members > 1 ? expected.stride(0) : 0;
@@ -151,7 +288,9 @@ std::tuple<Tensor, std::vector<Tensor>> ensemble_mlp_loss_with_gradients_meta(
   const auto real = input.options().dtype(accumulation_type(input.scalar_type()));
   return {at::empty_symint({network.members()}, real),
           for_each_needed(kOp, network, needs_grad, [&](const Tensor& of) {
-            return at::empty_symint(of.sym_sizes(), real);
+            auto sizes = of.sym_sizes().vec();
+            if (&of != &network.input) sizes[0] = network.members();
+            return at::empty_symint(sizes, real);
           })};
 }
 
@@ -181,8 +320,106 @@ Tensor ensemble_mlp_loss_meta(const LossOptions& options, const Tensor& input, c
 
 // --- composed of torch's own operations --------------------------------------------------------------
 
+// The sums of rows, the same bits for any number of threads and of other rows: torch splits the sum of a
+// single long row among the threads, but adds up each of several rows whole.
+Tensor row_sums(const Tensor& rows) {
+  if (rows.sym_numel() != rows.sym_size(-1)) return rows.sum(-1);
+  const Tensor twice = rows.reshape_symint({1, rows.sym_size(-1)}).expand_symint({2, -1});
+  return twice.sum(-1).select(0, 0).reshape_symint(rows.sym_sizes().slice(0, rows.dim() - 1));
+}
+Tensor row_means(const Tensor& rows) {
+  return row_sums(rows) / at::scalar_tensor(rows.sym_size(-1), rows.options());
+}
+
+// Only ratios count. The largest becomes 1, or sums overflow, and a division by a subnormal one gives a
+// gradient of NaN; what is too small beside it stays above 0. NaN where one is negative or not finite.
+Tensor scaled_weights(const Tensor& given, at::ScalarType real) {
+  const Tensor exact =
+      at::where(given.isfinite().bitwise_and(given >= 0), given.to(at::kDouble), NAN);
+  // The 0 behind them is for an empty batch.
+  const Tensor largest = at::constant_pad_nd(exact, {0, 1}).amax(-1, /*keepdim=*/true);
+  const Tensor ratio = (exact / at::where(largest == 0, 1, largest)).to(real);
+  const double smallest = real == at::kDouble
+                              ? std::numeric_limits<double>::denorm_min()
+                              : static_cast<double>(std::numeric_limits<float>::denorm_min());
+  return at::where((given != 0).bitwise_and(ratio == 0), smallest, ratio).to(real);
+}
+
+// What [K] or [E, K] has for an example of each member: to broadcast against [E, B, K].
+Tensor for_examples(const Tensor& tensor, at::ScalarType real) {
+  const Tensor t = tensor.to(real);
+  return t.dim() == 2 ? t.unsqueeze(1) : t;
+}
+
+// log(1 + e^x). float64 still sees what torch's threshold of 20 cuts off; in float32 nothing is lost there, and
+// e^x times a gradient stays in range.
+Tensor exact_softplus(const Tensor& x) {
+  return at::softplus(x, 1, x.scalar_type() == at::kDouble ? 50 : 20);
+}
+
+// Sums of shares times negative logarithms; a share of 0 leaves its class out, even at probability 0.
+Tensor weighted_logs(const Tensor& logs, const Tensor& shares) {
+  return -row_sums(at::where(shares == 0, at::zeros({}, logs.options()), logs) * shares);
+}
+
+// Labels [B] or [E, B] as [E, B, 1]. Nothing is read out of bounds.
+struct Labels {
+  Tensor exist, index;
+
+  Labels(const Tensor& target, const Tensor& z)
+      : exist((target >= 0).bitwise_and(target < z.sym_size(-1))),
+        index(at::where(exist, target, at::zeros({}, target.options()))
+                  .expand_symint(z.sym_sizes().slice(0, 2))
+                  .unsqueeze(-1)) {}
+};
+
+// The weights of the classes of labels: of tensors [K] or [E, K], [E, B].
+Tensor weights_of(const Tensor& class_weight, const Labels& labels) {
+  const Tensor each = class_weight.dim() == 2 ? class_weight.unsqueeze(1) : class_weight;
+  c10::SymInt size = class_weight.sym_size(-1);
+  const auto shape = labels.index.sym_sizes();
+  return each.expand_symint({shape[0], shape[1], size}).gather(-1, labels.index).squeeze(-1);
+}
+
+Tensor cross_entropy_losses(const Tensor& z, const Tensor& target, const Tensor& class_weight,
+                            const LossOptions& options) {
+  // An out-of-range class gives NaN.
+  const Labels labels(target, z);
+  const Tensor logs = at::log_softmax(z / options.temperature, -1);
+  const double smoothing = options.label_smoothing;
+  Tensor found;
+  if (!class_weight.defined()) {
+    found = logs.gather(-1, labels.index).squeeze(-1);
+    if (smoothing > 0) {
+      const Tensor mean = logs.mean(-1);
+      // At 1 the label does not count: 0 times a logarithm that is infinite would be NaN.
+      found = smoothing < 1 ? found * (1 - smoothing) + mean * smoothing : mean;
+    }
+    found = -found;
+  } else {
+    const Tensor classes = at::arange(z.sym_size(-1), labels.index.options());
+    const auto elsewhere = at::scalar_tensor(z.sym_size(-1), z.options()).reciprocal() * smoothing;
+    const Tensor shares = (labels.index == classes).to(z.scalar_type()) * (1 - smoothing);
+    found = weighted_logs(logs, (shares + elsewhere) * for_examples(class_weight, z.scalar_type()));
+  }
+  return at::where(labels.exist, found, at::full({}, NAN, found.options()));
+}
+
+Tensor gaussian_nll_losses(const Tensor& z, const Tensor& target, const LossOptions& options) {
+  const std::vector<Tensor> halves = z.chunk(2, -1);
+  const Tensor squares = (target - halves[0]).square();
+  if (!options.log_variance_min) {
+    const Tensor variance = at::softplus(halves[1]) + 1e-6;
+    return (variance.log() + squares / variance).mean(-1) / 2;
+  }
+  const Tensor low = for_examples(*options.log_variance_min, z.scalar_type());
+  const Tensor high = for_examples(*options.log_variance_max, z.scalar_type());
+  const Tensor s = low + exact_softplus(high - exact_softplus(high - halves[1]) - low);
+  return row_means(s + squares * (-s).exp()) / 2;
+}
+
 // Of outputs [E, B, O] in float32 or float64; the mean over the outputs of each example, [E, B].
-Tensor example_losses(const Tensor& z, const Tensor& target, Loss loss,
+Tensor example_losses(const Tensor& z, const Tensor& target, Loss loss, const Tensor& class_weight,
                       const LossOptions& options) {
   switch (loss) {
     case Loss::mse: return (z - target).square().mean(-1);
@@ -190,73 +427,139 @@ Tensor example_losses(const Tensor& z, const Tensor& target, Loss loss,
       return at::binary_cross_entropy_with_logits(z, target.expand_symint(z.sym_sizes()), {}, {},
                                                   at::Reduction::None)
           .mean(-1);
-    case Loss::gaussian_nll: {
-      const std::vector<Tensor> halves = z.chunk(2, -1);
-      const Tensor variance = at::softplus(halves[1]) + 1e-6;
-      return (variance.log() + (target - halves[0]).square() / variance).mean(-1) / 2;
+    case Loss::gaussian_nll: return gaussian_nll_losses(z, target, options);
+    case Loss::cross_entropy: return cross_entropy_losses(z, target, class_weight, options);
+    case Loss::huber:
+    case Loss::smooth_l1: {
+      const double delta = z.scalar_type() == at::kDouble
+                               ? loss_delta<double>(options.delta)
+                               : static_cast<double>(loss_delta<float>(options.delta));
+      const Tensor error = z - target, cut = error.clamp(-delta, delta);
+      return row_means((loss == Loss::huber ? cut : cut / delta) * (error - cut * 0.5));
     }
-    case Loss::cross_entropy: {
-      // Nothing is read out of bounds: an out-of-range class gives NaN.
-      const Tensor exists = (target >= 0).bitwise_and(target < z.sym_size(-1));
-      const Tensor label = at::where(exists, target, at::zeros({}, target.options()));
-      const Tensor index = label.expand_symint(z.sym_sizes().slice(0, 2)).unsqueeze(-1);
+    case Loss::quantile: {
+      const c10::SymInt count = options.quantiles->sym_size(0);
+      const Tensor error = target.unsqueeze(-1) - z.unflatten_symint(-1, {-1, count});
+      const Tensor tau = options.quantiles->to(z.scalar_type());
+      const Tensor below = (*options.quantiles - 1).to(z.scalar_type());
+      const Tensor slope = at::where(error > 0, tau, at::where(error < 0, below, error.detach()));
+      return row_means((error * slope).flatten(-2));
+    }
+    case Loss::poisson_nll:
+      return row_means(z.exp() - at::where(target == 0, at::zeros({}, z.options()), target * z));
+    case Loss::soft_cross_entropy: {
       const Tensor logs = at::log_softmax(z / options.temperature, -1);
       const double smoothing = options.label_smoothing;
-      Tensor found = logs.gather(-1, index).squeeze(-1);
+      Tensor shares = target;
       if (smoothing > 0) {
-        const Tensor mean = logs.mean(-1);
-        // At 1 the label does not count: 0 times a logarithm that is infinite would be NaN.
-        found = smoothing < 1 ? found * (1 - smoothing) + mean * smoothing : mean;
+        const Tensor classes = at::scalar_tensor(z.sym_size(-1), z.options());
+        shares = target * (1 - smoothing) + classes.reciprocal() * smoothing;
       }
-      return at::where(exists, -found, at::full({}, NAN, found.options()));
+      return weighted_logs(logs, shares);
     }
     case Loss::none: break;
   }
   return z;
 }
 
-// Differentiable as often as ensemble_mlp is.
-Tensor composed_loss(const LossOptions& options, const Network& network, const Tensor& target) {
+// What the losses of the examples are computed of, with what is left out out of the way.
+struct Examples {
+  Tensor losses;         // [E, B], 0 where an example is left out
+  Tensor present;        // sample_weight != 0; undefined where there are none
+  Tensor labels_weight;  // [E, B], of the classes; likewise
+};
+
+Examples composed_examples(const LossOptions& options, const Network& network, const Tensor& target,
+                           bool scaled) {
   const Tensor& input = network.input;
   const Loss loss = check(network, target, options);
   const bool classes = loss == Loss::cross_entropy;
   const at::ScalarType real = accumulation_type(input.scalar_type());
-  const Tensor expected = classes ? target : target.to(real);
-  const auto evaluate = [&](const Tensor& x, const Tensor& y) {
-    const Network same{x,
-                       network.weights,
-                       network.biases,
-                       network.norm_weights,
-                       network.norm_biases,
-                       network.chosen};
-    const Tensor z = call_ensemble_mlp(options.mlp, same).to(real);
-    return example_losses(z, y, loss, options);
-  };
-  if (!options.sample_weight) {
-    const Tensor losses = evaluate(input, expected);
-    return losses.sum(-1) /
-           at::clamp_min(at::scalar_tensor(input.sym_size(-2), losses.options()), 1);
-  }
+  Tensor x = input, y = classes ? target : target.to(real);
+  Examples examples;
   // Selected, not multiplied by 0: what is left out may be NaN.
-  const Tensor given = *options.sample_weight, present = given != 0;
-  // Only ratios count. The largest becomes 1, or sums overflow, and a division by a subnormal one gives a
-  // gradient of NaN; what is too small beside it stays above 0. The 0 behind them is for an empty batch.
-  const Tensor exact =
-      at::where(given.isfinite().bitwise_and(given >= 0), given.to(at::kDouble), NAN);
-  const Tensor largest = at::constant_pad_nd(exact, {0, 1}).amax(-1, /*keepdim=*/true);
-  const Tensor ratio = (exact / at::where(largest == 0, 1, largest)).to(real);
-  const double smallest = real == at::kDouble
-                              ? std::numeric_limits<double>::denorm_min()
-                              : static_cast<double>(std::numeric_limits<float>::denorm_min());
-  const Tensor weight = at::where(present.bitwise_and(ratio == 0), smallest, ratio).to(real);
-  const Tensor x = at::where(present.unsqueeze(-1), input, at::zeros({}, input.options()));
-  const Tensor y = at::where(classes ? present : present.unsqueeze(-1), expected,
-                             at::zeros({}, expected.options()));
-  const Tensor zero = at::zeros({}, weight.options());
-  const Tensor losses = at::where(present, evaluate(x, y), zero), total = weight.sum(-1);
+  if (options.sample_weight) {
+    examples.present = *options.sample_weight != 0;
+    const Tensor rows = examples.present.unsqueeze(-1);
+    x = at::where(rows, input, at::zeros({}, input.options()));
+    y = at::where(classes ? examples.present : rows, y, at::zeros({}, y.options()));
+  }
+  const Tensor z = call_ensemble_mlp(options.mlp, network.with_input(x)).to(real);
+  Tensor class_weight;
+  if (options.class_weight) {
+    class_weight =
+        scaled ? scaled_weights(*options.class_weight, real) : options.class_weight->to(real);
+    examples.labels_weight = weights_of(class_weight, Labels(y, z));
+  }
+  examples.losses = example_losses(z, y, loss, class_weight, options);
+  if (examples.present.defined()) {
+    const Tensor zero = at::zeros({}, examples.losses.options());
+    examples.losses = at::where(examples.present, examples.losses, zero);
+  }
+  return examples;
+}
+
+// Differentiable as often as ensemble_mlp is.
+Tensor composed_loss(const LossOptions& options, const Network& network, const Tensor& target) {
+  const Examples examples = composed_examples(options, network, target, /*scaled=*/true);
+  const Tensor& losses = examples.losses;
+  const Tensor& of_labels = examples.labels_weight;
+  if (!options.sample_weight && !options.class_weight) {
+    return losses.sum(-1) / at::clamp_min(at::scalar_tensor(network.batch(), losses.options()), 1);
+  }
+  const Tensor zero = at::zeros({}, losses.options());
+  Tensor weighted = losses, each = of_labels;
+  if (options.sample_weight) {
+    const Tensor weight = scaled_weights(*options.sample_weight, losses.scalar_type());
+    weighted = losses * weight;
+    each = of_labels.defined() ? weight * of_labels : weight;
+  }
+  const Tensor total = each.sum(-1);
   // Divided by 1 where there is nothing, or the gradient would be 0/0.
-  const Tensor mean = (losses * weight).sum(-1) / at::where(total == 0, zero + 1, total);
+  const Tensor mean = weighted.sum(-1) / at::where(total == 0, zero + 1, total);
   return at::where(total == 0, zero, mean);
+}
+
+// The values that the kernels refuse, on the CPU.
+void check_all_values(const LossOptions& options, const Network& network, const Tensor& target) {
+  check_values(options);
+  const OptionalTensor& weight = options.sample_weight;
+  if (weight && is_readable(*weight)) {
+    PYENS_CHECK_VALUE(holds(weight->isfinite().bitwise_and(*weight >= 0)), kOp, "sample_weight",
+                      "finite weights of at least 0", kNotIt);
+  }
+  if (target.scalar_type() != at::kLong || !is_readable(target)) return;
+  const c10::SymInt out = network.out_features();
+  Tensor right = (target >= 0).bitwise_and(target < out);
+  if (weight) {
+    if (!is_readable(*weight)) return;
+    right = right.bitwise_or(*weight == 0);
+  }
+  PYENS_CHECK_VALUE(holds(right), kOp, "target", c10::str("classes from 0 to ", out - 1), kNotIt);
+}
+
+// [E, B]: each example's own loss, times its weight.
+Tensor ensemble_mlp_example_losses(const LossOptions& options, const Tensor& input,
+                                   const Tensor& target, TensorList weights, TensorList biases,
+                                   TensorList norm_weights, TensorList norm_biases) {
+  const Network network{input, weights, biases, norm_weights, norm_biases, options.mlp.members};
+  check(network, target, options);
+  check_all_values(options, network, target);
+  const Examples examples = composed_examples(options, network, target, /*scaled=*/false);
+  if (!options.sample_weight) return examples.losses;
+  const Tensor& given = *options.sample_weight;
+  const at::ScalarType real = examples.losses.scalar_type();
+  return examples.losses *
+         at::where(given.isfinite().bitwise_and(given >= 0), given.to(real), NAN).to(real);
+}
+
+Tensor ensemble_mlp_example_losses_meta(const LossOptions& options, const Tensor& input,
+                                        const Tensor& target, TensorList weights, TensorList biases,
+                                        TensorList norm_weights, TensorList norm_biases) {
+  const Network network{input, weights, biases, norm_weights, norm_biases, options.mlp.members};
+  check(network, target, options);
+  return at::empty_symint({network.members(), network.batch()},
+                          input.options().dtype(accumulation_type(input.scalar_type())));
 }
 
 Tensor ensemble_mlp_loss_cuda(const LossOptions& options, const Tensor& input, const Tensor& target,
@@ -278,13 +581,8 @@ auto call_with_gradients(const LossOptions& options, const Network& network, con
       network.norm_biases, member_scale, needs_grad);
 }
 
-// Whether it is a tensor of numbers that lie here and are all 1, as loss.sum().backward() gives.
-bool is_all_ones(const Tensor& grad) {
-  constexpr c10::DispatchKeySet traced =
-      c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
-  if (!grad.device().is_cpu() || grad.key_set().has_any(traced)) return false;
-  return at::native::is_nonzero((grad == 1).all());
-}
+// Whether they are numbers that lie here and are all 1, as loss.sum().backward() gives.
+bool is_all_ones(const Tensor& grad) { return is_readable(grad) && holds(grad == 1); }
 
 class EnsembleMLPLossFunction : public torch::autograd::Function<EnsembleMLPLossFunction> {
  public:
@@ -361,18 +659,40 @@ class EnsembleMLPLossFunction : public torch::autograd::Function<EnsembleMLPLoss
   }
 };
 
+bool needs_gradient(const Tensor& t) { return at::GradMode::is_enabled() && t.requires_grad(); }
+
+void check_constant(const char* argument, const OptionalTensor& tensor) {
+  PYENS_CHECK_VALUE(!tensor || !tensor->requires_grad(), kOp, argument,
+                    "requires_grad=False (it gets no gradient)", "True");
+}
+void check_constants(const LossOptions& options, const Tensor& target) {
+  check_constant("target", target);
+  check_constant("sample_weight", options.sample_weight);
+  check_constant("quantiles", options.quantiles);
+  check_constant("class_weight", options.class_weight);
+}
+
+Tensor ensemble_mlp_example_losses_autograd(const LossOptions& options, const Tensor& input,
+                                            const Tensor& target, TensorList weights,
+                                            TensorList biases, TensorList norm_weights,
+                                            TensorList norm_biases) {
+  check_constants(options, target);
+  return ensemble_mlp_example_losses(options, input, target, weights, biases, norm_weights,
+                                     norm_biases);
+}
+
 Tensor ensemble_mlp_loss_autograd(const LossOptions& options, const Tensor& input,
                                   const Tensor& target, TensorList weights, TensorList biases,
                                   TensorList norm_weights, TensorList norm_biases) {
   const Network network{input, weights, biases, norm_weights, norm_biases, options.mlp.members};
-  const auto needs = [](const Tensor& t) {
-    return at::GradMode::is_enabled() && t.requires_grad();
-  };
-  TORCH_CHECK_VALUE(!target.requires_grad(), kOp,
-                    ": target: expected requires_grad=False (it gets no gradient), got True");
-  TORCH_CHECK_VALUE(
-      !options.sample_weight || !options.sample_weight->requires_grad(), kOp,
-      ": sample_weight: expected requires_grad=False (it gets no gradient), got True");
+  check_constants(options, target);
+  const auto needs = needs_gradient;
+  const OptionalTensor &least = options.log_variance_min, &most = options.log_variance_max;
+  if ((least && needs(*least)) || (most && needs(*most))) {
+    check(network, target, options);
+    check_all_values(options, network, target);
+    return composed_loss(options, network, target);
+  }
   if (input.is_cuda() && !training_fits_one_launch(weights)) {
     return composed_loss(options, network, target);
   }
@@ -395,6 +715,16 @@ Tensor ensemble_mlp_loss_autocast(const LossOptions& options, const Tensor& inpu
                                     cast.lower(norm_biases));
 }
 
+Tensor ensemble_mlp_example_losses_autocast(const LossOptions& options, const Tensor& input,
+                                            const Tensor& target, TensorList weights,
+                                            TensorList biases, TensorList norm_weights,
+                                            TensorList norm_biases) {
+  const Autocast cast(input);
+  return ensemble_mlp_example_losses_autograd(options, cast.lower(input), target,
+                                              cast.lower(weights), cast.lower(biases),
+                                              cast.lower(norm_weights), cast.lower(norm_biases));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(pyens, m) {
@@ -406,6 +736,11 @@ TORCH_LIBRARY_FRAGMENT(pyens, m) {
       .meta<ensemble_mlp_loss_meta>()
       .autograd<ensemble_mlp_loss_autograd>()
       .autocast<ensemble_mlp_loss_autocast>();
+  Operation(m, "ensemble_mlp_example_losses(" + network + options + ") -> Tensor")
+      .cpu_and_cuda<ensemble_mlp_example_losses>()
+      .meta<ensemble_mlp_example_losses_meta>()
+      .autograd<ensemble_mlp_example_losses_autograd>()
+      .autocast<ensemble_mlp_example_losses_autocast>();
   Operation(m, "ensemble_mlp_loss_with_gradients(" + network +
                    ", Tensor? member_scale, bool[] needs_grad" + options +
                    ") -> (Tensor, Tensor[])")

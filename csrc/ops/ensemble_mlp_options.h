@@ -44,11 +44,16 @@ inline MLPOptions plain_options(std::string_view activation,
   return options;
 }
 
-#define PYENS_LOSS_OPTIONS(OPTION)                         \
-  OPTION(std::string_view, loss, "str loss")               \
-  OPTION(double, temperature, "float temperature")         \
-  OPTION(double, label_smoothing, "float label_smoothing") \
-  OPTION(OptionalTensor, sample_weight, "Tensor? sample_weight")
+#define PYENS_LOSS_OPTIONS(OPTION)                                     \
+  OPTION(std::string_view, loss, "str loss")                           \
+  OPTION(double, temperature, "float temperature")                     \
+  OPTION(double, label_smoothing, "float label_smoothing")             \
+  OPTION(OptionalTensor, sample_weight, "Tensor? sample_weight")       \
+  OPTION(double, delta, "float delta")                                 \
+  OPTION(OptionalTensor, quantiles, "Tensor? quantiles")               \
+  OPTION(OptionalTensor, class_weight, "Tensor? class_weight")         \
+  OPTION(OptionalTensor, log_variance_min, "Tensor? log_variance_min") \
+  OPTION(OptionalTensor, log_variance_max, "Tensor? log_variance_max")
 
 struct LossOptions {
   PYENS_OPTIONS_AND(PYENS_LOSS_OPTIONS, mlp.fields())

@@ -7,15 +7,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
+from typing_extensions import Unpack
 
-from pyens._types import Activation, Dropout, DropoutPosition, Loss, NormPosition, WeightLayout
+from pyens._types import (
+    Activation,
+    Dropout,
+    DropoutPosition,
+    Loss,
+    LossOptions,
+    LossReduction,
+    NormPosition,
+    WeightLayout,
+)
 from pyens.nn import _stacking
 from pyens.nn._layer_options import is_of_layers, norms_of
 from pyens.nn._layout import check_layout, layout_needed
 from pyens.nn._members import Members, draw_linear
 from pyens.nn.residual import Residual
 from pyens.ops.ensemble_mlp import Layers, Norms, call_ensemble_mlp, layer_options
-from pyens.ops.ensemble_mlp_loss import call_ensemble_mlp_loss
+from pyens.ops.ensemble_mlp_loss import ensemble_mlp_loss
 from pyens.reference.activations import activation_module
 from pyens.reference.ensemble_mlp import residual_layers
 
@@ -85,18 +95,18 @@ class StackedMLP(Members):
         target: Tensor,
         *,
         loss: Loss,
-        temperature: float = 1.0,
-        label_smoothing: float = 0.0,
         sample_weight: Tensor | None = None,
         dropout: Dropout | None = None,
         dropout_seeds: Tensor | None = None,
         members: Sequence[int] | Tensor | None = None,
         shared: bool = False,
+        reduction: LossReduction = "mean",
+        **options: Unpack[LossOptions],
     ) -> Tensor:
         """Each member's mean loss `[E]`, its gradient computed in the same pass; train on its sum.
 
-        mse, bce, gaussian_nll or cross_entropy: see `pyens.ops.ensemble_mlp_loss`. Input, members and dropout
-        as in `forward`; target and sample_weight have the input's dimensions in the place of B.
+        The losses, their options and `reduction` are those of `pyens.ops.ensemble_mlp_loss`. Input, members
+        and dropout as in `forward`; target and sample_weight have the input's dimensions in the place of B.
         """
         if members is not None:
             members = self._members(members)
@@ -104,18 +114,29 @@ class StackedMLP(Members):
         if not isinstance(rate, (int, float)) or rate != 0:
             rate, dropout_seeds = self._dropping(dropout, dropout_seeds, members)
         weights, biases = self.stacked()
-        return call_ensemble_mlp_loss(
+        norm_weights, norm_biases = _NO_NORMS if self.norm is None else self._norms()
+        return ensemble_mlp_loss(
             input,
             target,
             weights,
             biases,
-            _NO_NORMS if self.norm is None else self._norms(),
-            (loss, temperature, label_smoothing, sample_weight),
-            self._layers(weights),
-            rate,
-            dropout_seeds,
-            members,
-            shared,
+            loss=loss,
+            sample_weight=sample_weight,
+            activation=self.activation,
+            output_activation=self.output_activation,
+            norm=self.norm,
+            norm_weights=norm_weights,
+            norm_biases=norm_biases,
+            norm_eps=self.norm_eps,
+            norm_position=self.norm_position,
+            residual=self.residual,
+            dropout=rate,
+            dropout_seeds=dropout_seeds,
+            dropout_position=self.dropout_position,
+            members=members,
+            shared=shared,
+            reduction=reduction,
+            **options,
         )
 
     def _layers(self, weights: Sequence[Tensor]) -> Layers:

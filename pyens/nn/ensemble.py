@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -18,11 +17,12 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from typing_extensions import Self
 
-from pyens._kinds import check_number, check_tensor
-from pyens._types import Activation, Loss, Norm, Residual
+from pyens._kinds import check_tensor
+from pyens._types import Activation, Loss, LossReduction, Norm, Residual
 from pyens.nn._buffers import Derived
 from pyens.nn._layer_options import Rates, rates_of
-from pyens.reference.ensemble_mlp_loss import LOSSES, mean_losses
+from pyens.nn._losses import OPTIONS, check_options, check_values
+from pyens.reference.ensemble_mlp_loss import LOSSES, example_losses, mean_losses
 
 Indices = Sequence[int] | slice | Tensor
 
@@ -87,20 +87,20 @@ class Ensemble(nn.Module):
         self,
         *batch: Tensor,
         loss: Loss,
-        temperature: float = 1.0,
-        label_smoothing: float = 0.0,
         sample_weight: Tensor | None = None,
+        reduction: LossReduction = "mean",
         **options: Any,
     ) -> Tensor:
         """Each member's mean loss `[E]`; train on its sum. (Several processes: docs/training.md.)
 
         Args:
             batch: what `forward` takes, then the target.
-            loss, temperature, label_smoothing: see `pyens.ops.ensemble_mlp_loss`.
+            loss, reduction: see `pyens.ops.ensemble_mlp_loss`.
             sample_weight: likewise. With weights, `forward` is given zeros in place of floating point inputs
                 that are left out (weight 0), whatever is in them: with weights `[E, B]` as `[E, B, ...]`,
                 also where the input was `[B, ...]`.
-            options: of `forward`, such as `dropout_seeds`.
+            options: of the loss, likewise (temperature, label_smoothing, delta, quantiles, class_weight,
+                log_variance_min, log_variance_max), and of `forward`, such as `dropout_seeds`.
 
         Raises:
             ValueError, TypeError: as `pyens.ops.ensemble_mlp_loss`; outputs or a target of another shape. The
@@ -113,8 +113,10 @@ class Ensemble(nn.Module):
         *inputs, target = batch
         if not isinstance(loss, str) or loss not in LOSSES:
             raise ValueError(f'loss: loss: expected one of {", ".join(LOSSES)}, got "{loss}"')
-        check_temperature("loss", loss, temperature)
-        check_label_smoothing("loss", loss, label_smoothing)
+        if reduction not in ("mean", "none"):
+            raise ValueError(f'loss: reduction: expected mean or none, got "{reduction}"')
+        of_loss = {name: options.pop(name) for name in OPTIONS if name in options}
+        check_options("loss", loss, of_loss)
         check_tensor("loss", "target", target)
         if sample_weight is not None:
             check_tensor("loss", "sample_weight", sample_weight)
@@ -129,10 +131,9 @@ class Ensemble(nn.Module):
                 f"loss: output: expected [{self.ensemble_size}, B, O] from forward, "
                 f"got shape {list(output.shape)}"
             )
-        _check_loss(output, target, loss, sample_weight)
-        return mean_losses(
-            lambda output: output, output, target, loss, temperature, sample_weight, label_smoothing
-        )
+        check_values(output, target, loss, sample_weight, of_loss)
+        of_examples = example_losses if reduction == "none" else mean_losses
+        return of_examples(lambda output: output, output, target, loss, sample_weight, **of_loss)
 
     def without_left_out(self, inputs: Sequence[Any], sample_weight: Tensor) -> list[Any]:
         """What `forward` is given instead of its arguments where rows have weight 0, whatever is in them.
@@ -363,28 +364,6 @@ def member_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                     yield f"{place}.{name}".lstrip("."), buffer
 
 
-def check_temperature(function: str, loss: Loss, temperature: float) -> None:
-    check_number(function, "temperature", temperature)
-    if loss != "cross_entropy" and temperature != 1:
-        raise ValueError(
-            f"{function}: temperature: expected 1 (only cross_entropy has one) with loss {loss}, "
-            f"got {temperature}"
-        )
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{function}: temperature: expected a positive number, got {temperature}")
-
-
-def check_label_smoothing(function: str, loss: Loss, label_smoothing: float) -> None:
-    check_number(function, "label_smoothing", label_smoothing)
-    if loss != "cross_entropy" and label_smoothing != 0:
-        raise ValueError(
-            f"{function}: label_smoothing: expected 0 (only cross_entropy has it) with loss {loss}, "
-            f"got {label_smoothing}"
-        )
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{function}: label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
-
-
 def _walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The modules in it with their names, in their order; not those in an ensemble in it, which has them."""
     for name, child in module.named_children():
@@ -407,46 +386,6 @@ def _without_left_out(input: Any, weight: Tensor, ensemble_size: int) -> Any:
         return input
     present = weight != 0
     return torch.where(present.reshape(*present.shape, *[1] * rest), input, 0)
-
-
-def _check_loss(output: Tensor, target: Tensor, loss: Loss, weight: Tensor | None) -> None:
-    """What `pyens.ops.ensemble_mlp_loss` refuses, for outputs `[E, B, O]`."""
-    outputs = output.shape[2]
-    if loss == "gaussian_nll" and outputs % 2:
-        raise ValueError(
-            "loss: output: expected an even number of outputs for gaussian_nll (means, then raw variances), "
-            f"got {outputs}"
-        )
-    each = {"cross_entropy": (), "gaussian_nll": (outputs // 2,)}.get(loss, (outputs,))
-    given = {"target": (target, (*output.shape[:2], *each)), "sample_weight": (weight, output.shape[:2])}
-    for name, (tensor, shape) in given.items():
-        if tensor is None:
-            continue
-        if tensor.shape not in (shape, shape[1:]):
-            raise ValueError(
-                f"loss: {name}: expected shape {list(shape[1:])} or {list(shape)}, "
-                f"got shape {list(tensor.shape)}"
-            )
-        if name == "target" and loss == "cross_entropy":
-            if tensor.dtype != torch.int64:
-                raise TypeError(f"loss: target: expected int64 classes for cross_entropy, got {tensor.dtype}")
-        elif tensor.dtype not in (output.dtype, torch.float32) or (
-            output.dtype == torch.float64 != tensor.dtype
-        ):
-            raise TypeError(
-                f"loss: {name}: expected the dtype of output ({output.dtype}), got {tensor.dtype}"
-            )
-        if tensor.requires_grad:
-            raise ValueError(f"loss: {name}: expected requires_grad=False (it gets no gradient), got True")
-    in_transform = torch._C._functorch.peek_interpreter_stack() is not None
-    if torch.compiler.is_compiling() or in_transform or output.device.type != "cpu":
-        return
-    if weight is not None and not bool((weight.isfinite() & (weight >= 0)).all()):
-        raise ValueError("loss: sample_weight: expected finite weights of at least 0, got one that is not")
-    if loss == "cross_entropy":
-        wrong = (target < 0) | (target >= outputs)
-        if bool((wrong if weight is None else wrong & (weight != 0)).any()):
-            raise ValueError(f"loss: target: expected classes from 0 to {outputs - 1}, got one that is not")
 
 
 def is_held(parameter: nn.Parameter) -> bool:

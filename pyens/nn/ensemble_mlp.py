@@ -393,7 +393,7 @@ class EnsembleMLP(Derived, StackedMLP):
             try:
                 found = read_weights(weights._parameters), read_biases(biases._parameters)
             except KeyError:
-                pass
+                found = None
         if found is None:
             found = parameters_of(weights, self._names), parameters_of(biases, self._bias_names)
         return self._with_gaps(*found) if self._gaps else found

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
 from pyens._kinds import REAL, check_real, check_tensor
-from pyens._types import Activation, Loss, MaskMode
+from pyens._types import Activation, Loss, LossOptions, LossReduction, MaskMode
 from pyens.masks import check, check_masks, masks_for_channels
 from pyens.nn import _sequential, _stacking
 from pyens.nn._assignment import MODES, assign_masks, check_mode
@@ -20,6 +20,7 @@ from pyens.nn.ensemble_mlp import EnsembleMLP
 from pyens.nn.masksembles import Masksembles1D
 from pyens.ops.masked_mlp import masked_mlp, masked_mlp_loss, masked_weights, plan_masks
 from pyens.reference.activations import activation_module
+from pyens.reference.ensemble_mlp_loss import weights_of
 
 
 class MaskedMLP(Derived, Ensemble):
@@ -286,23 +287,24 @@ class MaskedMLP(Derived, Ensemble):
         loss: Loss,
         mode: MaskMode = "tiled",
         seed: int | Tensor = 0,
-        temperature: float = 1.0,
-        label_smoothing: float = 0.0,
         sample_weight: Tensor | None = None,
+        reduction: LossReduction = "mean",
+        **options: Unpack[LossOptions],
     ) -> Tensor:
         """The mean loss of `forward` in this mode, its gradient computed in the same pass.
 
         Args:
             input, mode, seed: as for `forward`.
             target: `[B, K]`, or int64 `[B]` for cross_entropy; with "tiled" also `[N, B, K]` or `[N, B]`.
-            loss: mse, bce, gaussian_nll or cross_entropy, see `pyens.ops.ensemble_mlp_loss`.
-            temperature, label_smoothing: of cross_entropy.
+            loss, options: see `pyens.ops.ensemble_mlp_loss`.
             sample_weight: `[B]`, at least 0; with "tiled" also `[N, B]`. None is all ones.
+            reduction: "mean", or "none" for the losses of the examples, times their weights.
 
         Returns:
             With "tiled" `[N]`, the mean over the examples for each mask; train on its sum or mean. Otherwise
             0-dim: sum_b w_b loss(b) / sum_b w_b over the examples of the batch, each under the one mask that
-            it meets, however many examples each mask got; 0 where the weights sum to 0.
+            it meets, however many examples each mask got; 0 where the weights sum to 0. With reduction "none"
+            `[N, B]` and `[B]`.
 
         Raises:
             ValueError: an unknown mode or loss, another shape.
@@ -313,12 +315,7 @@ class MaskedMLP(Derived, Ensemble):
             raise TypeError(f"MaskedMLP: target: expected numbers, or classes in int64, got {target.dtype}")
         if sample_weight is not None:
             check_real("MaskedMLP", "sample_weight", sample_weight)
-        arguments = {
-            "loss": loss,
-            "temperature": temperature,
-            "label_smoothing": label_smoothing,
-            **self._arguments(),
-        }
+        arguments = {"loss": loss, "reduction": reduction, **options, **self._arguments()}
         if mode == "tiled":
             return masked_mlp_loss(input, target, sample_weight=sample_weight, **arguments)
         n, b = self.ensemble_size, input.shape[0]
@@ -339,7 +336,13 @@ class MaskedMLP(Derived, Ensemble):
             sample_weight=weights,
             **arguments,
         )
+        if reduction == "none":
+            return losses.flatten(0, 1).index_select(0, place)
         shares = weights.double()
+        class_weight = options.get("class_weight")
+        if class_weight is not None:
+            labels = _spread(target, place, n, rows).clamp(0, self.out_features - 1)  # left out: any number
+            shares = shares * weights_of(class_weight.double(), labels, shares)
         if b > 0:  # the largest to 1, as in the loss of each mask
             largest = shares.max()
             shares = shares / torch.where(largest > 0, largest, 1)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from pyens._kinds import check_tensor
-from pyens._types import Activation, LayerOptionsAndBias, Loss, Norm, Residual
+from pyens._types import Activation, LayerOptionsAndBias, Loss, LossOptions, LossReduction, Norm, Residual
 from pyens.masks import check
 from pyens.nn._layer_options import Rates
 from pyens.nn.ensemble import Ensemble
@@ -199,10 +199,10 @@ class TabularEnsemble(Ensemble):
         target: Tensor,
         *,
         loss: Loss,
-        temperature: float = 1.0,
-        label_smoothing: float = 0.0,
         sample_weight: Tensor | None = None,
         dropout_seeds: Tensor | None = None,
+        reduction: LossReduction = "mean",
+        **options: Unpack[LossOptions],
     ) -> Tensor:
         """Each member's mean loss `[E]`, computed together with its gradient: train on its sum.
 
@@ -218,10 +218,10 @@ class TabularEnsemble(Ensemble):
             self.features(categorical, numeric),
             target,
             loss=loss,
-            temperature=temperature,
-            label_smoothing=label_smoothing,
             sample_weight=sample_weight,
             dropout_seeds=dropout_seeds,
+            reduction=reduction,
+            **options,
         )
 
     def without_left_out(self, inputs: Sequence[Any], sample_weight: Tensor) -> list[Any]:

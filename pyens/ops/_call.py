@@ -42,6 +42,7 @@ def operation(
     constants: tuple[str, ...] = (),
     outputs: Callable[[Given], int] | None = None,
     constant_output: int | None = None,
+    function: str | None = None,
 ) -> Callable[..., Any]:
     """`pyens::name` as a function of the schema's arguments, all by position.
 
@@ -55,7 +56,9 @@ def operation(
         constants: arguments that get no gradient and must not require one.
         outputs: how many of the operation's outputs to return; None: all.
         constant_output: the output that has no derivative.
+        function: what errors call it; None: `name`.
     """
+    function = name if function is None else function
     eager, dispatched = getattr(_C, name), getattr(torch.ops.pyens, name).default
     kinds = [(argument.name, str(argument.type)) for argument in dispatched._schema.arguments]
 
@@ -65,7 +68,7 @@ def operation(
         if is_dynamo_compiling():
             if _in_transform():
                 raise NotImplementedError(
-                    f"{name}: expected torch.func in eager code, got it in compiled code"
+                    f"{function}: expected torch.func in eager code, got it in compiled code"
                 )
             return dispatched(*listed(arguments))
         try:
@@ -77,7 +80,7 @@ def operation(
             # A class or a mode that overrides torch's functions sees the dispatcher's operation.
             return dispatched(*listed(arguments))
         except Exception:  # of any kind: this only looks for a better reason
-            _kinds.check(name, kinds, arguments)
+            _kinds.check(function, kinds, arguments)
             raise
 
     def listed(arguments: tuple[Any, ...]) -> list[Any]:
@@ -89,12 +92,12 @@ def operation(
 
     def checked(arguments: tuple[Any, ...]) -> Given:
         values = listed(arguments)
-        _kinds.check(name, kinds, values)
+        _kinds.check(function, kinds, values)
         given = {argument: value for (argument, _), value in zip(kinds, values, strict=True)}
         for constant in constants:
             if given[constant] is not None and given[constant].requires_grad:
                 raise ValueError(
-                    f"{name}: {constant}: expected requires_grad=False (it gets no gradient), got True"
+                    f"{function}: {constant}: expected requires_grad=False (it gets no gradient), got True"
                 )
         return given
 

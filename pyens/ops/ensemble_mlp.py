@@ -219,6 +219,45 @@ def layer_options(
     return activation, early, output_activation, names, eps, late, residuals
 
 
+def schema_options(
+    op: str,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    activation: Activation | Sequence[Activation],
+    output_activation: Activation,
+    norm: Norm | Sequence[Norm | None] | None,
+    norm_weights: Sequence[Tensor] | None,
+    norm_biases: Sequence[Tensor] | None,
+    norm_eps: float | None,
+    norm_position: NormPosition,
+    residual: bool | Sequence[bool],
+    dropout: Dropout,
+    dropout_seeds: Tensor | None,
+    dropout_position: DropoutPosition,
+    members: Tensor | None,
+) -> tuple[Sequence[Tensor], Sequence[Tensor], tuple[Any, ...]]:
+    """Weights and biases of the norms, and the options of a network in the order of the schema."""
+    rates = None
+    if not isinstance(dropout, (float, int)):
+        dropout, rates = member_rates(op, dropout, input)
+    activation, *layers = layer_options(
+        op,
+        weights,
+        activation,
+        output_activation,
+        norm,
+        norm_eps,
+        norm_position,
+        residual,
+        dropout_position,
+    )
+    return (
+        () if norm_weights is None else norm_weights,
+        () if norm_biases is None else norm_biases,
+        (activation, dropout, dropout_seeds, rates, *layers, members),
+    )
+
+
 def joined(op: str, argument: str, names: Any) -> str:
     """Names one after the other, as the schema has them."""
     if isinstance(names, Sequence) and all(isinstance(name, str) for name in names):
@@ -241,7 +280,8 @@ def member_rates(op: str, dropout: Dropout, input: Tensor) -> tuple[float, Tenso
         return dropout, None  # type: ignore[return-value]
     for member, rates in enumerate(dropout):
         several = isinstance(rates, Sequence) and not isinstance(rates, str)
-        for layer, rate in enumerate(rates if several else [rates]):  # type: ignore[arg-type]
+        each: Sequence[Any] = rates if several else [rates]  # type: ignore[assignment]
+        for layer, rate in enumerate(each):
             place = f"dropout[{member}][{layer}]" if several else f"dropout[{member}]"
             _kinds.check_number(op, place, rate)
             if not 0 <= rate < 1:

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from pyens import _kinds
-from pyens._types import Activation, Loss
+from pyens._types import Activation, Loss, LossOptions, LossReduction
 from pyens.ops._call import Given, first, operation, shifted
 from pyens.ops.ensemble_mlp import ensemble_mlp
 from pyens.ops.ensemble_mlp_loss import ensemble_mlp_loss
@@ -130,10 +131,10 @@ def masked_mlp_loss(
     *,
     loss: Loss,
     activation: Activation = "relu",
-    temperature: float = 1.0,
-    label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
     plan: Sequence[Tensor] | None = None,
+    reduction: LossReduction = "mean",
+    **options: Unpack[LossOptions],
 ) -> Tensor:
     r"""Each mask's own mean loss, its gradient computed in the same pass.
 
@@ -142,11 +143,11 @@ def masked_mlp_loss(
 
     Args:
         input, weights, biases, masks, activation, plan: as in `masked_mlp`.
-        target, loss, temperature, label_smoothing, sample_weight: as in `pyens.ops.ensemble_mlp_loss`, with N
-            for E.
+        target, loss, sample_weight, reduction, options: as in `pyens.ops.ensemble_mlp_loss`, with N for E.
 
     Returns:
-        `[N]`, float32 (float64 for float64). A model trains on its sum or mean.
+        `[N]`, or with reduction "none" `[N, B]`, float32 (float64 for float64). A model trains on its sum or
+        mean.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `masked_mlp` and `pyens.ops.ensemble_mlp_loss`.
@@ -162,14 +163,18 @@ def masked_mlp_loss(
             *parameters,
             loss=loss,
             activation=activation,
-            temperature=temperature,
-            label_smoothing=label_smoothing,
             sample_weight=sample_weight,
+            reduction=reduction,
+            **options,
         )
     except Exception:
         network = (input, weights, biases, masks, activation, plan)
-        values = (*network, target, loss, temperature, label_smoothing, sample_weight)
-        _kinds.check("masked_mlp_loss", _KINDS + _LOSS_KINDS, values)
+        kinds, values = [*_KINDS, *_LOSS_KINDS], [*network, target, loss, sample_weight]
+        for kind in _OPTION_KINDS:
+            if kind[0] in options:
+                kinds.append(kind)
+                values.append(options[kind[0]])  # type: ignore[literal-required]
+        _kinds.check("masked_mlp_loss", kinds, values)
         raise
 
 
@@ -185,9 +190,13 @@ _KINDS = (
 _LOSS_KINDS = (
     ("target", "Tensor"),
     ("loss", "str"),
+    ("sample_weight", "Optional[Tensor]"),
+)
+_OPTION_KINDS = (
     ("temperature", "float"),
     ("label_smoothing", "float"),
-    ("sample_weight", "Optional[Tensor]"),
+    ("delta", "float"),
+    ("class_weight", "Optional[Tensor]"),
 )
 
 

@@ -1,15 +1,13 @@
 """Specification of `pyens.ops.ensemble_mlp`."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyens._types import Activation, Dropout, DropoutPosition, Norm, NormPosition
 from pyens.reference.activations import activation_module
-
-T = TypeVar("T")
 
 
 def ensemble_mlp(
@@ -58,7 +56,7 @@ def ensemble_mlp(
         if not isinstance(rates, Tensor) and rates == 0:
             return h
         assert dropout_seeds is not None
-        kept = kept_by_dropout(dropout_seeds, layer, *h.shape[1:], rates)
+        kept = kept_by_dropout(dropout_seeds, layer, h.shape[1], h.shape[2], rates)
         # As exact as a division by a number.
         exact = torch.promote_types(h.dtype, torch.float32)
         share = (1 - rates).to(exact) if isinstance(rates, Tensor) else 1 - rates
@@ -71,7 +69,8 @@ def ensemble_mlp(
         if biases and biases[layer].shape[1] > 0:
             h = h + of_members(biases[layer]).unsqueeze(1)
         if layer == hidden_layers:
-            return activation_module(output_activation)(h)
+            output: Tensor = activation_module(output_activation)(h)
+            return output
         has_norm = norms[layer] is not None
         drops_early = has_norm and dropout_position == "before_norm"
         for position in ("before_activation", "after_activation"):
@@ -88,11 +87,11 @@ def ensemble_mlp(
     raise ValueError("ensemble_mlp: weights: expected at least one layer, got an empty list")
 
 
-def for_each(given: T | Sequence[T], layers: int) -> list[T]:
+def for_each(given: Any, layers: int) -> list[Any]:
     """One thing for all layers, or one for each of them."""
     if given is None or isinstance(given, (str, bool)):
-        return [given] * layers  # type: ignore[list-item]
-    return list(given)  # type: ignore[arg-type]
+        return [given] * layers
+    return list(given)
 
 
 def residual_layers(residual: bool | Sequence[bool], weights: Sequence[Tensor]) -> list[bool]:

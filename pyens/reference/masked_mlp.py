@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
-from pyens._types import Activation, Loss
+from pyens._types import Activation, Loss, LossOptions, LossReduction
 from pyens.reference.activations import activation_module
-from pyens.reference.ensemble_mlp_loss import mean_losses
+from pyens.reference.ensemble_mlp_loss import example_losses, mean_losses
 
 
 def masked_mlp(
@@ -52,16 +53,17 @@ def masked_mlp_loss(
     *,
     loss: Loss,
     activation: Activation = "relu",
-    temperature: float = 1.0,
-    label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
+    reduction: LossReduction = "mean",
+    **options: Unpack[LossOptions],
 ) -> Tensor:
-    """The mean loss of each mask's outputs, `[N]`, as `pyens.reference.ensemble_mlp_loss` has it."""
+    """The loss of each mask's outputs, `[N]` or `[N, B]`, as `pyens.reference.ensemble_mlp_loss` has it."""
 
     def run(input: Tensor) -> Tensor:
         return masked_mlp(input, weights, biases, masks, activation=activation)
 
-    return mean_losses(run, input, target, loss, temperature, sample_weight, label_smoothing)
+    of_examples = example_losses if reduction == "none" else mean_losses
+    return of_examples(run, input, target, loss, sample_weight, **options)
 
 
 def masked_weights(weight: Tensor, rows: Tensor | None, columns: Tensor | None, num_masks: int) -> Tensor:

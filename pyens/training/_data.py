@@ -41,7 +41,7 @@ def as_tensors(
                 raise TypeError(
                     f"fit: {argument}: expected float32, float64, bfloat16 or float16, got {tensor.dtype}"
                 )
-            target, real = i == len(data) - 1, loss in ("mse", "bce", "gaussian_nll")
+            target, real = i == len(data) - 1, isinstance(loss, str) and loss != "cross_entropy"
             wanted = _dtype(tensor.dtype, dtype, target=target, real=target and real)
             if wanted != tensor.dtype:
                 if tensor.dtype == torch.float64:
@@ -77,7 +77,8 @@ def _dtype(own: torch.dtype, parameters: torch.dtype, *, target: bool, real: boo
 def as_targets(tensors: Sequence[Row], loss: Any, axis: int) -> tuple[Row, ...]:
     """With a target `[..., 1]` where it is one number a row, for the named losses on real numbers."""
     *inputs, target = tensors
-    if loss in ("mse", "bce", "gaussian_nll") and isinstance(target, Tensor) and target.dim() == axis + 1:
+    named = isinstance(loss, str) and loss not in ("cross_entropy", "soft_cross_entropy")
+    if named and isinstance(target, Tensor) and target.dim() == axis + 1:
         target = target.unsqueeze(-1)
     return (*inputs, target)
 

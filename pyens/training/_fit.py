@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from typing_extensions import Unpack
 
-from pyens._types import Bootstrap, Loss, MaskMode
+from pyens._types import Bootstrap, Loss, LossOptions, MaskMode
 from pyens.nn import Ensemble
 from pyens.training.callbacks import Callback, Progress
 from pyens.training.history import History
@@ -44,8 +45,6 @@ def fit(
     groups: Any = None,
     jackknife_groups: int | None = None,
     left_out: Sequence[int] | None = None,
-    temperature: float = 1.0,
-    label_smoothing: float = 0.0,
     validation: Any = 0.05,
     metrics: Sequence[str] | Mapping[str, Metric] = (),
     early_stopping: int | None = None,
@@ -58,6 +57,7 @@ def fit(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 1,
     progress: bool | Literal["bar", "lines"] = True,
+    **loss_options: Unpack[LossOptions],
 ) -> History:
     r"""Trains all members of an ensemble together, each as if it were alone.
 
@@ -74,15 +74,15 @@ def fit(
             for a `TabularEnsemble` `(categorical, numeric, target)`, None for what it does without. Tensors
             on the model's device, numpy arrays, columns or frames of pandas. Floating point numbers become
             the parameters' dtype, once (float64 with a warning), smaller integers and bools int64; a target
-            of mse, bce or gaussian_nll becomes floating point, and `[N, 1]` where it is `[N]`.
+            of any loss but cross_entropy becomes floating point, and `[N, 1]` where it is `[N]`.
         loss: one of those of `pyens.ops.ensemble_mlp_loss`; or a function of the outputs `[E, B, K]` and the
             target that gives `[E, B]` or, without weights, `[E]`. Each member minimises its own mean loss.
-        temperature, label_smoothing: of cross_entropy. Validation losses have them too.
+        loss_options: temperature, label_smoothing, delta, quantiles, class_weight, log_variance_min and
+            log_variance_max, as `pyens.ops.ensemble_mlp_loss` has them. Validation losses have them too.
         penalty: a function of the outputs that gives `[E]`, or one number for all members together, to be
             added to the training loss: `lambda outputs: 0.1 * pyens.losses.decorrelation_loss(outputs)`.
             One that looks at several members makes their weights depend on each other.
-        sample_weight: `[N]` or `[E, N]`, what each row weighs, in validation rows drawn from `data` too; for
-            weights of the classes `class_weight[target]`.
+        sample_weight: `[N]` or `[E, N]`, what each row weighs, in validation rows drawn from `data` too.
         bootstrap: "multinomial" weighs each row by how often it is among N drawn with replacement, "poisson"
             by a Poisson(1) number, for every member from its own seed, beside `sample_weight` and jackknife.
         epochs: the most any member trains for.
@@ -126,9 +126,9 @@ def fit(
             time: `validation=when >= cutoff`); or other rows, as `data`. 0: none.
         metrics: what is measured of each member on the validation rows after every epoch, and kept in the
             history. Names, for the named losses: accuracy, auroc, brier_score, expected_calibration_error and
-            nll (cross_entropy, bce), r_squared and rmse (mse, gaussian_nll), all of `pyens.metrics`. Or a
-            dict of functions of one member's outputs `[B, K]` and the target that give a number. Rows with
-            weight 0 are left out, all others count once.
+            nll (cross_entropy, bce), r_squared and rmse (mse, huber, smooth_l1, gaussian_nll), all of
+            `pyens.metrics`. Or a dict of functions of one member's outputs `[B, K]` and the target that give
+            a number. Rows with weight 0 are left out, all others count once.
         early_stopping: after how many epochs without a better value of `monitor` a member stops; it then
             costs nothing more. Every member ends with the weights of its best epoch. None: all epochs, and
             the weights of the last.
@@ -175,8 +175,6 @@ def fit(
         scheduler=scheduler,
         schedule=schedule,
         penalty=penalty,
-        temperature=temperature,
-        label_smoothing=label_smoothing,
         clip_norm=clip_norm,
         clip_value=clip_value,
         mask_mode=mask_mode,
@@ -187,6 +185,7 @@ def fit(
         swa_start=swa_start,
         seed=seed,
         seeds=seeds,
+        **loss_options,
     )
     return trainer.fit(
         data,

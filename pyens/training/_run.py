@@ -116,7 +116,7 @@ class Run:
             early_stopping = self.patience = _checks.count("early_stopping", early_stopping)
             if self.validation_rows == 0:
                 raise ValueError("fit: early_stopping: expected validation rows, got none")
-        self.metrics = measures.resolve(metrics, loss, trainer.temperature)
+        self.metrics = measures.resolve(metrics, loss, trainer.loss_options.get("temperature", 1.0))
         self.metric_names = list(self.metrics)
         if self.metrics and self.validation_rows == 0:
             raise ValueError("fit: metrics: expected validation rows, got none")
@@ -510,13 +510,15 @@ class Run:
         with training_mode(self.model, True):
             for step, rows in enumerate(order.split(self.batch_size, dim=-1)):
                 weights = self._weights(rows)
+                batch = self._batch(self.data, rows.to(device))
                 losses = trainer.step_on(
-                    self._batch(self.data, rows.to(device)),
+                    batch,
                     None if weights is None else weights.to(trainer.real),
                     drawn[step],
                     axis=max(rows.dim() - 1, self.axis),
                 )
-                done.append((losses, rows.shape[-1] if weights is None else row_sums(weights.double())))
+                counts = trainer.counts(batch[-1], weights)
+                done.append((losses, rows.shape[-1] if counts is None else row_sums(counts)))
                 if len(done) == 1024:
                     self._add_up(done)
                 advance()
@@ -619,8 +621,10 @@ class Run:
         with training_mode(self.model, False):
             for rows in torch.arange(self.validation_rows, device=self.device).split(self.batch_size):
                 own = None if weight is None else weight[..., rows].to(self.trainer.real)
-                losses = self.trainer.losses(self._batch(self.validation, rows), weight=own)
-                share = len(rows) if own is None else own.sum(-1, dtype=torch.float64).cpu()
+                batch = self._batch(self.validation, rows)
+                losses = self.trainer.losses(batch, weight=own)
+                counts = self.trainer.counts(batch[-1], own)
+                share = len(rows) if counts is None else counts.sum(-1).cpu()
                 total += losses.double().cpu() * share
                 weighed += share
         means: np.ndarray = (total / weighed).numpy()

@@ -57,7 +57,7 @@ def _values(function: Metric) -> Metric:
     return of
 
 
-_CLASSES, _REAL = ("cross_entropy", "bce"), ("mse", "gaussian_nll")
+_CLASSES, _REAL = ("cross_entropy", "bce"), ("mse", "gaussian_nll", "huber", "smooth_l1")
 METRICS: dict[str, Named] = {
     "accuracy": Named(metrics.accuracy, "max", _CLASSES),
     "auroc": Named(_auroc, "max", _CLASSES),

@@ -11,17 +11,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from pyens._files import only_writer
-from pyens._types import Bootstrap, Loss, MaskMode
+from pyens._types import Bootstrap, Loss, LossOptions, MaskMode
 from pyens.nn import Ensemble, MaskedMLP
-from pyens.nn.ensemble import (
-    check_label_smoothing,
-    check_temperature,
-    is_held,
-    member_tensors,
-    renew_accumulator,
-)
+from pyens.nn._losses import OPTIONS, check_options
+from pyens.nn.ensemble import is_held, member_tensors, renew_accumulator
 from pyens.optim import (
     clip_member_grad_norm_,
     keep_members,
@@ -30,10 +26,11 @@ from pyens.optim import (
     member_options,
     member_state,
 )
-from pyens.reference.ensemble_mlp_loss import LOSSES, mean_losses, row_sums, weighted_mean
+from pyens.reference.ensemble_mlp_loss import LOSSES, mean_losses, row_sums, weighted_mean, weights_of
 from pyens.training import _checks
 from pyens.training._run import Run, copy_into, training_mode
 from pyens.training.callbacks import Callback, Progress
+from pyens.training.checkpoint import describe_tensor
 from pyens.training.history import History
 from pyens.training.metrics import Metric, Mode
 from pyens.training.randomness import Randomness, derive_seed, generator, member_seeds
@@ -73,8 +70,6 @@ class Trainer:
         scheduler: MakeScheduler | None = None,
         schedule: Literal["epoch", "step"] = "epoch",
         penalty: Penalty | None = None,
-        temperature: float = 1.0,
-        label_smoothing: float = 0.0,
         clip_norm: float | None = None,
         clip_value: float | None = None,
         mask_mode: MaskMode = "tiled",
@@ -85,14 +80,17 @@ class Trainer:
         swa_start: int | None = None,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
+        **loss_options: Unpack[LossOptions],
     ) -> None:
         members = _checks.model(model)
         if not (loss in LOSSES if isinstance(loss, str) else callable(loss)):
             raise ValueError(
                 f"fit: loss: expected one of {', '.join(LOSSES)}, got {loss!r}, which is no function either"
             )
-        check_temperature("fit", loss, temperature)  # type: ignore[arg-type]
-        check_label_smoothing("fit", loss, label_smoothing)  # type: ignore[arg-type]
+        for name in loss_options:
+            if name not in OPTIONS:
+                raise TypeError(f"fit: {name}: expected an argument of fit or Trainer, got another")
+        check_options("fit", loss, loss_options)
         if schedule not in ("epoch", "step"):
             raise ValueError(f"fit: schedule: expected 'epoch' or 'step', got {schedule!r}")
         _checks.positive("clip_norm", clip_norm)
@@ -133,7 +131,6 @@ class Trainer:
         self.model = model
         self.members = list(range(members))
         self.loss, self.penalty = loss, penalty
-        self.temperature, self.label_smoothing = temperature, label_smoothing
         self.schedule, self.clip_norm, self.clip_value = schedule, clip_norm, clip_value
         self.mask_mode, self.micro_batch_size = mask_mode, micro_batch_size
         self.autocast, self.scaler, self.ema, self.swa_start = autocast, scaler, ema, swa_start
@@ -141,6 +138,7 @@ class Trainer:
         self.device, self.dtype = _checks.home(model)
         double = any(p.dtype == torch.float64 for p in model.parameters())
         self.real = torch.float64 if double else torch.float32  # of weights and losses
+        self.loss_options = self._own_options(loss_options)
         self.history: History | None = None
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -285,9 +283,7 @@ class Trainer:
             output = self.model(*inputs, **options)
             if isinstance(loss, str):
                 assert target is not None
-                losses = mean_losses(
-                    lambda x: x, output, target, loss, self.temperature, weight, self.label_smoothing
-                )
+                losses = mean_losses(lambda x: x, output, target, loss, weight, **self._loss_options())
             else:
                 losses = self._reduced(loss(output, target), output, weight)  # type: ignore[arg-type]
             losses = losses * share
@@ -397,8 +393,12 @@ class Trainer:
             "model": str(self.model),
             "loss": _checks.name_of(self.loss),
             "penalty": _checks.name_of(self.penalty),
-            "temperature": self.temperature,
-            "label_smoothing": self.label_smoothing,
+            "temperature": self.loss_options.get("temperature", 1.0),
+            "label_smoothing": self.loss_options.get("label_smoothing", 0.0),
+            "loss_options": {
+                name: describe_tensor(value) if isinstance(value, Tensor) else value
+                for name, value in self.loss_options.items()
+            },
             "optimizer": [_described(optimizer) for optimizer in self.optimizers],
             "scheduler": [_said(scheduler) for scheduler in self.schedulers],
             "frozen": [name for name, p in self.model.named_parameters() if not p.requires_grad],
@@ -471,11 +471,48 @@ class Trainer:
     def _precision(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
 
-    def _loss_options(self) -> dict[str, Any]:
-        if self.loss != "cross_entropy":
-            return {}
-        smoothing = {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
-        return {"temperature": self.temperature} | smoothing
+    def _own_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of the loss that say anything, tensors of them where the model is."""
+        own: dict[str, Any] = {}
+        for name, value in given.items():
+            if value is None or (OPTIONS[name][0] is not None and value == OPTIONS[name][0]):
+                continue
+            if isinstance(value, Tensor):
+                value = value.detach().to(self.device, torch.float64 if name == "quantiles" else self.real)
+                if name != "quantiles" and value.dim() == 2 and len(value) != len(self.members):
+                    raise ValueError(
+                        f"fit: {name}: expected a row for each of {len(self.members)} members, "
+                        f"got shape {list(value.shape)}"
+                    )
+            elif isinstance(value, Sequence):
+                value = tuple(float(one) for one in value)
+            own[name] = value
+        return own
+
+    def _loss_options(self) -> LossOptions:
+        """Those of the members that there are now."""
+        options: Any = {
+            name: value[self.members] if isinstance(value, Tensor) and value.dim() == 2 else value
+            for name, value in self.loss_options.items()
+        }
+        own: LossOptions = options
+        return own
+
+    def counts(self, target: Tensor | None, weight: Tensor | None) -> Tensor | None:
+        """What each row of a batch counts in the mean loss, float64 `[B]` or `[E, B]`; None: all the same."""
+        class_weight = self._loss_options().get("class_weight")
+        if class_weight is None or target is None:
+            return None if weight is None else weight.double()
+        labels = target.clamp(0, class_weight.shape[-1] - 1)  # what is left out may be any number
+        members = len(self.members) if class_weight.dim() == 2 else 1
+        like = torch.empty(
+            *(labels.shape if labels.dim() == 2 else (members, len(labels))),
+            dtype=torch.float64,
+            device=labels.device,
+        )
+        counts = weights_of(class_weight, labels, like)
+        counts = counts[0] if labels.dim() == 1 and members == 1 else counts
+        return counts if weight is None else counts * weight.double()
 
     def _reduced(self, losses: Any, output: Tensor, weight: Tensor | None) -> Tensor:
         members, rows = output.shape[:2]
@@ -497,17 +534,17 @@ class Trainer:
         if size is None or rows <= size:
             yield batch, weight, drawn
             return
-        whole = None if weight is None else row_sums(weight.double())
+        counts = self.counts(target, weight)
+        whole = None if counts is None else row_sums(counts)
         for i, start in enumerate(range(0, rows, size)):
             length = min(size, rows - start)
             part = [None if t is None else t.narrow(axis, start, length) for t in batch]
             # What a row drops follows from the seed and its place in what is computed at once.
             options = {k: v if k == "mode" else v ^ _of_part(i) for k, v in drawn.items()}
             options["share"] = options["share_of_rows"] = length / rows
-            own = None
-            if weight is not None and whole is not None:
-                own = weight.narrow(-1, start, length)
-                share = row_sums(own.double()) / torch.where(whole > 0, whole, 1)
+            own = None if weight is None else weight.narrow(-1, start, length)
+            if counts is not None and whole is not None:
+                share = row_sums(counts.narrow(-1, start, length)) / torch.where(whole > 0, whole, 1)
                 options["share"] = share.to(self.real)
             yield part, own, options
 

@@ -74,42 +74,83 @@ Activated activate(double z, ActivationKind activation) {
   return {z, 1};
 }
 
+// Options of the losses, of one member.
+struct Options {
+  double temperature, label_smoothing, delta;
+  Doubles quantiles, class_weight, log_variance_min, log_variance_max;  // empty: without
+};
+
 // Loss of one example, and its gradient in the place of the outputs.
-double example_loss(Loss loss, Doubles& z, const Doubles& y, double temperature, double smoothing) {
+double example_loss(Loss loss, Doubles& z, const Doubles& y, const Options& options) {
   const size_t n = z.size();
+  const auto terms = static_cast<double>(n);
   double sum = 0;
   if (loss == Loss::mse) {
     for (size_t k = 0; k < n; ++k) {
       const double error = z[k] - y[k];
-      sum += error * error / static_cast<double>(n);
-      z[k] = 2 * error / static_cast<double>(n);
+      sum += error * error / terms;
+      z[k] = 2 * error / terms;
     }
   } else if (loss == Loss::bce) {
     for (size_t k = 0; k < n; ++k) {
-      sum += (std::max(z[k], 0.0) - z[k] * y[k] + std::log1p(std::exp(-std::abs(z[k])))) /
-             static_cast<double>(n);
-      z[k] = (sigmoid(z[k]) - y[k]) / static_cast<double>(n);
+      sum += (std::max(z[k], 0.0) - z[k] * y[k] + std::log1p(std::exp(-std::abs(z[k])))) / terms;
+      z[k] = (sigmoid(z[k]) - y[k]) / terms;
+    }
+  } else if (loss == Loss::huber || loss == Loss::smooth_l1) {
+    const double d = options.delta, by = terms * (loss == Loss::huber ? 1 : d);
+    for (size_t k = 0; k < n; ++k) {
+      const double error = z[k] - y[k], size = std::abs(error);
+      sum += (size <= d ? error * error / 2 : d * (size - d / 2)) / by;
+      z[k] = (size <= d ? error : std::copysign(d, error)) / by;
+    }
+  } else if (loss == Loss::quantile) {
+    const size_t count = options.quantiles.size();
+    for (size_t k = 0; k < n; ++k) {
+      const double tau = options.quantiles[k % count], error = y[k / count] - z[k];
+      sum += std::max(tau * error, (tau - 1) * error) / terms;
+      z[k] = (error > 0 ? -tau : error < 0 ? 1 - tau : 0) / terms;
+    }
+  } else if (loss == Loss::poisson_nll) {
+    for (size_t k = 0; k < n; ++k) {
+      sum += (std::exp(z[k]) - y[k] * z[k]) / terms;
+      z[k] = (std::exp(z[k]) - y[k]) / terms;
     }
   } else if (loss == Loss::gaussian_nll) {
     const auto half = n / 2;
-    const auto terms = static_cast<double>(half);
+    const auto halves = static_cast<double>(half);
     for (size_t k = 0; k < half; ++k) {
-      const double raw = z[half + k], variance = softplus(raw) + 1e-6, error = z[k] - y[k];
-      sum += (0.5 * std::log(variance) + error * error / (2 * variance)) / terms;
-      z[k] = error / variance / terms;
-      z[half + k] = 0.5 / variance * (1 - error * error / variance) * sigmoid(raw) / terms;
+      const double raw = z[half + k], error = z[k] - y[k];
+      double s, slope;  // log variance, and its derivative
+      if (options.log_variance_min.empty()) {
+        const double variance = softplus(raw) + 1e-6;
+        s = std::log(variance);
+        slope = sigmoid(raw) / variance;
+      } else {
+        const double low = options.log_variance_min[k], high = options.log_variance_max[k];
+        const double t = high - std::log1p(std::exp(high - raw));
+        s = low + std::log1p(std::exp(t - low));
+        slope = sigmoid(t - low) * sigmoid(high - raw);
+      }
+      const double squares = error * error * std::exp(-s);
+      sum += (s + squares) / 2 / halves;
+      z[k] = error * std::exp(-s) / halves;
+      z[half + k] = (1 - squares) / 2 * slope / halves;
     }
-  } else {  // cross_entropy
-    double largest = z[0], total = 0;
+  } else {  // cross_entropy, soft_cross_entropy
+    double largest = z[0], total = 0, shares = 0;
     for (const double value : z) largest = std::max(largest, value);
-    for (const double value : z) total += std::exp((value - largest) / temperature);
-    const auto label = static_cast<size_t>(y[0]);
-    sum = std::log(total);
+    for (const double value : z) total += std::exp((value - largest) / options.temperature);
+    const auto share = [&](size_t k) {
+      const bool given = loss == Loss::soft_cross_entropy;
+      double q = given ? y[k] : k == static_cast<size_t>(y[0]) ? 1 : 0;
+      q = q * (1 - options.label_smoothing) + options.label_smoothing / terms;
+      return options.class_weight.empty() ? q : q * options.class_weight[k];
+    };
+    for (size_t k = 0; k < n; ++k) shares += share(k);
     for (size_t k = 0; k < n; ++k) {
-      const double scaled = (z[k] - largest) / temperature, p = std::exp(scaled) / total;
-      const double q = (k == label ? 1 - smoothing : 0) + smoothing / static_cast<double>(n);
-      sum -= q * scaled;
-      z[k] = (p - q) / temperature;
+      const double scaled = (z[k] - largest) / options.temperature;
+      sum += share(k) * (std::log(total) - scaled);
+      z[k] = (std::exp(scaled) / total * shares - share(k)) / options.temperature;
     }
   }
   return sum;
@@ -141,7 +182,10 @@ struct Model {
   std::vector<T> input, target, sample_weight, member_scale;
   std::vector<int64_t> labels, seeds;
   Doubles rates;  // of dropout, of the members; empty: one for all
-  double temperature = 0.75, label_smoothing;
+  double temperature = 0.75, label_smoothing, delta = 0.75;
+  Doubles quantiles;
+  std::vector<T> class_weight, log_variance_min, log_variance_max;  // empty: without
+  bool own_options;                                                 // of each member
 
   explicit Model(const Case& given) : c(given), shared_gradient(given.shared_input) {
     label_smoothing = (c.batch + c.weighted) % 2 == 0 ? 0 : 0.2;
@@ -166,7 +210,27 @@ struct Model {
         labels.push_back(static_cast<int64_t>(random() % static_cast<uint64_t>(out)));
       }
     } else {
+      if (c.loss == Loss::quantile) {
+        quantiles = {0.125, 0.5, 0.875};
+        while (out % static_cast<int64_t>(quantiles.size()) != 0) quantiles.pop_back();
+      }
       target = grid((c.shared_target ? 1 : e) * b * target_features(), 1, 0.125);
+      if (c.loss == Loss::poisson_nll || c.loss == Loss::soft_cross_entropy) {
+        for (T& value : target) value = std::abs(value);
+      }
+    }
+    own_options = b % 2 == 0;
+    const int64_t sets = own_options ? e : 1;
+    if (c.loss == Loss::cross_entropy && b % 3 != 0) {
+      class_weight = grid(sets * out, 1, 0.25);
+      // None is 0 beside sample weights of which one is all that counts.
+      const T least = c.weights == Weights::ordinary ? T{0} : T{0.25};
+      for (T& value : class_weight) value = (std::abs(value) + least) * weight(b + 1);
+    }
+    if (c.loss == Loss::gaussian_nll && b % 3 != 0) {
+      log_variance_min = grid(sets * out / 2, 1, 0.25);
+      log_variance_max = log_variance_min;
+      for (T& value : log_variance_max) value += T{1.5};
     }
     for (int64_t i = 0; i < (c.weighted == 0 ? 0 : c.weighted == 1 ? 1 : e) * b; ++i) {
       const bool left_out = b > 1 && i % 5 == 1;
@@ -209,7 +273,28 @@ struct Model {
   }
 
   int64_t target_features() const {
-    return c.loss == Loss::gaussian_nll ? c.widths.back() / 2 : c.widths.back();
+    const int64_t out = c.widths.back();
+    if (c.loss == Loss::quantile) return out / static_cast<int64_t>(quantiles.size());
+    return c.loss == Loss::gaussian_nll ? out / 2 : out;
+  }
+
+  Doubles of_member(const std::vector<T>& values, int64_t m) const {
+    const int64_t each = static_cast<int64_t>(values.size()) / (own_options ? c.ensemble_size : 1);
+    const T* at = values.data() + (own_options ? m : 0) * each;
+    return Doubles(at, at + each);
+  }
+  Options options_of(int64_t m) const {
+    Doubles of_classes = of_member(class_weight, m);  // only their ratios count
+    double largest = 0;
+    for (const double value : of_classes) largest = std::max(largest, value);
+    for (double& value : of_classes) value /= largest > 0 ? largest : 1;
+    return {temperature,
+            label_smoothing,
+            delta,
+            quantiles,
+            of_classes,
+            of_member(log_variance_min, m),
+            of_member(log_variance_max, m)};
   }
 
   // Runs the three rounds with their items cut into pieces of `step`. `needs_grad`: bit 0 the input's
@@ -252,8 +337,20 @@ struct Model {
     t.forward.dropout.rates = rates.empty() ? nullptr : rates.data();
     t.forward.dropout.seeds = seeds.data();
     t.loss = c.loss;
-    t.temperature = temperature;
-    t.label_smoothing = label_smoothing;
+    pyens::LossParameters& of_loss = t.of_loss;
+    of_loss.temperature = temperature;
+    of_loss.label_smoothing = label_smoothing;
+    of_loss.delta = delta;
+    of_loss.quantiles = quantiles.data();
+    of_loss.num_quantiles = static_cast<int64_t>(quantiles.size());
+    const auto set = [&](const std::vector<T>& values, const void*& data, int64_t& member_stride) {
+      if (values.empty()) return;
+      data = values.data();
+      member_stride = own_options ? static_cast<int64_t>(values.size()) / e : 0;
+    };
+    set(class_weight, of_loss.class_weight, of_loss.class_weight_member_stride);
+    set(log_variance_min, of_loss.log_variance_min, of_loss.log_variance_min_member_stride);
+    set(log_variance_max, of_loss.log_variance_max, of_loss.log_variance_max_member_stride);
     const bool classes = c.loss == Loss::cross_entropy;
     t.target_row_stride = classes ? 1 : target_features();
     t.target_member_stride = c.shared_target ? 0 : b * t.target_row_stride;
@@ -307,17 +404,31 @@ struct Model {
         if (!c.weighted) return 1.0L;  // long double: its range is wider
         return static_cast<long double>(sample_weight[index((c.weighted == 2 ? m * b : 0) + row)]);
       };
+      const Options options = options_of(m);
       long double total = 0;
-      for (int64_t row = 0; row < b; ++row) total += weight_of(row);
       for (int64_t row = 0; row < b; ++row) {
         const long double weight = weight_of(row);
-        if (weight != 0) add_example(m, row, static_cast<double>(weight / total), results);
+        if (weight == 0) continue;
+        total += options.class_weight.empty()
+                     ? weight
+                     : weight * options.class_weight[index(label_of(m, row))];
+      }
+      for (int64_t row = 0; row < b; ++row) {
+        const long double weight = weight_of(row);
+        if (weight != 0 && total != 0) {
+          add_example(m, row, static_cast<double>(weight / total), options, results);
+        }
       }
     }
     return results;
   }
 
-  void add_example(int64_t m, int64_t row, double share, Results<double>& results) const {
+  int64_t label_of(int64_t m, int64_t row) const {
+    return labels[index((c.shared_target ? 0 : m * c.batch) + row)];
+  }
+
+  void add_example(int64_t m, int64_t row, double share, const Options& options,
+                   Results<double>& results) const {
     const int64_t b = c.batch, in = c.widths[0];
     const T* x = input.data() + ((c.shared_input ? 0 : m * b) + row) * in;
     std::vector<Doubles> read{Doubles(x, x + in)},
@@ -360,12 +471,12 @@ struct Model {
     } else {
       Doubles y;
       if (c.loss == Loss::cross_entropy) {
-        y.push_back(static_cast<double>(labels[index((c.shared_target ? 0 : m * b) + row)]));
+        y.push_back(static_cast<double>(label_of(m, row)));
       } else {
         const T* at = target.data() + ((c.shared_target ? 0 : m * b) + row) * features;
         y.assign(at, at + features);
       }
-      results[0][index(m)] += share * example_loss(c.loss, g, y, temperature, label_smoothing);
+      results[0][index(m)] += share * example_loss(c.loss, g, y, options);
       const double scale = member_scale.empty() ? 1 : static_cast<double>(member_scale[index(m)]);
       for (double& value : g) value *= share * scale;
     }
@@ -485,14 +596,16 @@ void test_values() {
 int main() {
   const std::vector<std::vector<int64_t>> shapes = {
       {1, 1}, {5, 3}, {8, 8, 8}, {33, 17, 9, 7}, {32, 50, 20, 10, 1}, {129, 13, 16}, {140, 200, 3}};
-  const Loss losses[] = {Loss::none, Loss::mse, Loss::bce, Loss::gaussian_nll, Loss::cross_entropy};
+  const Loss losses[] = {
+      Loss::none,  Loss::mse,       Loss::bce,      Loss::gaussian_nll, Loss::cross_entropy,
+      Loss::huber, Loss::smooth_l1, Loss::quantile, Loss::poisson_nll,  Loss::soft_cross_entropy};
   int i = 0;
-  const auto test_both = [&](int64_t batch, const std::vector<int64_t>& widths) {
+  const auto test_both = [&](int64_t batch, const std::vector<int64_t>& widths, int loss) {
     Case c{};
     c.ensemble_size = 1 + i % 4 + (i % 9 == 0 ? 8 : 0);  // 9 and more: groups of several members
     c.batch = batch;
     c.widths = widths;
-    c.loss = losses[i % 5];
+    c.loss = losses[loss];
     c.activation = kActivationKinds[i % 3 == 0 ? 0 : i % kActivations];
     c.shared_input = i % 2 == 0;
     c.shared_target = i % 4 < 2;
@@ -500,17 +613,22 @@ int main() {
     c.weighted = c.loss == Loss::none ? 0 : i % 3;
     c.dropout = i % 4 == 3 ? 0.5 : 0;  // 1 / (1 - p) is on the grid too
     if (c.loss == Loss::gaussian_nll) c.widths.back() *= 2;
+    if (c.loss == Loss::quantile) c.widths.back() *= 3;
     test<float>(c);
     c.shared_input = !c.shared_input;
     test<double>(c);
     ++i;
   };
   for (const auto& widths : shapes) {
-    for (const int64_t batch : {1, 7, 9, 16, 17, 65, 300}) test_both(batch, widths);
+    for (const int64_t batch : {1, 7, 9, 16, 17, 65, 300}) {
+      const int loss = i;
+      test_both(batch, widths, loss % 5);
+      if (batch < 100) test_both(batch, widths, 5 + loss % 5);
+    }
   }
   // Several tiles to a span; so wide that tiles are smaller.
-  for (int repeat = 0; repeat < 4; ++repeat) test_both(4097 + 64 * repeat, {3, 4, 2});
-  test_both(140, {4200, 3, 2});
+  for (int repeat = 0; repeat < 4; ++repeat) test_both(4097 + 64 * repeat, {3, 4, 2}, 1 + repeat);
+  test_both(140, {4200, 3, 2}, 4);
   // Sample weights at the ends of their range.
   for (const Weights weights :
        {Weights::subnormal, Weights::overflowing, Weights::one_huge, Weights::zero}) {

@@ -173,18 +173,23 @@ void forward_layer(const MLPLayer& layer, int64_t member, int64_t examples,
   }
 }
 
-// Zeros in the lanes behind the last example: a bias that is infinite left them so, and the sums over the
-// examples multiply them by 0.
+// Zeros in the lanes behind the last example, up to `end`: a bias that is infinite left them so, and the sums
+// over the examples multiply them by 0.
+template <class Real>
+void clear_lanes(Real* panels, int64_t width, int64_t examples, int64_t end) {
+  constexpr int64_t P = kPanelOf<Real>;
+  for (int64_t b = examples; b < end;) {
+    const int64_t next = std::min(b / P * P + P, end);
+    for (int64_t u = 0; u < width; ++u) {
+      Real* lanes = panels + (b / P * width + u) * P;
+      std::fill(lanes + b % P, lanes + b % P + (next - b), Real{0});
+    }
+    b = next;
+  }
+}
 template <class Real>
 void clear_padding(Real* panels, int64_t width, int64_t examples) {
-  using V = Wide<Real>;
-  constexpr int64_t N = lanes_of<V>(), P = kPanelOf<Real>;
-  const int64_t left = examples % N, b = examples - left;
-  if (left == 0) return;
-  for (int64_t u = 0; u < width; ++u) {
-    Real* lanes = panels + (b / P * width + u) * P + b % P;
-    std::fill(lanes + left, lanes + N, Real{0});
-  }
+  clear_lanes(panels, width, examples, round_up(examples, lanes_of<Wide<Real>>()));
 }
 
 // The hidden layers of a tile, panels [out][kPanel] of each, to rows: see write_strengths.
@@ -235,7 +240,8 @@ void forward_tile(const EnsembleMLPParams& p, int64_t member, int64_t first, int
     forward_layer<A>(layer, p.parameters_of(member), examples, x, sums ? sums : z, scratch.weights,
                      scratch.bias);
     if (sums) {
-      clear_padding(sums, out, examples);
+      const bool at_end = first + examples == p.batch;
+      if (at_end) clear_lanes(sums, out, examples, kept_rows(p.batch) - first);
       if (sums_are_read(p, member, l)) {
         z = sums;
       } else {

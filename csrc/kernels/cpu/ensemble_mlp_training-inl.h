@@ -8,10 +8,12 @@
 //   outputs          z = W x      kRows neurons x kVectors vectors in registers, weights broadcast
 //   input gradients  W^T g        the same with the weights read down their columns
 //   weight gradients g x^T        as many (neuron, input) pairs as a vector has lanes; each lane sums
-//                                 its examples, and at the end of the tile the lanes are summed
+//                                 its examples, and at the end of the tile the lanes are summed; where
+//                                 vectors are short, outer products (see kOuterProducts)
 //
 // Order of summation, fixed by the batch alone. A weight gradient: per lane one chain of multiply-
-// adds over the tile's examples; the lanes of a tile in a tree; the tiles of a span in order; the
+// adds over the tile's examples (one chain of all examples in outer products); the lanes of a tile in a
+// tree; the tiles of a span in order; the
 // (at most kMaxSpans) spans in order. The gradient of a shared input: members in order within each
 // of at most kMaxGroups groups, the groups in order. So no bit depends on the number of threads, and
 // but for a shared input none on the members beside.
@@ -30,6 +32,12 @@ using ensemble_mlp_cpu::Training;
 
 constexpr int64_t kMaxSpans = 16;
 constexpr int64_t kMaxGroups = 8;
+
+// With 16 registers; see outer_weight_gradient.
+constexpr bool kOuterProducts = kVectors == 2;
+constexpr int kColumnVectors = 2;
+template <class Real>
+constexpr int64_t kOuterColumns = kColumnVectors * kWideLanes<Real>;
 
 // --- how the work is cut ---------------------------------------------------------------------------
 
@@ -116,15 +124,11 @@ struct TrainingPartial {
   }
 };
 
-inline int64_t target_features(const Training& t) {
-  const int64_t out = t.forward.layers[t.forward.num_layers - 1].out;
-  if (t.loss == Loss::cross_entropy) return 1;
-  return t.loss == Loss::gaussian_nll ? out / 2 : out;
+inline int64_t outputs_of(const Training& t) {
+  return t.forward.layers[t.forward.num_layers - 1].out;
 }
-// Number of terms that an example's loss averages.
-inline int64_t loss_terms(const Training& t) {
-  return t.loss == Loss::none ? 1 : target_features(t);
-}
+inline int64_t target_features(const Training& t) { return target_features(t, outputs_of(t)); }
+inline int64_t loss_terms(const Training& t) { return loss_terms(t, outputs_of(t)); }
 
 // Whether the derivative of layer l's activation gets panels of its own.
 inline bool needs_slope(const EnsembleMLPParams& p, int64_t l) {
@@ -142,6 +146,7 @@ struct TrainingScratch {
   Real* input;                   // panels of the tile's input
   Real* target;                  // panels of its targets
   Real* example_weight;          // [tile], scaled; 0 behind the last example
+  Real* class_weight;            // [out], scaled, where there are some
   Real** hidden;                 // [layers]: panels of what each layer puts out
   const Real** reads;            // [layers]: panels of what each layer reads
   Real** slope;                  // [layers]: derivative of the activation there, where it is needed
@@ -149,6 +154,7 @@ struct TrainingScratch {
   Real* output;                  // where the outputs' place has their gradient, the outputs
   Real* gradient[2];             // by what a layer reads, in turn
   Real* weights;                 // a block of weights, converted
+  Real* outer_rows;              // of a weight gradient of outer products
   Real* bias;                    // of one layer
   Real* norm;                    // weights and biases of one norm
   Real* norm_sums;               // their gradients over the tile, lane by lane
@@ -175,6 +181,7 @@ struct TrainingScratch {
     input = reals(s.tile * p.layers[0].in);
     target = reals(s.tile * target_features(t));
     example_weight = reals(s.tile);
+    class_weight = reals(t.of_loss.class_weight ? outputs_of(t) : 0);
     int64_t widest = t.grad_input ? p.layers[0].in : 0;  // of the layers' inputs
     for (int64_t l = 0; l < p.num_layers; ++l) {
       const bool last = l + 1 == p.num_layers;
@@ -195,6 +202,8 @@ struct TrainingScratch {
     output = reals(t.loss == Loss::none && keeps(p, p.num_layers - 1) ? s.tile * outputs : 0);
     for (Real*& g : gradient) g = reals(s.lowest < p.num_layers ? s.tile * widest : 0);
     weights = reals(A::kDirect ? 0 : kNeuronBlock * kBlock);
+    outer_rows =
+        reals(kOuterProducts ? round_up(s.tile, kWideLanes<Real>) * kOuterColumns<Real> : 0);
     bias = reals(round_up(max_width(p), kNarrowLanes<Real>));
     norm = reals(p.rich() ? 2 * max_width(p) : 0);
     norm_sums = reals(p.rich() ? 2 * max_width(p) * lanes_of<Wide<Real>>() : 0);
@@ -319,10 +328,98 @@ Wide<Real> weight_gradient_block(const Real* g, int64_t g_stride, int64_t rows, 
   return sum_lanes(sum);
 }
 
+// With 16 registers a block of lanes is too small to feed the multiply-adds. There a weight gradient is a sum of
+// outer products instead: kColumnVectors vectors of inputs, transposed to rows [example][input] once for all
+// neurons, times the gradients of kRows neurons, broadcast. Per example 8 loads feed 12 multiply-adds. Each
+// sum is one chain over the tile's examples.
+// Whether that pays: columns behind the last are computed too.
+template <class Real>
+constexpr bool takes_outer_products(int64_t in) {
+  return kOuterProducts && 4 * round_up(in, kOuterColumns<Real>) <= 5 * in;
+}
+
+// Inputs [first, first + kOuterColumns) of panels [in][kPanel] to rows [example][kOuterColumns], zeros where
+// there is no input.
+template <class Real>
+void to_outer_rows(const Real* x, int64_t in, int64_t first, int64_t examples, Real* rows) {
+  using V = Wide<Real>;
+  constexpr int N = lanes_of<V>();
+  constexpr int64_t P = kPanelOf<Real>;
+  for (int64_t b = 0; b < examples; b += N) {
+    for (int64_t c = 0; c < kOuterColumns<Real>; c += N) {
+      V r[N];
+      for (int i = 0; i < N; ++i) {
+        const int64_t u = first + c + i;
+        r[i] = u < in ? load<V>(x + (b / P * in + u) * P + b % P) : V{};
+      }
+      transpose(r);
+      for (int i = 0; i < N; ++i) store(rows + (b + i) * kOuterColumns<Real> + c, r[i]);
+    }
+  }
+}
+
+template <class Real>
+struct OuterProducts {
+  const Real* g;  // panels [out][kPanel]
+  int64_t out;
+  const Real* rows;
+  int64_t examples;
+  Real* weight;  // [out][in], from the first of the columns on
+  int64_t in, columns;
+  bool first;
+
+  template <int R, int /*NV*/>
+  void run(int64_t row) const {
+    using V = Wide<Real>;
+    constexpr int N = lanes_of<V>();
+    constexpr int64_t P = kPanelOf<Real>;
+    V sum[R][kColumnVectors] = {};
+    const Real* x = rows;
+    for (int64_t b = 0; b < examples; b += P) {
+      const Real* from = g + (b * out / P + row) * P;
+      const int64_t count = std::min(P, examples - b);
+      for (int64_t i = 0; i < count; ++i, x += kOuterColumns<Real>) {
+        const V left = load<V>(x), right = load<V>(x + N);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+          const V by = broadcast<V>(from[r * P + i]);
+          sum[r][0] = madd(by, left, sum[r][0]);
+          sum[r][1] = madd(by, right, sum[r][1]);
+        }
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      Real* to = weight + (row + r) * in;
+      if (columns == kOuterColumns<Real>) {
+        store(to, first ? sum[r][0] : load<V>(to) + sum[r][0]);
+        store(to + N, first ? sum[r][1] : load<V>(to + N) + sum[r][1]);
+        continue;
+      }
+      for (int64_t c = 0; c < columns; ++c) store_or_add(to + c, sum[r][c / N][c % N], first);
+    }
+  }
+};
+
+template <class Real>
+void outer_weight_gradient(const Real* g, int64_t out, const Real* x, int64_t in, int64_t examples,
+                           Real* weight, bool first, Real* rows) {
+  for (int64_t i = 0; i < in; i += kOuterColumns<Real>) {
+    to_outer_rows(x, in, i, examples, rows);
+    const int64_t columns = std::min(kOuterColumns<Real>, in - i);
+    run_rows<1>(out, OuterProducts<Real>{g, out, rows, examples, weight + i, in, columns, first});
+  }
+}
+
 // weight[o][i] <- (first ? 0 : weight[o][i]) + sum_b g[o][b] x[i][b] over the tile.
 template <class Real>
 void weight_gradient(const Real* g, int64_t out, const Real* x, int64_t in, int64_t examples,
-                     Real* weight, bool first) {
+                     Real* weight, bool first, [[maybe_unused]] Real* rows) {
+  if constexpr (kOuterProducts) {
+    if (takes_outer_products<Real>(in)) {
+      return outer_weight_gradient(g, out, x, in, examples, weight, first, rows);
+    }
+  }
   constexpr int64_t P = kPanelOf<Real>;
   constexpr int C = kColumns<Real>, R = kNeurons<Real>;
   Real sums[R * C];
@@ -523,8 +620,10 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
     x = h;
   }
 
-  const double loss = loss_tile(t, scratch.hidden[layers - 1], out, scratch.target,
-                                target_features(t), scratch.example_weight, examples, scale);
+  if (t.of_loss.class_weight) scale_class_weights(t, member, out, scratch.class_weight);
+  const double loss =
+      loss_tile(t, member, scratch.class_weight, scratch.hidden[layers - 1], out, scratch.target,
+                target_features(t), scratch.example_weight, examples, scale);
 
   Real* gradient = scratch.hidden[layers - 1];
   for (int64_t l = layers; l-- > s.lowest;) {
@@ -553,7 +652,7 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
     }
     if (to.weight) {
       weight_gradient(gradient, rows, scratch.reads[l], in, examples, static_cast<Real*>(to.weight),
-                      first_sum);
+                      first_sum, scratch.outer_rows);
     }
     if (to.bias) {
       bias_gradient(gradient, rows, examples, static_cast<Real*>(to.bias), first_sum);
@@ -600,8 +699,10 @@ ensemble_mlp_cpu::TrainingError prepare_training(const Training& t, int64_t begi
   using ensemble_mlp_cpu::TrainingError;
   const TrainingPartial<A> partial(t, TrainingSchedule<A>(t));
   const EnsembleMLPParams& p = t.forward;
-  const int64_t classes = p.layers[p.num_layers - 1].out;
-  const bool own_weights = t.sample_weight && t.sample_weight_member_stride != 0;
+  const int64_t classes = outputs_of(t);
+  const bool own_weights = (t.sample_weight && t.sample_weight_member_stride != 0) ||
+                           (t.of_loss.class_weight && (t.of_loss.class_weight_member_stride != 0 ||
+                                                       t.target_member_stride != 0));
   for (int64_t m = begin; m < end; ++m) {
     const auto* weight = static_cast<const Real*>(t.sample_weight);
     if (weight) weight += m * t.sample_weight_member_stride;
@@ -628,6 +729,18 @@ ensemble_mlp_cpu::TrainingError prepare_training(const Training& t, int64_t begi
       const bool left_out = weight && weight[b] == 0;
       if (!left_out && (label < 0 || label >= classes)) return TrainingError::target_out_of_range;
     }
+    if (!t.of_loss.class_weight) continue;
+    // The mean divides by the weights of the examples times those of their classes.
+    const auto* of_class = class_weights<Real>(t, m);
+    const double class_scale = class_weight_scale(of_class, classes);
+    sum = 0;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      if (weight && weight[b] == 0) continue;
+      const Real own = weight ? scaled_sample_weight(weight[b], scale) : 1;
+      const Real by = scaled_sample_weight(of_class[labels[b * t.target_row_stride]], class_scale);
+      sum += static_cast<double>(own) * static_cast<double>(by);
+    }
+    partial.weight_sum[m] = sum;
   }
   return TrainingError::none;
 }
@@ -661,7 +774,7 @@ void train_group(const Training& t, const TrainingSchedule<A>& s, const Training
   const int64_t last_tile = std::min(first_tile + s.tiles_per_span, s.tiles);
   for (int64_t m = first_member; m < last_member; ++m) {
     const double terms = partial.weight_sum[m] * static_cast<double>(loss_terms(t));
-    Real scale = terms > 0 ? static_cast<Real>(1 / terms) : 0;
+    Real scale = mean_scale<Real>(terms);
     if (t.member_scale) scale *= static_cast<const Real*>(t.member_scale)[m];
     Real* sums = s.by_span ? partial.gradients + (span * p.ensemble_size + m) * s.member_gradients
                            : scratch.member;

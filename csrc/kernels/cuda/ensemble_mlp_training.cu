@@ -59,9 +59,9 @@ struct Arguments {
   int64_t example_reals, member_gradients;
   int64_t tile, tiles, tiles_per_span, spans;
   int64_t lowest;  // the lowest layer that is differentiated
-  // In scratch: double [E] twice, double [E, spans], Real [spans, E, member_gradients], and for a shared
+  // In scratch: double [E] three times, double [E, spans], Real [spans, E, member_gradients], and for a shared
   // input Real [E, B, I].
-  double *weight_scales, *weight_sums, *loss_sums;
+  double *weight_scales, *weight_sums, *class_scales, *loss_sums;
   void *span_gradients, *member_inputs;
   size_t scratch_bytes;
 };
@@ -124,24 +124,37 @@ Arguments make_arguments(const EnsembleMLPTraining& t, void* scratch) {
   const int64_t members = p.ensemble_size, shared_input = t.grad_input && t.sum_grad_input;
   a.weight_scales = reinterpret_cast<double*>(take(members * 8));
   a.weight_sums = reinterpret_cast<double*>(take(members * 8));
+  a.class_scales = reinterpret_cast<double*>(take(members * 8));
   a.loss_sums = reinterpret_cast<double*>(take(members * a.spans * 8));
   a.span_gradients = take(a.spans * members * a.member_gradients * real);
   a.member_inputs = take(shared_input * members * p.batch * a.layers[0].in * real);
   return a;
 }
 
-// Number of terms that an example's loss averages.
-__device__ inline int64_t loss_terms(const MLPTrainingCall& t, int64_t outputs) {
-  if (t.loss == Loss::none || t.loss == Loss::cross_entropy) return 1;
-  return t.loss == Loss::gaussian_nll ? outputs / 2 : outputs;
-}
-
 // --- the sums of the sample weights ----------------------------------------------------------------
 
 __device__ inline bool is_sample_weight(double w) { return w >= 0 && w <= 1.7976931348623157e308; }
 
-// A block per member: by what its weights are multiplied, and their sum then. NaN where a weight is negative
-// or not finite.
+template <class R>
+__device__ const R* class_weights(const MLPTrainingCall& t, int64_t member) {
+  return static_cast<const R*>(t.of_loss.class_weight) +
+         member * t.of_loss.class_weight_member_stride;
+}
+// By what a member's class weights are multiplied. NaN where one of them is negative or not finite.
+template <class R>
+__device__ double class_weight_scale(const MLPTrainingCall& t, int64_t member, int64_t classes) {
+  const R* weight = class_weights<R>(t, member);
+  double largest = 0;
+  for (int64_t c = 0; c < classes; ++c) {
+    const double w = static_cast<double>(weight[c]);
+    if (!is_sample_weight(w)) return static_cast<double>(NAN);
+    if (w > largest) largest = w;
+  }
+  return sample_weight_scale(largest);
+}
+
+// A block per member: by what its weights are multiplied, and their sum then, each times that of its class
+// where classes have weights. NaN where a weight is negative or not finite.
 template <class R>
 __global__ void __launch_bounds__(kThreads) weight_sums_kernel(const Arguments a) {
   PYENS_SHARED(double[kThreads], found);
@@ -158,9 +171,24 @@ __global__ void __launch_bounds__(kThreads) weight_sums_kernel(const Arguments a
   __syncthreads();
   for (int i = 0; i < kThreads; ++i) largest = found[i] > largest ? found[i] : largest;
   const double scale = sample_weight_scale(largest);
+  const bool by_class = t.of_loss.class_weight != nullptr;
+  const int64_t classes = a.layers[a.num_layers - 1].out;
+  const double class_scale = by_class ? class_weight_scale<R>(t, m, classes) : 1;
   for (int64_t b = threadIdx.x; b < batch; b += kThreads) {
-    const double w = weight ? static_cast<double>(weight[b]) : 1;
-    sum += is_sample_weight(w) ? w * scale : static_cast<double>(NAN);
+    const R given = weight ? weight[b] : R(1);
+    const double w = static_cast<double>(given);
+    if (!is_sample_weight(w)) {
+      sum += static_cast<double>(NAN);
+    } else if (!by_class) {
+      sum += w * scale;
+    } else if (w > 0) {
+      const int64_t label = static_cast<const int64_t*>(
+          t.target)[m * t.target_member_stride + b * t.target_row_stride];
+      const bool exists = label >= 0 && label < classes;
+      const R by = exists ? scaled_sample_weight(class_weights<R>(t, m)[label], class_scale)
+                          : static_cast<R>(NAN);
+      sum += static_cast<double>(scaled_sample_weight(given, scale)) * static_cast<double>(by);
+    }
   }
   __syncthreads();
   found[threadIdx.x] = sum;
@@ -170,6 +198,7 @@ __global__ void __launch_bounds__(kThreads) weight_sums_kernel(const Arguments a
   for (int i = 0; i < kThreads; ++i) sum += found[i];
   a.weight_scales[m] = scale;
   a.weight_sums[m] = sum;
+  a.class_scales[m] = class_scale;
 }
 
 // --- blocks of sums ----------------------------------------------------------------------------------
@@ -360,16 +389,51 @@ struct Tile {
       switch (t.loss) {
         case Loss::mse: loss = mse(z, out, target, factor); break;
         case Loss::bce: loss = bce(z, out, target, factor); break;
-        case Loss::gaussian_nll: loss = gaussian_nll(z, out, target, factor); break;
+        case Loss::gaussian_nll: loss = run_gaussian_nll(z, out, target, factor); break;
         case Loss::cross_entropy:
-          loss = cross_entropy(z, out, static_cast<const int64_t*>(t.target)[at],
-                               static_cast<R>(1 / t.temperature),
-                               ExpectedClasses<R>(t.label_smoothing, out), factor);
+        case Loss::soft_cross_entropy: loss = run_cross_entropy(z, out, at, factor); break;
+        case Loss::huber:
+        case Loss::smooth_l1:
+          loss = huber(z, out, target, loss_delta<R>(t.of_loss.delta), t.loss == Loss::smooth_l1,
+                       factor);
           break;
+        case Loss::quantile:
+          loss = quantile(z, out, target, t.of_loss.quantiles, t.of_loss.num_quantiles, factor);
+          break;
+        case Loss::poisson_nll: loss = poisson_nll(z, out, target, factor); break;
         case Loss::none: break;
       }
       losses()[b] = w * loss;
     }
+  }
+
+  __device__ R run_gaussian_nll(R* z, int64_t out, const R* target, R factor) const {
+    const LossParameters& p = a.training.of_loss;
+    if (!p.log_variance_min) return gaussian_nll(z, out, target, factor);
+    const R* low =
+        static_cast<const R*>(p.log_variance_min) + member * p.log_variance_min_member_stride;
+    const R* high =
+        static_cast<const R*>(p.log_variance_max) + member * p.log_variance_max_member_stride;
+    return bounded_gaussian_nll(z, out, target, low, high, factor);
+  }
+
+  // The target begins at `at`.
+  __device__ R run_cross_entropy(R* z, int64_t out, int64_t at, R factor) const {
+    const MLPTrainingCall& t = a.training;
+    const R inverse_temperature = static_cast<R>(1 / t.of_loss.temperature);
+    const ExpectedClasses<R> expected(t.of_loss.label_smoothing, out);
+    if (t.loss == Loss::soft_cross_entropy) {
+      const GivenShares<R> shares{static_cast<const R*>(t.target) + at, expected};
+      return weighted_cross_entropy(z, out, shares, inverse_temperature, factor);
+    }
+    const int64_t label = static_cast<const int64_t*>(t.target)[at];
+    if (!t.of_loss.class_weight) {
+      return cross_entropy(z, out, label, inverse_temperature, expected, factor);
+    }
+    // A class out of range has made the member's factor NaN.
+    const WeightedShares<R> shares{label, class_weights<R>(t, member), a.class_scales[member],
+                                   expected};
+    return weighted_cross_entropy(z, out, shares, inverse_temperature, factor);
   }
 
   // Adds to the span's sums, each element always by the same thread.
@@ -457,7 +521,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 2)
   const double terms = static_cast<double>(loss_terms(t, a.layers[last].out)) *
                        (t.loss == Loss::none ? 1 : a.weight_sums[member]);
   // If all weights are 0 the loss is 0. NaN stays.
-  R scale = terms == 0 ? R(0) : static_cast<R>(1 / terms);
+  R scale = mean_scale<R>(terms);
   if (t.member_scale) scale *= static_cast<const R*>(t.member_scale)[member];
   R* sums =
       static_cast<R*>(a.span_gradients) + (span * a.ensemble_size + member) * a.member_gradients;

@@ -39,6 +39,7 @@ struct Case {
   unsigned needs_grad = 7;  // bit 0 the input's gradient, 1 the weights', 2 the biases'
   Weights sample_weights = Weights::ordinary;
   Planted planted = {};
+  bool with_options = false;  // weights of the classes, bounds of the log variance
 };
 
 template <class T>
@@ -58,13 +59,37 @@ struct Problem {
   std::unique_ptr<Values<R>> target, sample_weight, member_scale;
   std::unique_ptr<Values<int64_t>> labels, seeds;
   std::unique_ptr<Values<double>> rates;  // of dropout, of the members
+  std::unique_ptr<Values<double>> quantiles;
+  std::unique_ptr<Values<R>> class_weight, log_variance_min, log_variance_max;
+  bool own_options;  // of each member
 
   explicit Problem(const Case& given) : c(given) {
     Random random(static_cast<uint64_t>(c.members * 1000 + c.batch));
     const int64_t e = c.members, b = c.batch, out = c.widths.back();
-    targets = c.loss == Loss::gaussian_nll ? out / 2 : out;
+    std::vector<double> some{0.125, 0.5, 0.875};
+    while (out % static_cast<int64_t>(some.size()) != 0) some.pop_back();
+    quantiles = std::make_unique<Values<double>>(some, "quantiles");
+    targets = c.loss == Loss::gaussian_nll ? out / 2
+              : c.loss == Loss::quantile   ? out / static_cast<int64_t>(some.size())
+                                           : out;
     std::vector<T> x = grid<T>(random, (c.shared_input ? 1 : e) * b * c.widths[0], 1, 0.25);
     std::vector<R> y = grid<R>(random, (c.shared_target ? 1 : e) * b * targets, 1, 0.125);
+    if (c.loss == Loss::poisson_nll || c.loss == Loss::soft_cross_entropy) {
+      for (R& value : y) value = std::abs(value);
+    }
+    own_options = (c.members + b) % 2 == 0;
+    const auto option = [&](int64_t size) {
+      std::vector<R> values = grid<R>(random, (own_options ? e : 1) * size, 1, 0.25);
+      return values;
+    };
+    std::vector<R> of_class = option(out), low = option(out / 2), high = low;
+    // None is 0 beside sample weights of which one is all that counts.
+    const R least = c.sample_weights == Weights::ordinary ? R(0) : R(0.25);
+    for (R& value : of_class) value = (std::abs(value) + least) * weight(b + 1);
+    for (R& value : high) value += R(1.5);
+    class_weight = std::make_unique<Values<R>>(of_class, "class_weight");
+    log_variance_min = std::make_unique<Values<R>>(low, "log_variance_min");
+    log_variance_max = std::make_unique<Values<R>>(high, "log_variance_max");
     std::vector<int64_t> classes, dropout_seeds;
     for (int64_t i = 0; i < (c.shared_target ? 1 : e) * b; ++i) {
       classes.push_back(static_cast<int64_t>(random() % static_cast<uint64_t>(out)));
@@ -178,8 +203,20 @@ struct Problem {
     f.dropout.rates = own_rates ? at(*rates) : nullptr;
     f.dropout.seeds = at(*seeds);
     t.loss = c.loss;
-    t.temperature = c.loss == Loss::cross_entropy ? 0.75 : 1;
-    t.label_smoothing = c.loss == Loss::cross_entropy && (c.batch + c.weighted) % 2 ? 0.2 : 0;
+    pyens::LossParameters& of_loss = t.of_loss;
+    of_loss.temperature = 0.75;
+    of_loss.label_smoothing = (c.batch + c.weighted) % 2 ? 0.2 : 0;
+    of_loss.delta = 0.75;
+    of_loss.quantiles = at(*quantiles);
+    of_loss.num_quantiles = static_cast<int64_t>(quantiles->cpu.size());
+    if (c.with_options) {
+      const int64_t out = own_options ? c.widths.back() : 0;
+      if (c.loss == Loss::cross_entropy) of_loss.class_weight = at(*class_weight);
+      of_loss.class_weight_member_stride = out;
+      of_loss.log_variance_min = at(*log_variance_min);
+      of_loss.log_variance_max = at(*log_variance_max);
+      of_loss.log_variance_min_member_stride = of_loss.log_variance_max_member_stride = out / 2;
+    }
     if (c.loss == Loss::none) {
       t.target = at(*output_gradient);
       t.target_row_stride = c.widths.back();
@@ -289,18 +326,23 @@ void test(const Case& c) {
 }
 
 // An out-of-range class and a negative weight: NaN for those members, and for no others.
-void test_wrong_values() {
+void test_wrong_values(bool with_options) {
   Case c{3, 9, {4, 5, 3}, Loss::cross_entropy, ActivationKind::tanh, true, false, true, 2, 0};
-  for (const int which : {0, 1, 2}) {
+  c.with_options = with_options;
+  for (const int which : {0, 1, 2, 3}) {
+    if (which == 3 && !with_options) continue;
     Problem<float> problem(c);
     const auto right = problem.run_gpu("wrong values");
     if (which < 2) {
       problem.labels->cpu[9 + 3] = which == 0 ? -1 : 3;  // of member 1
       problem.labels = std::make_unique<Values<int64_t>>(problem.labels->cpu, "labels");
-    } else {
+    } else if (which == 2) {
       problem.sample_weight->cpu[9 + 3] = -1;
       problem.sample_weight =
           std::make_unique<Values<float>>(problem.sample_weight->cpu, "weights");
+    } else {
+      problem.class_weight->cpu[3 + 1] = -1;
+      problem.class_weight = std::make_unique<Values<float>>(problem.class_weight->cpu, "weights");
     }
     const auto got = problem.run_gpu("wrong values");
     for (size_t m = 0; m < 3; ++m) {
@@ -314,7 +356,9 @@ void test_wrong_values() {
 }  // namespace
 
 int main() {
-  const Loss losses[] = {Loss::none, Loss::mse, Loss::bce, Loss::gaussian_nll, Loss::cross_entropy};
+  const Loss losses[] = {
+      Loss::none,  Loss::mse,       Loss::bce,      Loss::gaussian_nll, Loss::cross_entropy,
+      Loss::huber, Loss::smooth_l1, Loss::quantile, Loss::poisson_nll,  Loss::soft_cross_entropy};
   const std::vector<std::vector<int64_t>> shapes = {{3, 2}, {5, 7, 4}, {9, 13, 6, 2}};
   int i = 0;
   for (const auto& widths : shapes) {
@@ -326,6 +370,11 @@ int main() {
         test<double>(c);
         if (i % 2 == 0) test<float>(c);
         ++i;
+        if (loss != Loss::gaussian_nll && loss != Loss::cross_entropy) continue;
+        c.with_options = true;
+        c.members = 3;
+        test<double>(c);
+        test<float>(c);
       }
     }
   }
@@ -337,6 +386,7 @@ int main() {
       const int weighted = 1 + i++ % 2;
       Case c{3, 70, {5, 7, 4}, loss, ActivationKind::tanh, weighted == 2, true, true, weighted, 0};
       c.sample_weights = weights;
+      c.with_options = i % 2 == 0;
       test<double>(c);
       test<float>(c);
     }
@@ -350,6 +400,7 @@ int main() {
         Case c{2, 19, {5, 7, 4}, loss, kind, i % 3 == 0, true, true, i % 3, i % 4 == 0 ? 0.25 : 0};
         if (loss == Loss::none) c.weighted = 0;
         c.planted = {place, value};
+        c.with_options = i % 4 < 2;
         test<double>(c);
         test<float>(c);
         test<pyens::BFloat16>(c);
@@ -365,6 +416,7 @@ int main() {
   test<pyens::BFloat16>({2, 6, {5, 4, 2}, Loss::mse, ActivationKind::relu, true, true, true, 0, 0});
   test<pyens::Float16>(
       {2, 5, {5, 4, 2}, Loss::bce, ActivationKind::relu, false, false, true, 0, 0});
-  test_wrong_values();
+  test_wrong_values(false);
+  test_wrong_values(true);
   return finish();
 }

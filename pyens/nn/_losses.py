@@ -1,0 +1,172 @@
+"""What `pyens.ops.ensemble_mlp_loss` refuses, for losses that are computed of any model's outputs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyens._kinds import check_number, check_tensor
+from pyens._types import Loss
+from pyens.reference.ensemble_mlp_loss import LOSS_OPTIONS
+
+# Of the options that not every loss has: what leaves them out, and which have them.
+OPTIONS: dict[str, tuple[float | None, str]] = {
+    "temperature": (1, "cross_entropy has one"),
+    "label_smoothing": (0, "cross_entropy has it"),
+    "delta": (1, "huber and smooth_l1 have one"),
+    "quantiles": (None, "quantile has them"),
+    "class_weight": (None, "cross_entropy has them"),
+    "log_variance_min": (None, "gaussian_nll has one"),
+    "log_variance_max": (None, "gaussian_nll has one"),
+}
+
+
+def check_options(function: str, loss: Loss | Any, options: Mapping[str, Any]) -> None:
+    """Refuses options of a wrong kind, out of range, or of another loss; `loss` may be a function."""
+    own: Sequence[str] = LOSS_OPTIONS.get(loss, ()) if isinstance(loss, str) else ()  # type: ignore[call-overload]
+    for name, value in options.items():
+        none, losses = OPTIONS[name]
+        if none is not None:
+            check_number(function, name, value)
+        elif value is None:
+            continue
+        elif isinstance(value, Tensor) or name == "class_weight":
+            check_tensor(function, name, value)
+        elif name != "quantiles":
+            check_number(function, name, value)
+        if name not in own and (none is None or value != none):
+            got = f"a {type(value).__name__}" if none is None else value
+            raise ValueError(
+                f"{function}: {name}: expected {none} (only {losses}) with loss {loss}, got {got}"
+            )
+    for name in ("temperature", "delta"):
+        if not 0 < options.get(name, 1) < math.inf:
+            raise ValueError(f"{function}: {name}: expected a positive number, got {options[name]}")
+    if not 0 <= options.get("label_smoothing", 0) <= 1:
+        raise ValueError(
+            f"{function}: label_smoothing: expected a number from 0 to 1, got {options['label_smoothing']}"
+        )
+    quantiles, least, most = (options.get(n) for n in ("quantiles", "log_variance_min", "log_variance_max"))
+    if "quantiles" in own and quantiles is None:
+        raise ValueError(f"{function}: quantiles: expected some with loss quantile, got None")
+    if quantiles is not None:
+        _check_quantiles(function, quantiles)
+    for name, bound, other in (("min", least, "max"), ("max", most, "min")):
+        if bound is None and (least is not None or most is not None):
+            raise ValueError(
+                f"{function}: log_variance_{name}: expected one beside log_variance_{other}, got None"
+            )
+        if bound is not None and not _holds(torch.isfinite, bound):
+            raise ValueError(f"{function}: log_variance_{name}: expected finite numbers, got one that is not")
+    if least is not None and _meet(least, most) and not _holds(lambda gap: gap >= 0, most - least):
+        raise ValueError(f"{function}: log_variance_min: expected at most log_variance_max, got one above it")
+    weight = options.get("class_weight")
+    if weight is not None and not _holds(lambda w: w.isfinite() & (w >= 0), weight):
+        raise ValueError(
+            f"{function}: class_weight: expected finite weights of at least 0, got one that is not"
+        )
+
+
+def _check_quantiles(function: str, quantiles: Any) -> None:
+    if isinstance(quantiles, Tensor):
+        if quantiles.dim() != 1 or len(quantiles) == 0:
+            raise ValueError(
+                f"{function}: quantiles: expected [Q], at least one, got shape {list(quantiles.shape)}"
+            )
+        if not _holds(lambda q: (q > 0) & (q < 1), quantiles):
+            raise ValueError(
+                f"{function}: quantiles: expected numbers above 0 and below 1, got one that is not"
+            )
+        return
+    if not isinstance(quantiles, Sequence) or isinstance(quantiles, (str, bytes)):
+        raise TypeError(
+            f"{function}: quantiles: expected a sequence of numbers, got {type(quantiles).__name__}"
+        )
+    if len(quantiles) == 0:
+        raise ValueError(f"{function}: quantiles: expected [Q], at least one, got shape [0]")
+    for i, quantile in enumerate(quantiles):
+        check_number(function, f"quantiles[{i}]", quantile)
+        if not 0 < quantile < 1:
+            raise ValueError(
+                f"{function}: quantiles[{i}]: expected a number above 0 and below 1, got {quantile}"
+            )
+
+
+def _meet(one: Any, other: Any) -> bool:
+    """Whether they can be compared number by number: what else they are is found out later."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return True
+    return one.device == other.device and one.shape[-1:] == other.shape[-1:]
+
+
+def _holds(all: Any, value: Any) -> bool:
+    """Whether it holds of all of them; True where they cannot be looked at."""
+    if not isinstance(value, Tensor):
+        value = torch.tensor(float(value), dtype=torch.float64)
+    return not _is_readable(value) or bool(all(value.detach()).all())
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    in_transform = torch._C._functorch.peek_interpreter_stack() is not None
+    return not (torch.compiler.is_compiling() or in_transform or tensor.device.type != "cpu")
+
+
+def check_values(
+    output: Tensor, target: Tensor, loss: Loss, weight: Tensor | None, options: Mapping[str, Any]
+) -> None:
+    """Refuses tensors that do not fit outputs `[E, B, O]`."""
+    members, rows, outputs = output.shape
+    targets: tuple[int, ...] = (outputs,)
+    if loss == "gaussian_nll":
+        if outputs % 2:
+            raise ValueError(
+                "loss: output: expected an even number of outputs for gaussian_nll (means, then raw "
+                f"variances), got {outputs}"
+            )
+        targets = (outputs // 2,)
+    elif loss == "quantile":
+        count = len(options["quantiles"])
+        if outputs % count:
+            raise ValueError(
+                f"loss: output: expected a multiple of {count} outputs (each target's quantiles), "
+                f"got {outputs}"
+            )
+        targets = (outputs // count,)
+    elif loss == "cross_entropy":
+        targets = ()
+    given: dict[str, tuple[Any, tuple[int, ...]]] = {
+        "target": (target, (members, rows, *targets)),
+        "sample_weight": (weight, (members, rows)),
+        "class_weight": (options.get("class_weight"), (members, outputs)),
+        "log_variance_min": (options.get("log_variance_min"), (members, *targets)),
+        "log_variance_max": (options.get("log_variance_max"), (members, *targets)),
+    }
+    for name, (tensor, shape) in given.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.shape not in (shape, shape[1:]):
+            raise ValueError(
+                f"loss: {name}: expected shape {list(shape[1:])} or {list(shape)}, "
+                f"got shape {list(tensor.shape)}"
+            )
+        if name == "target" and loss == "cross_entropy":
+            if tensor.dtype != torch.int64:
+                raise TypeError(f"loss: target: expected int64 classes for cross_entropy, got {tensor.dtype}")
+        elif tensor.dtype not in (output.dtype, torch.float32) or (
+            output.dtype == torch.float64 != tensor.dtype
+        ):
+            raise TypeError(
+                f"loss: {name}: expected the dtype of output ({output.dtype}), got {tensor.dtype}"
+            )
+        if tensor.requires_grad and not name.startswith("log_variance"):
+            raise ValueError(f"loss: {name}: expected requires_grad=False (it gets no gradient), got True")
+    if not _is_readable(output):
+        return
+    if weight is not None and not bool((weight.isfinite() & (weight >= 0)).all()):
+        raise ValueError("loss: sample_weight: expected finite weights of at least 0, got one that is not")
+    if loss == "cross_entropy":
+        wrong = (target < 0) | (target >= outputs)
+        if bool((wrong if weight is None else wrong & (weight != 0)).any()):
+            raise ValueError(f"loss: target: expected classes from 0 to {outputs - 1}, got one that is not")
