@@ -80,7 +80,10 @@ class Ensemble(nn.Module):
         return input
 
     def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Weights `[E, out, in]` and biases `[E, out]` (none: empty) of the members' MLPs, layer by layer."""
+        """Weights `[E, out, in]` and biases `[E, out]` of the members' MLPs, layer by layer.
+
+        A layer without a bias has `[E, 0]`; without any the biases are empty.
+        """
         raise NotImplementedError(f"stacked: expected an ensemble of MLPs, got a {type(self).__name__}")
 
     def loss(

@@ -102,7 +102,7 @@ def plain_layers(
         if (got := getattr(ensemble, name)) != plain:
             raise ValueError(
                 f"{function}: {argument}: expected MLPs of linear layers and activations between them, "
-                f"got a {type(ensemble).__name__} with {name} {got}"
+                f"got {type(ensemble).__name__} with {name} {got}"
             )
     assert ensemble.activation is not None  # it has MLPs
     return *ensemble.stacked(), ensemble.activation
