@@ -108,15 +108,15 @@ def mlp_dropout(draw: Draw) -> Problem:
 
 def mlp_layers(draw: Draw) -> Problem:
     """What a layer may have beyond an activation."""
-    width, members = draw.size(3, 40), draw.size(9, 40)
+    width, members = draw.size(9, 40), draw.size(9, 40)
     problem = draw.layers([draw.size(1, 50), width, width, draw.size(1, 5)], members)
-    chosen = draw.index(members, draw.size(1, 12))
+    chosen = draw.index(members, draw.size(9, 20))
     leading = [len(chosen), draw.batch] if problem["input"].dim() == 3 else [draw.batch]
     early = draw.number % 3 == 0
     return problem | {
         "input": draw.normal(*leading, problem["input"].shape[-1]),
         "activation": [draw.activation, "mish"],
-        "output_activation": "tanh",
+        "output_activation": "sigmoid",
         "norm": ["rms_norm", "layer_norm"] if draw.number % 2 else "layer_norm",
         "norm_weights": [1 + draw.normal(members, width, scale=0.2) for _ in range(2)],
         "norm_biases": [draw.normal(members, width, scale=0.2) for _ in range(2)],
