@@ -27,6 +27,7 @@ Activation = ActivationName | str  # or with its parameter, "elu(0.5)"
 Norm = Literal["layer_norm", "rms_norm"]
 NormPosition = Literal["before_activation", "after_activation"]
 DropoutPosition = Literal["after_activation", "before_norm"]
+Residual = bool | Sequence[bool]
 Loss = Literal[
     "mse",
     "bce",
@@ -53,6 +54,26 @@ PredictionVariation = Literal["value", "distribution"]
 UncertaintyScore = Literal["entropy", "margin", "mutual_information", "variation_ratio"]
 VariationTask = Literal["regression", "classification"]
 StrengthFeatures = Literal["binary", "value", "both"]
+
+
+class LayerOptions(TypedDict, total=False):
+    """What the layers of an `EnsembleMLP` are beside linear: its arguments of these names."""
+
+    activation: Activation | Sequence[Activation]
+    output_activation: Activation
+    norm: Norm | Sequence[Norm | None] | None
+    norm_affine: bool
+    norm_eps: float | None
+    norm_position: NormPosition
+    residual: Residual
+    dropout: float | Sequence[float] | Sequence[Sequence[float]]
+    dropout_position: DropoutPosition
+
+
+class LayerOptionsAndBias(LayerOptions, total=False):
+    """The same where no tensors say which layers have biases."""
+
+    bias: bool | Sequence[bool]
 
 
 class LossOptions(TypedDict, total=False):

@@ -76,7 +76,12 @@ def test_from_other_networks():
         ([Masksembles1D(8, 2, 2.0), linear()], "expected Masksembles1D between an activation and"),
         ([linear(), Masksembles1D(8, 2, 2.0), nn.Softplus(), linear()], "expected Masksembles1D between"),
         ([linear(), nn.ReLU(), linear(), Masksembles1D(8, 2, 2.0)], "expected Masksembles1D between"),
-        ([linear(), nn.Mish(), Masksembles1D(8, 2, 2.0), linear()], "expected nn.Linear and one of"),
+        ([linear(), nn.Softsign(), Masksembles1D(8, 2, 2.0), linear()], "expected nn.Linear and one of"),
+        ([linear(), nn.LayerNorm(8), Masksembles1D(8, 2, 2.0), linear()], "expected nn.Linear and one of"),
+        (
+            [linear(), nn.ReLU(), Masksembles1D(8, 2, 2.0), linear(), nn.ReLU()],
+            "expected an nn.Linear as the last layer",
+        ),
     ):
         with pytest.raises(ValueError, match=f"from_module: module: {message}"):
             MaskedMLP.from_module(nn.Sequential(*layers))

@@ -403,7 +403,11 @@ def test_bad_arguments():
         ({"hidden_features": [5, 0]}, r"hidden_features\[1\]: expected a positive integer, got 0"),
         ({"hidden_features": []}, "hidden_features: expected at least one hidden layer, got none"),
         ({"scale": 0.5}, "scale: expected at least 1, got 0.5"),
-        ({"activation": "mish"}, 'activation: expected one of relu, .*, got "mish"'),
+        ({"activation": "swish"}, 'activation: expected one of relu, .*, got "swish"'),
+        (
+            {"activation": ["relu", "tanh"]},
+            r"activation: expected one name for all hidden layers, got \['relu', 'tanh'\]",
+        ),
     ):
         with pytest.raises(ValueError, match=f"MaskedMLP: {message}"):
             MaskedMLP(**(good | kwargs))

@@ -390,6 +390,15 @@ FOLDED: dict[str, Any] = {
         nn.Dropout(0.5),
         linear(6, 2),
     ],
+    "activations of each layer and the last": lambda: [
+        linear(4, 6),
+        nn.CELU(0.1),
+        trained_norm(6),
+        linear(6, 5, False),
+        nn.Tanh(),
+        linear(5, 2),
+        nn.Sigmoid(),
+    ],
     "no norm": lambda: [linear(4, 6), nn.ReLU(), linear(6, 2)],
 }
 
@@ -443,24 +452,14 @@ def hooked(module: nn.Module, pre: bool = False) -> nn.Module:
         ),
         (lambda: [nn.Linear(4, 6), nn.ReLU(), linear(6, 2)], r"got Linear\(in_features=4"),
         (lambda: [linear(4, 6), nn.BatchNorm1d(6), linear(6, 2)], r"got BatchNorm1d\(6"),
-        (
-            lambda: [linear(4, 6), nn.ReLU(), linear(6, 2), nn.ReLU()],
-            "expected an EnsembleLinear as the last",
-        ),
-        (lambda: [linear(4, 6), nn.LeakyReLU(), linear(6, 2)], r"got LeakyReLU\("),
-        (
-            lambda: [linear(4, 6), nn.ReLU(), linear(6, 5), nn.Tanh(), linear(5, 2)],
-            "one activation throughout",
-        ),
+        (lambda: [linear(4, 6), nn.ReLU(), nn.Tanh(), linear(6, 2)], "expected one activation after each"),
+        (lambda: [linear(4, 6), nn.Softsign(), linear(6, 2)], r"got Softsign\("),
+        (lambda: [linear(4, 6), nn.LayerNorm(6), linear(6, 2)], r"got LayerNorm\("),
         (lambda: [hooked(linear(4, 6)), linear(6, 2)], "without forward hooks, got them on EnsembleLinear"),
         (lambda: [linear(4, 6), hooked(trained_norm(6), True), linear(6, 2)], "without forward pre-hooks"),
         (lambda: [hooked(nn.Sequential(linear(4, 6)))], "without forward hooks, got them on Sequential"),
         (lambda: [linear(4, 6), torch.relu, linear(6, 2)], "expected layers that are modules, got builtin_"),
-        (
-            lambda: [linear(4, 6, bias=False), nn.ReLU(), linear(6, 2)],
-            "biases in all layers or in none, got 1",
-        ),
-        (lambda: [], "expected an EnsembleLinear as the last layer"),
+        (lambda: [], "expected an EnsembleLinear, or that and an activation, as the last layer"),
     ],
 )
 def test_folding_refuses(parts, message):

@@ -6,7 +6,9 @@ import pytest
 import torch
 from nn_models import assert_same_state
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
+import pyens
 from pyens import EnsembleLinear, EnsembleMLP
 from pyens.nn import _sequential
 
@@ -214,12 +216,12 @@ REFUSED: dict[str, Any] = {
     "sequence with a forward inside": (lambda: around(Residual(nn.Linear(4, 4))), r"got Residual\("),
     "dropout before the activation": (
         lambda: around(nn.Dropout(0.1), nn.ReLU()),
-        "expected nn.Dropout once, .*, got it before the activation",
+        "expected nn.Dropout once in a layer, .*, got dropout, activation in Sequential",
     ),
     "dropout first": (lambda: nn.Sequential(nn.Dropout(0.1), nn.Linear(4, 2)), r"got Dropout\(p=0.1"),
     "dropout last": (
         lambda: nn.Sequential(around(nn.ReLU()), nn.Dropout(0.1)),
-        "nn.Linear as the last layer",
+        "expected an nn.Linear, or that and an activation, as the last layer",
     ),
     "dropout twice": (
         lambda: around(nn.ReLU(), nn.Dropout(0.1), nn.Dropout(0.2)),
@@ -230,11 +232,9 @@ REFUSED: dict[str, Any] = {
         lambda: around(nn.ReLU(), norm(4), nn.Dropout(0.1)),
         r"once.* got Dropout\(p=0.1",
     ),
-    "dropout of some layers": (
-        lambda: nn.Sequential(
-            nn.Linear(4, 4), nn.ReLU(), nn.Dropout(0.1), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)
-        ),
-        r"expected nn.Dropout of one rate after each hidden layer, got the rates \[0.1, 0.0\]",
+    "dropout between norm and activation": (
+        lambda: around(nn.LayerNorm(4), nn.Dropout(0.1), nn.ReLU()),
+        "right before its norm, .*, got norm, dropout, activation in Sequential",
     ),
     "alpha dropout": (lambda: around(nn.ReLU(), nn.AlphaDropout(0.1)), r"got AlphaDropout\("),
     "norm in training": (
@@ -255,8 +255,75 @@ REFUSED: dict[str, Any] = {
         "expected nn.Linear after nn.BatchNorm1d",
     ),
     "norm after dropout": (lambda: around(nn.Dropout(0.1), norm(4), nn.ReLU()), r"got BatchNorm1d\(4"),
-    "layer norm": (lambda: around(nn.LayerNorm(4), nn.ReLU()), r"got LayerNorm\(\(4,\)"),
-    "RMS norm": (lambda: around(nn.ReLU(), nn.RMSNorm(4)), r"got RMSNorm\(\(4,\)"),
+    "layer norm of one member": (
+        lambda: around(nn.LayerNorm(4), nn.ReLU()),
+        r"expected the norm of modules\[0\] \(None\), got layer_norm",
+    ),
+    "layer norm of another width": (
+        lambda: around(nn.LayerNorm(3), nn.ReLU()),
+        r"expected nn.LayerNorm over the 4 features of the nn.Linear before it, got LayerNorm\(\(3,\)",
+    ),
+    "RMS norm of two dimensions": (
+        lambda: around(nn.ReLU(), nn.RMSNorm((2, 4))),
+        r"expected nn.RMSNorm over the 4 features of .*, got RMSNorm\(\(2, 4\)",
+    ),
+    "norm of one feature": (
+        lambda: nn.Sequential(nn.Linear(4, 1), nn.LayerNorm(1), nn.ReLU(), nn.Linear(1, 2)),
+        r"expected nn.LayerNorm over more than one feature, got LayerNorm\(",
+    ),
+    "two norms": (
+        lambda: around(nn.LayerNorm(4), nn.ReLU(), nn.RMSNorm(4)),
+        r"expected one norm in each layer, after its nn.Linear, got RMSNorm\(",
+    ),
+    "norm in front": (
+        lambda: nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2)),
+        r"one norm .* got LayerNorm\(",
+    ),
+    "norm last": (lambda: nn.Sequential(around(nn.ReLU()), nn.LayerNorm(2)), "nn.Linear, .* last layer"),
+    "norms of several eps": (
+        lambda: around(nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 4), nn.LayerNorm(4, 1e-3), nn.ReLU()),
+        r"expected norms of one eps, got \[0.001, 1e-05\]",
+    ),
+    "norms in several places": (
+        lambda: around(nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.LayerNorm(4)),
+        "expected norms before the activation or after it throughout, got both",
+    ),
+    "dropout in several places": (
+        lambda: around(
+            *(nn.Dropout(0.1), nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 4)),
+            *(nn.LayerNorm(4), nn.ReLU(), nn.Dropout(0.1)),
+        ),
+        "expected nn.Dropout before norms or behind throughout, got both",
+    ),
+    "norm of another dtype": (
+        lambda: around(nn.LayerNorm(4, dtype=torch.float64), nn.ReLU()),
+        "expected a weight of nn.LayerNorm of torch.float32 on cpu .*, got torch.float64 on cpu",
+    ),
+    "hook on a norm": (lambda: around(hooked(nn.LayerNorm(4))), r"forward hooks, got them on LayerNorm\("),
+    "pruned norm": (
+        lambda: around(prune.l1_unstructured(nn.LayerNorm(4), "weight", amount=0.5), nn.ReLU()),
+        "expected weights that are parameters, got one that torch.nn.utils.prune",
+    ),
+    "residual of two layers": (
+        lambda: around(pyens.nn.Residual(nn.Linear(4, 4), nn.Linear(4, 4))),
+        r"expected Residual of one nn.Linear and what follows it in its layer, got Residual\(",
+    ),
+    "residual of other widths": (
+        lambda: nn.Sequential(pyens.nn.Residual(nn.Linear(4, 5), nn.ReLU()), nn.Linear(5, 2)),
+        r"expected Residual of a layer as wide as what it reads, 4, got Residual\(",
+    ),
+    "residual last": (
+        lambda: nn.Sequential(nn.Linear(4, 2), pyens.nn.Residual(nn.Linear(2, 2))),
+        "as the last layer, got Sequential",
+    ),
+    "residual after a batch norm": (
+        lambda: around(norm(4), nn.ReLU(), norm(4), pyens.nn.Residual(nn.Linear(4, 4))),
+        r"expected nn.Linear after nn.BatchNorm1d, which is folded into it, got Residual\(",
+    ),
+    "activation after a residual": (
+        lambda: around(pyens.nn.Residual(nn.Linear(4, 4)), nn.ReLU()),
+        "expected one activation after each nn.Linear",
+    ),
     "instance norm": (lambda: around(nn.InstanceNorm1d(4), nn.ReLU()), r"got InstanceNorm1d\("),
     "convolution": (lambda: around(nn.Conv1d(4, 4, 1)), r"got Conv1d\("),
     "another module": (Named, "expected nn.Sequential, got Named; layers= says what its layers are"),
@@ -275,7 +342,7 @@ def test_refuses_by_name(case):
     ("layers", "message"),
     [
         (lambda m: [m.fc1, torch.relu, m.fc2], r"expected layers that are modules, got builtin_"),
-        (lambda m: [m.fc1, nn.ReLU()], "expected an nn.Linear as the last layer"),
+        (lambda m: [m.fc1, nn.ReLU(), nn.Dropout(0.1)], "expected an nn.Linear, or .*, as the last layer"),
         (lambda m: m, "expected a list from layers, got Named"),
         (lambda m: m.fc1, "expected a list from layers, got Linear"),
     ],

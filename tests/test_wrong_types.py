@@ -109,6 +109,7 @@ def streaming(make: Callable[[], Any], **right: Any) -> Case:
 NUMBER: tuple[Any, ...] = ("0.1", [0.1], None)
 RATES: tuple[Any, ...] = ("0.1", ["0.1"], [None], None)
 STRING: tuple[Any, ...] = (3, None, ["relu"], torch.ones(2))
+STRINGS: tuple[Any, ...] = (3, None, ["relu", 3], [None], torch.ones(2))  # one, or a sequence of them
 NETWORK: dict[str, Any] = {"input": X, "weights": WEIGHTS, "biases": BIASES}
 MASKED_NETWORK: dict[str, Any] = {
     "input": X,
@@ -125,7 +126,7 @@ CASES = {
         NETWORK | {"dropout_seeds": SEEDS},
         "ensemble_mlp",
         ("biases", "dropout_seeds"),
-        {"dropout": RATES, "activation": STRING},
+        {"dropout": RATES, "activation": STRINGS},
     ),
     "ops.ensemble_mlp_loss": Case(
         ops.ensemble_mlp_loss,
@@ -137,7 +138,7 @@ CASES = {
             "temperature": NUMBER,
             "label_smoothing": NUMBER,
             "delta": NUMBER,
-            "activation": STRING,
+            "activation": STRINGS,
             "loss": STRING,
         },
     ),
@@ -146,7 +147,7 @@ CASES = {
         NETWORK | {"packed": prepack(WEIGHTS, BIASES)},
         "ensemble_mlp|ensemble_mlp_packed",
         ("biases",),
-        {"activation": STRING},
+        {"activation": STRINGS},
         together=True,
     ),
     "ops.activation_strength": Case(
@@ -154,7 +155,7 @@ CASES = {
         NETWORK | {"mean": STATISTICS[0], "std": STATISTICS[1]},
         "activation_strength",
         ("biases",),
-        {"activation": STRING},
+        {"activation": STRINGS},
     ),
     "ops.masked_mlp": Case(ops.masked_mlp, MASKED_NETWORK, "masked_mlp", ("biases",), {"activation": STRING}),
     "ops.masked_mlp_loss": Case(
@@ -483,7 +484,7 @@ CASES = {
 # What is no function of tensors: named tuples, constants, and what builds or changes modules.
 NOT_CALLED_WITH_TENSORS = {
     "ops": {"ActivationStrength", "Moments", "Uncertainty"},
-    "nn": {"fold_batchnorm", "insert_masksembles_", "set_mask_mode_"},
+    "nn": {"Residual", "fold_batchnorm", "insert_masksembles_", "set_mask_mode_"},  # or by torch's modules
     "metrics": {
         "BrierDecomposition",
         "ConfidenceCurve",
@@ -621,11 +622,15 @@ def test_others_are_refused_by_name_too() -> None:
         (lambda: metrics.PredictiveUncertainty().merge([1]), r"PredictiveUncertainty\.merge: other"),
         (lambda: variation.ActivationStatistics().merge([1]), r"ActivationStatistics\.merge: other"),
         (lambda: metrics.confidence_curve(P, thresholds="a"), "confidence_curve: thresholds"),
+        (lambda: MLP(X, members=3), "EnsembleMLP: members"),
+        (lambda: MLP(X, members=[0.5]), "EnsembleMLP: members"),
+        (lambda: MLP(X, members=[True, False]), "EnsembleMLP: members"),
     ):
-        with pytest.raises(TypeError, match=rf"^{said}: expected .*, got \w+"):
+        with pytest.raises(TypeError, match=rf"^{said}: expected .*, got [\w\[]+"):
             call()
-    with pytest.raises(ValueError, match=r"activation: expected one of .*, got"):
-        pyens.EnsembleMLP(E, INPUTS, [HIDDEN], OUTPUTS, activation=["relu"])
+    for wrong in (3, [3], ["swish"], "elu(x)"):
+        with pytest.raises(ValueError, match=r"activation: expected .*, got"):
+            pyens.EnsembleMLP(E, INPUTS, [HIDDEN], OUTPUTS, activation=wrong)
 
 
 def test_numbers_out_of_range_are_short_too() -> None:

@@ -9,6 +9,7 @@ from pyens.nn.masked_mlp import MaskedMLP
 from pyens.nn.masked_networks import forward_tiled, insert_masksembles_, set_mask_mode_
 from pyens.nn.masksembles import Masksembles1D, Masksembles2D, Masksembles3D
 from pyens.nn.mc_dropout import mc_dropout
+from pyens.nn.residual import Residual
 from pyens.nn.tabular import TabularEnsemble
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Masksembles2D",
     "Masksembles3D",
     "PackedEnsembleMLP",
+    "Residual",
     "TabularEnsemble",
     "fold_batchnorm",
     "forward_tiled",

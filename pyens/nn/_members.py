@@ -74,7 +74,7 @@ def check_layers(
     function: str, weights: Sequence[Tensor], biases: Sequence[Tensor], *, members: bool
 ) -> None:
     """Refuses what are not weights `[out, in]` and biases `[out]` of layers on top of each other, with
-    `members` `[E, out, in]` and `[E, out]`."""
+    `members` `[E, out, in]` and `[E, out]`, or `[E, 0]` for a layer without."""
     if len(weights) == 0:
         raise ValueError(f"{function}: weights: expected at least one, got none")
     if len(biases) not in (0, len(weights)):
@@ -92,7 +92,8 @@ def check_layers(
                 f"got shape {list(weight.shape)}"
             )
         width = weight.shape[-2]
-        if len(biases) > 0 and biases[layer].shape != weight.shape[:-1]:
+        none = members and len(biases) > 0 and biases[layer].shape == (len(weight), 0)
+        if len(biases) > 0 and not none and biases[layer].shape != weight.shape[:-1]:
             raise ValueError(
                 f"{function}: biases[{layer}]: expected shape {list(weight.shape[:-1])}, "
                 f"got shape {list(biases[layer].shape)}"
@@ -104,3 +105,23 @@ def check_layers(
                     f"{function}: {name}[{layer}]: expected {first.dtype} on {first.device} like weights[0], "
                     f"got {tensor.dtype} on {tensor.device}"
                 )
+
+
+def check_norms(
+    function: str, name: str, given: Sequence[Tensor], shapes: Sequence[tuple[int, int]], like: Tensor
+) -> None:
+    """Refuses what are not tensors of these shapes, one for each norm, of dtype and device of `like`."""
+    if len(given) != len(shapes):
+        raise ValueError(
+            f"{function}: {name}: expected one for each of the {len(shapes)} norms, got {len(given)}"
+        )
+    for i, (tensor, shape) in enumerate(zip(given, shapes, strict=True)):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{function}: {name}[{i}]: expected shape {list(shape)}, got shape {list(tensor.shape)}"
+            )
+        if (tensor.dtype, tensor.device) != (like.dtype, like.device):
+            raise TypeError(
+                f"{function}: {name}[{i}]: expected {like.dtype} on {like.device} like weights[0], "
+                f"got {tensor.dtype} on {tensor.device}"
+            )

@@ -1,24 +1,14 @@
 """What a sequence of `torch.nn` modules must look like to be a member of an `EnsembleMLP`, and back."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from pyens._types import Activation
-from pyens.reference.activations import MODULES
-
-Position = Literal["before", "after"]
-
-
-def activation_module(name: Activation, function: str = "EnsembleMLP") -> nn.Module:
-    """`name` as a module, with default arguments; `function` is who asks, for the error."""
-    if not isinstance(name, str) or name not in MODULES:
-        raise ValueError(f'{function}: activation: expected one of {", ".join(MODULES)}, got "{name}"')
-    return MODULES[name]()
+from pyens.nn.residual import Residual
+from pyens.reference.activations import MODULES, PARAMETERS, activation_module
 
 
 @dataclass
@@ -29,9 +19,9 @@ class Layer:
     bias: Tensor | None  # [out], or [E, out]
     activation: str | None = None  # such as "relu" or "celu(0.1)"; None where there is none
     norm: nn.Module | None = None  # nn.LayerNorm or nn.RMSNorm
-    norm_position: Position = "before"  # of the activation
     dropout: float = 0.0
-    dropout_position: Position = "after"  # of the activation
+    order: tuple[str, ...] = ()  # of "activation", "norm" and "dropout", those that there are
+    residual: bool = False
     folded: bool = False  # whether a batch norm is in weight and bias
 
 
@@ -67,20 +57,9 @@ def flatten(module: nn.Module) -> Iterator[nn.Module]:
         yield module
 
 
-# The activations of torch.nn by the names of the kernels, and the argument that such a name may hold where it
-# is not the default one: nn.ELU(2.0) is "elu(2.0)". Other arguments must be the default ones.
-_ACTIVATIONS: dict[type[nn.Module], tuple[str, str | None]] = {
-    nn.ReLU: ("relu", None),
-    nn.GELU: ("gelu", None),
-    nn.SiLU: ("silu", None),
-    nn.ELU: ("elu", "alpha"),
-    nn.CELU: ("celu", "alpha"),
-    nn.LeakyReLU: ("leaky_relu", "negative_slope"),
-    nn.Softplus: ("softplus", None),
-    nn.Tanh: ("tanh", None),
-    nn.Mish: ("mish", None),
-    nn.Sigmoid: ("sigmoid", None),
-    nn.Hardswish: ("hardswish", None),
+# The activations of torch.nn by the names of the kernels.
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    kind: name for name, kind in MODULES.items() if isinstance(kind, type) and kind is not nn.Identity
 }
 
 
@@ -89,16 +68,17 @@ def activation_string(module: nn.Module) -> str | None:
 
     None for modules that no name describes.
     """
-    for kind, (name, argument) in _ACTIVATIONS.items():
+    for kind, name in _ACTIVATIONS.items():
         if is_plain(module, kind):
             usual = _settings(kind())
-            given = {name: getattr(module, name) for name in usual}
-            if argument is not None and given[argument] != usual[argument]:
-                name = f"{name}({float(given[argument])!r})"
-                given[argument] = usual[argument]
+            given = {setting: getattr(module, setting) for setting in usual}
+            parameter = PARAMETERS.get(name)
+            if parameter is not None and given[parameter] != usual[parameter]:
+                name = f"{name}({float(given[parameter])!r})"
+                given[parameter] = usual[parameter]
             if kind is nn.GELU and given["approximate"] == "tanh":
                 return "gelu_tanh"
-            return name if given == usual else None
+            return name if given == usual and _is_known(name) else None
     return None
 
 
@@ -108,9 +88,13 @@ def _settings(activation: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(activation).items() if name not in usual}
 
 
-def _is_known(activation: str) -> bool:
-    """Whether the kernels compute it."""
-    return activation in MODULES
+def _is_known(name: str) -> bool:
+    """Whether the kernels compute it: not with an argument that is infinite, say."""
+    try:
+        activation_module(name)
+    except ValueError:
+        return False
+    return True
 
 
 # --- batch norms -----------------------------------------------------------------------------------------
@@ -164,22 +148,27 @@ def _fold(layer: Layer, argument: str, scale: Tensor, shift: Tensor, *, before: 
 # --- reading ---------------------------------------------------------------------------------------------
 
 
-def linear_layer(module: Any, argument: str) -> Layer:
-    """A linear layer alone, refused where something else than its parameters says what it computes."""
+def own_parameters(module: Any, argument: str) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a layer, refused where something else than they says what it computes."""
     if is_parametrized(module):
         raise ValueError(
             f"{argument}: expected weights that are parameters, got {module}, which computes them from "
             "others; torch.nn.utils.parametrize.remove_parametrizations makes them permanent"
         )
     parameters = module._parameters
-    if "weight" not in parameters or (module.bias is not None and "bias" not in parameters):
+    if "weight" not in parameters or (getattr(module, "bias", None) is not None and "bias" not in parameters):
         # A hook computes it before each forward pass: what is there now may be out of date.
         raise ValueError(
             f"{argument}: expected weights that are parameters, got one that torch.nn.utils.prune or "
             "weight_norm computes from others; make it permanent first"
         )
     check_hooks(module, argument)
-    return Layer(parameters["weight"], parameters.get("bias"))
+    return parameters["weight"], parameters.get("bias")
+
+
+def linear_layer(module: Any, argument: str) -> Layer:
+    """A linear layer alone."""
+    return Layer(*own_parameters(module, argument))
 
 
 def parse(
@@ -194,112 +183,194 @@ def parse(
     """The layers of a member from its modules in their order, without those that change nothing.
 
     Args:
-        modules: linear layers, activations, norms, dropout, identities and sequences of such.
+        modules: linear layers, activations, norms, dropout, identities, sequences of such, and `Residual`.
         argument: what errors call the member.
         shown: the member as errors show it.
         linear, batch_norm: the classes of those layers, `nn.Linear` and `nn.BatchNorm1d` or their ensembles.
+            Only the former come with layer norms and residuals.
         evaluation: whether to leave dropout out.
-        plain: whether to take linear layers and activations alone.
+        plain: whether to take linear layers, and activations between them, alone.
 
     Raises:
-        ValueError: anything else, by name; an order that is not linear, then norm, activation and dropout; a
-            batch norm that cannot be folded into a linear layer.
+        ValueError: anything else, by name; an order that no kernel has; a batch norm that cannot be folded
+            into a linear layer.
     """
-    layers: list[Layer] = []
-    pending: tuple[Tensor, Tensor] | None = None  # scale and shift that wait for the next linear layer
-    flat: list[nn.Module] = []
+    reader = _Reader(argument, shown, linear, batch_norm, evaluation, plain)
     for module in modules:
-        flat += _checked(module, argument)
-
-    def refuse(expected: str, got: object = shown) -> ValueError:
-        return ValueError(f"{argument}: expected {expected}, got {got}")
-
-    lin, bn = _module_name(linear), _module_name(batch_norm)
-    for module in flat:
-        last = layers[-1] if layers else None
-        if is_plain(module, nn.Identity):
-            continue
-        if is_plain(module, nn.Dropout) and not plain and (evaluation or cast(nn.Dropout, module).p == 0):
-            continue
-        if is_plain(module, linear):
-            layers.append(linear_layer(module, argument))
-            if pending is not None:
-                _fold(layers[-1], argument, *pending, before=True)
-                pending = None
-        elif is_plain(module, batch_norm) and not plain:
-            scale, shift = _scale_and_shift(module, argument)
-            if last is not None and last.activation is None:
-                if last.norm is not None or last.dropout:
-                    raise refuse(f"{bn} right after {lin} or after the activation", module)
-                _fold(last, argument, scale, shift, before=False)
-            elif pending is None:
-                pending = scale, shift
-            elif pending[0].shape == scale.shape:
-                pending = pending[0] * scale, pending[1] * scale + shift
-            else:
-                raise refuse(f"{bn} of {pending[0].shape[-1]} features after another", module)
-        elif (name := activation_string(module)) is not None and _is_known(name):
-            if pending is not None:
-                raise refuse(f"{lin} after {bn}, which is folded into it", module)
-            if last is None or last.activation is not None:
-                raise refuse(f"one activation after each {lin}")
-            last.activation = name
-        elif is_plain(module, nn.LayerNorm) or is_plain(module, nn.RMSNorm):
-            if last is None or last.norm is not None or pending is not None or last.dropout:
-                raise refuse(f"one norm after each {lin}, before dropout", module)
-            last.norm = module
-            last.norm_position = "before" if last.activation is None else "after"
-        elif is_plain(module, nn.Dropout) and not plain:
-            p = cast(nn.Dropout, module).p
-            if p >= 1:
-                raise refuse("nn.Dropout with p below 1", module)
-            if last is None or last.dropout or pending is not None:
-                raise refuse(f"nn.Dropout once, between an activation and the next {lin}", module)
-            last.dropout = p
-            last.dropout_position = "before" if last.activation is None else "after"
-        else:
-            kinds = ", ".join(kind.__name__ for kind in MODULES.values())
-            others = "" if plain else f", {bn}, nn.Dropout"
-            raise refuse(f"{lin}{others} and one of {kinds} with default arguments", module)
-    if pending is not None:
-        raise refuse(f"{lin} after {bn}, which is folded into it")
-    if not layers:
-        raise refuse(f"an {lin} as the last layer")
-    for layer in layers[:-1]:
-        if layer.activation is None:  # then it is the identity, before and after which are the same place
-            layer.activation, layer.norm_position, layer.dropout_position = "identity", "before", "after"
-    _refuse_what_no_kernel_has(layers, argument, shown, lin)
-    return layers
+        reader.read(module)
+    return reader.layers_read()
 
 
-def _refuse_what_no_kernel_has(layers: list[Layer], argument: str, shown: object, lin: str) -> None:
-    last = layers[-1]
-    if last.activation is not None or last.dropout or last.norm is not None:
-        raise ValueError(f"{argument}: expected an {lin} as the last layer, got {shown}")
-    for layer in layers:
-        if layer.norm is not None:
-            raise ValueError(f"{argument}: expected no norm but batch norm, got {layer.norm}")
-        if layer.dropout and layer.dropout_position == "before":
-            raise ValueError(
-                f"{argument}: expected nn.Dropout once, between an activation and the next {lin}, "
-                f"got it before the activation in {shown}"
-            )
+class _Reader:
+    """What `parse` has read so far."""
 
+    def __init__(
+        self,
+        argument: str,
+        shown: object,
+        linear: type[nn.Module],
+        batch_norm: type[nn.Module],
+        evaluation: bool,
+        plain: bool,
+    ) -> None:
+        self.argument, self.shown, self.linear, self.batch_norm = argument, shown, linear, batch_norm
+        self.evaluation, self.plain = evaluation, plain
+        self.lin, self.bn = _module_name(linear), _module_name(batch_norm)
+        self.layers: list[Layer] = []
+        # Scale and shift that wait for the next linear layer.
+        self.pending: tuple[Tensor, Tensor] | None = None
+        self.closed = False  # whether the last layer ended with its residual
 
-def _checked(module: Any, argument: str) -> list[nn.Module]:
-    """The modules in it, in their order, after a look at their hooks and those of sequences around them."""
-    if not isinstance(module, nn.Module):
-        raise ValueError(f"{argument}: expected layers that are modules, got {type(module).__name__}")
-    if not is_plain(module, nn.Sequential):
+    def refuse(self, expected: str, got: object = None) -> ValueError:
+        got = self.shown if got is None else got
+        return ValueError(f"{self.argument}: expected {expected}, got {got}")
+
+    @property
+    def last(self) -> Layer | None:
+        """The layer that what comes next belongs to."""
+        return self.layers[-1] if self.layers and not self.closed else None
+
+    def read(self, module: Any) -> None:
+        if not isinstance(module, nn.Module):
+            raise self.refuse("layers that are modules", type(module).__name__)
         if not _has_weights_of_hooks(module):  # which are refused with more to say
-            check_hooks(module, argument)
-        return [module]
-    check_hooks(module, argument)
-    return [layer for child in cast(nn.Sequential, module) for layer in _checked(child, argument)]
+            check_hooks(module, self.argument)
+        many = not self.plain
+        if is_plain(module, nn.Sequential):
+            for child in cast(nn.Sequential, module):
+                self.read(child)
+        elif is_plain(module, nn.Identity):
+            pass
+        elif is_plain(module, self.linear):
+            self.read_linear(module)
+        elif is_plain(module, self.batch_norm) and many:
+            self.read_batch_norm(module)
+        elif (name := activation_string(module)) is not None:
+            self.read_activation(module, name)
+        elif is_plain(module, nn.Dropout) and many:
+            self.read_dropout(cast(nn.Dropout, module))
+        elif self.linear is nn.Linear and many and _is_norm(module):
+            self.read_norm(module)
+        elif self.linear is nn.Linear and many and is_plain(module, Residual):
+            self.read_residual(cast(Residual, module))
+        else:
+            kinds = ", ".join(kind.__name__ for kind in _ACTIVATIONS)
+            others = f", {self.bn}, nn.Dropout" if many else ""
+            if many and self.linear is nn.Linear:
+                others += ", nn.LayerNorm, nn.RMSNorm, Residual"
+            raise self.refuse(f"{self.lin}{others} and one of {kinds} with default arguments", module)
+
+    def read_linear(self, module: nn.Module) -> None:
+        self.layers.append(linear_layer(module, self.argument))
+        self.closed = False
+        if self.pending is not None:
+            _fold(self.layers[-1], self.argument, *self.pending, before=True)
+            self.pending = None
+
+    def read_batch_norm(self, module: nn.Module) -> None:
+        scale, shift = _scale_and_shift(module, self.argument)
+        last, pending = self.last, self.pending
+        if last is not None and last.activation is None:
+            if last.order:
+                raise self.refuse(f"{self.bn} right after {self.lin} or after the activation", module)
+            _fold(last, self.argument, scale, shift, before=False)
+        elif pending is None:
+            self.pending = scale, shift
+        elif pending[0].shape == scale.shape:
+            self.pending = pending[0] * scale, pending[1] * scale + shift
+        else:
+            raise self.refuse(f"{self.bn} of {pending[0].shape[-1]} features after another", module)
+
+    def read_activation(self, module: nn.Module, name: str) -> None:
+        if self.pending is not None:
+            raise self.refuse(f"{self.lin} after {self.bn}, which is folded into it", module)
+        last = self.last
+        if last is None or last.activation is not None:
+            raise self.refuse(f"one activation after each {self.lin}")
+        last.activation, last.order = name, (*last.order, "activation")
+
+    def read_dropout(self, module: nn.Dropout) -> None:
+        if self.evaluation or module.p == 0:
+            return
+        if module.p >= 1:
+            raise self.refuse("nn.Dropout with p below 1", module)
+        last = self.last
+        if last is None or last.dropout or self.pending is not None:
+            raise self.refuse(
+                f"nn.Dropout once in a layer, after its activation or before its norm, {self.lin} before it",
+                module,
+            )
+        last.dropout, last.order = module.p, (*last.order, "dropout")
+
+    def read_norm(self, module: Any) -> None:
+        last, kind = self.last, "nn.LayerNorm" if is_plain(module, nn.LayerNorm) else "nn.RMSNorm"
+        if last is None or last.norm is not None or self.pending is not None:
+            raise self.refuse(f"one norm in each layer, after its {self.lin}", module)
+        width = last.weight.shape[0]
+        if tuple(module.normalized_shape) != (width,):
+            raise self.refuse(f"{kind} over the {width} features of the {self.lin} before it", module)
+        if width == 1:
+            raise self.refuse(f"{kind} over more than one feature", module)
+        for name, tensor in zip(("weight", "bias"), own_parameters(module, self.argument), strict=True):
+            like = last.weight
+            if tensor is not None and (tensor.dtype, tensor.device) != (like.dtype, like.device):
+                raise self.refuse(
+                    f"a {name} of {kind} of {like.dtype} on {like.device} as that of its {self.lin}",
+                    f"{tensor.dtype} on {tensor.device}",
+                )
+        last.norm, last.order = module, (*last.order, "norm")
+
+    def read_residual(self, module: Residual) -> None:
+        before = len(self.layers)
+        if self.pending is not None:
+            raise self.refuse(f"{self.lin} after {self.bn}, which is folded into it", module)
+        for child in module:
+            self.read(child)
+        if len(self.layers) != before + 1 or self.pending is not None:
+            raise self.refuse(f"Residual of one {self.lin} and what follows it in its layer", module)
+        out, reads = self.layers[-1].weight.shape
+        if out != reads:
+            raise self.refuse(f"Residual of a layer as wide as what it reads, {reads}", module)
+        self.layers[-1].residual, self.closed = True, True
+
+    def layers_read(self) -> list[Layer]:
+        if self.pending is not None:
+            raise self.refuse(f"{self.lin} after {self.bn}, which is folded into it")
+        last = self.last
+        if last is None or last.dropout or last.norm is not None or (self.plain and last.order):
+            also = "" if self.plain else ", or that and an activation,"
+            raise self.refuse(f"an {self.lin}{also} as the last layer")
+        for layer in self.layers[:-1]:
+            if layer.activation is None:  # it is the identity, and may be in any place
+                layer.activation = "identity"
+            elif layer.order not in _ORDERS:
+                raise self.refuse(
+                    f"nn.Dropout once in a layer, after its activation or right before its norm, {self.lin} "
+                    f"before it",
+                    f"{', '.join(layer.order)} in {self.shown}",
+                )
+        return self.layers
+
+
+# Of those with an activation.
+_ORDERS = {
+    ("activation",),
+    ("activation", "dropout"),
+    ("norm", "activation"),
+    ("dropout", "norm", "activation"),
+    ("norm", "activation", "dropout"),
+    ("activation", "norm"),
+    ("activation", "dropout", "norm"),
+    ("activation", "norm", "dropout"),
+}
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return is_plain(module, nn.LayerNorm) or is_plain(module, nn.RMSNorm)
 
 
 def _has_weights_of_hooks(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and "weight" not in module._parameters
+    return isinstance(module, (nn.Linear, nn.LayerNorm, nn.RMSNorm)) and "weight" not in module._parameters
 
 
 def _module_name(kind: type[nn.Module]) -> str:
@@ -327,100 +398,10 @@ def member_layers(
     return parse([module], argument, module)
 
 
-def parse_plain(module: nn.Module, argument: str) -> tuple[list[Layer], Activation]:
+def parse_plain(module: nn.Module, argument: str) -> tuple[list[Layer], str]:
     """The layers of a sequence of linear layers and one activation between them, and nothing else."""
     layers = parse([module], argument, module, plain=True)
-    return layers, one_activation(layers, argument)
-
-
-def one_activation(layers: Sequence[Layer], argument: str) -> Activation:
-    """That of all hidden layers ("relu" if there is none)."""
     found = sorted({str(layer.activation) for layer in layers[:-1]})
     if len(found) > 1:
         raise ValueError(f"{argument}: expected one activation throughout, got {found}")
-    return cast(Activation, found[0] if found else "relu")
-
-
-def one_dropout(layers: Sequence[Layer], argument: str) -> float:
-    """The rate of all hidden layers (0 if there is none)."""
-    found = [layer.dropout for layer in layers[:-1]]
-    if len(set(found)) > 1:
-        raise ValueError(
-            f"{argument}: expected nn.Dropout of one rate after each hidden layer, got the rates {found}"
-        )
-    return found[0] if found else 0.0
-
-
-# --- stacking --------------------------------------------------------------------------------------------
-
-
-def stack(members: Sequence[Sequence[Layer]]) -> tuple[list[Tensor], list[Tensor]]:
-    """Layer by layer the members' weights `[E, out, in]` and biases `[E, out]` (none: empty), bit for bit.
-
-    Where a batch norm was folded, layers without a bias get zeros.
-    """
-    with torch.no_grad():
-        if any(layer.folded for layers in members for layer in layers):
-            members = [[_with_bias(layer) for layer in layers] for layers in members]
-        first = members[0]
-        for i, layers in enumerate(members):
-            for got, expected in zip(layers, first, strict=False):
-                same = (
-                    got.weight.shape == expected.weight.shape
-                    and (got.bias is None) == (first[0].bias is None)
-                    and (got.weight.dtype, got.weight.device)
-                    == (first[0].weight.dtype, first[0].weight.device)
-                )
-                if not same:
-                    raise ValueError(
-                        f"from_modules: modules[{i}]: expected {_describe(expected, first[0])} like "
-                        f"modules[0], got {_describe(got, got)}"
-                    )
-            if len(layers) != len(first):
-                raise ValueError(
-                    f"from_modules: modules[{i}]: expected {len(first)} linear layers, got {len(layers)}"
-                )
-        across = list(zip(*members, strict=True))
-        weights = [torch.stack([layer.weight for layer in one]) for one in across]
-        biases = [
-            torch.stack([layer.bias for layer in one if layer.bias is not None])
-            for one in across
-            if one[0].bias is not None
-        ]
-    return weights, biases
-
-
-def _with_bias(layer: Layer) -> Layer:
-    if layer.bias is None:
-        layer.bias = layer.weight.new_zeros(layer.weight.shape[:-1])
-    return layer
-
-
-def stacked_biases(layers: Sequence[Layer], argument: str) -> list[Tensor]:
-    """The biases of layers of ensembles (none: empty); zeros where others have one by a batch norm."""
-    if any(layer.folded for layer in layers):
-        layers = [_with_bias(layer) for layer in layers]
-    biases = [layer.bias.detach().clone() for layer in layers if layer.bias is not None]
-    if len(biases) not in (0, len(layers)):
-        raise ValueError(
-            f"{argument}: expected biases in all layers or in none, got {len(biases)} of {len(layers)}"
-        )
-    return biases
-
-
-def _describe(layer: Layer, kind: Layer) -> str:
-    bias = "no bias" if kind.bias is None else "a bias"
-    return f"{list(layer.weight.shape)}, {kind.weight.dtype}, {kind.weight.device}, {bias}"
-
-
-def unstack(weights: Sequence[Tensor], biases: Sequence[Tensor], member: int) -> list[nn.Linear]:
-    """Linear layers with copies of one member's parameters."""
-    linears = []
-    for layer, weight in enumerate(weights):
-        out_features, in_features = weight.shape[1:]
-        linear = nn.Linear(in_features, out_features, bias=bool(biases), device="meta", dtype=weight.dtype)
-        linear.weight = nn.Parameter(weight[member].detach().clone())
-        if biases:
-            linear.bias = nn.Parameter(biases[layer][member].detach().clone())
-        linears.append(linear)
-    return linears
+    return layers, found[0] if found else "relu"

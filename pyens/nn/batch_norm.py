@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from pyens._kinds import check_number, check_real
 from pyens.masks import check
-from pyens.nn import _sequential
+from pyens.nn import _sequential, _stacking
 from pyens.nn._members import listed
 from pyens.nn.ensemble import Ensemble
 from pyens.nn.ensemble_mlp import EnsembleLinear, EnsembleMLP
@@ -264,9 +264,11 @@ def fold_batchnorm(model: nn.Sequential | Sequence[nn.Module]) -> EnsembleMLP:
     if isinstance(model, nn.Module) and not _sequential.is_plain(model, nn.Sequential):
         raise ValueError(f"{argument}: expected nn.Sequential or a list, got {type(model).__name__}")
     layers = _sequential.parse(modules, argument, model, EnsembleLinear, EnsembleBatchNorm, evaluation=True)
+    none = layers[0].weight.new_empty(len(layers[0].weight), 0)
+    biases = [none if layer.bias is None else layer.bias.detach().clone() for layer in layers]
     folded = EnsembleMLP.from_parameters(
         [layer.weight.detach().clone() for layer in layers],
-        _sequential.stacked_biases(layers, argument),
-        activation=_sequential.one_activation(layers, argument),
+        _stacking.none_if_empty(biases),
+        **_stacking.options_of(layers, argument),
     )
     return folded.eval()

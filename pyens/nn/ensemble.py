@@ -18,8 +18,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 from typing_extensions import Self
 
 from pyens._kinds import check_tensor
-from pyens._types import Activation, Loss, LossReduction
+from pyens._types import Activation, Loss, LossReduction, Norm, Residual
 from pyens.nn._buffers import Derived
+from pyens.nn._layer_options import Rates, rates_of
 from pyens.nn._losses import OPTIONS, check_options, check_values
 from pyens.reference.ensemble_mlp_loss import LOSSES, example_losses, mean_losses
 
@@ -50,11 +51,14 @@ class Ensemble(nn.Module):
 
     Attributes:
         ensemble_size: E, the number of members.
-        dropout: p, or a tuple of one for each member where they differ. Where it is not 0, `forward` and
-            `loss` take `dropout_seeds`, int64 `[E]`, see `pyens.ops.ensemble_mlp`, and `fit` gives them. A
-            part that is given none draws its own in training, see `EnsembleMLP`: `fit` knows nothing of
-            those, so that a run depends on the generator that they come from.
-        activation: of the hidden layers, where the members are MLPs on top of `features`; None for others.
+        dropout: p, or where they differ a tuple of one for each member, or of tuples `[1, H]` or `[E, H]` of
+            hidden layers. Where it is not 0, `forward` and `loss` take `dropout_seeds`, int64 `[E]`, see
+            `pyens.ops.ensemble_mlp`, and `fit` gives them. A part that is given none draws its own in
+            training, see `EnsembleMLP`: `fit` knows nothing of those, so that a run depends on the generator
+            that they come from.
+        activation: of the hidden layers, one name or a tuple, where the members are MLPs on top of
+            `features`; None for others.
+        output_activation, norm, residual: what such MLPs have beyond that, see `EnsembleMLP`.
         shares_parameters: whether all members have the same parameters, without a member axis. `fit` then
             keeps and stops all of them together.
         member_buffers: names of the class's own buffers `[E, ...]` that belong to the members as parameters
@@ -63,8 +67,11 @@ class Ensemble(nn.Module):
     """
 
     ensemble_size: int
-    dropout: float | tuple[float, ...] = 0.0
-    activation: Activation | None = None
+    dropout: Rates = 0.0
+    activation: Activation | tuple[Activation, ...] | None = None
+    output_activation: Activation = "identity"
+    norm: Norm | tuple[Norm | None, ...] | None = None
+    residual: Residual = False
     shares_parameters: bool = False
     member_buffers: tuple[str, ...] = ()
 
@@ -73,7 +80,10 @@ class Ensemble(nn.Module):
         return input
 
     def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Weights `[E, out, in]` and biases `[E, out]` (none: empty) of the members' MLPs, layer by layer."""
+        """Weights `[E, out, in]` and biases `[E, out]` of the members' MLPs, layer by layer.
+
+        A layer without a bias has `[E, 0]`; without any the biases are empty.
+        """
         raise NotImplementedError(f"stacked: expected an ensemble of MLPs, got a {type(self).__name__}")
 
     def loss(
@@ -266,7 +276,7 @@ class Ensemble(nn.Module):
         size, kind = self.ensemble_size, type(self).__name__
         generic = type(self).select is Ensemble.select
         if isinstance(self.dropout, tuple):
-            copies[id(self.dropout)] = one_rate([self.dropout[i] for i in members.tolist()])
+            copies[id(self.dropout)] = rates_of(self.dropout, members.tolist())
         if generic and self.shares_parameters:
             raise ValueError(f"select: expected a {kind}, whose members share their parameters, to define it")
         for place, module in [("", self), *_walk(self)]:
@@ -355,11 +365,6 @@ def member_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             for name in module.member_buffers:
                 if (buffer := module._buffers.get(name)) is not None:
                     yield f"{place}.{name}".lstrip("."), buffer
-
-
-def one_rate(rates: Sequence[float]) -> float | tuple[float, ...]:
-    """The rates of dropout of the members, or the one that all of them have."""
-    return rates[0] if len(set(rates)) == 1 else tuple(rates)
 
 
 def _walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -11,7 +11,7 @@ from typing_extensions import Self, Unpack
 from pyens._kinds import REAL, check_real, check_tensor
 from pyens._types import Activation, Loss, LossOptions, LossReduction, MaskMode
 from pyens.masks import check, check_masks, masks_for_channels
-from pyens.nn import _sequential
+from pyens.nn import _sequential, _stacking
 from pyens.nn._assignment import MODES, assign_masks, check_mode
 from pyens.nn._buffers import BufferList, Derived
 from pyens.nn._members import check_layers, draw_linear
@@ -19,6 +19,7 @@ from pyens.nn.ensemble import Ensemble, Indices, chosen_members, generators, par
 from pyens.nn.ensemble_mlp import EnsembleMLP
 from pyens.nn.masksembles import Masksembles1D
 from pyens.ops.masked_mlp import masked_mlp, masked_mlp_loss, masked_weights, plan_masks
+from pyens.reference.activations import activation_module
 from pyens.reference.ensemble_mlp_loss import weights_of
 
 
@@ -33,7 +34,7 @@ class MaskedMLP(Derived, Ensemble):
         ensemble_size: N, the number of masks.
         in_features, hidden_features, out_features: widths of the one network; at least one hidden layer.
         scale: S >= 1 of the masks, see `pyens.masks.masks_for_channels`.
-        activation: relu, gelu, silu, elu, softplus, tanh or identity, as in `EnsembleMLP`.
+        activation: one name for all hidden layers, as in `EnsembleMLP`.
         bias: whether the layers have biases.
         device, dtype: of the parameters.
         seed: the parameters are bit for bit those of the same `nn.Sequential` built under
@@ -107,7 +108,11 @@ class MaskedMLP(Derived, Ensemble):
         super().__init__()
         if not masks:
             raise ValueError("MaskedMLP: hidden_features: expected at least one hidden layer, got none")
-        _sequential.activation_module(activation, "MaskedMLP")  # raises if there is none of this name
+        if not isinstance(activation, str):
+            raise ValueError(
+                f"MaskedMLP: activation: expected one name for all hidden layers, got {activation!r}"
+            )
+        activation_module(activation, "MaskedMLP")  # raises if there is none of this name
         self.ensemble_size = masks[0].shape[0]
         self.in_features = weights[0].shape[1]
         self.hidden_features = tuple(mask.shape[1] for mask in masks)
@@ -194,7 +199,7 @@ class MaskedMLP(Derived, Ensemble):
             linear.weight.new_ones(num_masks, len(linear.weight), dtype=torch.bool) if mask is None else mask
             for linear, mask in zip(linears[:-1], masks[:-1], strict=True)
         ]
-        stacked = _sequential.stack([linears])
+        stacked = _stacking.stack([linears])
         weights, biases = ([tensor[0] for tensor in tensors] for tensors in stacked)
         return cls.from_parameters(weights, biases, hidden, activation=activation).train(module.training)
 

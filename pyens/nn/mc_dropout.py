@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pyens.masks import check_masks
-from pyens.nn import _sequential
+from pyens.nn import _sequential, _stacking
 from pyens.nn.masked_mlp import MaskedMLP
 
 
@@ -62,7 +62,7 @@ def mc_dropout(
         if rate is not None and not 0 <= rate < 1:
             raise ValueError(f"mc_dropout: p: expected 0 <= p < 1, got {rate}")
     check_masks("mc_dropout", num_masks, num_masks=max(len(linear.weight) for linear in linears[:-1]))
-    stacked = _sequential.stack([linears])
+    stacked = _stacking.stack([linears])
     weights, biases = ([tensor[0] for tensor in tensors] for tensors in stacked)
     masks: list[Tensor] = []
     for i, rate in enumerate(rates):

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from pyens._kinds import check_tensor
-from pyens._types import Activation, Loss, LossOptions, LossReduction
+from pyens._types import Activation, LayerOptionsAndBias, Loss, LossOptions, LossReduction, Norm, Residual
 from pyens.masks import check
+from pyens.nn._layer_options import Rates
 from pyens.nn.ensemble import Ensemble
 from pyens.nn.ensemble_embedding import EnsembleEmbedding
 from pyens.nn.ensemble_mlp import EnsembleMLP
@@ -29,14 +30,15 @@ class TabularEnsemble(Ensemble):
         categorical: for each of the C categorical columns how many categories it has and how many numbers a
             category becomes; may be empty.
         numeric_features: F, the number of numeric columns; may be 0, but not without categorical columns.
-        hidden_features, out_features, activation, bias: of the MLP, see `EnsembleMLP`.
-        dropout: probability of dropping a hidden activation in training, or one for each member.
+        hidden_features, out_features: of the MLP, see `EnsembleMLP`.
         embedding_std: of the normal distribution that the tables are drawn from; 1 is `nn.Embedding`'s, and
             hurts: on 100,000 ratings of MovieLens-1M, RMSE .939 against .933 at .05, in twice the epochs.
         sparse: whether the tables' gradients are sparse, see `EnsembleEmbedding`. The features are then put
             together in several passes instead of one.
         device, dtype: of the parameters.
         seeds: one per member, see `reset_parameters`.
+        options: of the MLP: activation, bias, norm, residual, dropout and what else `EnsembleMLP` takes of
+            this kind.
 
     Submodules: `embeddings`, an `nn.ModuleList` of `EnsembleEmbedding`, and `mlp`, an `EnsembleMLP`.
 
@@ -56,14 +58,12 @@ class TabularEnsemble(Ensemble):
         hidden_features: Sequence[int],
         out_features: int,
         *,
-        activation: Activation = "relu",
-        bias: bool = True,
-        dropout: float | Sequence[float] = 0.0,
         embedding_std: float = 0.05,
         sparse: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         seeds: Sequence[int] | Tensor | None = None,
+        **options: Unpack[LayerOptionsAndBias],
     ) -> None:
         super().__init__()
         for i, column in enumerate(categorical):
@@ -98,17 +98,15 @@ class TabularEnsemble(Ensemble):
             in_features,
             hidden_features,
             out_features,
-            activation=activation,
-            bias=bias,
-            dropout=dropout,
             device="meta",
             dtype=dtype,
+            **options,
         )
         self.to_empty(device=torch.get_default_device() if device is None else device)
         self.reset_parameters(seeds)
 
     @property
-    def dropout(self) -> float | tuple[float, ...]:  # type: ignore[override]
+    def dropout(self) -> Rates:  # type: ignore[override]
         """Of the MLP."""
         return self.mlp.dropout
 
@@ -131,9 +129,24 @@ class TabularEnsemble(Ensemble):
         self.mlp.mc_dropout = active
 
     @property
-    def activation(self) -> Activation:  # type: ignore[override]
+    def activation(self) -> Activation | tuple[Activation, ...]:  # type: ignore[override]
         """Of the MLP."""
         return self.mlp.activation
+
+    @property
+    def output_activation(self) -> Activation:  # type: ignore[override]
+        """Of the MLP."""
+        return self.mlp.output_activation
+
+    @property
+    def norm(self) -> Norm | tuple[Norm | None, ...] | None:  # type: ignore[override]
+        """Of the MLP."""
+        return self.mlp.norm
+
+    @property
+    def residual(self) -> Residual:  # type: ignore[override]
+        """Of the MLP."""
+        return self.mlp.residual
 
     def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Weights and biases of the MLPs, which take the `features`."""

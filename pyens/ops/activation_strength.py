@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pyens._types import Activation, ActivationStrength
 from pyens.ops._call import operation
+from pyens.ops.ensemble_mlp import joined
 
 _activation_strength = operation("activation_strength")
 
@@ -17,7 +18,7 @@ def activation_strength(
     mean: Tensor,
     std: Tensor,
     *,
-    activation: Activation = "relu",
+    activation: Activation | Sequence[Activation] = "relu",
     bitpack: bool = False,
 ) -> ActivationStrength:
     r"""The outputs of an ensemble of MLPs, and how strongly each hidden unit of each member was active.
@@ -62,6 +63,8 @@ def activation_strength(
     Source: "Beyond Point Estimate", where only ReLU is used and a unit is active where
     its output is greater than 0; reference in `pyens.reference.activation_strength`.
     """
+    if not isinstance(activation, str):
+        activation = joined("activation_strength", "activation", activation)
     return ActivationStrength(
         *_activation_strength(
             input, weights, () if biases is None else biases, mean, std, activation, bitpack

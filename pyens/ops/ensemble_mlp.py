@@ -112,30 +112,123 @@ def ensemble_mlp(
 
     Source: the members are those of "Deep Ensemble"; reference in `pyens.reference.ensemble_mlp`.
     """
+<<<<<<< HEAD
     lead = None
     if shared or is_unusual(input):
         input, lead = as_rows("ensemble_mlp", input, weights if members is None else [members], shared)
     norm_weights, norm_biases, options = schema_options(
+=======
+    keeps: Any = None if isinstance(save_hidden, str) and save_hidden == "auto" else save_hidden
+    layers = layer_options(
+>>>>>>> engine-modules
         "ensemble_mlp",
-        input,
         weights,
         activation,
         output_activation,
         norm,
-        norm_weights,
-        norm_biases,
         norm_eps,
         norm_position,
         residual,
-        dropout,
-        dropout_seeds,
         dropout_position,
-        members,
     )
-    keeps = None if isinstance(save_hidden, str) and save_hidden == "auto" else save_hidden
+    norms = () if norm_weights is None else norm_weights, () if norm_biases is None else norm_biases
     biases = () if biases is None else biases
+<<<<<<< HEAD
     output = _ensemble_mlp(input, weights, biases, norm_weights, norm_biases, *options, keeps)
+=======
+    return call_ensemble_mlp(
+        input, weights, biases, norms, layers, dropout, dropout_seeds, members, keeps, shared
+    )
+
+
+# The options of a network that are no tensors, in the order of the schema.
+Layers = tuple[str, bool, str, str, float, bool, str]
+Norms = tuple[Sequence[Tensor], Sequence[Tensor]]  # weights and biases
+
+
+def call_ensemble_mlp(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norms: Norms,
+    layers: Layers,
+    dropout: Dropout,
+    seeds: Tensor | None,
+    members: Tensor | None,
+    keeps: bool | None,
+    shared: bool,
+) -> Tensor:
+    """`ensemble_mlp` of options that `layer_options` has made: a module does so once."""
+    rates = None
+    if not isinstance(dropout, (float, int)):
+        dropout, rates = member_rates("ensemble_mlp", dropout, input)
+    lead = None
+    if shared or is_unusual(input):
+        input, lead = as_rows(input, weights if members is None else [members], shared)
+    norm_weights, norm_biases = norms
+    activation, early, output_activation, norm, eps, late, residual = layers
+    output = _ensemble_mlp(
+        input,
+        weights,
+        biases,
+        norm_weights,
+        norm_biases,
+        activation,
+        dropout,
+        seeds,
+        rates,
+        early,
+        output_activation,
+        norm,
+        eps,
+        late,
+        residual,
+        members,
+        keeps,
+    )
+>>>>>>> engine-modules
     return output if lead is None else as_given(output, lead)
+
+
+def layer_options(
+    op: str,
+    weights: Sequence[Tensor],
+    activation: Activation | Sequence[Activation],
+    output_activation: Activation,
+    norm: Norm | Sequence[Norm | None] | None,
+    norm_eps: float | None,
+    norm_position: NormPosition,
+    residual: bool | Sequence[bool],
+    dropout_position: DropoutPosition,
+) -> Layers:
+    """These options as the schema has them. Of the weights it reads shapes and dtype, where it reads them."""
+    if not isinstance(activation, str):
+        activation = joined(op, "activation", activation)
+    if norm is None and residual is False and dropout_position == "after_activation":
+        return activation, False, output_activation, "none", 1e-5, False, ""
+    if dropout_position not in ("after_activation", "before_norm"):
+        raise ValueError(
+            f'{op}: dropout_position: expected after_activation or before_norm, got "{dropout_position}"'
+        )
+    if norm_position not in ("before_activation", "after_activation"):
+        raise ValueError(
+            f'{op}: norm_position: expected before_activation or after_activation, got "{norm_position}"'
+        )
+    _kinds.check_tensors(op, "weights", weights)
+    early, late = dropout_position == "before_norm", norm_position == "after_activation"
+    norms, eps, residuals = for_each(norm, 1), 1e-5, ""
+    names = joined(op, "norm", ["none" if one is None else one for one in norms])
+    if norm_eps is None and len(weights) > 0:
+        eps = default_norm_eps(norms, weights[0].dtype)
+    elif norm_eps is not None:
+        _kinds.check_number(op, "norm_eps", norm_eps)
+        eps = norm_eps
+    if residual is not False:
+        has = residual_layers(residual, weights)
+        if residual is True and not any(has):
+            raise ValueError(f"{op}: residual: expected a hidden layer as wide as what it reads, got none")
+        residuals = "".join("1" if one else "0" for one in has)
+    return activation, early, output_activation, names, eps, late, residuals
 
 
 def schema_options(
@@ -159,50 +252,21 @@ def schema_options(
     rates = None
     if not isinstance(dropout, (float, int)):
         dropout, rates = member_rates(op, dropout, input)
-    if not isinstance(activation, str):
-        activation = joined(op, "activation", activation)
-    early, names, eps, late, residuals = False, "none", 1e-5, False, ""
-    if norm is not None or residual is not False or dropout_position != "after_activation":
-        if dropout_position not in ("after_activation", "before_norm"):
-            raise ValueError(
-                f'{op}: dropout_position: expected after_activation or before_norm, got "{dropout_position}"'
-            )
-        if norm_position not in ("before_activation", "after_activation"):
-            raise ValueError(
-                f'{op}: norm_position: expected before_activation or after_activation, got "{norm_position}"'
-            )
-        _kinds.check_tensors(op, "weights", weights)
-        early, late = dropout_position == "before_norm", norm_position == "after_activation"
-        norms = for_each(norm, 1)
-        names = joined(op, "norm", ["none" if one is None else one for one in norms])
-        if norm_eps is None and len(weights) > 0:
-            eps = default_norm_eps(norms, weights[0].dtype)
-        elif norm_eps is not None:
-            _kinds.check_number(op, "norm_eps", norm_eps)
-            eps = norm_eps
-        if residual is not False:
-            has = residual_layers(residual, weights)
-            if residual is True and not any(has):
-                raise ValueError(
-                    f"{op}: residual: expected a hidden layer as wide as what it reads, got none"
-                )
-            residuals = "".join("1" if one else "0" for one in has)
+    activation, *layers = layer_options(
+        op,
+        weights,
+        activation,
+        output_activation,
+        norm,
+        norm_eps,
+        norm_position,
+        residual,
+        dropout_position,
+    )
     return (
         () if norm_weights is None else norm_weights,
         () if norm_biases is None else norm_biases,
-        (
-            activation,
-            dropout,
-            dropout_seeds,
-            rates,
-            early,
-            output_activation,
-            names,
-            eps,
-            late,
-            residuals,
-            members,
-        ),
+        (activation, dropout, dropout_seeds, rates, *layers, members),
     )
 
 
@@ -228,7 +292,11 @@ def member_rates(op: str, dropout: Dropout, input: Tensor) -> tuple[float, Tenso
         return dropout, None  # type: ignore[return-value]
     for member, rates in enumerate(dropout):
         several = isinstance(rates, Sequence) and not isinstance(rates, str)
+<<<<<<< HEAD
         each: Any = rates if several else [rates]
+=======
+        each: Sequence[Any] = rates if several else [rates]  # type: ignore[assignment]
+>>>>>>> engine-modules
         for layer, rate in enumerate(each):
             place = f"dropout[{member}][{layer}]" if several else f"dropout[{member}]"
             _kinds.check_number(op, place, rate)

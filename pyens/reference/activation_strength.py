@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyens._types import Activation, ActivationStrength
 from pyens.reference.activations import activation_module
+from pyens.reference.ensemble_mlp import for_each
 
 
 def activation_strength(
@@ -17,18 +18,18 @@ def activation_strength(
     mean: Tensor,
     std: Tensor,
     *,
-    activation: Activation = "relu",
+    activation: Activation | Sequence[Activation] = "relu",
     bitpack: bool = False,
 ) -> ActivationStrength:
     """See `pyens.ops.activation_strength`."""
     x = input if input.dim() == 3 else input.expand(len(weights[0]), -1, -1)  # [E, B, I]
-    hidden = []
+    hidden, activations = [], for_each(activation, len(weights) - 1)
     for layer, weight in enumerate(weights):  # [E, out, in]
         if layer > 0:
-            x = activation_module(activation)(x)
+            x = activation_module(activations[layer - 1])(x)
             hidden.append(x)
         x = torch.matmul(x, weight.transpose(1, 2))  # [E, B, out]
-        if biases:
+        if biases and biases[layer].shape[1] > 0:
             x = x + biases[layer].unsqueeze(1)
     h = torch.cat(hidden, -1) if hidden else x[..., :0]
     value, active = strength(h, mean.expand(len(h), -1).unsqueeze(1), std.expand(len(h), -1).unsqueeze(1))

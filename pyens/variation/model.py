@@ -16,6 +16,7 @@ from pyens._kinds import check_real
 from pyens.nn import Ensemble, EnsembleMLP
 from pyens.ops.activation_strength import activation_strength
 from pyens.variation.head import VariationHead
+from pyens.variation.strength import plain_layers
 
 FORMAT = "pyens.variation 1"
 
@@ -42,8 +43,8 @@ class VariationModel(nn.Module):
 
     Raises:
         TypeError: another kind of target or head.
-        ValueError: more than one member, a head that was fitted on another number of hidden units, mean or
-            std of another length.
+        ValueError: more than one member, norms, residuals or an output activation, a head that was fitted on
+            another number of hidden units, mean or std of another length.
 
     Source: "Beyond Point Estimate", section 6.
     """
@@ -58,6 +59,7 @@ class VariationModel(nn.Module):
                 "VariationModel: target: expected an ensemble of MLPs with parameters of their own, "
                 f"got {type(target).__name__}"
             )
+        plain_layers("VariationModel", "target", target)
         if target.ensemble_size != 1:
             raise ValueError(
                 f"VariationModel: target: expected one member, got {target.ensemble_size}: take select([0])"

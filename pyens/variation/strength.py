@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyens._kinds import check_real
-from pyens._types import ActivationStrength
+from pyens._types import Activation, ActivationStrength
 from pyens.nn import Ensemble
 from pyens.ops.activation_strength import activation_strength
 from pyens.reference.activation_strength import pack_bits, strength
-from pyens.reference.activations import MODULES
+from pyens.reference.activations import ACTIVATIONS
 
-ACTIVATION_MODULES = tuple(module for module in dict.fromkeys(MODULES.values()) if module is not nn.Identity)
+# Each once: nn.GELU is exact or not.
+ACTIVATION_MODULES = tuple(
+    dict.fromkeys(type(one) for one in ACTIVATIONS.values() if type(one) is not nn.Identity)
+)
 
 
 @torch.no_grad()
@@ -50,15 +54,16 @@ def strength_of(
         uint8 `[B, ⌈ΣH/8⌉]`; with a leading E for an ensemble. Nothing of it has a gradient.
 
     Raises:
-        ValueError: a module without any of the activations, activations of different batch sizes, mean or std
-            alone or of another length than there are units.
+        ValueError: an ensemble of MLPs with norms, residuals or an output activation (its `member(i)` can be
+            given); a module without any of the activations, activations of different batch sizes, mean or
+            std alone or of another length than there are units.
         TypeError: what such a module returns is not a tensor of floating point numbers.
     """
     if (mean is None) != (std is None):
         missing = "mean" if mean is None else "std"
         raise ValueError(f"strength_of: {missing}: expected both of mean and std, or neither, got None")
     if isinstance(module, Ensemble) and module.activation is not None:
-        weights, biases = module.stacked()
+        weights, biases, activation = plain_layers("strength_of", "module", module)
         if mean is None or std is None:
             dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
             units = sum(weight.shape[1] for weight in weights[:-1])
@@ -66,7 +71,7 @@ def strength_of(
             std = torch.ones_like(mean)
         features = module.features(*args, **kwargs)
         return activation_strength(
-            features, weights, biases, mean, std, activation=module.activation, bitpack=bitpack
+            features, weights, biases, mean, std, activation=activation, bitpack=bitpack
         )
     members = module.ensemble_size if isinstance(module, Ensemble) else None
     output, h = _hooked(module, activations, args, kwargs, members)
@@ -83,6 +88,24 @@ def strength_of(
                 )
         value, active = strength(h, *(s.unsqueeze(-2) if s.dim() == 2 else s for s in (mean, std)))
     return ActivationStrength(output, value, pack_bits(active) if bitpack else active)
+
+
+def plain_layers(
+    function: str, argument: str, ensemble: Ensemble
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Activation | tuple[Activation, ...]]:
+    """Weights, biases and activations of an ensemble of MLPs that have nothing else.
+
+    Raises:
+        ValueError: norms, residuals or an output activation, which `activation_strength` does not have.
+    """
+    for name, plain in (("norm", None), ("residual", False), ("output_activation", "identity")):
+        if (got := getattr(ensemble, name)) != plain:
+            raise ValueError(
+                f"{function}: {argument}: expected MLPs of linear layers and activations between them, "
+                f"got {type(ensemble).__name__} with {name} {got}"
+            )
+    assert ensemble.activation is not None  # it has MLPs
+    return *ensemble.stacked(), ensemble.activation
 
 
 def _hooked(
