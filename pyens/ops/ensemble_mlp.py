@@ -112,15 +112,8 @@ def ensemble_mlp(
 
     Source: the members are those of "Deep Ensemble"; reference in `pyens.reference.ensemble_mlp`.
     """
-<<<<<<< HEAD
-    lead = None
-    if shared or is_unusual(input):
-        input, lead = as_rows("ensemble_mlp", input, weights if members is None else [members], shared)
-    norm_weights, norm_biases, options = schema_options(
-=======
     keeps: Any = None if isinstance(save_hidden, str) and save_hidden == "auto" else save_hidden
     layers = layer_options(
->>>>>>> engine-modules
         "ensemble_mlp",
         weights,
         activation,
@@ -133,9 +126,6 @@ def ensemble_mlp(
     )
     norms = () if norm_weights is None else norm_weights, () if norm_biases is None else norm_biases
     biases = () if biases is None else biases
-<<<<<<< HEAD
-    output = _ensemble_mlp(input, weights, biases, norm_weights, norm_biases, *options, keeps)
-=======
     return call_ensemble_mlp(
         input, weights, biases, norms, layers, dropout, dropout_seeds, members, keeps, shared
     )
@@ -147,7 +137,7 @@ Norms = tuple[Sequence[Tensor], Sequence[Tensor]]  # weights and biases
 
 
 def call_ensemble_mlp(
-    input: Tensor,
+    input: Any,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     norms: Norms,
@@ -159,12 +149,12 @@ def call_ensemble_mlp(
     shared: bool,
 ) -> Tensor:
     """`ensemble_mlp` of options that `layer_options` has made: a module does so once."""
+    lead = None
+    if shared or is_unusual(input):
+        input, lead = as_rows("ensemble_mlp", input, weights if members is None else [members], shared)
     rates = None
     if not isinstance(dropout, (float, int)):
         dropout, rates = member_rates("ensemble_mlp", dropout, input)
-    lead = None
-    if shared or is_unusual(input):
-        input, lead = as_rows(input, weights if members is None else [members], shared)
     norm_weights, norm_biases = norms
     activation, early, output_activation, norm, eps, late, residual = layers
     output = _ensemble_mlp(
@@ -186,7 +176,6 @@ def call_ensemble_mlp(
         members,
         keeps,
     )
->>>>>>> engine-modules
     return output if lead is None else as_given(output, lead)
 
 
@@ -292,11 +281,7 @@ def member_rates(op: str, dropout: Dropout, input: Tensor) -> tuple[float, Tenso
         return dropout, None  # type: ignore[return-value]
     for member, rates in enumerate(dropout):
         several = isinstance(rates, Sequence) and not isinstance(rates, str)
-<<<<<<< HEAD
         each: Any = rates if several else [rates]
-=======
-        each: Sequence[Any] = rates if several else [rates]  # type: ignore[assignment]
->>>>>>> engine-modules
         for layer, rate in enumerate(each):
             place = f"dropout[{member}][{layer}]" if several else f"dropout[{member}]"
             _kinds.check_number(op, place, rate)

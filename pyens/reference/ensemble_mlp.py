@@ -56,12 +56,8 @@ def ensemble_mlp(
         if not isinstance(rates, Tensor) and rates == 0:
             return h
         assert dropout_seeds is not None
-<<<<<<< HEAD
         _, rows, units = h.shape
         kept = kept_by_dropout(dropout_seeds, layer, rows, units, rates)
-=======
-        kept = kept_by_dropout(dropout_seeds, layer, h.shape[1], h.shape[2], rates)
->>>>>>> engine-modules
         # As exact as a division by a number.
         exact = torch.promote_types(h.dtype, torch.float32)
         share = (1 - rates).to(exact) if isinstance(rates, Tensor) else 1 - rates
