@@ -57,9 +57,9 @@ def flatten(module: nn.Module) -> Iterator[nn.Module]:
         yield module
 
 
-# The activations of torch.nn by the names of the kernels.
+# The names of the kernels by the activations of torch.nn, of which nn.GELU has two.
 _ACTIVATIONS: dict[type[nn.Module], str] = {
-    kind: name for name, kind in MODULES.items() if isinstance(kind, type) and kind is not nn.Identity
+    kind: name for name, kind in MODULES.items() if name not in ("identity", "gelu_tanh")
 }
 
 
