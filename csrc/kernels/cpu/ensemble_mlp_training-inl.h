@@ -454,7 +454,9 @@ void load_tile(const Training& t, const TrainingSchedule<A>& s, const TrainingPa
                         : 1;
     }
   }
-  if (t.target_member_stride == 0 && in_panels.target == tile) return;
+  // A given gradient of activated outputs has been multiplied by the slopes where it was.
+  const bool changed = t.loss == Loss::none && keeps(p, p.num_layers - 1);
+  if (t.target_member_stride == 0 && in_panels.target == tile && !changed) return;
   in_panels.target = tile;
   const int64_t offset = member * t.target_member_stride + first * t.target_row_stride;
   if (t.loss == Loss::none) {  // into the place of the outputs
