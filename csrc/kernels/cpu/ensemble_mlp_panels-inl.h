@@ -236,7 +236,7 @@ void forward_tile(const EnsembleMLPParams& p, int64_t member, int64_t first, int
                      scratch.bias);
     if (sums) {
       clear_padding(sums, out, examples);
-      if (sums_are_read(p, member, l)) {
+      if (sums_are_read(p, member, l) && !p.strength.units) {
         z = sums;
       } else {
         std::memcpy(z, sums, static_cast<size_t>(n) * sizeof(Real));
