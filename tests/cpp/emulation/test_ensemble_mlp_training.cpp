@@ -428,6 +428,21 @@ int main() {
       }
     }
   }
+  // The same through norms, residuals and activations of outputs; no dropout, for what it cuts off of a NaN is
+  // not the same on both sides, nor is what is left out and meets a weight that is infinite.
+  for (const double value : {infinity, -infinity, double{NAN}}) {
+    for (const Place place : {Place::input, Place::target, Place::weight, Place::bias}) {
+      for (const Loss loss : losses) {
+        const int weighted = loss == Loss::none || place == Place::weight ? 0 : i % 3;
+        Case c{2, 11, {5, 6, 6, 4}, loss, {}, i % 3 == 0, true, true, weighted, 0};
+        c.options = varied_layers(c.widths, i, true, true);
+        c.planted = {place, value};
+        test<double>(c);
+        test<float>(c);
+        ++i;
+      }
+    }
+  }
   // Inputs longer than a block of 128; a tile of fewer than 64 examples.
   test<float>({2, 70, {131, 140, 5}, Loss::mse, ActivationKind::relu, true, true, true, 0, 0});
   // More tiles than spans.
