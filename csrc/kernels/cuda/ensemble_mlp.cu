@@ -119,7 +119,7 @@ __device__ void run_norm(const Arguments& a, int64_t l, int64_t member, int64_t 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) ensemble_mlp_kernel(const Arguments a) {
+__global__ void __launch_bounds__(kThreads, 3) ensemble_mlp_kernel(const Arguments a) {
   using R = Real<T>;
   const MLPCall& p = a.call;
   // Within a tile, 32-bit numbers: a division of 64 bits is a call.

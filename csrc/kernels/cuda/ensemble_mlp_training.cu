@@ -270,10 +270,16 @@ __device__ void add_chains(int size, const Left& left, const Right& right,
 
 // --- one tile ------------------------------------------------------------------------------------------
 
-// Of the block's member and the hidden layers, written before the first barrier. In shared memory, in front of
-// the tile, because registers are short.
-constexpr size_t kRateBytes = kMaxLayers * sizeof(double);  // keeps what follows aligned
-__device__ inline double& dropout_rate(int64_t l) { return dynamic_shared<double>()[l]; }
+// What a block notes of its member before the first barrier: in shared memory, in front of the tile, because
+// registers are short.
+struct Notes {
+  double rates[kMaxLayers];  // of dropout
+  int64_t parameters;        // the member whose they are
+  double scale;              // of the gradients, a Real
+  double loss;               // of the tiles so far; thread 0's
+};
+constexpr size_t kNotesBytes = (sizeof(Notes) + 15) / 16 * 16;  // keeps what follows aligned
+__device__ inline Notes& notes() { return *dynamic_shared<Notes>(); }
 
 // The tile of a block: `examples` of member `member` from `first` on.
 template <class T>
@@ -281,7 +287,7 @@ struct Tile {
   using R = Real<T>;
   const Arguments& a;
   R* shared;
-  int64_t member, parameters, first;  // parameters: the member whose they are
+  int64_t member, first;
   int examples;  // what counts within a tile are 32-bit numbers: a division of 64 bits is a call
 
   __device__ R* reads(int64_t l) const { return shared + a.tile * a.places[l].reads; }
@@ -293,7 +299,7 @@ struct Tile {
   __device__ R* norm_scale(int64_t l) const { return shared + a.tile * a.places[l].scale; }
   __device__ const T* weight(int64_t l) const {
     return static_cast<const T*>(a.layers[l].weight.data) +
-           parameters * a.layers[l].weight.member_stride;
+           notes().parameters * a.layers[l].weight.member_stride;
   }
   __device__ bool has_late_norm(int64_t l) const {
     return a.layers[l].has_norm() && a.layers[l].norm.after_activation;
@@ -310,7 +316,7 @@ struct Tile {
   }
   __device__ R dropped(int64_t l, R x, int b, int o) const {
     const uint64_t key = dropout_unit_key(dropout_layer_key(a.forward.dropout.seeds[member], l), o);
-    return ApplyDropout<R>(dropout_rate(l))(x, first + b, key);
+    return ApplyDropout<R>(notes().rates[l])(x, first + b, key);
   }
 
   // Examples that are left out become zeros, or a NaN in them would meet a gradient of 0.
@@ -337,7 +343,7 @@ struct Tile {
     const int in = static_cast<int>(layer.in), out = static_cast<int>(layer.out);
     const int in_row = bank_stride(in), out_row = bank_stride(out);
     const T* bias = static_cast<const T*>(layer.bias.data);
-    if (bias) bias += parameters * layer.bias.member_stride;
+    if (bias) bias += notes().parameters * layer.bias.member_stride;
     const R* x = reads(l);
     const Side of_examples(examples), of_outputs(out);
     for_each_block(of_examples, of_outputs, [&](int bs, int os) {
@@ -388,7 +394,7 @@ struct Tile {
     const MLPLayer& layer = a.layers[l];
     const int out = static_cast<int>(layer.out), row = bank_stride(out);
     const bool late = layer.norm.after_activation, drops_sums = !late && drops_before_norm(l);
-    const NormParameters<T> norm(layer.norm, parameters);
+    const NormParameters<T> norm(layer.norm, notes().parameters);
     R* const from = late ? reads(l + 1) : gradient(l);
     for (int b = static_cast<int>(threadIdx.x) / 32; b < examples; b += kThreads / 32) {
       R* const x = from + b * row;
@@ -451,7 +457,7 @@ struct Tile {
       }
       __syncthreads();
     }
-    const NormParameters<T> norm(layer.norm, parameters);
+    const NormParameters<T> norm(layer.norm, notes().parameters);
     for (int b = static_cast<int>(threadIdx.x) / 32; b < examples; b += kThreads / 32) {
       const R* const x = normalized(l) + b * row;
       const R count = static_cast<R>(out), scale = norm_scale(l)[b];
@@ -512,11 +518,11 @@ struct Tile {
     return a.layers[a.num_layers - 1].activation.kind != ActivationKind::identity;
   }
 
-  __device__ void run_loss(R scale) const {
+  __device__ void run_loss() const {
     const MLPTrainingCall& t = a.training;
     const int64_t l = a.num_layers - 1, out = a.layers[l].out;
     for (int b = threadIdx.x; b < examples; b += kThreads) {
-      const R w = example_weights()[b], factor = w * scale;
+      const R w = example_weights()[b], factor = w * static_cast<R>(notes().scale);
       R* z = gradient(l) + b * bank_stride(out);
       if (w == R(0)) {
         for (int64_t f = 0; f < out; ++f) z[f] = 0;
@@ -590,7 +596,7 @@ struct Tile {
     const R* g = gradient(l);
     const bool rich_below = l > 0 && a.layers[l - 1].rich();
     const bool cuts = l > 0 && (a.layers[l - 1].activation.kind == ActivationKind::relu ||
-                                dropout_rate(l - 1) > 0);
+                                notes().rates[l - 1] > 0);
     // The other way to what the layer reads.
     const R* residual = l + 1 < a.num_layers && layer.residual ? reads(l + 1) : nullptr;
     R* input = static_cast<R*>(t.sum_grad_input ? a.member_inputs : t.grad_input);
@@ -602,13 +608,19 @@ struct Tile {
         j[i] = of_inputs.at(js, i);
       }
       R totals[kSide][kSide] = {};
+      if (residual) {
+        for (int i = 0; i < kSide; ++i) {
+          for (int k = 0; k < kSide; ++k) {
+            totals[i][k] = residual[of_examples.at(bs, i) * in_row + j[k]];
+          }
+        }
+      }
       add_chains(
           out, [&](int i, int o) { return g[row[i] + o]; },
           [&](int i, int o) { return to_real(w[o * layer.weight.row_stride + j[i]]); }, totals);
       for_each_sum(totals, [&](int i, int k, R total) {
         if (!of_examples.has(bs, i) || !of_inputs.has(js, k)) return;
         const int b = of_examples.at(bs, i);
-        if (residual) total += residual[b * in_row + j[k]];
         if (rich_below) {
           reads(l)[b * in_row + j[k]] = total;
         } else if (l > 0) {
@@ -623,16 +635,6 @@ struct Tile {
       });
     });
   }
-
-  // Of a member that does not exist.
-  __device__ void clear_input_gradient() const {
-    const MLPTrainingCall& t = a.training;
-    R* input = static_cast<R*>(t.sum_grad_input ? a.member_inputs : t.grad_input);
-    input += (member * a.forward.batch + first) * a.layers[0].in;
-    for (int i = threadIdx.x; i < examples * static_cast<int>(a.layers[0].in); i += kThreads) {
-      input[i] = static_cast<R>(NAN);
-    }
-  }
 };
 
 // As many blocks to a multiprocessor as leave enough registers to spill nothing.
@@ -643,23 +645,26 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 2)
   const MLPTrainingCall& t = a.training;
   const MLPCall& p = a.forward;
   const int64_t span = blockIdx.x, member = blockIdx.y, last = a.num_layers - 1;
-  const double terms = static_cast<double>(loss_terms(t, a.layers[last].out)) *
-                       (t.loss == Loss::none ? 1 : a.weight_sums[member]);
-  // If all weights are 0 the loss is 0. NaN stays.
-  R scale = terms == 0 ? R(0) : static_cast<R>(1 / terms);
-  if (t.member_scale) scale *= static_cast<const R*>(t.member_scale)[member];
   R* sums =
       static_cast<R*>(a.span_gradients) + (span * a.ensemble_size + member) * a.member_gradients;
   const int64_t first_tile = span * a.tiles_per_span;
   const int64_t end = min(first_tile + a.tiles_per_span, a.tiles);
-  for (int64_t l = threadIdx.x; l < last; l += kThreads) dropout_rate(l) = p.dropout.of(member, l);
-  const int64_t parameters = a.members.parameters_of(member);
+  for (int64_t l = threadIdx.x; l < last; l += kThreads) notes().rates[l] = p.dropout.of(member, l);
+  if (threadIdx.x == 0) {
+    notes().parameters = a.members.parameters_of(member);
+    const double terms = static_cast<double>(loss_terms(t, a.layers[last].out)) *
+                         (t.loss == Loss::none ? 1 : a.weight_sums[member]);
+    // If all weights are 0 the loss is 0. NaN stays.
+    R scale = terms == 0 ? R(0) : static_cast<R>(1 / terms);
+    if (t.member_scale) scale *= static_cast<const R*>(t.member_scale)[member];
+    notes().scale = static_cast<double>(scale);
+    notes().loss = 0;
+  }
   const bool activates_output = a.layers[last].activation.kind != ActivationKind::identity;
-  double loss = 0;  // thread 0's
   for (int64_t i = first_tile; i < end; ++i) {
     const int64_t first = i * a.tile;
-    const Tile<T> tile{a,     dynamic_shared<R>() + kRateBytes / sizeof(R),  member, parameters,
-                       first, static_cast<int>(min(a.tile, p.batch - first))};
+    const Tile<T> tile{a, dynamic_shared<R>() + kNotesBytes / sizeof(R), member, first,
+                       static_cast<int>(min(a.tile, p.batch - first))};
     tile.load();
     __syncthreads();
     for (int64_t l = 0; l < a.num_layers; ++l) {
@@ -677,11 +682,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 2)
     if (t.loss == Loss::none) {
       tile.load_output_gradient();
     } else {
-      tile.run_loss(scale);
+      tile.run_loss();
     }
     __syncthreads();
     if (t.loss != Loss::none && threadIdx.x == 0) {
-      for (int64_t b = 0; b < tile.examples; ++b) loss += static_cast<double>(tile.losses()[b]);
+      for (int64_t b = 0; b < tile.examples; ++b)
+        notes().loss += static_cast<double>(tile.losses()[b]);
     }
     for (int64_t l = last; l >= a.lowest; --l) {
       if (l < last && a.layers[l].rich()) {
@@ -695,10 +701,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 2)
       }
       __syncthreads();
     }
-    if (t.grad_input && !a.members.exists(member)) tile.clear_input_gradient();
     __syncthreads();
   }
-  if (threadIdx.x == 0) a.loss_sums[member * a.spans + span] = loss;
+  if (threadIdx.x == 0) a.loss_sums[member * a.spans + span] = notes().loss;
 }
 
 // --- the spans' sums, in order ---------------------------------------------------------------------
@@ -730,6 +735,12 @@ __global__ void __launch_bounds__(kThreads) add_spans_kernel(const Arguments a) 
       store(to.norm_bias, place.norm_bias, out);
     }
   }
+  const int64_t inputs = a.forward.batch * a.layers[0].in;
+  for (int64_t m = 0; t.grad_input && !t.sum_grad_input && m < a.ensemble_size; ++m) {
+    if (a.members.exists(m)) continue;
+    R* const input = static_cast<R*>(t.grad_input) + m * inputs;
+    for (int64_t i = first_item(); i < inputs; i += all_threads()) input[i] = static_cast<R>(NAN);
+  }
   if (!t.loss_output) return;
   for (int64_t m = first_item(); m < a.ensemble_size; m += all_threads()) {
     double loss = 0;
@@ -747,8 +758,10 @@ __global__ void __launch_bounds__(kThreads) add_members_kernel(const Arguments a
   const int64_t size = a.forward.batch * a.layers[0].in;
   const R* inputs = static_cast<const R*>(a.member_inputs);
   for (int64_t i = first_item(); i < size; i += all_threads()) {
-    R sum = inputs[i];
-    for (int64_t m = 1; m < a.ensemble_size; ++m) sum += inputs[m * size + i];
+    R sum = a.members.exists(0) ? inputs[i] : static_cast<R>(NAN);
+    for (int64_t m = 1; m < a.ensemble_size; ++m) {
+      sum += a.members.exists(m) ? inputs[m * size + i] : static_cast<R>(NAN);
+    }
     static_cast<R*>(a.training.grad_input)[i] = sum;
   }
 }
@@ -763,7 +776,7 @@ const char* train_as(const Arguments& a, void* stream) {
     error = launch(weight_sums_kernel<R>, members, kThreads, 0, stream, a);
     if (error) return error;
   }
-  const size_t bytes = kRateBytes + static_cast<size_t>(a.tile * a.example_reals) * sizeof(R);
+  const size_t bytes = kNotesBytes + static_cast<size_t>(a.tile * a.example_reals) * sizeof(R);
   error = launch(training_kernel<T>, dim3(static_cast<unsigned>(a.spans), members), kThreads, bytes,
                  stream, a);
   if (error) return error;
