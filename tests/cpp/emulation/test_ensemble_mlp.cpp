@@ -137,12 +137,14 @@ void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths,
 // Weights, biases and an example, against what a block may have.
 void test_fits_one_launch() {
   ++problems;
-  const auto fits = [](const std::vector<int64_t>& widths, pyens::DType dtype, int64_t batch = 1) {
+  const auto fits = [](const std::vector<int64_t>& widths, pyens::DType dtype, int64_t batch = 1,
+                       bool residual = false) {
     std::vector<pyens::MLPLayer> layers(widths.size() - 1);
     for (size_t l = 0; l < layers.size(); ++l) {
       layers[l].in = widths[l];
       layers[l].out = widths[l + 1];
     }
+    layers[0].residual = residual;
     pyens::EnsembleMLPParams p{};
     p.dtype = dtype;
     p.batch = batch;
@@ -165,6 +167,10 @@ void test_fits_one_launch() {
   check(fits({20, 60, 4}, DType::float32, 64) && fits({20, 60, 4}, DType::float16, 64), "narrow");
   check(!fits({20, 300, 4}, DType::float16, 64) && !fits({9, 9}, DType::float16, 64), "16 bits");
   check(fits({20, 90, 4}, DType::float64, 64), "float64 has no other kernel");
+  check(fits({80, 80, 4}, DType::float32, 64, true) &&
+            !fits({90, 90, 90}, DType::float32, 64, true) &&
+            fits({80, 80, 4}, DType::float16, 64, true),
+        "norms and residuals have no other kernel");
   emulation::device = {};
 }
 
