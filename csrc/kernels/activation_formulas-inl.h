@@ -258,9 +258,12 @@ struct Hardswish {  // x min(max(x + 3, 0), 6) / 6;  0 up to -3, x/3 + 1/2 below
 };
 
 struct Sin {  // sin x;  cos x
+#if !defined(PYENS_ISA)
+  PYENS_SCALAR R value(R x, R /*a*/ = R(0)) { return sine(x); }  // kernels/cuda/sine.cuh
+  PYENS_SCALAR R slope(R x, R /*h*/, R /*a*/ = R(0)) { return cosine(x); }
+#else
   PYENS_SCALAR R value(R x, R /*a*/ = R(0)) { return std::sin(x); }
   PYENS_SCALAR R slope(R x, R /*h*/, R /*a*/ = R(0)) { return std::cos(x); }
-#if defined(PYENS_ISA)
   // sin(x - n pi), n an integer or halfway between two, for |n| < 2^13: n times the first two parts of pi is
   // exact. On [-pi/2, pi/2] sin r = r + r^3 P(r^2), relative error 6e-9.
   template <class V>
@@ -268,6 +271,7 @@ struct Sin {  // sin x;  cos x
     V r = madd(n, broadcast<V>(-3.140625f), x);
     r = madd(n, broadcast<V>(-0.0009675025939941406f), r);
     r = madd(n, broadcast<V>(-1.5099580252808664e-07f), r);
+    r = madd(n, broadcast<V>(3.43024902e-15f), r);
     const V square = r * r;
     V p = broadcast<V>(2.605290895e-06f);
     p = madd(p, square, broadcast<V>(-0.0001980939323f));

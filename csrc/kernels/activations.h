@@ -5,6 +5,8 @@
 #include <optional>
 #include <string_view>
 
+#include "kernels/types.h"
+
 // X(name, type of the formulas, default of the parameter), as in torch.nn with default arguments. The
 // default is 0 where there is no parameter. gelu is the exact one.
 #define PYENS_ACTIVATIONS(X)     \
@@ -62,7 +64,7 @@ inline constexpr double kDefaultParameters[] = {
 };
 
 // Whether a gradient where the slope is 0 is 0 whatever it was: selected, as torch does, not multiplied.
-constexpr bool cuts_off(ActivationKind kind) {
+PYENS_HOST_DEVICE constexpr bool cuts_off(ActivationKind kind) {
   return kind == ActivationKind::relu || kind == ActivationKind::hardswish;
 }
 

@@ -46,9 +46,9 @@ struct MLPLayer {
   Activation activation;  // of the last layer: of the output
   bool residual;          // of a hidden layer as wide as what it reads
 
-  bool has_norm() const { return norm.kind != NormKind::none; }
+  PYENS_HOST_DEVICE bool has_norm() const { return norm.kind != NormKind::none; }
   // Whether more follows the sums than an activation and dropout.
-  bool rich() const { return has_norm() || residual; }
+  PYENS_HOST_DEVICE bool rich() const { return has_norm() || residual; }
 };
 
 // What is computed. The layers lie on the host.
@@ -59,6 +59,9 @@ struct EnsembleMLP {
   // [ensemble_size]: whose parameters each of them has, among more members that the layers' tensors may
   // hold; nullptr: its own. Inputs, outputs, dropout and gradients count those that are computed.
   const int64_t* members;
+  // How many members the layers' tensors hold, where there are `members`. On the GPU the output of one
+  // that is none of them is NaN, and so are its gradients; on the CPU the caller has looked.
+  int64_t stored_members;
 
   PYENS_HOST_DEVICE int64_t parameters_of(int64_t member) const {
     return members ? members[member] : member;
@@ -128,6 +131,8 @@ struct EnsembleMLPEpilogue {
   const void* z;            // Real [E, rows, out], contiguous: inputs times weights
   void* h;                  // elements [E, rows, out]; may be z where they are Real
   int64_t h_member_stride;  // its rows lie one after the other
+  const void* x;            // elements [E, rows, in], what a layer with a residual reads
+  int64_t x_member_stride, x_row_stride;
 };
 
 // What is differentiated: a loss of the output, or the output itself against a given gradient.

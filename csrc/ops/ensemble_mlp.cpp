@@ -27,12 +27,15 @@ constexpr char kOp[] = "ensemble_mlp";
 constexpr char kBackward[] = "ensemble_mlp_backward";
 constexpr char kKeeping[] = "ensemble_mlp_keeping";
 
-// A kept sum costs 8 bytes of traffic, a computed one a multiply-add for each input: from some inputs on it
-// is cheaper kept. The mean over the hidden units; benchmarks/layers.py measures it.
-constexpr double kOperationsWorthKeeping = 24;
-constexpr int64_t kFewExamples = 8;
+// A kept sum costs 8 bytes of traffic, a computed one a multiply-add for each input (the mean over the hidden
+// units): from some inputs on it is cheaper kept. Up to 32 MB the memory comes back from the last call and is
+// partly in cache; beyond, the system hands out fresh pages, which it clears first. `keeping` of
+// benchmarks/networks.py measures it.
+constexpr double kInputsWorthKeeping = 20, kInputsWorthFreshPages = 192;
+constexpr int64_t kRecycledBytes = int64_t{32} << 20;
 // Of one call. What is kept lives until backward.
 constexpr int64_t kMostKeptBytes = int64_t{1} << 30;
+constexpr int64_t kFewExamples = 8;
 
 Tensor run(ForwardCall& call, const Network& network) {
   const auto& params = call.params;
@@ -99,7 +102,7 @@ std::tuple<Tensor, Tensor> ensemble_mlp_keeping_meta(const MLPOptions& options, 
   return {output_like(network), at::empty_symint({kept_elements(network, options)}, real)};
 }
 
-// Whether keeping the sums is cheaper than computing them again: see kMostKeptBytes.
+// Whether keeping the sums is cheaper than computing them again: see kInputsWorthKeeping.
 bool worth_keeping(const Network& network, const MLPOptions& options) {
   if (!network.input.device().is_cpu()) return false;
   // Shapes alone decide, and as little of them as possible: compiled code guards what is looked at.
@@ -111,10 +114,10 @@ bool worth_keeping(const Network& network, const MLPOptions& options) {
     elements += out;
   }
   // A few examples have a kernel of their own, which keeps nothing.
-  if (operations < kOperationsWorthKeeping * elements || network.batch() < kFewExamples)
-    return false;
+  if (operations < kInputsWorthKeeping * elements || network.batch() < kFewExamples) return false;
   const c10::SymInt bytes =
       kept_elements(network, options) * elementSize(accumulation_type(network.input.scalar_type()));
+  if (operations < kInputsWorthFreshPages * elements) return bytes <= kRecycledBytes;
   return bytes <= kMostKeptBytes;
 }
 
@@ -224,7 +227,7 @@ std::vector<Tensor> ensemble_mlp_backward_cuda(const MLPOptions& options, const 
                                                NeedsGrad needs_grad) {
   const Network network{input, weights, biases, norm_weights, norm_biases, options.members};
   check_backward(grad, network, options);
-  if (training_fits_one_launch(weights)) {
+  if (training_fits_one_launch(kOp, weights, options)) {
     return ensemble_mlp_backward(options, grad, input, weights, biases, norm_weights, norm_biases,
                                  kept, needs_grad);
   }

@@ -145,11 +145,14 @@ struct TrainingCall : ForwardCall {
 
 // Whether a training pass on CUDA fits one launch, or has to be composed of matrix products. False for what is
 // no list of [E, out, in]: it may be asked before the layers are checked.
-bool training_fits_one_launch(at::TensorList weights);
+bool training_fits_one_launch(const char* op, at::TensorList weights, const MLPOptions& options);
 
 // --- through the dispatcher -------------------------------------------------------------------------
 
 at::Tensor call_ensemble_mlp(const MLPOptions& options, const Network& network);
+
+// Indices that the library can take: on CUDA those out of range, whose outputs are NaN, brought into it.
+at::Tensor members_within(const Network& network);
 
 // A parameter's gradient [members, ...] by those that were computed as that of all of them: what one was
 // computed for several times is added up, in their order.

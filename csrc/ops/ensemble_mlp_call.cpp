@@ -343,6 +343,7 @@ void ForwardCall::set_members(const char* op, const Network& network) {
   const Tensor& members = with_contiguous_rows(*network.chosen, copies);
   const int64_t stored = params.ensemble_size;
   params.ensemble_size = members.size(0);
+  params.stored_members = stored;
   params.members = members.const_data_ptr<int64_t>();
   for (int64_t i = 0; members.is_cpu() && i < params.ensemble_size; ++i) {
     const int64_t m = params.members[i];
@@ -403,10 +404,19 @@ void run_layer_by_layer(const char* op, const EnsembleMLPParams& params, const N
   EnsembleMLPEpilogue epilogue{};
   for (; epilogue.first_row < params.batch; epilogue.first_row += epilogue.rows) {
     epilogue.rows = std::min(most, params.batch - epilogue.first_row);
-    Tensor h = inputs.narrow(1, epilogue.first_row, epilogue.rows);
+    Tensor h = inputs.narrow(1, epilogue.first_row, epilogue.rows), read;
     for (epilogue.layer = 0; epilogue.layer < params.num_layers; ++epilogue.layer) {
       const int64_t out = params.layers[epilogue.layer].out;
-      const Tensor weight = network.weights[static_cast<size_t>(epilogue.layer)].transpose(1, 2);
+      const Tensor& stored = network.weights[static_cast<size_t>(epilogue.layer)];
+      const Tensor chosen =
+          network.chosen ? stored.index_select(0, members_within(network)) : stored;
+      const Tensor weight = chosen.transpose(1, 2);
+      if (params.layers[epilogue.layer].residual) {
+        read = h.stride(2) == 1 ? h : h.contiguous();
+        epilogue.x = read.const_data_ptr();
+        epilogue.x_member_stride = read.stride(0);
+        epilogue.x_row_stride = read.stride(1);
+      }
       const Tensor z = type == real ? at::bmm(h, weight) : at::bmm(h, weight, real);
       epilogue.z = z.const_data_ptr();
       if (epilogue.layer + 1 == params.num_layers) {
@@ -513,25 +523,38 @@ void TrainingCall::run_on_cpu(const char* op) {
              });
 }
 
+Tensor members_within(const Network& network) {
+  const Tensor& members = *network.chosen;
+  // On the CPU the values have been looked at, or are those of a trace.
+  return members.is_cuda() ? members.clamp(0, network.weights[0].size(0) - 1) : members;
+}
+
 Tensor gradient_of_all(const Network& network, const Tensor& gradient) {
   if (!network.chosen) return gradient;
   auto sizes = gradient.sym_sizes().vec();
   sizes[0] = network.weights[0].sym_size(0);
   const Tensor zeros = at::zeros_symint(sizes, gradient.options());
   // index_put, because index_add on CUDA adds in any order.
-  if (gradient.is_cuda()) return zeros.index_put({*network.chosen}, gradient, /*accumulate=*/true);
+  if (gradient.is_cuda()) {
+    return zeros.index_put({members_within(network)}, gradient, /*accumulate=*/true);
+  }
   return zeros.index_add(0, *network.chosen, gradient);
 }
 
-bool training_fits_one_launch([[maybe_unused]] TensorList weights) {
+bool training_fits_one_launch([[maybe_unused]] const char* op, [[maybe_unused]] TensorList weights,
+                              [[maybe_unused]] const MLPOptions& options) {
 #if defined(PYENS_WITH_CUDA)
   const auto is_stacked = [](const Tensor& w) { return w.dim() == 3; };
   if (weights.empty() || !std::all_of(weights.begin(), weights.end(), is_stacked)) return false;
+  const LayersOptions given = parse_layers(op, options, weights.size());
   std::vector<MLPLayer> layers(weights.size());
   EnsembleMLP mlp{};
   for (size_t l = 0; l < weights.size(); ++l) {
     layers[l].out = weights[l].sym_size(1).guard_int(__FILE__, __LINE__);
     layers[l].in = weights[l].sym_size(2).guard_int(__FILE__, __LINE__);
+    layers[l].activation = given[l].activation;
+    layers[l].norm.kind = given[l].norm;
+    layers[l].residual = given[l].residual;
   }
   mlp.dtype = kernel_dtype(weights[0].scalar_type());
   mlp.ensemble_size = weights[0].sym_size(0).guard_int(__FILE__, __LINE__);

@@ -194,7 +194,7 @@ std::vector<Tensor> composed_backward(const char* op, Tensor grad, const Network
   const bool drops = options.dropout > 0 || options.dropout_rates;
   // Parameters of the members that are computed.
   const auto of_chosen = [&](const Tensor& t) {
-    return network.chosen ? t.index_select(0, *network.chosen) : t;
+    return network.chosen ? t.index_select(0, members_within(network)) : t;
   };
   std::vector<Tensor> weights, biases(layers);
   std::vector<ComposedNorm> norms(layers);

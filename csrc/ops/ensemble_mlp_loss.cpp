@@ -565,7 +565,7 @@ Tensor ensemble_mlp_example_losses_meta(const LossOptions& options, const Tensor
 Tensor ensemble_mlp_loss_cuda(const LossOptions& options, const Tensor& input, const Tensor& target,
                               TensorList weights, TensorList biases, TensorList norm_weights,
                               TensorList norm_biases) {
-  if (training_fits_one_launch(weights)) {
+  if (training_fits_one_launch(kOp, weights, options.mlp)) {
     return ensemble_mlp_loss(options, input, target, weights, biases, norm_weights, norm_biases);
   }
   const Network network{input, weights, biases, norm_weights, norm_biases, options.mlp.members};
@@ -693,7 +693,7 @@ Tensor ensemble_mlp_loss_autograd(const LossOptions& options, const Tensor& inpu
     check_all_values(options, network, target);
     return composed_loss(options, network, target);
   }
-  if (input.is_cuda() && !training_fits_one_launch(weights)) {
+  if (input.is_cuda() && !training_fits_one_launch(kOp, weights, options.mlp)) {
     return composed_loss(options, network, target);
   }
   // Not by a shared input: see backward.

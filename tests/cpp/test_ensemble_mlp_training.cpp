@@ -1,7 +1,7 @@
 // The training kernel against a plain loop in double, on buffers that end where the sanitizers watch.
 //
 // Inputs and parameters lie on a coarse grid, on which the outputs of a ReLU network are exact: no
-// rounding turns a ReLU on or off.
+// rounding turns a ReLU on or off. Norms leave the grid: beside them activations are smooth.
 
 #include <array>
 #include <cmath>
@@ -15,15 +15,19 @@
 
 #include "kernels/dropout.h"
 #include "kernels/ensemble_mlp.h"
+#include "layer_options.h"
+#include "plain_mlp.h"
 
 namespace {
 
+using plain::Doubles;
+using plain::sigmoid;
+using plain::softplus;
 using pyens::ActivationKind;
 using pyens::DType;
 using pyens::kActivationKinds;
 using pyens::kActivations;
 using pyens::Loss;
-using Doubles = std::vector<double>;
 
 int failures = 0;
 
@@ -40,6 +44,11 @@ struct Case {
   int weighted;  // 0 no, 1 one weight per example, 2 one per member and example
   double dropout;
   Weights weights = Weights::ordinary;
+  std::vector<LayerOptions> options = {};  // in the place of `activation`
+  std::vector<int64_t> members = {};       // among two more that are stored; or each its own
+  bool rate_of_each_layer = false, drops_before_norm = false;
+
+  int64_t stored() const { return ensemble_size + (members.empty() ? 0 : 2); }
 };
 
 void check(bool condition, const char* what, const Case& c, double error = 0) {
@@ -51,28 +60,6 @@ void check(bool condition, const char* what, const Case& c, double error = 0) {
 }
 
 size_t index(int64_t i) { return static_cast<size_t>(i); }
-
-double softplus(double z) { return z > 20 ? z : std::log1p(std::exp(z)); }
-double sigmoid(double z) { return 1 / (1 + std::exp(-z)); }
-
-struct Activated {
-  double value, slope;
-};
-Activated activate(double z, ActivationKind activation) {
-  switch (activation) {
-    case ActivationKind::relu: return {z > 0 ? z : 0, z > 0 ? 1.0 : 0.0};
-    case ActivationKind::gelu: {
-      const double phi = 0.5 * std::erfc(-z / std::sqrt(2.0));
-      return {z * phi, phi + z * std::exp(-0.5 * z * z) / std::sqrt(2 * M_PI)};
-    }
-    case ActivationKind::silu: return {z * sigmoid(z), sigmoid(z) * (1 + z * (1 - sigmoid(z)))};
-    case ActivationKind::elu: return {z > 0 ? z : std::expm1(z), z > 0 ? 1 : std::exp(z)};
-    case ActivationKind::softplus: return {softplus(z), sigmoid(z)};
-    case ActivationKind::tanh: return {std::tanh(z), 1 - std::tanh(z) * std::tanh(z)};
-    case ActivationKind::identity: return {z, 1};
-  }
-  return {z, 1};
-}
 
 // Options of the losses, of one member.
 struct Options {
@@ -169,7 +156,7 @@ Buffer buffer(size_t bytes) {
   return result;
 }
 
-// Loss [E], and gradients: the input's, then weights and biases of each layer.
+// Loss [E], and gradients: the input's, then weights and biases of each layer and of its norm.
 template <class T>
 using Results = std::vector<std::vector<T>>;
 
@@ -178,10 +165,10 @@ struct Model {
   Case c;
   bool shared_gradient;  // sum the members' gradients of a shared input
   size_t layers;
-  std::vector<std::vector<T>> weights, biases;
+  std::vector<std::vector<T>> weights, biases, norm_weights, norm_biases;
   std::vector<T> input, target, sample_weight, member_scale;
   std::vector<int64_t> labels, seeds;
-  Doubles rates;  // of dropout, of the members; empty: one for all
+  Doubles rates;  // of dropout, of the members or of their layers; empty: one for all
   double temperature = 0.75, label_smoothing, delta = 0.75;
   Doubles quantiles;
   std::vector<T> class_weight, log_variance_min, log_variance_max;  // empty: without
@@ -190,6 +177,7 @@ struct Model {
   explicit Model(const Case& given) : c(given), shared_gradient(given.shared_input) {
     label_smoothing = (c.batch + c.weighted) % 2 == 0 ? 0 : 0.2;
     layers = c.widths.size() - 1;
+    if (c.options.empty()) c.options = plain_layers(layers, c.activation);
     std::mt19937_64 random(index(c.ensemble_size * 1000 + c.batch));
     std::normal_distribution<double> normal;
     const auto grid = [&](int64_t n, double scale, double step) {
@@ -202,8 +190,13 @@ struct Model {
     input = grid((c.shared_input ? 1 : e) * b * c.widths[0], 1, 0.25);
     for (size_t l = 0; l < layers; ++l) {
       const double scale = 1.4 / std::sqrt(static_cast<double>(c.widths[l]));
-      weights.push_back(grid(e * c.widths[l + 1] * c.widths[l], scale, 0.125));
-      biases.push_back(grid(c.with_bias ? e * c.widths[l + 1] : 0, 0.3, 0.125));
+      const int64_t all = c.stored() * c.widths[l + 1];
+      const LayerOptions& options = c.options[l];
+      weights.push_back(grid(all * c.widths[l], scale, 0.125));
+      biases.push_back(grid(c.with_bias ? all : 0, 0.3, 0.125));
+      norm_weights.push_back(grid(options.norm_weight ? all : 0, 0.5, 0.125));
+      for (T& value : norm_weights[l]) value += 1;
+      norm_biases.push_back(grid(options.norm_bias ? all : 0, 0.3, 0.125));
     }
     if (c.loss == Loss::cross_entropy) {
       for (int64_t i = 0; i < (c.shared_target ? 1 : e) * b; ++i) {
@@ -254,8 +247,9 @@ struct Model {
     }
     for (int64_t m = 0; m < e; ++m) seeds.push_back(m * 7919 - 3);
     // 1 / (1 - p) is on the grid.
-    for (int64_t m = 0; m < e && c.dropout > 0 && c.batch % 2 == 1; ++m) {
-      rates.push_back(std::array{c.dropout, 0.0, 0.75}[index(m % 3)]);
+    const int64_t n = c.rate_of_each_layer ? e * static_cast<int64_t>(layers - 1) : e;
+    for (int64_t i = 0; i < n && c.dropout > 0 && (c.batch % 2 == 1 || c.rate_of_each_layer); ++i) {
+      rates.push_back(std::array{c.dropout, 0.0, 0.75}[index(i % 3)]);
     }
   }
 
@@ -298,8 +292,9 @@ struct Model {
   }
 
   // Runs the three rounds with their items cut into pieces of `step`. `needs_grad`: bit 0 the input's
-  // gradient, bits 1 and 2 those of weights and biases of even layers, bits 3 and 4 of odd ones.
-  Results<T> run(int64_t step, int threads, unsigned needs_grad = 31) {
+  // gradient, bits 1 and 2 those of weights and biases of even layers, bits 3 and 4 of odd ones, bits 5 and 6
+  // those of norms. `keeps`: a forward pass leaves its sums first.
+  Results<T> run(int64_t step, int threads, unsigned needs_grad = 127, bool keeps = false) {
     const int64_t e = c.ensemble_size, b = c.batch;
     const DType dtype = sizeof(T) == 4 ? DType::float32 : DType::float64;
     std::vector<pyens::MLPLayer> parameters(layers);
@@ -309,19 +304,31 @@ struct Model {
         std::vector<T>((needs_grad & 1) ? index((shared_gradient ? 1 : e) * b * c.widths[0]) : 0)};
     for (size_t l = 0; l < layers; ++l) {
       const unsigned bits = needs_grad >> (l % 2 == 0 ? 1 : 3);
-      results.emplace_back((bits & 1) ? weights[l].size() : 0);
-      results.emplace_back((bits & 2) ? biases[l].size() : 0);
+      const int64_t in = c.widths[l], out = c.widths[l + 1];
+      const bool of_norm = c.options[l].has_norm();
+      results.emplace_back((bits & 1) ? index(e * out * in) : 0);
+      results.emplace_back((bits & 2) && c.with_bias ? index(e * out) : 0);
+      results.emplace_back((needs_grad & 32) && of_norm ? index(e * out) : 0);
+      results.emplace_back((needs_grad & 64) && of_norm ? index(e * out) : 0);
     }
     for (size_t l = 0; l < layers; ++l) {
       const int64_t in = c.widths[l], out = c.widths[l + 1];
+      const LayerOptions& options = c.options[l];
+      const auto pointer = [](auto& values) { return values.empty() ? nullptr : values.data(); };
       parameters[l] = {in,
                        out,
                        {weights[l].data(), out * in, in, dtype},
-                       {c.with_bias ? biases[l].data() : nullptr, out},
-                       {}};
-      if (l + 1 < layers) parameters[l].activation.kind = c.activation;
-      std::vector<T>&w = results[2 + 2 * l], &v = results[3 + 2 * l];
-      gradients[l] = {w.empty() ? nullptr : w.data(), v.empty() ? nullptr : v.data()};
+                       {pointer(biases[l]), out},
+                       {options.norm,
+                        options.after_activation,
+                        options.epsilon,
+                        {pointer(norm_weights[l]), out},
+                        {pointer(norm_biases[l]), out}},
+                       options.activation,
+                       options.residual};
+      std::vector<T>* const of_layer = &results[2 + 4 * l];
+      gradients[l] = {pointer(of_layer[0]), pointer(of_layer[1]), pointer(of_layer[2]),
+                      pointer(of_layer[3])};
     }
 
     pyens::ensemble_mlp_cpu::Training t{};
@@ -330,11 +337,17 @@ struct Model {
     t.forward.batch = b;
     t.forward.num_layers = static_cast<int64_t>(layers);
     t.forward.layers = parameters.data();
+    t.forward.members = c.members.empty() ? nullptr : c.members.data();
+    t.forward.stored_members = c.members.empty() ? 0 : c.stored();
     t.forward.input = input.data();
     t.forward.input_member_stride = c.shared_input ? 0 : b * c.widths[0];
     t.forward.input_row_stride = c.widths[0];
     t.forward.dropout.p = rates.empty() ? c.dropout : 0;
     t.forward.dropout.rates = rates.empty() ? nullptr : rates.data();
+    t.forward.dropout.rates_member_stride =
+        c.rate_of_each_layer ? static_cast<int64_t>(layers - 1) : 1;
+    t.forward.dropout.rates_layer_stride = c.rate_of_each_layer ? 1 : 0;
+    t.forward.dropout.before_norm = c.drops_before_norm;
     t.forward.dropout.seeds = seeds.data();
     t.loss = c.loss;
     pyens::LossParameters& of_loss = t.of_loss;
@@ -369,6 +382,17 @@ struct Model {
     t.threads = threads;
 
     using namespace pyens::ensemble_mlp_cpu;
+    const Buffer kept =
+        buffer(sizeof(T) * index(keeps ? pyens::kept_elements(t.forward, t.forward.batch) : 0));
+    if (keeps) {
+      t.forward.kept = kept.get();
+      Forward forward{};
+      static_cast<pyens::EnsembleMLPParams&>(forward) = t.forward;
+      std::vector<T> output(index(e * b * c.widths.back()));
+      forward.output = output.data();
+      const Buffer scratch = buffer(pyens::ensemble_mlp_cpu::scratch_bytes(forward));
+      pyens::ensemble_mlp_cpu::run(forward, 0, work_items(forward), scratch.get());
+    }
     const TrainingPlan plan = plan_training(t);
     const Buffer partial = buffer(plan.partial_bytes);
     t.partial = partial.get();
@@ -395,9 +419,13 @@ struct Model {
     const int64_t e = c.ensemble_size, b = c.batch;
     Results<double> results{Doubles(c.loss == Loss::none ? 0 : index(e)),
                             Doubles(index((shared_gradient ? 1 : e) * b * c.widths[0]))};
+    std::vector<plain::Gradients> of_member(layers);
     for (size_t l = 0; l < layers; ++l) {
-      results.emplace_back(weights[l].size());
-      results.emplace_back(biases[l].size());
+      const int64_t in = c.widths[l], out = c.widths[l + 1];
+      results.emplace_back(index(e * out * in));
+      results.emplace_back(c.with_bias ? index(e * out) : 0);
+      for (int i = 0; i < 2; ++i)
+        results.emplace_back(c.options[l].has_norm() ? index(e * out) : 0);
     }
     for (int64_t m = 0; m < e; ++m) {
       const auto weight_of = [&](int64_t row) {
@@ -413,10 +441,26 @@ struct Model {
                      ? weight
                      : weight * options.class_weight[index(label_of(m, row))];
       }
+      for (size_t l = 0; l < layers; ++l) {
+        const size_t in = index(c.widths[l]), out = index(c.widths[l + 1]);
+        of_member[l] = {Doubles(out * in), Doubles(out), Doubles(out), Doubles(out)};
+      }
+      const std::vector<plain::Layer> parameters = layers_of(m);
       for (int64_t row = 0; row < b; ++row) {
         const long double weight = weight_of(row);
-        if (weight != 0 && total != 0) {
-          add_example(m, row, static_cast<double>(weight / total), options, results);
+        if (weight == 0 || total == 0) continue;
+        add_example(m, row, static_cast<double>(weight / total), options, parameters, of_member,
+                    results);
+      }
+      for (size_t l = 0; l < layers; ++l) {
+        const plain::Gradients& g = of_member[l];
+        const Doubles* const from[] = {&g.weight, &g.bias, &g.norm_weight, &g.norm_bias};
+        for (size_t i = 0; i < 4; ++i) {
+          Doubles& to = results[2 + 4 * l + i];
+          if (!to.empty()) {
+            std::copy(from[i]->begin(), from[i]->end(),
+                      to.begin() + m * static_cast<int64_t>(from[i]->size()));
+          }
         }
       }
     }
@@ -427,43 +471,42 @@ struct Model {
     return labels[index((c.shared_target ? 0 : m * c.batch) + row)];
   }
 
+  // The layers of the member at position m.
+  std::vector<plain::Layer> layers_of(int64_t m) const {
+    const int64_t stored = c.members.empty() ? m : c.members[index(m)];
+    const auto part = [&](const std::vector<T>& values, int64_t size, double otherwise) {
+      if (values.empty()) return Doubles(index(size), otherwise);
+      const auto begin = values.begin() + stored * size;
+      return Doubles(begin, begin + size);
+    };
+    std::vector<plain::Layer> result;
+    for (size_t l = 0; l < layers; ++l) {
+      const int64_t in = c.widths[l], out = c.widths[l + 1];
+      result.push_back({c.options[l], part(weights[l], out * in, 0), part(biases[l], out, 0),
+                        part(norm_weights[l], out, 1), part(norm_biases[l], out, 0)});
+    }
+    return result;
+  }
+
+  double rate(int64_t m, int64_t l) const {
+    if (rates.empty()) return c.dropout;
+    return rates[index(c.rate_of_each_layer ? m * static_cast<int64_t>(layers - 1) + l : m)];
+  }
+
   void add_example(int64_t m, int64_t row, double share, const Options& options,
-                   Results<double>& results) const {
+                   const std::vector<plain::Layer>& parameters,
+                   std::vector<plain::Gradients>& gradients, Results<double>& results) const {
     const int64_t b = c.batch, in = c.widths[0];
     const T* x = input.data() + ((c.shared_input ? 0 : m * b) + row) * in;
-    std::vector<Doubles> read{Doubles(x, x + in)},
-        slopes;  // of each layer: what it reads; of what it puts out
-    Doubles z;
-    for (size_t l = 0; l < layers; ++l) {
-      const int64_t from = c.widths[l], to = c.widths[l + 1];
-      z.assign(index(to), 0);
-      Doubles slope(index(to), 1);
-      for (int64_t o = 0; o < to; ++o) {
-        double& sum = z[index(o)];
-        if (c.with_bias) sum = static_cast<double>(biases[l][index(m * to + o)]);
-        for (int64_t i = 0; i < from; ++i) {
-          sum +=
-              static_cast<double>(weights[l][index((m * to + o) * from + i)]) * read[l][index(i)];
-        }
-        if (l + 1 == layers) continue;
-        Activated h = activate(sum, c.activation);
-        const double rate = rates.empty() ? c.dropout : rates[index(m)];
-        if (rate > 0) {
-          const uint64_t key = pyens::dropout_unit_key(
-              pyens::dropout_layer_key(seeds[index(m)], static_cast<int64_t>(l)), o);
-          const bool kept = pyens::dropout_hash(static_cast<uint32_t>(row), key) >=
-                            pyens::dropout_threshold(rate);
-          const double factor = kept ? 1 / (1 - rate) : 0;
-          h = {h.value * factor, h.slope * factor};
-        }
-        sum = h.value;
-        slope[index(o)] = h.slope;
-      }
-      if (l + 1 < layers) read.push_back(z);
-      slopes.push_back(slope);
-    }
-
-    Doubles g = z;
+    const plain::Factor factor = [&](int64_t l, int64_t o) {
+      const double p = rate(m, l);
+      if (p == 0) return 1.0;
+      const uint64_t key = pyens::dropout_unit_key(pyens::dropout_layer_key(seeds[index(m)], l), o);
+      const uint32_t hash = pyens::dropout_hash(static_cast<uint32_t>(row), key);
+      return hash >= pyens::dropout_threshold(p) ? 1 / (1 - p) : 0;
+    };
+    plain::Trace trace;
+    Doubles g = plain::forward(parameters, Doubles(x, x + in), factor, c.drops_before_norm, trace);
     const int64_t features = target_features();
     if (c.loss == Loss::none) {
       const T* y = target.data() + ((c.shared_target ? 0 : m * b) + row) * features;
@@ -480,21 +523,7 @@ struct Model {
       const double scale = member_scale.empty() ? 1 : static_cast<double>(member_scale[index(m)]);
       for (double& value : g) value *= share * scale;
     }
-
-    for (size_t l = layers; l-- > 0;) {
-      const int64_t from = c.widths[l], to = c.widths[l + 1];
-      Doubles below(index(from), 0);
-      for (int64_t o = 0; o < to; ++o) {
-        for (int64_t i = 0; i < from; ++i) {
-          const size_t at = index((m * to + o) * from + i);
-          results[2 + 2 * l][at] += g[index(o)] * read[l][index(i)];
-          below[index(i)] += g[index(o)] * static_cast<double>(weights[l][at]);
-        }
-        if (c.with_bias) results[3 + 2 * l][index(m * to + o)] += g[index(o)];
-      }
-      for (int64_t i = 0; l > 0 && i < from; ++i) below[index(i)] *= slopes[l - 1][index(i)];
-      g = below;
-    }
+    g = plain::backward(parameters, trace, g, factor, c.drops_before_norm, gradients);
     for (int64_t i = 0; i < in; ++i) {
       results[1][index(((shared_gradient ? 0 : m * b) + row) * in + i)] += g[index(i)];
     }
@@ -525,13 +554,18 @@ void test(const Case& c) {
   check(model.run(1, 1) == got, "same bits for any split of the work", c);
   check(model.run(2, 2) == got, "same bits for two threads", c);
   check(model.run(3, 64) == got, "same bits for many threads", c);
+  const bool keeps = c.weighted == 0;  // what is left out is in the sums of a forward pass
+  check(!keeps || model.run(1 << 20, 1, 127, true) == got, "same bits from sums that were kept", c);
 
   // Each gradient is the same whatever else is asked for.
-  for (const unsigned needs_grad : {1u, 2u, 4u, 8u, 16u, 6u, 0u}) {
+  for (const unsigned needs_grad : {1u, 2u, 4u, 8u, 16u, 32u, 64u, 6u, 0u}) {
     if (c.batch > 100) break;
     const Results<T> part = model.run(1 << 20, 4, needs_grad);
     for (size_t i = 0; i < part.size(); ++i) {
       check(part[i].empty() || part[i] == got[i], "same bits whatever needs a gradient", c);
+    }
+    if (keeps && needs_grad == 6) {
+      check(model.run(1, 4, needs_grad, true) == part, "and from sums that were kept", c);
     }
   }
   if (c.shared_input) {  // each member its own gradient: what the shared one sums
@@ -563,7 +597,10 @@ void test_values() {
         model.sample_weight[i] = static_cast<float>(weight);
         model.labels[j] = label;
         const std::vector<float> w(3 * 3 * 4);
-        const pyens::MLPLayer layer{4, 3, {w.data(), 12, 4, DType::float32}, {}, {}};
+        pyens::MLPLayer layer{};
+        layer.in = 4;
+        layer.out = 3;
+        layer.weight = {w.data(), 12, 4, DType::float32};
         pyens::ensemble_mlp_cpu::Training t{};
         t.forward.dtype = DType::float32;
         t.forward.ensemble_size = 3;
@@ -635,9 +672,37 @@ int main() {
     for (const Loss loss : losses) {
       if (loss == Loss::none) continue;
       for (const int weighted : {1, 2}) {
-        const Case c{3,    70,       {5, 7, 4}, loss,   ActivationKind::tanh, weighted == 2, true,
-                     true, weighted, 0,         weights};
+        Case c{3,    70,       {5, 7, 4}, loss,   ActivationKind::tanh, weighted == 2, true,
+               true, weighted, 0,         weights};
         test<float>(c);
+        test<double>(c);
+        ++i;
+      }
+    }
+  }
+  // Activations of each layer and of outputs; norms and residuals; rates of each layer; members by index.
+  const std::vector<std::vector<int64_t>> deep = {
+      {4, 3}, {2, 2, 2}, {8, 8, 8, 8}, {5, 7, 7, 7, 2}, {33, 17, 17, 9, 9, 3}, {16, 140, 140, 3}};
+  for (const auto& widths : deep) {
+    for (const int64_t batch : {1, 7, 16, 65, 300}) {
+      for (const bool rich : {false, true}) {
+        Case c{};
+        c.ensemble_size = 1 + i % 4 + (i % 9 == 0 ? 8 : 0);
+        c.batch = batch;
+        c.widths = widths;
+        c.loss = losses[i % 7 < 3 ? 0 : i % 5];
+        if (c.loss == Loss::gaussian_nll) c.widths.back() *= 2;
+        c.options = varied_layers(c.widths, i, rich, rich);
+        c.shared_input = i % 2 == 0;
+        c.shared_target = i % 4 < 2;
+        c.with_bias = i % 6 != 5;
+        c.weighted = c.loss == Loss::none ? 0 : i % 3;
+        if (i / 2 % 3 > 0) c.members = some_members(c.ensemble_size);
+        c.dropout = i / 2 % 4 == 3 ? 0.5 : 0;
+        c.rate_of_each_layer = c.dropout > 0 && widths.size() > 2 && i % 3 > 0;
+        c.drops_before_norm = i % 5 < 3;
+        test<float>(c);
+        c.shared_input = !c.shared_input;
         test<double>(c);
         ++i;
       }

@@ -291,14 +291,22 @@ inline bool sums_are_read(const EnsembleMLPParams& p, int64_t member, int64_t l)
   return l + 1 < p.num_layers && plain && !(p.dropout.of(member, l) > 0);
 }
 
-// g <- g times the slope of an activation.
+// g <- g times the slope of an activation, over panels [out][kPanel]; 0 where the example's weight is 0, whatever
+// the slope.
 template <class Real>
-void multiply_by_slope(const Activation& activation, Real* g, const Real* slope, int64_t n) {
+void multiply_by_slope(const Activation& activation, int64_t out, int64_t examples,
+                       const Real* example_weight, const Real* slope, Real* g) {
   using V = Wide<Real>;
+  constexpr int N = lanes_of<V>();
+  constexpr int64_t P = kPanelOf<Real>;
   const bool cuts = cuts_off(activation.kind);
-  for (int64_t i = 0; i < n; i += lanes_of<V>()) {
-    const V by = load<V>(slope + i);
-    store(g + i, cuts && by == V{} ? V{} : load<V>(g + i) * by);
+  for (int64_t b = 0; b < examples; b += N) {
+    const auto left_out = load<V>(example_weight + b) == V{};
+    for (int64_t u = 0; u < out; ++u) {
+      const int64_t at = (b / P * out + u) * P + b % P;
+      const V by = load<V>(slope + at), product = load<V>(g + at) * by;
+      store(g + at, left_out ? V{} : cuts && by == V{} ? V{} : product);
+    }
   }
 }
 template <class Real>

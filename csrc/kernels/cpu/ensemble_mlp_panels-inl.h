@@ -242,7 +242,7 @@ void forward_tile(const EnsembleMLPParams& p, int64_t member, int64_t first, int
     if (sums) {
       const bool at_end = first + examples == p.batch;
       if (at_end) clear_lanes(sums, out, examples, kept_rows(p.batch) - first);
-      if (sums_are_read(p, member, l)) {
+      if (sums_are_read(p, member, l) && !p.strength.units) {
         z = sums;
       } else {
         std::memcpy(z, sums, static_cast<size_t>(n) * sizeof(Real));

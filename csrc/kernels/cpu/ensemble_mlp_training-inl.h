@@ -522,7 +522,8 @@ void epilogue_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, in
   if (layer.has_norm() && layer.norm.after_activation) norm();
   if (drops_early && layer.norm.after_activation) dropout();
   if (scratch.slope[l]) {
-    multiply_by_slope(layer.activation, g, scratch.slope[l], n);
+    multiply_by_slope(layer.activation, layer.out, examples, scratch.example_weight,
+                      scratch.slope[l], g);
   } else if (layer.activation.kind == ActivationKind::relu) {
     cut_by_relu(g, scratch.hidden[l], n);
   }
@@ -561,7 +562,9 @@ void load_tile(const Training& t, const TrainingSchedule<A>& s, const TrainingPa
                         : 1;
     }
   }
-  if (t.target_member_stride == 0 && in_panels.target == tile) return;
+  // A given gradient of activated outputs has been multiplied by the slopes where it was.
+  const bool changed = t.loss == Loss::none && keeps(p, p.num_layers - 1);
+  if (t.target_member_stride == 0 && in_panels.target == tile && !changed) return;
   in_panels.target = tile;
   const int64_t offset = member * t.target_member_stride + first * t.target_row_stride;
   if (t.loss == Loss::none) {  // into the place of the outputs
@@ -640,8 +643,8 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
     bool add = l == 0 && shared_input && !first_member;
     if (l + 1 == layers) {
       if (scratch.slope[l]) {
-        multiply_by_slope(layer.activation, gradient, scratch.slope[l],
-                          round_up(examples, kPanel<A>) * rows);
+        multiply_by_slope(layer.activation, rows, examples, scratch.example_weight,
+                          scratch.slope[l], gradient);
       }
     } else if (layer.rich()) {
       if (layer.residual && goes_on) {  // the other way to what the layer reads

@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "kernels/activations.h"
+#include "kernels/cuda/sine.cuh"
 #include "kernels/types.h"
 #include "kernels/activation_formulas-inl.h"
 
@@ -202,32 +203,35 @@ __device__ inline R smallest_normal() {
 
 // act(x), and its derivative there, given h = act(x) too.
 template <class R>
-__device__ inline R activate(ActivationKind kind, R x) {
-  switch (kind) {
-#define PYENS_CASE(name, F, standard) \
-  case ActivationKind::name: return F::value(x);
+__device__ inline R activate(const Activation& activation, R x) {
+  const R parameter = static_cast<R>(activation.parameter);
+  switch (activation.kind) {
+#define PYENS_CASE(name, Formulas, standard) \
+  case ActivationKind::name: return Formulas::value(x, parameter);
     PYENS_ACTIVATIONS(PYENS_CASE)
 #undef PYENS_CASE
   }
   return x;
 }
 template <class R>
-__device__ inline R activation_slope(ActivationKind kind, R x, R h) {
-  switch (kind) {
-#define PYENS_CASE(name, F, standard) \
-  case ActivationKind::name: return F::slope(x, h);
+__device__ inline R activation_slope(const Activation& activation, R x, R h) {
+  const R parameter = static_cast<R>(activation.parameter);
+  switch (activation.kind) {
+#define PYENS_CASE(name, Formulas, standard) \
+  case ActivationKind::name: return Formulas::slope(x, h, parameter);
     PYENS_ACTIVATIONS(PYENS_CASE)
 #undef PYENS_CASE
   }
   return R(1);
 }
 
-// f(Formulas{}): one branch for many numbers.
-template <class F>
-__device__ inline void with_activation(ActivationKind kind, const F& f) {
-  switch (kind) {
+// f(act), act(x) being the activation of an R: one branch for many numbers.
+template <class R, class F>
+__device__ inline void with_activation(const Activation& activation, const F& f) {
+  const R parameter = static_cast<R>(activation.parameter);
+  switch (activation.kind) {
 #define PYENS_CASE(name, Formulas, standard) \
-  case ActivationKind::name: return f(Formulas{});
+  case ActivationKind::name: return f([parameter](R x) { return Formulas::value(x, parameter); });
     PYENS_ACTIVATIONS(PYENS_CASE)
 #undef PYENS_CASE
   }

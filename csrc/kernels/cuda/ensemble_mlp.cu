@@ -1,5 +1,5 @@
 // The ensemble MLP on the GPU: which kernel a call goes to, and the plain one that takes what is left:
-// float64, activation strength, and few examples of what the others do not take.
+// float64, activation strength, norms and residuals, and few examples of what the others do not take.
 //
 // Mapping of the plain kernel: a block takes a tile of examples of one member through all layers. Two
 // buffers of activations [tile][width] lie in shared memory; a thread computes whole outputs,
@@ -7,6 +7,9 @@
 // as many rows of activations. Weights are copied to shared memory first, all at once, where they fit.
 // Bound by shared-memory reads, two for each multiply-add; with few examples by the latency of memory,
 // once, and of chains of multiply-adds.
+//
+// A norm is a second pass over the buffer, a warp to an example: three reads of an activation in shared memory,
+// where its sum took two for each input.
 //
 // Activation strength is written on the way, layer by layer, from the buffer that the next layer reads:
 // neighbouring threads neighbouring units. The output has the bits of a call without it, but for 16-bit
@@ -32,6 +35,7 @@ constexpr int64_t kMostExamples = 64;  // of a tile
 
 struct Arguments {
   MLPCall call;
+  Members members;
   int num_layers;
   MLPLayer layers[kMaxLayers];
   int64_t tile, tiles, row_reals;
@@ -41,12 +45,12 @@ static_assert(kLeavesRoom<Arguments>);
 
 // Copies the member's weights to shared memory, layer by layer, in rows of bank_stride(in).
 template <class T>
-__device__ void copy_weights(const Arguments& a, int64_t member, T* to) {
+__device__ void copy_weights(const Arguments& a, int64_t parameters, T* to) {
   for (int64_t l = 0; l < a.num_layers; ++l) {
     const MLPLayer& layer = a.layers[l];
     const int in = static_cast<int>(layer.in), count = in * static_cast<int>(layer.out);
     const T* const weight =
-        static_cast<const T*>(layer.weight.data) + member * layer.weight.member_stride;
+        static_cast<const T*>(layer.weight.data) + parameters * layer.weight.member_stride;
     for (int i = threadIdx.x; i < count; i += kThreads) {
       const int o = i / in, k = i % in;
       copy_async(to + o * bank_stride(in) + k, weight + o * layer.weight.row_stride + k);
@@ -88,19 +92,47 @@ __device__ void write_strength(const ActivationStrengthParams& s, const Real<T>*
   }
 }
 
+// The norm of a hidden layer over the tile in z, and what follows it. x: what the layer reads.
 template <class T>
-__global__ void __launch_bounds__(kThreads) ensemble_mlp_kernel(const Arguments a) {
+__device__ void run_norm(const Arguments& a, int64_t l, int64_t member, int64_t first, int examples,
+                         const Real<T>* x, Real<T>* z) {
+  using R = Real<T>;
+  const MLPLayer& layer = a.layers[l];
+  const Dropout& dropout = a.call.dropout;
+  const int out = static_cast<int>(layer.out);
+  const NormParameters<T> parameters(layer.norm, a.members.parameters_of(member));
+  const bool drops = dropout.any() && !dropout.before_norm;
+  const uint64_t layer_key = drops ? dropout_layer_key(dropout.seeds[member], l) : 0;
+  const ApplyDropout<R> apply_dropout(drops ? dropout.of(member, l) : 0);
+  for (int b = static_cast<int>(threadIdx.x) / 32; b < examples; b += kThreads / 32) {
+    R* const row = z + b * a.row_reals;
+    const NormOfExample<R> of = norm_of_example<R>(
+        layer.norm, out, [&](int f) { return row[f]; },
+        [&](const auto& add) { return sum_features<R>(out, add); });
+    for (int f = static_cast<int>(threadIdx.x) % 32; f < out; f += 32) {
+      R h = parameters((row[f] - of.mean) * of.scale, f);
+      if (!layer.norm.after_activation) h = activate(layer.activation, h);
+      if (drops) h = apply_dropout(h, first + b, dropout_unit_key(layer_key, f));
+      row[f] = layer.residual ? h + x[b * a.row_reals + f] : h;
+    }
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 3) ensemble_mlp_kernel(const Arguments a) {
   using R = Real<T>;
   const MLPCall& p = a.call;
   // Within a tile, 32-bit numbers: a division of 64 bits is a call.
   const int64_t member = blockIdx.x / a.tiles, first = blockIdx.x % a.tiles * a.tile;
+  const int64_t parameters = a.members.parameters_of(member);
+  const bool exists = a.members.exists(member);
   const int examples = static_cast<int>(min(a.tile, p.batch - first));
   // [tile][row_reals], twice; then the weights.
   R* x = dynamic_shared<R>();
   R* z = x + a.tile * a.row_reals;
   const T* shared_weight = reinterpret_cast<const T*>(z + a.tile * a.row_reals);
   if constexpr (sizeof(T) >= 4) {
-    if (a.weights_in_shared) copy_weights(a, member, const_cast<T*>(shared_weight));
+    if (a.weights_in_shared) copy_weights(a, parameters, const_cast<T*>(shared_weight));
   }
 
   const int in = static_cast<int>(a.layers[0].in);
@@ -118,7 +150,7 @@ __global__ void __launch_bounds__(kThreads) ensemble_mlp_kernel(const Arguments 
     const int out = static_cast<int>(layer.out);
     const bool last = l + 1 == a.num_layers;
     const T* weight =
-        static_cast<const T*>(layer.weight.data) + member * layer.weight.member_stride;
+        static_cast<const T*>(layer.weight.data) + parameters * layer.weight.member_stride;
     int64_t weight_row = layer.weight.row_stride;
     if (a.weights_in_shared) {
       weight = shared_weight;
@@ -126,7 +158,10 @@ __global__ void __launch_bounds__(kThreads) ensemble_mlp_kernel(const Arguments 
       shared_weight += out * weight_row;
     }
     const T* bias = static_cast<const T*>(layer.bias.data);
-    if (bias) bias += member * layer.bias.member_stride;
+    if (bias) bias += parameters * layer.bias.member_stride;
+    // What follows the sums before the norm, or all of it where there is none.
+    const bool drops = !last && p.dropout.any() && (!layer.has_norm() || p.dropout.before_norm);
+    const bool activates = last || !layer.has_norm() || layer.norm.after_activation;
     T* output = static_cast<T*>(p.output) + (member * p.batch + first) * layer.out;
     for (int i = threadIdx.x; i < examples * out; i += kThreads) {
       const int b = i % examples, o = i / examples;
@@ -139,18 +174,24 @@ __global__ void __launch_bounds__(kThreads) ensemble_mlp_kernel(const Arguments 
         }
         total += sum;
       }
+      R h = exists ? total : static_cast<R>(NAN);
+      if (activates) h = activate(layer.activation, h);
       if (last) {
-        from_real(total, output + int64_t{b} * out + o);
+        from_real(h, output + int64_t{b} * out + o);
         continue;
       }
-      R h = activate(layer.activation.kind, total);
-      if (p.dropout.any()) {
+      if (drops) {
         const uint64_t key = dropout_unit_key(dropout_layer_key(p.dropout.seeds[member], l), o);
-        h = ApplyDropout<R>(p.dropout, member)(h, first + b, key);
+        h = ApplyDropout<R>(p.dropout, member, l)(h, first + b, key);
       }
+      if (layer.residual && !layer.has_norm()) h += x[b * a.row_reals + o];
       z[b * a.row_reals + o] = h;
     }
     __syncthreads();
+    if (!last && layer.has_norm()) {
+      run_norm<T>(a, l, member, first, examples, x, z);
+      __syncthreads();
+    }
     R* const swap = x;
     x = z;
     z = swap;
@@ -166,6 +207,7 @@ template <class T>
 const char* run_as(const EnsembleMLPParams& params, void* stream) {
   Arguments a{};
   a.call = params;
+  a.members = Members(params);
   a.num_layers = static_cast<int>(params.num_layers);
   std::copy(params.layers, params.layers + params.num_layers, a.layers);
   int64_t width = params.layers[0].in;
@@ -212,10 +254,10 @@ bool fits_one_launch(const EnsembleMLPParams& params, bool tf32) {
   if (ensemble_mlp_mma::takes(params, tf32) || ensemble_mlp_fma::takes(params)) return true;
   // With few examples launches take most of the time, and the library needs several per layer. With many
   // the library is faster than the plain kernel, but not by much in float64, and strength would need
-  // another pass.
+  // another pass. Norms and residuals would be one more of what was written.
   const bool few = params.batch < kFewExamples;
   return plain_takes(params) &&
-         (few || params.dtype == DType::float64 || params.strength.units > 0);
+         (few || params.dtype == DType::float64 || params.strength.units > 0 || params.rich());
 }
 
 const char* run(const EnsembleMLPParams& params, bool tf32, void* stream) {

@@ -12,9 +12,9 @@ namespace pyens {
 
 constexpr int kMaxLayers = 32;  // that a kernel's arguments hold
 
-// That many layers with all that a layer may get beside what it has (a norm: kind, epsilon, two pointers
-// with their strides; a residual; two scales with their strides) have to fit what a kernel may be given.
-constexpr size_t kLayerRoom = 48 + 16 + 32;
+// That many layers with what a layer may get beside what it has (two scales with their strides) have to fit
+// what a kernel may be given.
+constexpr size_t kLayerRoom = 32;
 template <class Arguments>
 constexpr bool kLeavesRoom = sizeof(Arguments) + kMaxLayers * kLayerRoom <= kMaxArgumentBytes;
 
@@ -40,6 +40,23 @@ __device__ inline R strength_value(R h, R mean, R scale) {
              : (h - mean) * scale;  // a NaN in a dead unit gives 0 too
 }
 
+// Whose parameters the members of a call have. What the GPU is given as an index nobody on the host has seen:
+// one that is out of range reads the first member's, and what comes of them is NaN.
+struct Members {
+  const int64_t* indices;  // nullptr: their own
+  int64_t stored;
+
+  Members() = default;
+  explicit Members(const EnsembleMLP& mlp) : indices(mlp.members), stored(mlp.stored_members) {}
+
+  __device__ bool exists(int64_t member) const {
+    return !indices || (indices[member] >= 0 && indices[member] < stored);
+  }
+  __device__ int64_t parameters_of(int64_t member) const {
+    return !indices ? member : exists(member) ? indices[member] : 0;
+  }
+};
+
 // Dropout of a member's hidden activation: x / (1 - p) where batch row `row` keeps the unit of this key, else
 // 0. NaN at a rate that is none, which nobody on the host has seen.
 template <class R>
@@ -47,8 +64,8 @@ struct ApplyDropout {
   uint32_t threshold;
   R scale;
 
-  __device__ ApplyDropout(const Dropout& dropout, int64_t member)
-      : ApplyDropout(dropout.of(member)) {}
+  __device__ ApplyDropout(const Dropout& dropout, int64_t member, int64_t layer)
+      : ApplyDropout(dropout.of(member, layer)) {}
   __device__ explicit ApplyDropout(double p) {
     const bool is_rate = p >= 0 && p < 1;
     threshold = is_rate ? dropout_threshold(p) : 0;
@@ -56,6 +73,56 @@ struct ApplyDropout {
   }
   __device__ R operator()(R x, int64_t row, uint64_t unit_key) const {
     return dropout_hash(static_cast<uint32_t>(row), unit_key) >= threshold ? x * scale : R(0);
+  }
+};
+
+// --- norms -----------------------------------------------------------------------------------------
+
+// Over the features f of an example that a warp has, in all its lanes: sum <- add(sum, f) for every 32nd
+// feature, then the lanes' sums in a tree. The order depends on the number of features alone.
+template <class R, class F>
+__device__ inline R sum_features(int features, const F& add) {
+  R sum = 0;
+  for (int f = static_cast<int>(threadIdx.x) % 32; f < features; f += 32) sum = add(sum, f);
+  return sum_lanes(sum);
+}
+
+// What a norm subtracts from an example, and multiplies it by then.
+template <class R>
+struct NormOfExample {
+  R mean, scale;
+};
+// at(f): feature f; sum(add): as sum_features.
+template <class R, class At, class Sum>
+__device__ inline NormOfExample<R> norm_of_example(const MLPNorm& norm, int features, const At& at,
+                                                   const Sum& sum) {
+  const R count = static_cast<R>(features);
+  R mean = 0;
+  if (norm.kind == NormKind::layer_norm) {
+    mean = sum([&](R total, int f) { return total + at(f); }) / count;
+  }
+  const R squares = sum([&](R total, int f) {
+    const R x = at(f) - mean;
+    return fma(x, x, total);
+  });
+  return {mean, R(1) / sqrt(squares / count + static_cast<R>(norm.epsilon))};
+}
+
+// Weight and bias of a member's norm.
+template <class T>
+struct NormParameters {
+  const T *weight, *bias;
+
+  __device__ NormParameters(const MLPNorm& norm, int64_t parameters)
+      : weight(static_cast<const T*>(norm.weight.data)),
+        bias(static_cast<const T*>(norm.bias.data)) {
+    if (weight) weight += parameters * norm.weight.member_stride;
+    if (bias) bias += parameters * norm.bias.member_stride;
+  }
+  __device__ Real<T> weight_of(int f) const { return weight ? to_real(weight[f]) : Real<T>(1); }
+  // Of what has been normalized.
+  __device__ Real<T> operator()(Real<T> x, int f) const {
+    return fma(x, weight_of(f), bias ? to_real(bias[f]) : Real<T>(0));
   }
 };
 

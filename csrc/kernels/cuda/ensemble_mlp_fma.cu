@@ -33,6 +33,7 @@ struct Layer {
 
 struct Arguments {
   MLPCall call;
+  Members members;
   int num_layers;
   Layer layers[kMaxLayers];
   int floats;        // of all weights and biases
@@ -42,20 +43,23 @@ struct Arguments {
 };
 static_assert(kLeavesRoom<Arguments>);
 
+// Biases of a member that does not exist are NaN.
 __device__ inline void lay_down_weights(const Arguments& a, int64_t member, float* shared) {
+  const int64_t parameters = a.members.parameters_of(member);
+  const float no_bias = a.members.exists(member) ? 0.0f : static_cast<float>(NAN);
   for (int l = 0; l < a.num_layers; ++l) {
     const Layer& layer = a.layers[l];
     const float* weight = static_cast<const float*>(layer.given.weight.data) +
-                          member * layer.given.weight.member_stride;
+                          parameters * layer.given.weight.member_stride;
     for (int i = threadIdx.x; i < layer.padded_out * layer.in; i += blockDim.x) {
       const int o = i / layer.in, k = i % layer.in;  // neighbours read neighbours
       shared[layer.weights + k * layer.padded_out + o] =
           o < layer.out ? weight[o * layer.given.weight.row_stride + k] : 0.0f;
     }
     const float* bias = static_cast<const float*>(layer.given.bias.data);
-    if (bias) bias += member * layer.given.bias.member_stride;
+    if (bias) bias += parameters * layer.given.bias.member_stride;
     for (int o = threadIdx.x; o < layer.padded_out; o += blockDim.x) {
-      shared[layer.biases + o] = bias && o < layer.out ? bias[o] : 0.0f;
+      shared[layer.biases + o] = no_bias + (bias && o < layer.out ? bias[o] : 0.0f);
     }
   }
 }
@@ -160,6 +164,13 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) ensemble_mlp_fma_kernel(co
             total[i / kExamples][i % kExamples] += sum[i / kExamples][i % kExamples];
           }
         }
+        with_activation<float>(layer.given.activation, [&](const auto& act) {
+#pragma unroll
+          for (int i = 0; i < kOutputs * kExamples; ++i) {
+            float& t = total[i / kExamples][i % kExamples];
+            t = act(t);
+          }
+        });
         if (l == last) {
 #pragma unroll
           for (int i = 0; i < kOutputs * kExamples; ++i) {
@@ -170,13 +181,6 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) ensemble_mlp_fma_kernel(co
           }
           continue;
         }
-        with_activation(layer.given.activation.kind, [&](auto formulas) {
-#pragma unroll
-          for (int i = 0; i < kOutputs * kExamples; ++i) {
-            float& t = total[i / kExamples][i % kExamples];
-            t = decltype(formulas)::value(t);
-          }
-        });
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) {
           if (o + i >= layer.out) continue;
@@ -184,7 +188,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) ensemble_mlp_fma_kernel(co
 #pragma unroll
           for (int e = 0; e < kExamples; ++e) own.of[e] = total[i][e];
           if (a.call.dropout.any()) {
-            const ApplyDropout<float> apply_dropout(a.call.dropout, member);
+            const ApplyDropout<float> apply_dropout(a.call.dropout, member, l);
             const uint64_t key =
                 dropout_unit_key(dropout_layer_key(a.call.dropout.seeds[member], l), o + i);
 #pragma unroll
@@ -249,13 +253,14 @@ const char* launch_as(const EnsembleMLPParams& params, const Plan& plan, Argumen
 
 bool takes(const EnsembleMLPParams& params) {
   return params.dtype == DType::float32 && params.num_layers <= kMaxLayers &&
-         params.strength.units == 0 && params.batch >= kFewExamples &&
+         params.strength.units == 0 && !params.rich() && params.batch >= kFewExamples &&
          plan_of(params, nullptr).warps > 0;
 }
 
 const char* run(const EnsembleMLPParams& params, void* stream) {
   Arguments a{};
   a.call = params;
+  a.members = Members(params);
   a.num_layers = static_cast<int>(params.num_layers);
   const Plan plan = plan_of(params, a.layers);
   a.floats = static_cast<int>(plan.floats);

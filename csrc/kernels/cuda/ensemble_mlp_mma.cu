@@ -52,6 +52,7 @@ struct Layer {
 
 struct Arguments {
   MLPCall call;
+  Members members;
   int num_layers;
   Layer layers[kMaxLayers];
   int words, biases;  // of all layers
@@ -79,13 +80,16 @@ struct Laid {
         keys(reinterpret_cast<uint64_t*>(biases + a.biases)) {}
 };
 
+// Biases of a member that does not exist are NaN.
 template <class T>
 __device__ void lay_down_weights(const Arguments& a, int64_t member, const Laid& laid) {
+  const int64_t parameters = a.members.parameters_of(member);
+  const float no_bias = a.members.exists(member) ? 0.0f : static_cast<float>(NAN);
   for (int l = 0; l < a.num_layers; ++l) {
     const Layer& layer = a.layers[l];
     const int in = static_cast<int>(layer.given.in), out = layer.out;
-    const T* weight =
-        static_cast<const T*>(layer.given.weight.data) + member * layer.given.weight.member_stride;
+    const T* weight = static_cast<const T*>(layer.given.weight.data) +
+                      parameters * layer.given.weight.member_stride;
     for (int i = threadIdx.x; i < layer.steps * layer.products * 32; i += blockDim.x) {
       const int g = i % 32 / 4, t = i % 4, block = i / 32;
       const int first_column = block % layer.products * kDepth<T>;
@@ -103,9 +107,9 @@ __device__ void lay_down_weights(const Arguments& a, int64_t member, const Laid&
       laid.words[layer.first_words + i] = {word[0], word[1], word[2], word[3]};
     }
     const T* bias = static_cast<const T*>(layer.given.bias.data);
-    if (bias) bias += member * layer.given.bias.member_stride;
+    if (bias) bias += parameters * layer.given.bias.member_stride;
     for (int o = threadIdx.x; o < layer.steps * kOutputs; o += blockDim.x) {
-      laid.biases[layer.biases + o] = bias && o < out ? to_real(bias[o]) : 0.0f;
+      laid.biases[layer.biases + o] = no_bias + (bias && o < out ? to_real(bias[o]) : 0.0f);
     }
     if (!a.call.dropout.any()) continue;
     const uint64_t layer_key = dropout_layer_key(a.call.dropout.seeds[member], l);
@@ -170,29 +174,39 @@ __device__ inline bool has_both(const Layer& layer, int step) {
   return layer.out > step * kOutputs + 8;
 }
 
-// Activation and dropout of a step of a hidden layer; 0 for what pads it, which the next layer multiplies
+// x <- f(x, i) for each of a step's sums.
+template <int kTiles, class F>
+__device__ inline void for_each_sum(Sums (&sums)[kTiles], const F& f) {
+#pragma unroll
+  for (int i = 0; i < kTiles * 8; ++i) {
+    float& x = sums[i / 8][i / 4 % 2][i % 4];
+    x = f(x, i);
+  }
+}
+
+template <int kTiles>
+__device__ void activate_sums(const Activation& activation, Sums (&sums)[kTiles]) {
+  with_activation<float>(activation, [&](const auto& act) {
+    for_each_sum(sums, [&](float x, int) { return act(x); });
+  });
+}
+
+// Activation and dropout of a step of hidden layer l; 0 for what pads it, which the next layer multiplies
 // by weights of 0: an Inf that this layer read has made it NaN.
 template <bool kPlain, int kTiles>
-__device__ void activate_step(const Arguments& a, int member, const Laid& laid, const Layer& layer,
-                              int step, int row, Sums (&sums)[kTiles]) {
-  const auto each = [&](const auto& f) {
-#pragma unroll
-    for (int i = 0; i < kTiles * 8; ++i) {
-      float& x = sums[i / 8][i / 4 % 2][i % 4];
-      x = f(x, i);
-    }
-  };
+__device__ void activate_step(const Arguments& a, int member, const Laid& laid, int l, int step,
+                              int row, Sums (&sums)[kTiles]) {
+  const Layer& layer = a.layers[l];
+  const auto each = [&](const auto& f) { for_each_sum(sums, f); };
   if constexpr (kPlain) {
     each([](float x, int) { return Relu::value(x); });
   } else {
-    with_activation(layer.given.activation.kind, [&](auto formulas) {
-      each([](float x, int) { return decltype(formulas)::value(x); });
-    });
+    activate_sums(layer.given.activation, sums);
   }
   // The first output that lane holds; those of sum i are `i / 4 % 2 * 8 + i % 2` further.
   const int first = step * kOutputs + static_cast<int>(threadIdx.x) % 4 * 2;
   if (!kPlain && a.call.dropout.any()) {
-    const ApplyDropout<float> apply_dropout(a.call.dropout, member);
+    const ApplyDropout<float> apply_dropout(a.call.dropout, member, l);
     const uint64_t* const keys = laid.keys + layer.biases + first;
     each([&](float x, int i) {
       return apply_dropout(x, row + i / 8 * 16 + i / 2 % 2 * 8, keys[i / 4 % 2 * 8 + i % 2]);
@@ -279,7 +293,8 @@ __device__ void multiply_step(const Laid& laid, const Layer& layer, int step,
   }
 }
 
-// Hidden layers of up to 16 kSteps outputs. kPlain: ReLU without dropout, each step is code of its own.
+// Hidden layers of up to 16 kSteps outputs. kPlain: ReLU without dropout, outputs that are the sums; each step
+// is code of its own.
 // Otherwise it is a turn of a loop, for the other activations are long; registers are selected then.
 template <class T, int kSteps, int kTiles, bool kPlain>
 __global__ void __launch_bounds__(kThreads<kSteps>, kBlocks<T, kSteps, kPlain>)
@@ -325,7 +340,7 @@ __global__ void __launch_bounds__(kThreads<kSteps>, kBlocks<T, kSteps, kPlain>)
         if (s >= layer.steps) continue;
         Sums of_step[kTiles] = {};
         choose(s, sums, of_step);
-        activate_step<kPlain>(a, member, laid, layer, s, row, of_step);
+        activate_step<kPlain>(a, member, laid, 0, s, row, of_step);
         keep_step<T>(s, of_step, hidden);
       }
     }
@@ -337,7 +352,7 @@ __global__ void __launch_bounds__(kThreads<kSteps>, kBlocks<T, kSteps, kPlain>)
         if (s >= layer.steps) continue;
         Sums sums[kTiles];
         multiply_step<T>(laid, layer, s, hidden, sums);
-        activate_step<kPlain>(a, member, laid, layer, s, row, sums);
+        activate_step<kPlain>(a, member, laid, l, s, row, sums);
         keep_step<T>(s, sums, next);
       }
 #pragma unroll
@@ -348,6 +363,7 @@ __global__ void __launch_bounds__(kThreads<kSteps>, kBlocks<T, kSteps, kPlain>)
     for (int s = 0; s < a.layers[last].steps; ++s) {
       Sums sums[kTiles];
       multiply_step<T>(laid, a.layers[last], s, hidden, sums);
+      if constexpr (!kPlain) activate_sums(a.layers[last].given.activation, sums);
       write_step<T>(a, out, output, s, row, sums);
     }
   }
@@ -409,6 +425,7 @@ template <class T>
 const char* run_as(const EnsembleMLPParams& params, void* stream) {
   Arguments a{};
   a.call = params;
+  a.members = Members(params);
   a.num_layers = static_cast<int>(params.num_layers);
   const Plan plan = plan_of<T>(params, a.layers);
   a.words = static_cast<int>(plan.words);
@@ -419,8 +436,9 @@ const char* run_as(const EnsembleMLPParams& params, void* stream) {
   const auto is_relu = [](const MLPLayer& layer) {
     return layer.activation.kind == ActivationKind::relu;
   };
-  const bool plain = !params.dropout.any() &&
-                     std::all_of(params.layers, params.layers + params.num_layers - 1, is_relu);
+  const MLPLayer* const last = params.layers + params.num_layers - 1;
+  const bool plain = !params.dropout.any() && std::all_of(params.layers, last, is_relu) &&
+                     last->activation.kind == ActivationKind::identity;
   const auto launch = plan.steps <= 4 ? plain ? launch_as<T, 4, 2, true> : launch_as<T, 4, 2, false>
                       : plain         ? launch_as<T, kMostSteps<T>, 1, true>
                                       : launch_as<T, kMostSteps<T>, 1, false>;
@@ -442,7 +460,7 @@ R by_type(DType dtype, bool tf32, R otherwise, const F& f) {
 
 bool takes(const EnsembleMLPParams& params, bool tf32) {
   return params.num_layers >= 2 && params.num_layers <= kMaxLayers && params.strength.units == 0 &&
-         by_type<bool>(params.dtype, tf32, false, [&](auto* of) {
+         !params.rich() && by_type<bool>(params.dtype, tf32, false, [&](auto* of) {
            return takes<std::remove_pointer_t<decltype(of)>>(params);
          });
 }

@@ -14,6 +14,9 @@
 #include "kernels/cpu/isa.h"
 #include "kernels/types.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 #define PYENS_ISA base
 #define PYENS_ISA_FEATURES 0
 #include "kernels/cpu/simd-inl.h"

@@ -1,6 +1,7 @@
 // A random ensemble MLP for the CPU's kernel and the GPU's, with the strength of its hidden units.
 #pragma once
 
+#include "../layer_options.h"
 #include "emulated_test.h"
 #include "kernels/ensemble_mlp.h"
 
@@ -23,24 +24,37 @@ struct Model {
   using R = RealFor<T>;
   int64_t members, batch, units = 0;
   std::vector<int64_t> widths;
-  ActivationKind activation;
+  std::vector<LayerOptions> options;  // of each layer
   std::unique_ptr<Values<T>> input;
-  std::vector<std::unique_ptr<Values<T>>> weights, biases;
+  std::vector<std::unique_ptr<Values<T>>> weights, biases, norm_weights, norm_biases;
   std::unique_ptr<Values<R>> mean, std;
   int64_t member_stride;
   double dropout = 0;
   std::unique_ptr<Values<int64_t>> seeds;
   std::unique_ptr<Values<double>> rates;  // of members with dropout that have their own
+  bool drops_before_norm = false;
+  std::unique_ptr<Values<int64_t>> indices;  // of members among two more, if `by_index`
+  int64_t stored;
 
   Model(int64_t e, int64_t b, std::vector<int64_t> w, ActivationKind act, Statistics statistics)
-      : members(e), batch(b), widths(std::move(w)), activation(act) {
+      : Model(e, b, w, plain_layers(w.size() - 1, act), statistics, false) {}
+  Model(int64_t e, int64_t b, std::vector<int64_t> w, std::vector<LayerOptions> of_layers,
+        Statistics statistics, bool by_index)
+      : members(e),
+        batch(b),
+        widths(std::move(w)),
+        options(std::move(of_layers)),
+        stored(e + (by_index ? 2 : 0)) {
     Random random(e * 1000 + b);
+    if (by_index) indices = std::make_unique<Values<int64_t>>(some_members(e), "members");
     input = std::make_unique<Values<T>>(random, b * widths[0]);
     for (size_t l = 0; l + 1 < widths.size(); ++l) {
       const int64_t in = widths[l], out = widths[l + 1];
       const double scale = 1.4 / std::sqrt(static_cast<double>(in));
-      weights.push_back(std::make_unique<Values<T>>(random, e * out * in, scale));
-      biases.push_back(std::make_unique<Values<T>>(random, e * out, 0.3));
+      weights.push_back(std::make_unique<Values<T>>(random, stored * out * in, scale));
+      biases.push_back(std::make_unique<Values<T>>(random, stored * out, 0.3));
+      norm_weights.push_back(std::make_unique<Values<T>>(random, stored * out, 0.5, 1));
+      norm_biases.push_back(std::make_unique<Values<T>>(random, stored * out, 0.3));
       if (l + 2 < widths.size()) units += out;
     }
     member_stride = statistics == Statistics::own ? units : 0;
@@ -79,7 +93,14 @@ struct Model {
     for (size_t l = 0; l + 1 < widths.size(); ++l) {
       pyens::MLPLayer layer{};
       layer.weight.format = dtype_of<T>();
-      if (l + 2 < widths.size()) layer.activation.kind = activation;
+      const LayerOptions& of = options[l];
+      layer.activation = of.activation;
+      layer.residual = of.residual;
+      layer.norm.kind = of.norm;
+      layer.norm.after_activation = of.after_activation;
+      layer.norm.epsilon = of.epsilon;
+      layer.norm.weight = {of.norm_weight ? side(norm_weights[l]) : nullptr, widths[l + 1]};
+      layer.norm.bias = {of.norm_bias ? side(norm_biases[l]) : nullptr, widths[l + 1]};
       layer.in = layer.weight.row_stride = widths[l];
       layer.out = layer.bias.member_stride = widths[l + 1];
       layer.weight.member_stride = layer.in * layer.out;
@@ -111,6 +132,12 @@ struct Model {
     const bool own_rates = dropout > 0 && members > 1;
     p.dropout.p = own_rates ? 0 : dropout;
     p.dropout.rates = own_rates ? static_cast<const double*>(side(rates)) : nullptr;
+    p.dropout.rates_member_stride = 1;
+    p.dropout.before_norm = drops_before_norm;
+    if (indices) {
+      p.members = static_cast<const int64_t*>(side(indices));
+      p.stored_members = stored;
+    }
     p.dropout.seeds = static_cast<const int64_t*>(side(seeds));
     if (value) p.strength = strength;
     run(p);

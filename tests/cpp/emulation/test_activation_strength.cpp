@@ -14,11 +14,7 @@ Results<T> on_gpu(Model<T>& model, bool pack, uint64_t seed, bool with_strength 
 }
 
 template <class T>
-void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths,
-          ActivationKind activation, Statistics statistics, bool pack, double planted = 0) {
-  ++problems;
-  Model<T> model(members, batch, widths, activation, statistics);
-  if (planted != 0) model.plant_in_input(planted);
+void compare(Model<T>& model, bool pack) {
   const Results<T> expected = model.on_cpu(pack), first = on_gpu(model, pack, 1);
   for (const uint64_t seed : {2, 3}) {
     const Results<T> again = on_gpu(model, pack, seed);
@@ -39,6 +35,24 @@ void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths,
   check_close("value", first.value, expected.value, tolerance);
   // Sums in the same order have the same signs.
   if (kIsReal<T>) check(first.active == expected.active, "active as on the CPU");
+}
+
+template <class T>
+void test(int64_t members, int64_t batch, const std::vector<int64_t>& widths,
+          ActivationKind activation, Statistics statistics, bool pack, double planted = 0) {
+  ++problems;
+  Model<T> model(members, batch, widths, activation, statistics);
+  if (planted != 0) model.plant_in_input(planted);
+  compare(model, pack);
+}
+
+template <class T>
+void test_rich(int64_t members, int64_t batch, const std::vector<int64_t>& widths,
+               Statistics statistics, int number, bool pack) {
+  ++problems;
+  Model<T> model(members, batch, widths, varied_layers(widths, number, true, false), statistics,
+                 number % 2 == 1);
+  compare(model, pack);
 }
 
 // Where values are the activations themselves, their signs say what is active.
@@ -112,6 +126,19 @@ int main() {
       if (std::isfinite(planted)) continue;
       test<pyens::BFloat16>(2, 9, {5, 17, 9, 3}, activation, statistics, true, planted);
       test<pyens::Float16>(1, 9, {5, 17, 9, 3}, activation, statistics, false, planted);
+    }
+  }
+  // Norms and residuals, activations of each layer and of outputs, members by index.
+  const std::vector<std::vector<int64_t>> deep = {
+      {4, 2}, {1, 1, 1}, {3, 1, 1, 1, 9, 9, 7, 2}, {33, 17, 17, 7}, {9, 16, 16, 8, 5}};
+  for (const auto& widths : deep) {
+    for (const int64_t batch : {1, 7, 65}) {
+      const Statistics statistics = i % 2 ? Statistics::own : Statistics::shared;
+      test_rich<float>(1 + i % 3, batch, widths, statistics, i, i % 4 < 2);
+      test_rich<double>(1 + i % 2, batch, widths, statistics, i, i % 4 >= 2);
+      test_rich<pyens::BFloat16>(2, batch, widths, statistics, i, true);
+      test_rich<pyens::Float16>(1, batch, widths, statistics, i, false);
+      ++i;
     }
   }
   test_nan();

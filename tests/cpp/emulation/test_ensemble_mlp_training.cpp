@@ -1,10 +1,11 @@
 // The CUDA kernels of a training pass of the ensemble MLP, run on the host, against the CPU's.
 //
 // Inputs and parameters lie on a coarse grid, on which the outputs of a ReLU network are exact: no
-// rounding turns a ReLU on or off.
+// rounding turns a ReLU on or off. Norms leave the grid: beside them activations are smooth.
 
 #include "kernels/cuda/ensemble_mlp_training.cu"
 
+#include "../layer_options.h"
 #include "emulated_test.h"
 
 namespace {
@@ -36,10 +37,16 @@ struct Case {
   bool shared_input, shared_target, with_bias;
   int weighted;  // 0 no, 1 one weight per example, 2 one per member and example
   double dropout;
-  unsigned needs_grad = 7;  // bit 0 the input's gradient, 1 the weights', 2 the biases'
+  unsigned needs_grad =
+      31;  // bit 0 the input's gradient, 1 the weights', 2 the biases', 3 and 4 norms'
   Weights sample_weights = Weights::ordinary;
   Planted planted = {};
-  bool with_options = false;  // weights of the classes, bounds of the log variance
+  bool with_options = false;               // weights of the classes, bounds of the log variance
+  std::vector<LayerOptions> options = {};  // of each layer, in the place of `activation`
+  bool by_index = false;                   // members, among two more
+  bool rate_of_each_layer = false, drops_before_norm = false;
+
+  int64_t stored() const { return members + (by_index ? 2 : 0); }
 };
 
 template <class T>
@@ -55,15 +62,16 @@ struct Problem {
   Case c;
   int64_t targets;  // of an example
   std::unique_ptr<Values<T>> input, output_gradient;
-  std::vector<std::unique_ptr<Values<T>>> weights, biases;
+  std::vector<std::unique_ptr<Values<T>>> weights, biases, norm_weights, norm_biases;
   std::unique_ptr<Values<R>> target, sample_weight, member_scale;
-  std::unique_ptr<Values<int64_t>> labels, seeds;
-  std::unique_ptr<Values<double>> rates;  // of dropout, of the members
+  std::unique_ptr<Values<int64_t>> labels, seeds, indices;
+  std::unique_ptr<Values<double>> rates;  // of dropout, of the members or of their layers
   std::unique_ptr<Values<double>> quantiles;
   std::unique_ptr<Values<R>> class_weight, log_variance_min, log_variance_max;
   bool own_options;  // of each member
 
   explicit Problem(const Case& given) : c(given) {
+    if (c.options.empty()) c.options = plain_layers(c.widths.size() - 1, c.activation);
     Random random(static_cast<uint64_t>(c.members * 1000 + c.batch));
     const int64_t e = c.members, b = c.batch, out = c.widths.back();
     std::vector<double> some{0.125, 0.5, 0.875};
@@ -96,12 +104,17 @@ struct Problem {
     }
     for (int64_t m = 0; m < e; ++m) dropout_seeds.push_back(m * 7919 - 3);
     for (size_t l = 0; l + 1 < c.widths.size(); ++l) {
-      const int64_t size = e * c.widths[l + 1];
+      const int64_t size = c.stored() * c.widths[l + 1];
       const double scale = 1.4 / std::sqrt(static_cast<double>(c.widths[l]));
       weights.push_back(
           std::make_unique<Values<T>>(grid<T>(random, size * c.widths[l], scale, 0.125)));
       biases.push_back(std::make_unique<Values<T>>(grid<T>(random, size, 0.3, 0.125)));
+      std::vector<T> by = grid<T>(random, size, 0.5, 0.125);
+      for (T& value : by) value = from_double<T>(to_double(value) + 1);
+      norm_weights.push_back(std::make_unique<Values<T>>(by));
+      norm_biases.push_back(std::make_unique<Values<T>>(grid<T>(random, size, 0.3, 0.125)));
     }
+    indices = std::make_unique<Values<int64_t>>(some_members(e), "members");
     std::vector<R> example_weights;
     for (int64_t i = 0; i < (c.weighted == 2 ? e : 1) * b; ++i) {
       const bool left_out = b > 1 && i % 5 == 1;
@@ -125,11 +138,15 @@ struct Problem {
     seeds = std::make_unique<Values<int64_t>>(dropout_seeds, "dropout_seeds");
     sample_weight = std::make_unique<Values<R>>(example_weights, "sample_weight");
     std::vector<double> dropout_rates;
-    for (int64_t m = 0; m < e; ++m)
-      dropout_rates.push_back(m % 3 == 1 ? 0 : c.dropout / double(1 + m));
+    for (int64_t i = 0; i < e * rates_of_member(); ++i)
+      dropout_rates.push_back(i % 3 == 1 ? 0 : c.dropout / double(1 + i));
     rates = std::make_unique<Values<double>>(dropout_rates, "dropout_rates");
     member_scale = std::make_unique<Values<R>>(scales, "member_scale");
     output_gradient = std::make_unique<Values<T>>(grid<T>(random, e * b * out, 1, 0.25), "grad");
+  }
+
+  int64_t rates_of_member() const {
+    return c.rate_of_each_layer ? static_cast<int64_t>(c.widths.size()) - 2 : 1;
   }
 
   R weight(int64_t i) const {
@@ -179,7 +196,12 @@ struct Problem {
     for (size_t l = 0; l < n; ++l) {
       pyens::MLPLayer& layer = p.layers[l];
       layer.weight.format = dtype_of<T>();
-      if (l + 1 < n) layer.activation.kind = c.activation;
+      const LayerOptions& options = c.options[l];
+      layer.activation = options.activation;
+      layer.residual = options.residual;
+      layer.norm = {options.norm, options.after_activation, options.epsilon, {}, {}};
+      if (options.norm_weight) layer.norm.weight = {at(*norm_weights[l]), c.widths[l + 1]};
+      if (options.norm_bias) layer.norm.bias = {at(*norm_biases[l]), c.widths[l + 1]};
       layer.in = c.widths[l];
       layer.out = c.widths[l + 1];
       layer.weight.data = at(*weights[l]);
@@ -195,12 +217,17 @@ struct Problem {
     f.batch = c.batch;
     f.num_layers = static_cast<int64_t>(n);
     f.layers = p.layers.data();
+    f.members = c.by_index ? at(*indices) : nullptr;
+    f.stored_members = c.by_index ? c.stored() : 0;
     f.input = at(*input);
     f.input_row_stride = c.widths[0];
     f.input_member_stride = c.shared_input ? 0 : c.batch * c.widths[0];
-    const bool own_rates = c.dropout > 0 && c.batch % 2 == 1;
+    const bool own_rates = c.dropout > 0 && (c.batch % 2 == 1 || c.rate_of_each_layer);
     f.dropout.p = own_rates ? 0 : c.dropout;
     f.dropout.rates = own_rates ? at(*rates) : nullptr;
+    f.dropout.rates_member_stride = rates_of_member();
+    f.dropout.rates_layer_stride = c.rate_of_each_layer ? 1 : 0;
+    f.dropout.before_norm = c.drops_before_norm;
     f.dropout.seeds = at(*seeds);
     t.loss = c.loss;
     pyens::LossParameters& of_loss = t.of_loss;
@@ -239,22 +266,41 @@ struct Problem {
     return static_cast<size_t>((c.shared_input ? 1 : c.members) * c.batch * c.widths[0]);
   }
 
-  // The loss, then the gradients of input, weights and biases: those that are needed.
+  // The loss, then the gradients of input, weights, biases, norms' weights and biases: those that are needed.
   using Results = std::vector<std::vector<R>>;
+
+  // f(layer, which of its gradients, how many numbers, where the pointer to them is): one gradient after the
+  // other, all weights first.
+  template <class F>
+  void for_each_gradient(std::vector<pyens::MLPLayerGradient>& gradients, const F& f) const {
+    for (int which = 0; which < 4; ++which) {
+      for (size_t l = 0; l < weights.size(); ++l) {
+        pyens::MLPLayerGradient& g = gradients[l];
+        void** const to[] = {&g.weight, &g.bias, &g.norm_weight, &g.norm_bias};
+        const int64_t out = c.members * c.widths[l + 1];
+        f(which, l, static_cast<size_t>(which == 0 ? out * c.widths[l] : out), to[which]);
+      }
+    }
+  }
+
+  // Whether there is such a gradient.
+  bool exists(int which, size_t l) const {
+    if (which < 2) return which == 0 || c.with_bias;
+    return l + 1 < weights.size() && c.options[l].has_norm();
+  }
 
   Results run_cpu() const {
     Results r{std::vector<R>(static_cast<size_t>(c.members)), std::vector<R>(input_size())};
-    for (const auto& weight : weights) r.emplace_back(weight->cpu.size());
-    for (const auto& bias : biases) r.emplace_back(bias->cpu.size());
+    r.reserve(2 + 4 * weights.size());
     Parameters p;
     set(p, [](const auto& values) { return values.cpu.data(); });
     cpu::Training& t = p.training;
     if (c.loss != Loss::none) t.loss_output = r[0].data();
     t.grad_input = r[1].data();
-    for (size_t l = 0; l < weights.size(); ++l) {
-      p.gradients[l].weight = r[2 + l].data();
-      if (c.with_bias) p.gradients[l].bias = r[2 + weights.size() + l].data();
-    }
+    for_each_gradient(p.gradients, [&](int which, size_t l, size_t n, void** to) {
+      r.emplace_back(n);
+      if (exists(which, l)) *to = r.back().data();
+    });
     const cpu::TrainingPlan plan = cpu::plan_training(t);
     const Scratch partial(plan.partial_bytes), scratch(plan.scratch_bytes);
     t.partial = partial.get();
@@ -271,13 +317,11 @@ struct Problem {
     set(p, [](const auto& values) { return values.gpu.data(); });
     cpu::Training& t = p.training;
     Global<R> loss(static_cast<size_t>(c.members), "loss"), grad_input(input_size(), "grad_input");
-    std::vector<std::unique_ptr<Global<R>>> of_weights, of_biases;
-    for (size_t l = 0; l < weights.size(); ++l) {
-      of_weights.push_back(std::make_unique<Global<R>>(weights[l]->cpu.size(), "grad of weight"));
-      of_biases.push_back(std::make_unique<Global<R>>(biases[l]->cpu.size(), "grad of bias"));
-      if (c.needs_grad & 2) p.gradients[l].weight = of_weights[l]->data();
-      if (c.with_bias && (c.needs_grad & 4)) p.gradients[l].bias = of_biases[l]->data();
-    }
+    std::vector<std::unique_ptr<Global<R>>> of_parameters;
+    for_each_gradient(p.gradients, [&](int which, size_t l, size_t n, void** to) {
+      of_parameters.push_back(std::make_unique<Global<R>>(n, "grad of a parameter"));
+      if (exists(which, l) && (c.needs_grad & 2u << which)) *to = of_parameters.back()->data();
+    });
     if (c.loss != Loss::none) t.loss_output = loss.data();
     if (c.needs_grad & 1) t.grad_input = grad_input.data();
     check(gpu::training_fits_one_launch(t.forward), what + ": can be trained");
@@ -285,15 +329,15 @@ struct Problem {
     const char* error = gpu::train(t, scratch.data(), nullptr);
     check(error == nullptr, what + ": " + (error ? error : ""));
     Results r{loss.host(), grad_input.host()};
-    for (const auto& g : of_weights) r.push_back(g->host());
-    for (const auto& g : of_biases) r.push_back(g->host());
+    for (const auto& g : of_parameters) r.push_back(g->host());
     return r;
   }
 
   bool needs_grad(size_t i) const {
     if (i == 0) return c.loss != Loss::none;
     if (i == 1) return c.needs_grad & 1;
-    return i < 2 + weights.size() ? (c.needs_grad & 2) != 0 : c.with_bias && (c.needs_grad & 4);
+    const int which = static_cast<int>((i - 2) / weights.size());
+    return exists(which, (i - 2) % weights.size()) && (c.needs_grad & 2u << which);
   }
 };
 
@@ -322,6 +366,32 @@ void test(const Case& c) {
     const double error = worst(first[i], expected[i]);
     check(error <= tolerance,
           what + ": result " + std::to_string(i) + " differs by " + std::to_string(error));
+  }
+}
+
+// An index that is none: NaN for all of that member, and for no other.
+void test_missing_member() {
+  for (int i = 0; i < 8; ++i) {
+    ++problems;
+    Case c{3,         9, {4, 6, 6, 3}, i % 2 ? Loss::mse : Loss::none, {}, i / 4 == 1, false,
+           i % 3 > 0, 0, 0.25};
+    c.options = varied_layers(c.widths, i, i % 4 < 2, true);
+    c.by_index = true;
+    Problem<float> problem(c);
+    const auto right = problem.run_gpu("a missing member");
+    std::vector<int64_t> changed = problem.indices->cpu;
+    changed[1] = std::vector<int64_t>{-1, 5, INT64_MIN, INT64_MAX}[static_cast<size_t>(i % 4)];
+    problem.indices = std::make_unique<Values<int64_t>>(changed, "members");
+    const auto got = problem.run_gpu("a missing member");
+    for (size_t j = 0; j < got.size(); ++j) {
+      if (!problem.needs_grad(j)) continue;
+      const bool all = j == 1 && c.shared_input;  // summed over the members
+      for (size_t k = 0; k < got[j].size(); ++k) {
+        const bool missing = all || k / (got[j].size() / 3) == 1;
+        check(missing ? std::isnan(got[j][k]) : got[j][k] == right[j][k],
+              "result " + std::to_string(j) + " beside a missing member");
+      }
+    }
   }
 }
 
@@ -409,6 +479,21 @@ int main() {
       }
     }
   }
+  // The same through norms, residuals and activations of outputs; no dropout, for what it cuts off of a NaN is
+  // not the same on both sides, nor is what is left out and meets a weight that is infinite.
+  for (const double value : {infinity, -infinity, double{NAN}}) {
+    for (const Place place : {Place::input, Place::target, Place::weight, Place::bias}) {
+      for (const Loss loss : losses) {
+        const int weighted = loss == Loss::none || place == Place::weight ? 0 : i % 3;
+        Case c{2, 11, {5, 6, 6, 4}, loss, {}, i % 3 == 0, true, true, weighted, 0};
+        c.options = varied_layers(c.widths, i, true, true);
+        c.planted = {place, value};
+        test<double>(c);
+        test<float>(c);
+        ++i;
+      }
+    }
+  }
   // Inputs longer than a block of 128; a tile of fewer than 64 examples.
   test<float>({2, 70, {131, 140, 5}, Loss::mse, ActivationKind::relu, true, true, true, 0, 0});
   // More tiles than spans.
@@ -416,6 +501,30 @@ int main() {
   test<pyens::BFloat16>({2, 6, {5, 4, 2}, Loss::mse, ActivationKind::relu, true, true, true, 0, 0});
   test<pyens::Float16>(
       {2, 5, {5, 4, 2}, Loss::bce, ActivationKind::relu, false, false, true, 0, 0});
+  // Activations of each layer and of outputs; norms and residuals; rates of each layer; members by index.
+  const std::vector<std::vector<int64_t>> deep = {
+      {4, 2}, {2, 2, 2}, {5, 7, 7, 7, 2}, {17, 40, 40, 4}, {3, 9, 9, 5, 2}};
+  for (const auto& widths : deep) {
+    for (const int64_t batch : {1, 6, 67}) {
+      for (const bool rich : {false, true}) {
+        for (const Loss loss : {losses[i % 5], Loss::none}) {
+          Case c{1 + i % 3,  batch,      widths,     loss,      ActivationKind::identity,
+                 i % 2 == 0, i % 3 == 0, i % 4 != 1, i / 2 % 3, i % 3 == 1 ? 0.25 : 0.0};
+          c.options = varied_layers(widths, i, rich, rich);
+          if (i % 5 == 4) c.needs_grad = static_cast<unsigned>(i / 5 * 11 % 32);
+          c.by_index = i / 2 % 3 > 0;
+          c.rate_of_each_layer = c.dropout > 0 && widths.size() > 2 && i % 2 == 0;
+          c.drops_before_norm = i % 4 < 2;
+          test<double>(c);
+          test<float>(c);
+          if (i % 4 == 0) test<pyens::BFloat16>(c);
+          if (i % 4 == 1) test<pyens::Float16>(c);
+          ++i;
+        }
+      }
+    }
+  }
+  test_missing_member();
   test_wrong_values(false);
   test_wrong_values(true);
   return finish();
