@@ -5,9 +5,9 @@
 namespace pyens::PYENS_ISA {
 
 template <class F, class Real, class V>
-inline void apply_rows(Real* rows, int64_t n, Real parameter) {
+inline void apply_rows(const Real* from, Real* rows, int64_t n, Real parameter) {
   for (int64_t i = 0; i < n; i += lanes_of<V>()) {
-    V v = load<V>(rows + i);
+    V v = load<V>(from + i);
     if constexpr (std::is_same_v<Real, float>) {
       v = F::template vector<V>(v, broadcast<V>(parameter));
     } else {
@@ -18,9 +18,10 @@ inline void apply_rows(Real* rows, int64_t n, Real parameter) {
 }
 
 template <class F, class Real, class V>
-inline void apply_rows_with_slope(Real* rows, Real* slope, int64_t n, Real parameter) {
+inline void apply_rows_with_slope(const Real* from, Real* rows, Real* slope, int64_t n,
+                                  Real parameter) {
   for (int64_t i = 0; i < n; i += lanes_of<V>()) {
-    const V x = load<V>(rows + i), a = broadcast<V>(parameter);
+    const V x = load<V>(from + i), a = broadcast<V>(parameter);
     V h = x, d{};
     if constexpr (std::is_same_v<Real, float>) {
       h = F::template vector<V>(x, a);
@@ -36,25 +37,26 @@ inline void apply_rows_with_slope(Real* rows, Real* slope, int64_t n, Real param
   }
 }
 
-// rows[i] <- act(rows[i]), i < n; n is a multiple of V's lanes.
+// rows[i] <- act(from[i]), i < n, which may be the same; n is a multiple of V's lanes.
 template <class V, class Real>
-inline void activate(const Activation& activation, Real* rows, int64_t n) {
+inline void activate(const Activation& activation, const Real* from, Real* rows, int64_t n) {
   const auto a = static_cast<Real>(activation.parameter);
   switch (activation.kind) {
 #define PYENS_CASE(name, F, standard) \
-  case ActivationKind::name: return apply_rows<F, Real, V>(rows, n, a);
+  case ActivationKind::name: return apply_rows<F, Real, V>(from, rows, n, a);
     PYENS_ACTIVATIONS(PYENS_CASE)
 #undef PYENS_CASE
   }
 }
 
-// rows[i] <- act(rows[i]) and slope[i] <- act'(rows[i]), likewise.
+// rows[i] <- act(from[i]) and slope[i] <- act'(from[i]), likewise.
 template <class V, class Real>
-inline void activate_with_slope(const Activation& activation, Real* rows, Real* slope, int64_t n) {
+inline void activate_with_slope(const Activation& activation, const Real* from, Real* rows,
+                                Real* slope, int64_t n) {
   const auto a = static_cast<Real>(activation.parameter);
   switch (activation.kind) {
 #define PYENS_CASE(name, F, standard) \
-  case ActivationKind::name: return apply_rows_with_slope<F, Real, V>(rows, slope, n, a);
+  case ActivationKind::name: return apply_rows_with_slope<F, Real, V>(from, rows, slope, n, a);
     PYENS_ACTIVATIONS(PYENS_CASE)
 #undef PYENS_CASE
   }

@@ -233,13 +233,13 @@ inline bool slope_shows(const MLPLayer& layer) {
          !(layer.has_norm() && layer.norm.after_activation);
 }
 
-// Of hidden layer l: panels of sums become what the next layer reads. `slope`, or nullptr: by which the
+// Of hidden layer l: panels of sums, which may lie in z, become z, what the next layer reads. `slope`, or nullptr: by which the
 // backward pass multiplies; dropout is in it but for a rich layer. x: panels that the layer reads, where it
 // has a residual. `norm`: room for twice the layer's width.
 template <class A, class Real>
 void hidden_epilogue(const EnsembleMLPParams& p, int64_t l, int64_t member, int64_t first,
-                     int64_t examples, Real* z, Real* slope, const Real* x, Real* norm,
-                     Normalized<Real> left) {
+                     int64_t examples, const Real* sums, Real* z, Real* slope, const Real* x,
+                     Real* norm, Normalized<Real> left) {
   using V = Wide<Real>;
   const MLPLayer& layer = p.layers[l];
   const int64_t n = round_up(examples, kPanelOf<Real>) * layer.out;
@@ -248,12 +248,18 @@ void hidden_epilogue(const EnsembleMLPParams& p, int64_t l, int64_t member, int6
   if (layer.has_norm()) load_norm<A>(layer, p.parameters_of(member), norm, norm + layer.out);
   const NormTile<Real> run_norm{layer, norm, norm + layer.out, z, left};
 
+  const bool activates =
+      slope || (layer.activation.kind != ActivationKind::identity && !fuses_relu(layer));
+  if (sums != z && ((layer.has_norm() && !late_norm) || !activates)) {
+    std::memcpy(z, sums, static_cast<size_t>(n) * sizeof(Real));
+    sums = z;
+  }
   if (drops_early && !late_norm) apply_dropout<Real>(p, l, member, first, examples, z, nullptr);
   if (layer.has_norm() && !late_norm) for_each_column<Real>(examples, run_norm);
   if (slope) {
-    activate_with_slope<V>(layer.activation, z, slope, n);
-  } else if (!fuses_relu(layer) && layer.activation.kind != ActivationKind::identity) {
-    activate<V>(layer.activation, z, n);
+    activate_with_slope<V>(layer.activation, sums, z, slope, n);
+  } else if (activates) {
+    activate<V>(layer.activation, sums, z, n);
   }
   if (drops_early && late_norm) apply_dropout<Real>(p, l, member, first, examples, z, nullptr);
   if (layer.has_norm() && late_norm) for_each_column<Real>(examples, run_norm);
@@ -265,14 +271,15 @@ void hidden_epilogue(const EnsembleMLPParams& p, int64_t l, int64_t member, int6
   }
 }
 
-// z <- act(z) of the last layer, and its derivative where there is room for it.
+// z <- act(sums) of the last layer, and its derivative where there is room for it.
 template <class Real>
-void output_activation(const Activation& activation, Real* z, Real* slope, int64_t n) {
+void output_activation(const Activation& activation, const Real* sums, Real* z, Real* slope,
+                       int64_t n) {
   using V = Wide<Real>;
   if (slope) {
-    activate_with_slope<V>(activation, z, slope, n);
+    activate_with_slope<V>(activation, sums, z, slope, n);
   } else if (activation.kind != ActivationKind::identity) {
-    activate<V>(activation, z, n);
+    activate<V>(activation, sums, z, n);
   }
 }
 

@@ -235,21 +235,18 @@ void forward_tile(const EnsembleMLPParams& p, int64_t member, int64_t first, int
     const int64_t out = layer.out, n = panel_count * P * out;
     const bool last = l + 1 == p.num_layers;
     Real* z = scratch.output_of(p, l);
-    Real* const sums = kept_sums<Real>(p, member, l, first);
+    Real* const kept = kept_sums<Real>(p, member, l, first);
+    Real* const sums = kept ? kept : z;
     if (layer.residual && l == 0) plain = A::plain_panels(x, panel_count, layer.in, scratch.plain);
-    forward_layer<A>(layer, p.parameters_of(member), examples, x, sums ? sums : z, scratch.weights,
+    forward_layer<A>(layer, p.parameters_of(member), examples, x, sums, scratch.weights,
                      scratch.bias);
-    if (sums) {
+    if (kept) {
       const bool at_end = first + examples == p.batch;
-      if (at_end) clear_lanes(sums, out, examples, kept_rows(p.batch) - first);
-      if (sums_are_read(p, member, l) && !p.strength.units) {
-        z = sums;
-      } else {
-        std::memcpy(z, sums, static_cast<size_t>(n) * sizeof(Real));
-      }
+      if (at_end) clear_lanes(kept, out, examples, kept_rows(p.batch) - first);
+      if (sums_are_read(p, member, l) && !p.strength.units) z = kept;
     }
     if (last) {
-      output_activation<Real>(layer.activation, z, nullptr, n);
+      output_activation<Real>(layer.activation, sums, z, nullptr, n);
       from_panels<A>(z, examples, out, output);
       if (p.strength.units) {
         write_strengths<A>(p, member, first, examples, scratch.strength,
@@ -257,7 +254,7 @@ void forward_tile(const EnsembleMLPParams& p, int64_t member, int64_t first, int
       }
       return;
     }
-    hidden_epilogue<A>(p, l, member, first, examples, z, static_cast<Real*>(nullptr), plain,
+    hidden_epilogue<A>(p, l, member, first, examples, sums, z, static_cast<Real*>(nullptr), plain,
                        scratch.norm, Normalized<Real>{});
     plain = z;
     x = A::hidden_panels(z, panel_count, out, scratch.pairs);

@@ -392,7 +392,7 @@ void forward_small(const Forward& p, int64_t member, int64_t members, const Scra
     if (prepacked) prepacked += prepacked_reals<A>(layer);
     if (last) {
       if (layer.activation.kind != ActivationKind::identity) {
-        activate<V>(layer.activation, z, rows * padded);
+        activate<V>(layer.activation, z, z, rows * padded);
       }
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t o = 0; o < layer.out; o += N) {
@@ -406,7 +406,7 @@ void forward_small(const Forward& p, int64_t member, int64_t members, const Scra
       return;
     }
     if (!fuses_relu(layer) && layer.activation.kind != ActivationKind::identity) {
-      activate<V>(layer.activation, z, rows * padded);
+      activate<V>(layer.activation, z, z, rows * padded);
     }
     const auto hidden = A::hidden_rows(z, rows, layer.out, scratch.pairs);
     block.x = hidden.x;

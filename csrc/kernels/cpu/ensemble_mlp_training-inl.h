@@ -607,18 +607,16 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
       x = kept;
       continue;
     }
-    if (kept) {
-      std::memcpy(h, kept, static_cast<size_t>(n) * sizeof(Real));
-    } else {
+    if (!kept) {
       forward_layer<A>(layer, p.parameters_of(member), examples, x, h, scratch.weights,
                        scratch.bias);
     }
     if (last) {
-      output_activation<Real>(layer.activation, h, scratch.slope[l], n);
+      output_activation<Real>(layer.activation, kept ? kept : h, h, scratch.slope[l], n);
       break;
     }
-    hidden_epilogue<A>(p, l, member, first, examples, h, scratch.slope[l], x, scratch.norm,
-                       scratch.normalized[l]);
+    hidden_epilogue<A>(p, l, member, first, examples, kept ? kept : h, h, scratch.slope[l], x,
+                       scratch.norm, scratch.normalized[l]);
     clear_padding(h, layer.out, examples);
     x = h;
   }
