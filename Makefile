@@ -69,7 +69,7 @@ fuzz: $(BUILT) ## the properties again with 5,000 examples each (hours)
 template: $(BUILT) ## build and test the example operation of examples/gain
 	$(PY) -m pytest examples/gain $(ARGS)
 
-BENCHMARKS := ensemble_mlp training fit decorrelation uncertainty masksembles activation_strength serving
+BENCHMARKS := ensemble_mlp training networks fit decorrelation uncertainty masksembles activation_strength serving
 
 bench: $(BUILT) $(VENV)/peers ## compare every operation with its peers
 	for name in $(BENCHMARKS); do $(PY) -m benchmarks.$$name $(ARGS); done

@@ -38,6 +38,15 @@ SECTIONS = {
         "2.4×. Own inputs are transposed on the way in and out, which is also what the table step spends "
         "beside its arithmetic and Adam's memory traffic.",
     ),
+    "networks-cpu-float32": (
+        "Networks of public projects",
+        "Whole update steps with Adam's fused step. Peers: the project's own way to put its members "
+        "together, and the same compiled. Then parts of such a step against each other.",
+        "A loss in torch does not reach the one in the kernel where widths are small or an activation is long: "
+        "what is kept is written and read once more, the activation is computed once more, and torch's own "
+        "operations of the loss are a few per cent. Second derivatives (EDAC) are composed of torch's "
+        "operations, which compute the forward pass again.",
+    ),
     "decorrelation-cpu-float32": ("Decorrelation loss", "Forward and backward pass.", ""),
     "uncertainty-cpu-float32": ("Uncertainty and moments", "One pass over the members.", ""),
     "masksembles-cpu-float32": (

@@ -18,6 +18,7 @@ from benchmarks import (
     fit,
     harness,
     masksembles,
+    networks,
     peers,
     results_page,
     table_peers,
@@ -538,6 +539,25 @@ def test_the_orders_of_fit_are_those_that_the_benchmark_draws():
     expected = [rows for order in fit.orders_of_fit(problem, 5) for rows in order.split(16, 1)]
     for batch, rows in zip(batches, expected, strict=True):
         assert torch.equal(batch[..., 0], rows.float())
+
+
+def test_network_cases_are_the_promised_ones():
+    full = networks.cases(options(quick=False))
+    names = [case.name for case in full]
+    assert names[: len(networks.NETWORKS)] == list(networks.NETWORKS)
+    targets = {case.name: case.targets[0].ratio for case in full if case.targets}
+    assert targets["droq"] == 2.0 and targets["edac"] == 1.25 and targets["torchani"] == 1.3
+    assert networks.cases(options(dtype=torch.bfloat16)) == []
+    assert not any(case.targets for case in networks.cases(options(quick=False, dtype=torch.float64)))
+
+
+def test_quick_run_of_networks(tmp_path, capsys):
+    command = ["--quick", "--threads", "1", "--output", str(tmp_path)]
+    assert harness.main("networks", networks.__doc__, networks.cases, command) == 0
+    assert "EXCLUDED" not in capsys.readouterr().out
+    saved = Report.load(tmp_path / "networks-cpu-float32-quick.json")
+    assert [r.name for r in saved.results][: len(networks.NETWORKS)] == list(networks.NETWORKS)
+    assert all(r.timed() for r in saved.results)
 
 
 def test_quick_run_of_fit(tmp_path, capsys):
