@@ -33,12 +33,19 @@ int main(int argc, char** argv) {
   const at::Tensor weight = at::rand({1, 3, 4});
   const at::Tensor weights = at::cat({weight, 2 * weight}).requires_grad_();
   const at::Tensor input = at::rand({5, 4});
-  const auto op = c10::Dispatcher::singleton()
-                      .findSchemaOrThrow("pyens::ensemble_mlp", "")
-                      .typed<at::Tensor(const at::Tensor&, at::TensorList, at::TensorList,
-                                        std::string_view, double, const std::optional<at::Tensor>&,
-                                        const std::optional<at::Tensor>&)>();
-  const at::Tensor output = op.call(input, {weights}, {}, "relu", 0.0, std::nullopt, std::nullopt);
+  using List = at::TensorList;
+  using Name = std::string_view;
+  using Optional = const std::optional<at::Tensor>&;
+  using Operation = at::Tensor(
+      const at::Tensor& input, List weights, List biases, List norm_weights, List norm_biases,
+      Name activation, double dropout, Optional dropout_seeds, Optional dropout_rates,
+      bool dropout_before_norm, Name output_activation, Name norm, double norm_eps,
+      bool norm_after_activation, Name residual, Optional members, std::optional<bool> save_hidden);
+  const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("pyens::ensemble_mlp", "").typed<Operation>();
+  const std::optional<at::Tensor> none;
+  const at::Tensor output = op.call(input, {weights}, {}, {}, {}, "relu", 0.0, none, none, false,
+                                    "identity", "none", 1e-5, false, "", none, std::nullopt);
   require(output.sizes() == at::IntArrayRef({2, 5, 3}), "the shape of the outputs");
   require(at::allclose(output[0], at::linear(input, weight[0])), "the outputs of member 0");
   require(at::allclose(output[1], 2 * output[0]), "the outputs of member 1");
