@@ -64,11 +64,11 @@ inline __attribute__((always_inline)) void add_chains(V (&chain)[kNormChains][NV
   }
 }
 
-// One norm over NV vectors of examples: z <- (z - mean) r weight + bias. What a backward pass needs goes to
-// `normalized`, (z - mean) r in the same panel, and `scale`, r, where they are given.
+// One norm over NV vectors of examples: z <- max(floor, (z - mean) r weight + bias). What a backward pass needs
+// goes to `normalized`, (z - mean) r in the same panel, and `scale`, r, where they are given.
 template <class Real, int NV>
-void norm_columns(const MLPNorm& norm, int64_t out, const Real* weight, const Real* bias, Real* z,
-                  Real* normalized, Real* scale) {
+void norm_columns(const MLPNorm& norm, int64_t out, const Real* weight, const Real* bias,
+                  Real floor, Real* z, Real* normalized, Real* scale) {
   using V = Wide<Real>;
   constexpr int N = lanes_of<V>(), C = kNormChains;
   constexpr int64_t P = kPanelOf<Real>;
@@ -106,23 +106,25 @@ void norm_columns(const MLPNorm& norm, int64_t out, const Real* weight, const Re
     r[v] = one / square_root(sum[v] / count + epsilon);
     if (scale) store(scale + v * N, r[v]);
   }
+  const V low = broadcast<V>(floor);
   for (int64_t f = 0; f < out; ++f) {
     const V by = broadcast<V>(weight[f]), plus = broadcast<V>(bias[f]);
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       const V x = (load<V>(z + f * P + v * N) - mean[v]) * r[v];
       if (normalized) store(normalized + f * P + v * N, x);
-      store(z + f * P + v * N, madd(x, by, plus));
+      store(z + f * P + v * N, at_least(low, madd(x, by, plus)));
     }
   }
 }
 
 // g, the gradient by what a norm puts out, becomes that by what it reads: with x what it normalized,
-// r (w g - mean(w g) - x mean(w g x)); an rms_norm has no mean(w g). On the way g x and g are added to
-// `sums`, [2][out] vectors: the gradients of weight and bias, lane by lane.
+// r (w g - mean(w g) - x mean(w g x)); an rms_norm has no mean(w g). Where `relu` is not nullptr and <= 0, g is
+// 0. On the way g x and g are added to `sums`, [2][out] vectors: the gradients of weight and bias, lane by
+// lane.
 template <class Real, int NV>
-void norm_columns_backward(const MLPNorm& norm, int64_t out, const Real* weight, Real* g,
-                           const Real* normalized, const Real* scale, Real* sums) {
+void norm_columns_backward(const MLPNorm& norm, int64_t out, const Real* weight, const Real* relu,
+                           Real* g, const Real* normalized, const Real* scale, Real* sums) {
   using V = Wide<Real>;
   constexpr int N = lanes_of<V>(), C = kNormChains;
   constexpr int64_t P = kPanelOf<Real>;
@@ -137,7 +139,9 @@ void norm_columns_backward(const MLPNorm& norm, int64_t out, const Real* weight,
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         const int64_t at = (f + c) * P + v * N;
-        const V above = load<V>(g + at), x = load<V>(normalized + at), scaled = above * by;
+        const V x = load<V>(normalized + at);
+        const V above = relu && load<V>(relu + at) <= V{} ? V{} : load<V>(g + at);
+        const V scaled = above * by;
         chain[c][v] += scaled;
         along[c][v] = madd(scaled, x, along[c][v]);
         sum = madd(above, x, sum);
@@ -159,7 +163,8 @@ void norm_columns_backward(const MLPNorm& norm, int64_t out, const Real* weight,
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       const int64_t at = f * P + v * N;
-      const V centred = load<V>(g + at) * by - mean[v];
+      const V above = relu && load<V>(relu + at) <= V{} ? V{} : load<V>(g + at);
+      const V centred = above * by - mean[v];
       store(g + at, (centred - load<V>(normalized + at) * slope[v]) * load<V>(scale + v * N));
     }
   }
@@ -190,6 +195,7 @@ template <class Real>
 struct NormTile {
   const MLPLayer& layer;
   const Real *weight, *bias;
+  Real floor;
   Real* z;
   Normalized<Real> left;
 
@@ -197,7 +203,7 @@ struct NormTile {
   void run(int64_t panel, int64_t lane) const {
     constexpr int64_t P = kPanelOf<Real>;
     const int64_t at = panel * layer.out * P + lane;
-    norm_columns<Real, NV>(layer.norm, layer.out, weight, bias, z + at,
+    norm_columns<Real, NV>(layer.norm, layer.out, weight, bias, floor, z + at,
                            left.panels ? left.panels + at : nullptr,
                            left.scale ? left.scale + panel * P + lane : nullptr);
   }
@@ -206,7 +212,7 @@ struct NormTile {
 template <class Real>
 struct NormTileBackward {
   const MLPLayer& layer;
-  const Real* weight;
+  const Real *weight, *relu;
   Real* g;
   Normalized<Real> left;
   Real* sums;
@@ -215,8 +221,8 @@ struct NormTileBackward {
   void run(int64_t panel, int64_t lane) const {
     constexpr int64_t P = kPanelOf<Real>;
     const int64_t at = panel * layer.out * P + lane;
-    norm_columns_backward<Real, NV>(layer.norm, layer.out, weight, g + at, left.panels + at,
-                                    left.scale + panel * P + lane, sums);
+    norm_columns_backward<Real, NV>(layer.norm, layer.out, weight, relu ? relu + at : nullptr,
+                                    g + at, left.panels + at, left.scale + panel * P + lane, sums);
   }
 };
 
@@ -246,10 +252,19 @@ void hidden_epilogue(const EnsembleMLPParams& p, int64_t l, int64_t member, int6
   const bool drops = p.dropout.of(member, l) > 0, drops_early = drops && drops_before_norm(p, l);
   const bool late_norm = layer.norm.after_activation;
   if (layer.has_norm()) load_norm<A>(layer, p.parameters_of(member), norm, norm + layer.out);
-  const NormTile<Real> run_norm{layer, norm, norm + layer.out, z, left};
+  // A ReLU behind the norm is done where that stores.
+  const bool relu = layer.activation.kind == ActivationKind::relu;
+  const bool relu_in_norm = relu && layer.has_norm() && !late_norm;
+  const NormTile<Real> run_norm{layer,
+                                norm,
+                                norm + layer.out,
+                                relu_in_norm ? Real{0} : -std::numeric_limits<Real>::infinity(),
+                                z,
+                                left};
 
-  const bool activates =
-      slope || (layer.activation.kind != ActivationKind::identity && !fuses_relu(layer));
+  const bool done =
+      layer.activation.kind == ActivationKind::identity || fuses_relu(layer) || relu_in_norm;
+  const bool activates = slope || !done;
   if (sums != z && ((layer.has_norm() && !late_norm) || !activates)) {
     std::memcpy(z, sums, static_cast<size_t>(n) * sizeof(Real));
     sums = z;
@@ -314,13 +329,6 @@ void multiply_by_slope(const Activation& activation, int64_t out, int64_t exampl
       const V by = load<V>(slope + at), product = load<V>(g + at) * by;
       store(g + at, left_out ? V{} : cuts && by == V{} ? V{} : product);
     }
-  }
-}
-template <class Real>
-void cut_by_relu(Real* g, const Real* h, int64_t n) {
-  using V = Wide<Real>;
-  for (int64_t i = 0; i < n; i += lanes_of<V>()) {
-    store(g + i, load<V>(h + i) <= V{} ? V{} : load<V>(g + i));
   }
 }
 

@@ -414,10 +414,10 @@ void outer_weight_gradient(const Real* g, int64_t out, const Real* x, int64_t in
 // weight[o][i] <- (first ? 0 : weight[o][i]) + sum_b g[o][b] x[i][b] over the tile.
 template <class Real>
 void weight_gradient(const Real* g, int64_t out, const Real* x, int64_t in, int64_t examples,
-                     Real* weight, bool first, [[maybe_unused]] Real* rows) {
+                     Real* weight, bool first, [[maybe_unused]] Real* outer_rows) {
   if constexpr (kOuterProducts) {
     if (takes_outer_products<Real>(in)) {
-      return outer_weight_gradient(g, out, x, in, examples, weight, first, rows);
+      return outer_weight_gradient(g, out, x, in, examples, weight, first, outer_rows);
     }
   }
   constexpr int64_t P = kPanelOf<Real>;
@@ -505,16 +505,18 @@ void epilogue_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, in
                        const MLPLayerGradient& to, bool first_sum) {
   using Real = typename A::Real;
   const MLPLayer& layer = p.layers[l];
-  const int64_t n = round_up(examples, kPanel<A>) * layer.out;
   const bool drops = p.dropout.of(member, l) > 0, drops_early = drops && drops_before_norm(p, l);
   const Normalized<Real> left = scratch.normalized[l];
   const auto dropout = [&] { apply_dropout<Real>(p, l, member, first, examples, g, nullptr); };
+  // A ReLU between it and what the layer puts out shows there.
+  const bool shows = slope_shows(layer);
   const auto norm = [&] {
     load_norm<A>(layer, p.parameters_of(member), scratch.norm, scratch.norm + layer.out);
     const int64_t lanes = layer.out * lanes_of<Wide<Real>>();
     std::fill(scratch.norm_sums, scratch.norm_sums + 2 * lanes, Real{0});
-    for_each_column<Real>(examples,
-                          NormTileBackward<Real>{layer, scratch.norm, g, left, scratch.norm_sums});
+    for_each_column<Real>(
+        examples, NormTileBackward<Real>{layer, scratch.norm, shows ? scratch.hidden[l] : nullptr,
+                                         g, left, scratch.norm_sums});
     add_lanes(scratch.norm_sums, layer.out, static_cast<Real*>(to.norm_weight), first_sum);
     add_lanes(scratch.norm_sums + lanes, layer.out, static_cast<Real*>(to.norm_bias), first_sum);
   };
@@ -524,8 +526,6 @@ void epilogue_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, in
   if (scratch.slope[l]) {
     multiply_by_slope(layer.activation, layer.out, examples, scratch.example_weight,
                       scratch.slope[l], g);
-  } else if (layer.activation.kind == ActivationKind::relu) {
-    cut_by_relu(g, scratch.hidden[l], n);
   }
   if (layer.has_norm() && !layer.norm.after_activation) norm();
   if (drops_early && !layer.norm.after_activation) dropout();
