@@ -243,8 +243,11 @@ std::vector<Tensor> composed_backward(const char* op, Tensor grad, const Network
   std::vector<Tensor> z(layers), activated(layers);
   const bool with_output = given.back().activation.kind != ActivationKind::identity;
   for (size_t l = 0; l + (with_output ? 0 : 1) < layers; ++l) {
-    Tensor x = at::matmul(h[l], weights[l].transpose(1, 2));
-    if (biases[l].defined()) x = x + biases[l];
+    const Tensor transposed = weights[l].transpose(1, 2);
+    const bool own = l > 0 || !shared_input;  // [E, B, in], which is what the fused sum takes
+    Tensor x = own && biases[l].defined() ? at::baddbmm(biases[l], h[l], transposed)
+                                          : at::matmul(h[l], transposed);
+    if (!own && biases[l].defined()) x = x + biases[l];
     const bool hidden = l + 1 < layers;
     for (const bool after : {false, true}) {
       if (after) {
