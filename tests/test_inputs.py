@@ -1,5 +1,7 @@
 """Inputs of one row, of a first dimension of 1, and of any dimensions with `shared=True`."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -116,6 +118,9 @@ def test_losses_of_shared_inputs(loss, lead, weighted):
         assert got.shape == (E,) and torch.equal(got, expected)
         one, other = torch.autograd.grad(got.sum(), x)[0], torch.autograd.grad(expected.sum(), flat)[0]
         assert torch.equal(one.reshape(-1, F), other)
+        each_example = model.loss(x, y, loss=loss, sample_weight=w, shared=True, reduction="none")
+        expected = model.loss(flat, of_rows, loss=loss, sample_weight=flat_weight, reduction="none")
+        assert torch.equal(each_example, expected.reshape(E, *lead))
 
 
 @losses
@@ -126,6 +131,7 @@ def test_losses_of_one_row_and_of_a_first_dimension_of_one(loss):
         whole = y.unsqueeze(len(each))
         expected = model.loss(x[None], whole, loss=loss)
         assert torch.equal(model.loss(x, y, loss=loss), expected)
+        assert model.loss(x, y, loss=loss, reduction="none").shape == (E,)
     x, w = rows(1, B), torch.rand(1, B, dtype=torch.float64)
     y = targets(loss, 1, B)
     expected = model.loss(x[0], y[0], loss=loss, sample_weight=w[0])
@@ -168,7 +174,7 @@ def test_compiled():
     torch._dynamo.reset()
     model = mlp()
 
-    def call(x: Tensor, shared: bool = False) -> Tensor:
+    def call(x: Any, shared: bool = False) -> Tensor:
         return model(x, shared=shared)
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
@@ -184,6 +190,11 @@ def test_compiled():
     loss = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
     x = rows(2, B)
     torch.testing.assert_close(loss(x, y, loss="mse", shared=True), model.loss(x, y, loss="mse", shared=True))
+    parts = x[..., :3], x[..., 3:]
+    torch.testing.assert_close(compiled(parts, True), call(x, True))
+    torch.testing.assert_close(
+        loss(parts, y, loss="mse", shared=True), model.loss(x, y, loss="mse", shared=True)
+    )
 
 
 def test_on_meta():

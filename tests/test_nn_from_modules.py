@@ -402,3 +402,27 @@ def test_what_users_note_on_an_activation_changes_nothing():
     module = nn.ELU(alpha=1.0)
     module.place = "after the first layer"
     assert _sequential.activation_string(module) == "elu"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda: [nn.ReLU(), pyens.nn.Residual(nn.LayerNorm(4), nn.Linear(4, 4), nn.ReLU())],
+        lambda: [pyens.nn.Residual(nn.ReLU(), nn.Linear(4, 4))],
+        lambda: [nn.ReLU(), pyens.nn.Residual(nn.Dropout(0.5), nn.Linear(4, 4), nn.ReLU())],
+    ],
+)
+def test_what_a_residual_begins_with_is_not_of_the_layer_before(parts):
+    with pytest.raises(ValueError, match=r"^from_modules: modules\[0\]: expected "):
+        EnsembleMLP.from_modules([nn.Sequential(nn.Linear(3, 4), *parts(), nn.Linear(4, 1))])
+
+
+@pytest.mark.parametrize("activation", [nn.Identity, nn.Tanh])
+def test_a_residual_that_begins_with_a_batch_norm(activation):
+    norm = nn.BatchNorm1d(4).double()
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    block = pyens.nn.Residual(norm, nn.Linear(4, 4), nn.ReLU())
+    member = nn.Sequential(nn.Linear(3, 4), activation(), block, nn.Linear(4, 1)).double().eval()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    torch.testing.assert_close(EnsembleMLP.from_modules([member])(x)[0], member(x))

@@ -699,3 +699,30 @@ def test_refuses(options, message):
         TypeError, match=r"^EnsembleMLP: residual: expected a bool, or a sequence of them, got 1"
     ):
         EnsembleMLP(E, 4, [4], 2, residual=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("output_activation", "tanh"),
+        ("norm_eps", 0.5),
+        ("norm_position", "after_activation"),
+        ("residual", False),
+    ],
+)
+def test_options_that_are_assigned_take_effect(name, value):
+    model = EnsembleMLP(E, 4, [4, 5], 2, norm="layer_norm", residual=True, dtype=torch.float64)
+    x = torch.randn(6, 4, dtype=torch.float64)
+    before = model(x)
+    setattr(model, name, value)
+    assert not torch.allclose(model(x), before)
+    close(model(x), torch.stack([member(x) for member in model.to_modules()]))
+
+
+def test_rates_follow_a_state_dict_that_is_assigned():
+    model = EnsembleMLP(E, 4, [5, 6], 2, dropout=[[0.1, 0.4]])
+    with torch.device("meta"):
+        other = EnsembleMLP(E, 4, [5, 6], 2, dropout=[[0.1, 0.4]])
+    other.load_state_dict(model.state_dict(), assign=True)
+    x, seeds = torch.randn(6, 4), torch.arange(E)
+    assert torch.equal(other(x, dropout_seeds=seeds), model(x, dropout_seeds=seeds))

@@ -181,3 +181,18 @@ def test_what_is_refused() -> None:
 def test_a_metric_of_huber() -> None:
     _, history = run(loss="huber", metrics=["rmse", "r_squared"], validation=0.2)
     assert np.isfinite(history.metrics["rmse"]).all()
+
+
+def test_bounds_that_would_not_be_learnt() -> None:
+    bounds = [torch.full((1,), bound, requires_grad=True) for bound in (-5.0, 1.0)]
+    with pytest.raises(ValueError, match=r"^fit: log_variance_min: expected requires_grad=False \(only"):
+        run(mlp(2), rows(), loss="gaussian_nll", log_variance_min=bounds[0], log_variance_max=bounds[1])
+
+
+def test_what_differs_is_shown_of_long_descriptions(tmp_path: Path) -> None:
+    kept = {"checkpoint": tmp_path / "run.pt", "epochs": 1}
+    run(mlp(norm="layer_norm"), **kept)
+    with pytest.raises(
+        ValueError, match=r"expected model .*norm=layer_norm, norm_eps=0\.1.*, got .*norm=layer_norm, bias"
+    ):
+        run(mlp(norm="layer_norm", norm_eps=0.1), **kept)

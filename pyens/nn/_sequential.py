@@ -324,6 +324,7 @@ class _Reader:
         before = len(self.layers)
         if self.pending is not None:
             raise self.refuse(f"{self.lin} after {self.bn}, which is folded into it", module)
+        self.closed = True  # what comes before its linear layer is not of the layer before, which it reads
         for child in module:
             self.read(child)
         if len(self.layers) != before + 1 or self.pending is not None:

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from pyens.nn.ensemble_mlp import PackedEnsembleMLP
 
 _NO_NORMS: Norms = ((), ())
+# What `layer_options` makes its own of, beside the activation: assigned, it is made anew.
+_OF_LAYERS = frozenset(
+    ("output_activation", "norm", "norm_eps", "norm_position", "residual", "dropout_position")
+)
 
 
 class StackedMLP(Members):
@@ -48,9 +52,14 @@ class StackedMLP(Members):
     # The activation and the dtype, and what the operation is given of layers of such.
     _known_layers: tuple[Any, torch.dtype, Layers] | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _OF_LAYERS:
+            self._known_layers = None
+
     def forward(
         self,
-        input: Tensor,
+        input: Tensor | tuple[Tensor, ...],
         *,
         dropout: Dropout | None = None,
         dropout_seeds: Tensor | None = None,
@@ -59,7 +68,8 @@ class StackedMLP(Members):
     ) -> Tensor:
         """`[B, in_features]` (shared by all members) or `[E, B, in_features]` -> `[E, B, out_features]`.
 
-        Also `[in_features]` -> `[E, out_features]`, and `[1, B, in_features]`, which all members share.
+        Also `[in_features]` -> `[E, out_features]`, and `[1, B, in_features]`, which all members share; and a
+        tuple of inputs, which are put together along the features.
 
         Args:
             shared: whether an input of any dimensions `[..., in_features]` is the same for all members:
@@ -91,7 +101,7 @@ class StackedMLP(Members):
 
     def loss(  # type: ignore[override]
         self,
-        input: Tensor,
+        input: Tensor | tuple[Tensor, ...],
         target: Tensor,
         *,
         loss: Loss,

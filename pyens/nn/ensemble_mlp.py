@@ -21,7 +21,7 @@ from pyens._types import (
 )
 from pyens.masks import check
 from pyens.nn import _layer_options, _sequential, _stacking
-from pyens.nn._buffers import BufferList, Derived
+from pyens.nn._buffers import BufferList, Derived, _derive_after_loading
 from pyens.nn._layer_options import as_json, checked_bias, checked_position, norms_of
 from pyens.nn._layout import as_out_in
 from pyens.nn._members import check_layers, check_norms, listed
@@ -217,6 +217,8 @@ class EnsembleMLP(Derived, StackedMLP):
                 for width, kind in self._affine_norms()
             ],
         )
+        # A state dict that is assigned brings its own device.
+        self.register_load_state_dict_post_hook(_derive_after_loading)  # type: ignore[no-untyped-call]
         self.reset_parameters(seeds)
 
     def _affine_norms(self) -> list[tuple[int, Norm]]:
@@ -520,7 +522,7 @@ class PackedEnsembleMLP(Derived, StackedMLP):
         self.eval()
 
     def forward(  # type: ignore[override]  # without dropout
-        self, input: Tensor, *, shared: bool = False
+        self, input: Tensor | tuple[Tensor, ...], *, shared: bool = False
     ) -> Tensor:
         """As `EnsembleMLP.forward`, without dropout."""
         packed, weights, biases = self._derived

@@ -13,11 +13,13 @@ Lead = tuple[int, ...]
 
 def is_unusual(input: Tensor | tuple[Tensor, ...]) -> bool:
     """Whether an input is none of `[B, I]` and `[E, B, I]`; quick where it is, for every call asks."""
+    if isinstance(input, tuple):  # asked first: dynamo does not know that a tuple has no `ndim`
+        return True
     try:
-        dims = input.ndim  # type: ignore[union-attr]
-        return dims != 2 and (dims != 3 or input.shape[0] == 1)  # type: ignore[union-attr]
+        dims = input.ndim
+        return dims != 2 and (dims != 3 or input.shape[0] == 1)
     except (AttributeError, RuntimeError):  # no tensor, or a nested one
-        return isinstance(input, tuple)
+        return False
 
 
 def put_together(op: str, parts: tuple[Any, ...]) -> Tensor:

@@ -358,7 +358,7 @@ def prepack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -
 
 
 def ensemble_mlp_packed(
-    input: Tensor,
+    input: Tensor | tuple[Tensor, ...],
     packed: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor] | None = None,

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyens import _kinds, reference
 from pyens._types import Activation, Dropout, DropoutPosition, Loss, LossReduction, Norm, NormPosition
 from pyens.ops._call import Given, join_members, operation
-from pyens.ops._inputs import as_rows, is_unusual, of_rows
+from pyens.ops._inputs import as_given, as_rows, is_unusual, of_rows
 from pyens.ops.ensemble_mlp import from_schema, member_ranks, schema_options
 
 
@@ -70,7 +70,7 @@ def ensemble_mlp_loss(
     Args:
         input, weights, biases, and what follows sample_weight: as in `pyens.ops.ensemble_mlp`. Where the
             input has other dimensions than B, target and sample_weight have those instead of B (`[..., K]` or
-            `[E, ..., K]`), and the mean is over all of them.
+            `[E, ..., K]`), the mean is over all of them, and reduction "none" gives `[E, ...]`.
         target: `[B, K]`, the same for all members, or `[E, B, K]`, of the input's dtype or float32; K is O,
             O/2 for gaussian_nll, and O/Q for quantile. For cross_entropy int64 `[B]` or `[E, B]`, classes
             from 0 to O - 1. Not looked at are whether targets are probabilities or counts.
@@ -124,6 +124,7 @@ def ensemble_mlp_loss(
     temperature and the left-out groups (jackknife) are those of "Beyond Point Estimate". Reference in
     `pyens.reference.ensemble_mlp_loss`.
     """
+    lead = None
     if shared or is_unusual(input):
         computed = weights if members is None else [members]
         given, (input, lead) = input, as_rows("ensemble_mlp_loss", input, computed, shared)
@@ -154,7 +155,7 @@ def ensemble_mlp_loss(
         log_variance_max = _bound("log_variance_max", log_variance_max, weights)
     if reduction not in ("mean", "none"):
         raise ValueError(f'ensemble_mlp_loss: reduction: expected mean or none, got "{reduction}"')
-    return (_ensemble_mlp_loss if reduction == "mean" else _ensemble_mlp_example_losses)(
+    losses = (_ensemble_mlp_loss if reduction == "mean" else _ensemble_mlp_example_losses)(
         input,
         target,
         weights,
@@ -172,6 +173,7 @@ def ensemble_mlp_loss(
         log_variance_max,
         *options,
     )
+    return losses if reduction == "mean" else as_given(losses, lead)
 
 
 def _quantiles(quantiles: Sequence[float] | Tensor, input: Any) -> Tensor:

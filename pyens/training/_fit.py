@@ -79,6 +79,7 @@ def fit(
             target that gives `[E, B]` or, without weights, `[E]`. Each member minimises its own mean loss.
         loss_options: temperature, label_smoothing, delta, quantiles, class_weight, log_variance_min and
             log_variance_max, as `pyens.ops.ensemble_mlp_loss` has them. Validation losses have them too.
+            Bounds that are learnt belong into a model of one's own, whose `loss` gives them.
         penalty: a function of the outputs that gives `[E]`, or one number for all members together, to be
             added to the training loss: `lambda outputs: 0.1 * pyens.losses.decorrelation_loss(outputs)`.
             One that looks at several members makes their weights depend on each other.

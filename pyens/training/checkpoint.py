@@ -48,9 +48,10 @@ def load(path: Path, described: Mapping[str, Any]) -> dict[str, Any] | None:
     for name in {**run, **described}:
         then, now = run.get(name), described.get(name)
         if then != now:
+            expected, got = _short(repr(now), repr(then))
             raise ValueError(
-                f"fit: checkpoint: {path} is of another run: expected {name} {_short(now)}, "
-                f"got {_short(then)}; name another file, or delete this one to start anew"
+                f"fit: checkpoint: {path} is of another run: expected {name} {expected}, "
+                f"got {got}; name another file, or delete this one to start anew"
             )
     return state
 
@@ -61,6 +62,11 @@ def describe_tensor(tensor: Tensor) -> str:
     return f"{stored.dtype} {list(stored.shape)} crc32 {bits:08x}"
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _short(*texts: str) -> list[str]:
+    """Cut to 60 characters, so that they show where they differ."""
+    if all(len(text) <= 60 for text in texts):
+        return list(texts)
+    same = next((i for i, found in enumerate(zip(*texts, strict=False)) if len(set(found)) > 1), 0)
+    start = max(0, same - 30)
+    shown = [("..." if start else "") + text[start:] for text in texts]
+    return [text if len(text) <= 60 else text[:57] + "..." for text in shown]

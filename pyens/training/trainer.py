@@ -478,6 +478,11 @@ class Trainer:
             if value is None or (OPTIONS[name][0] is not None and value == OPTIONS[name][0]):
                 continue
             if isinstance(value, Tensor):
+                if value.requires_grad:
+                    raise ValueError(
+                        f"fit: {name}: expected requires_grad=False (only the model's parameters are "
+                        "trained), got True"
+                    )
                 value = value.detach().to(self.device, torch.float64 if name == "quantiles" else self.real)
                 if name != "quantiles" and value.dim() == 2 and len(value) != len(self.members):
                     raise ValueError(
