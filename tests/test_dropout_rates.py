@@ -224,6 +224,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         r"dropout: expected a number, or \[3\], .*, got shape \[3, 2\]",
     ),
     "1": ([0.1, 1.0, 0.2], ValueError, r"dropout\[1\]: expected 0 <= dropout < 1, got 1"),
+    "ragged": ([[0.1], [0.1, 0.2], [0.1]], ValueError, "dropout: expected as many rates of each member, got"),
     "nan": ([0.1, 0.2, float("nan")], ValueError, r"dropout\[2\]: expected 0 <= dropout < 1, got nan"),
     "1 in a tensor": (
         torch.tensor([0.1, 1, 0]),

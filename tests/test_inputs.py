@@ -221,6 +221,28 @@ def test_a_tuple_is_put_together(way, own):
         assert one.isfinite().all() and one.any()
 
 
+def test_a_tuple_in_compiled_code():
+    model, state, action = mlp(), torch.randn(B, 3).double(), torch.randn(E, B, 1).double()
+    compiled = torch.compile(lambda *parts: model(parts), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(state, action), model((state, action)))
+    weights, biases = model.stacked()
+    target = targets("mse", B)
+
+    def loss(*parts: Tensor) -> Tensor:
+        return ops.ensemble_mlp_loss(parts, target, weights, biases, loss="mse")
+
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(state, action), loss(state, action))
+
+
+def test_autocast_casts_the_parts_of_a_tuple():
+    model = EnsembleMLP(E, F, [6], K)
+    state, action = torch.randn(B, 3), torch.randn(B, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model((state, action.bfloat16().float()))
+        assert torch.equal(model((state, action.bfloat16())), expected)
+
+
 def test_the_loss_of_a_tuple():
     model, state, action = mlp(), torch.randn(B, 3).double(), torch.randn(E, B, 1).double()
     whole = torch.cat([state.expand(E, -1, -1), action], -1)
@@ -235,6 +257,10 @@ def test_the_loss_of_a_tuple():
         ((torch.ones(5, 3), 2), TypeError, r"input\[1\]: expected a tensor, got int"),
         ((torch.ones(5, 3), torch.ones(4, 1)), ValueError, "input: expected parts that differ in their last"),
         ((torch.ones(5, 3), torch.ones(5, 2)), ValueError, r"input: expected \[B, 4\]"),
+        ((torch.ones(5, 3), torch.ones(())), ValueError, r"input\[1\]: expected \[\.\.\., features\]"),
+        ((torch.ones(5, 3), torch.ones(5, 1).long()), TypeError, r"input\[1\]: expected float32, float64, "),
+        ((torch.ones(5, 3), torch.ones(5, 1).half()), TypeError, r"input\[1\]: expected the dtype of in"),
+        ((torch.ones(5, 3), torch.ones(5, 1).to("meta")), TypeError, r"input\[1\]: expected the device of"),
     ],
 )
 def test_tuples_that_do_not_fit(parts, error, message):

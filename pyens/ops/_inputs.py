@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyens._kinds import check_tensor
+from pyens._kinds import check_real
 
 Lead = tuple[int, ...]
 
 
 def is_unusual(input: Tensor | tuple[Tensor, ...]) -> bool:
     """Whether an input is none of `[B, I]` and `[E, B, I]`; quick where it is, for every call asks."""
-    if isinstance(input, tuple):  # asked first: dynamo does not know that a tuple has no `ndim`
+    if isinstance(input, tuple):  # asked first: compiled code cannot catch what a tuple's `ndim` raises
         return True
     try:
         dims = input.ndim
@@ -30,7 +30,7 @@ def put_together(op: str, parts: tuple[Any, ...]) -> Tensor:
     if not parts:
         raise ValueError(f"{op}: input: expected a tensor, or a tuple of at least one, got an empty tuple")
     for i, part in enumerate(parts):
-        check_tensor(op, f"input[{i}]", part)
+        _check_part(op, i, part, parts[0])
     try:
         lead = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
     except RuntimeError:
@@ -39,6 +39,18 @@ def put_together(op: str, parts: tuple[Any, ...]) -> Tensor:
             f"{op}: input: expected parts that differ in their last dimension alone, got shapes {shapes}"
         ) from None
     return torch.cat([part.expand(*lead, part.shape[-1]) for part in parts], -1)
+
+
+def _check_part(op: str, i: int, part: Any, first: Tensor) -> None:
+    """Raises for what torch.cat would refuse by another name, or convert."""
+    name = f"input[{i}]"
+    check_real(op, name, part)
+    if part.dim() == 0:
+        raise ValueError(f"{op}: {name}: expected [..., features], got a tensor without dimensions")
+    if part.device != first.device:
+        raise TypeError(f"{op}: {name}: expected the device of input[0] ({first.device}), got {part.device}")
+    if part.dtype != first.dtype and not torch.is_autocast_enabled(part.device.type):
+        raise TypeError(f"{op}: {name}: expected the dtype of input[0] ({first.dtype}), got {part.dtype}")
 
 
 def as_rows(

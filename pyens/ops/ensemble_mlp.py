@@ -192,7 +192,9 @@ def layer_options(
 ) -> Layers:
     """These options as the schema has them. Of the weights it reads shapes and dtype, where it reads them."""
     if not isinstance(activation, str):
-        activation = joined(op, "activation", activation)
+        names = joined(op, "activation", activation)
+        check_count(op, "activation", activation, weights)
+        activation = names
     if norm is None and residual is False and dropout_position == "after_activation":
         return activation, False, output_activation, "none", 1e-5, False, ""
     if dropout_position not in ("after_activation", "before_norm"):
@@ -205,15 +207,23 @@ def layer_options(
         )
     _kinds.check_tensors(op, "weights", weights)
     early, late = dropout_position == "before_norm", norm_position == "after_activation"
+    if norm is not None and not isinstance(norm, (str, Sequence)):
+        raise TypeError(f"{op}: norm: expected a name, or a sequence of them, got {norm!r}")
     norms, eps, residuals = for_each(norm, 1), 1e-5, ""
     names = joined(op, "norm", ["none" if one is None else one for one in norms])
+    if norm is not None and not isinstance(norm, str):
+        check_count(op, "norm", norms, weights)
     if norm_eps is None and len(weights) > 0:
         eps = default_norm_eps(norms, weights[0].dtype)
     elif norm_eps is not None:
         _kinds.check_number(op, "norm_eps", norm_eps)
         eps = norm_eps
     if residual is not False:
+        several = isinstance(residual, Sequence) and all(isinstance(one, int) for one in residual)
+        if residual is not True and (not several or isinstance(residual, (str, bytes))):
+            raise TypeError(f"{op}: residual: expected a bool, or a sequence of them, got {residual!r}")
         has = residual_layers(residual, weights)
+        check_count(op, "residual", has, weights)
         if residual is True and not any(has):
             raise ValueError(f"{op}: residual: expected a hidden layer as wide as what it reads, got none")
         residuals = "".join("1" if one else "0" for one in has)
@@ -259,6 +269,20 @@ def schema_options(
     )
 
 
+def check_count(op: str, argument: str, given: Sequence[Any], weights: Sequence[Tensor]) -> None:
+    """Raises unless it is one for each hidden layer: joined, one name and a list of one are the same."""
+    try:
+        hidden = len(weights) - 1
+    except TypeError:  # no list, which is refused for other reasons
+        return
+    if hidden >= 0 and len(given) != hidden:
+        _kinds.check_tensors(op, "weights", weights)
+        raise ValueError(
+            f"{op}: {argument}: expected one for all hidden layers, or one for each of the {hidden}, "
+            f"got {len(given)}"
+        )
+
+
 def joined(op: str, argument: str, names: Any) -> str:
     """Names one after the other, as the schema has them."""
     if isinstance(names, Sequence) and all(isinstance(name, str) for name in names):
@@ -287,6 +311,9 @@ def member_rates(op: str, dropout: Dropout, input: Tensor) -> tuple[float, Tenso
             _kinds.check_number(op, place, rate)
             if not 0 <= rate < 1:
                 raise ValueError(f"{op}: {place}: expected 0 <= dropout < 1, got {rate}")
+    counts = {len(rates) if isinstance(rates, Sequence) else 0 for rates in dropout}
+    if len(counts) > 1:
+        raise ValueError(f"{op}: dropout: expected as many rates of each member, got {list(dropout)}")
     return 0.0, torch.tensor(dropout, dtype=torch.float64, device=getattr(input, "device", None))
 
 
