@@ -239,6 +239,26 @@ inline bool slope_shows(const MLPLayer& layer) {
          !(layer.has_norm() && layer.norm.after_activation);
 }
 
+// z <- act(from), and its slope where there is room for it, over the vectors of a tile that hold examples: the
+// last panel may hold a few, and activations are long.
+template <class Real>
+void activate_tile(const Activation& activation, int64_t out, int64_t examples, const Real* from,
+                   Real* z, Real* slope) {
+  using V = Wide<Real>;
+  constexpr int64_t P = kPanelOf<Real>;
+  const auto run = [&](int64_t at, int64_t n) {
+    if (slope) {
+      activate_with_slope<V>(activation, from + at, z + at, slope + at, n);
+    } else {
+      activate<V>(activation, from + at, z + at, n);
+    }
+  };
+  const int64_t lanes = round_up(examples % P, lanes_of<V>());
+  const int64_t whole = (examples + (lanes == P ? P - 1 : 0)) / P;  // panels
+  run(0, whole * out * P);
+  for (int64_t u = 0; whole * P < examples && u < out; ++u) run((whole * out + u) * P, lanes);
+}
+
 // Of hidden layer l: panels of sums, which may lie in z, become z, what the next layer reads. `slope`, or nullptr: by which the
 // backward pass multiplies; dropout is in it but for a rich layer. x: panels that the layer reads, where it
 // has a residual. `norm`: room for twice the layer's width.
@@ -271,11 +291,7 @@ void hidden_epilogue(const EnsembleMLPParams& p, int64_t l, int64_t member, int6
   }
   if (drops_early && !late_norm) apply_dropout<Real>(p, l, member, first, examples, z, nullptr);
   if (layer.has_norm() && !late_norm) for_each_column<Real>(examples, run_norm);
-  if (slope) {
-    activate_with_slope<V>(layer.activation, sums, z, slope, n);
-  } else if (activates) {
-    activate<V>(layer.activation, sums, z, n);
-  }
+  if (activates) activate_tile(layer.activation, layer.out, examples, sums, z, slope);
   if (drops_early && late_norm) apply_dropout<Real>(p, l, member, first, examples, z, nullptr);
   if (layer.has_norm() && late_norm) for_each_column<Real>(examples, run_norm);
   if (drops && !drops_early) {
@@ -288,14 +304,10 @@ void hidden_epilogue(const EnsembleMLPParams& p, int64_t l, int64_t member, int6
 
 // z <- act(sums) of the last layer, and its derivative where there is room for it.
 template <class Real>
-void output_activation(const Activation& activation, const Real* sums, Real* z, Real* slope,
-                       int64_t n) {
-  using V = Wide<Real>;
-  if (slope) {
-    activate_with_slope<V>(activation, sums, z, slope, n);
-  } else if (activation.kind != ActivationKind::identity) {
-    activate<V>(activation, sums, z, n);
-  }
+void output_activation(const MLPLayer& layer, int64_t examples, const Real* sums, Real* z,
+                       Real* slope) {
+  if (!slope && layer.activation.kind == ActivationKind::identity) return;
+  activate_tile(layer.activation, layer.out, examples, sums, z, slope);
 }
 
 // The kept sums of layer l over the tile that begins with example `first`; nullptr where there are none.
@@ -313,21 +325,20 @@ inline bool sums_are_read(const EnsembleMLPParams& p, int64_t member, int64_t l)
   return l + 1 < p.num_layers && plain && !(p.dropout.of(member, l) > 0);
 }
 
-// g <- g times the slope of an activation, over panels [out][kPanel]; 0 where the example's weight is 0, whatever
-// the slope.
+// g <- g times the slope of an activation, over panels [out][kPanel]: selected where that is 0, and where the
+// example's weight is, whatever the slope.
 template <class Real>
-void multiply_by_slope(const Activation& activation, int64_t out, int64_t examples,
-                       const Real* example_weight, const Real* slope, Real* g) {
+void multiply_by_slope(int64_t out, int64_t examples, const Real* example_weight, const Real* slope,
+                       Real* g) {
   using V = Wide<Real>;
   constexpr int N = lanes_of<V>();
   constexpr int64_t P = kPanelOf<Real>;
-  const bool cuts = cuts_off(activation.kind);
   for (int64_t b = 0; b < examples; b += N) {
     const auto left_out = load<V>(example_weight + b) == V{};
     for (int64_t u = 0; u < out; ++u) {
       const int64_t at = (b / P * out + u) * P + b % P;
       const V by = load<V>(slope + at), product = load<V>(g + at) * by;
-      store(g + at, left_out ? V{} : cuts && by == V{} ? V{} : product);
+      store(g + at, left_out ? V{} : by == V{} ? V{} : product);
     }
   }
 }

@@ -232,7 +232,7 @@ void forward_tile(const EnsembleMLPParams& p, int64_t member, int64_t first, int
   const Real* plain = nullptr;    // the same, not in units
   for (int64_t l = 0; l < p.num_layers; ++l) {
     const MLPLayer& layer = p.layers[l];
-    const int64_t out = layer.out, n = panel_count * P * out;
+    const int64_t out = layer.out;
     const bool last = l + 1 == p.num_layers;
     Real* z = scratch.output_of(p, l);
     Real* const kept = kept_sums<Real>(p, member, l, first);
@@ -246,7 +246,7 @@ void forward_tile(const EnsembleMLPParams& p, int64_t member, int64_t first, int
       if (sums_are_read(p, member, l) && !p.strength.units) z = kept;
     }
     if (last) {
-      output_activation<Real>(layer.activation, sums, z, nullptr, n);
+      output_activation<Real>(layer, examples, sums, z, nullptr);
       from_panels<A>(z, examples, out, output);
       if (p.strength.units) {
         write_strengths<A>(p, member, first, examples, scratch.strength,

@@ -524,8 +524,7 @@ void epilogue_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, in
   if (layer.has_norm() && layer.norm.after_activation) norm();
   if (drops_early && layer.norm.after_activation) dropout();
   if (scratch.slope[l]) {
-    multiply_by_slope(layer.activation, layer.out, examples, scratch.example_weight,
-                      scratch.slope[l], g);
+    multiply_by_slope(layer.out, examples, scratch.example_weight, scratch.slope[l], g);
   }
   if (layer.has_norm() && !layer.norm.after_activation) norm();
   if (drops_early && !layer.norm.after_activation) dropout();
@@ -600,7 +599,6 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
     const bool last = l + 1 == layers, gradient_given = last && t.loss == Loss::none;
     scratch.reads[l] = x;
     if (gradient_given && !keeps(p, l)) break;
-    const int64_t n = round_up(examples, kPanel<A>) * layer.out;
     Real* h = gradient_given ? scratch.output : scratch.hidden[l];
     const Real* const kept = kept_sums<Real>(p, member, l, first);
     if (kept && sums_are_read(p, member, l)) {
@@ -612,7 +610,7 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
                        scratch.bias);
     }
     if (last) {
-      output_activation<Real>(layer.activation, kept ? kept : h, h, scratch.slope[l], n);
+      output_activation<Real>(layer, examples, kept ? kept : h, h, scratch.slope[l]);
       break;
     }
     hidden_epilogue<A>(p, l, member, first, examples, kept ? kept : h, h, scratch.slope[l], x,
@@ -641,8 +639,7 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
     bool add = l == 0 && shared_input && !first_member;
     if (l + 1 == layers) {
       if (scratch.slope[l]) {
-        multiply_by_slope(layer.activation, rows, examples, scratch.example_weight,
-                          scratch.slope[l], gradient);
+        multiply_by_slope(rows, examples, scratch.example_weight, scratch.slope[l], gradient);
       }
     } else if (layer.rich()) {
       if (layer.residual && goes_on) {  // the other way to what the layer reads

@@ -448,16 +448,13 @@ struct Tile {
   }
 
   // From the gradient by what a rich layer puts out, without its residual, in reads(l + 1), to that by its
-  // sums, in the place of the slopes. What a ReLU or dropout cut off is selected, not multiplied by 0.
+  // sums, in the place of the slopes. What a slope of 0 cuts off is selected, not multiplied by 0.
   __device__ void run_epilogue_gradient(int64_t l, R* sums, bool first_of_span) const {
     const MLPLayer& layer = a.layers[l];
     const int out = static_cast<int>(layer.out), row = bank_stride(out);
     const R* const given = reads(l + 1);
     R* const slopes = gradient(l);
-    const bool cuts = cuts_off(layer.activation.kind) || notes().rates[l] > 0;
-    const auto times_slope = [&](R g, int i) {
-      return cuts && slopes[i] == R(0) ? R(0) : g * slopes[i];
-    };
+    const auto times_slope = [&](R g, int i) { return slopes[i] == R(0) ? R(0) : g * slopes[i]; };
     if (!layer.has_norm()) {
       for (int i = threadIdx.x; i < examples * out; i += kThreads) {
         const int at = i / out * row + i % out;
@@ -543,8 +540,7 @@ struct Tile {
   }
   __device__ R times_output_slope(R g, int at) const {
     const R slope = output_slopes()[at];
-    const bool cuts = cuts_off(a.layers[a.num_layers - 1].activation.kind);
-    return cuts && slope == R(0) ? R(0) : g * slope;
+    return slope == R(0) ? R(0) : g * slope;
   }
   __device__ bool activates_output() const {
     return a.layers[a.num_layers - 1].activation.kind != ActivationKind::identity;
@@ -661,9 +657,9 @@ struct Tile {
     const int in_row = bank_stride(in), out_row = bank_stride(out);
     const T* w = weight(l);
     const R* g = gradient(l);
-    const bool rich_below = l > 0 && a.layers[l - 1].rich();
     const bool cuts =
         l > 0 && (cuts_off(a.layers[l - 1].activation.kind) || notes().rates[l - 1] > 0);
+    const bool rich_below = l > 0 && a.layers[l - 1].rich();
     // The other way to what the layer reads.
     const R* residual = l + 1 < a.num_layers && layer.residual ? reads(l + 1) : nullptr;
     R* input = static_cast<R*>(t.sum_grad_input ? a.member_inputs : t.grad_input);
