@@ -42,9 +42,9 @@ SECTIONS = {
         "Networks of public projects",
         "Whole update steps with Adam's fused step. Peers: the project's own way to put its members "
         "together, and the same compiled. Then parts of such a step against each other.",
-        "A loss in torch does not reach the one in the kernel where widths are small or an activation is long: "
-        "what is kept is written and read once more, the activation is computed once more, and torch's own "
-        "operations of the loss are a few per cent. Second derivatives (EDAC) are composed of torch's "
+        "A loss in torch does not reach the one in the kernel where widths are small or an activation is "
+        "long: what is kept is written and read once more, the activation is computed once more, and torch's "
+        "own operations of the loss are a few per cent. Second derivatives (EDAC) are composed of torch's "
         "operations, which compute the forward pass again.",
     ),
     "decorrelation-cpu-float32": ("Decorrelation loss", "Forward and backward pass.", ""),
