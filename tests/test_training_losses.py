@@ -145,6 +145,9 @@ def test_a_checkpoint_knows_the_options(tmp_path: Path) -> None:
         run(mlp(3), (x, y), class_weight=2 * WEIGHT, **options)
     again, _ = run(mlp(3), (x, y), class_weight=WEIGHT, **options)
     assert_same(through, again)
+    # Those of versions that knew no such options say nothing of them, and are of the same run as without.
+    plain = Trainer(mlp(3), loss="cross_entropy", optimizer=adam, temperature=2.0)
+    assert "loss_options" not in plain.describe() and plain.describe()["temperature"] == 2.0
 
 
 def test_what_is_refused() -> None:

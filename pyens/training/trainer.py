@@ -389,16 +389,18 @@ class Trainer:
 
     def describe(self) -> dict[str, Any]:
         """What another run must have in common with this one to go on from its checkpoint."""
-        return {
+        options = {
+            name: describe_tensor(value) if isinstance(value, Tensor) else value
+            for name, value in self.loss_options.items()
+            if name not in ("temperature", "label_smoothing")
+        }
+        # Only where there are some: files that are older than they are say nothing of them.
+        return ({"loss_options": options} if options else {}) | {
             "model": str(self.model),
             "loss": _checks.name_of(self.loss),
             "penalty": _checks.name_of(self.penalty),
             "temperature": self.loss_options.get("temperature", 1.0),
             "label_smoothing": self.loss_options.get("label_smoothing", 0.0),
-            "loss_options": {
-                name: describe_tensor(value) if isinstance(value, Tensor) else value
-                for name, value in self.loss_options.items()
-            },
             "optimizer": [_described(optimizer) for optimizer in self.optimizers],
             "scheduler": [_said(scheduler) for scheduler in self.schedulers],
             "frozen": [name for name, p in self.model.named_parameters() if not p.requires_grad],
