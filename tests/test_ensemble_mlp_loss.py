@@ -31,6 +31,14 @@ from pyens.ops import ensemble_mlp, ensemble_mlp_loss
 
 # On the grid of the problems only ReLU's kinks are met exactly in every layer.
 SMOOTH = [a for a in ACTIVATIONS if a not in ("leaky_relu", "hardswish")]
+# Losses and activations are two parts of the kernel that do not know each other: all losses with two of the
+# activations, all activations with two of the losses.
+PAIRS = [
+    (activation, loss, smoothing)
+    for activation in ACTIVATIONS
+    for loss, smoothing in SMOOTHED
+    if activation in ("relu", "gelu") or loss in ("mse", "gaussian_nll")
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -54,8 +62,7 @@ def test_matches_the_reference(device, shape, loss, dtype):
     assert_matches_the_reference(arguments, upstream)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("activation", "loss"), [pair[:2] for pair in PAIRS if pair[2] == 0.0], ids=str)
 def test_every_combination_of_arguments(device, activation, loss):
     dtypes = itertools.cycle([torch.float32, torch.float64, torch.float32, torch.bfloat16, torch.float16])
     for per_member, own_target, weighted, bias in itertools.product(
@@ -417,10 +424,12 @@ def test_bce_of_infinite_logits_as_in_torch(device, dtype):
             torch.testing.assert_close(got[0].cpu(), exact, equal_nan=True)
 
 
-@pytest.mark.parametrize(("loss", "smoothing"), SMOOTHED)
 @pytest.mark.parametrize(
-    ("activation", "dtype"),
-    [*((a, torch.float32) for a in ACTIVATIONS), *((a, d) for a in ("relu", "gelu") for d in DTYPES[1:])],
+    ("activation", "loss", "smoothing", "dtype"),
+    [
+        *((*pair, torch.float32) for pair in PAIRS),
+        *((*pair, dtype) for pair in PAIRS if pair[0] in ("relu", "gelu") for dtype in DTYPES[1:]),
+    ],
     ids=str,
 )
 def test_nan_and_inf_as_in_torch(device, activation, loss, smoothing, dtype):
