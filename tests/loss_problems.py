@@ -176,8 +176,8 @@ def assert_matches_the_reference(arguments: Problem, upstream: Tensor | None = N
         assert ours.shape == oracle.shape and ours.dtype == (dtype if i else loss_dtype)
         rounding = torch.finfo(ours.dtype).eps * rms(oracle)
         # Squares of numbers on a grid mostly end in bits that are rounded down, hence the 24.
-        # The slope of mish is a sum of two of opposite sign.
-        few = 4 if arguments.get("activation") == "mish" else 2
+        # The slope of mish is a sum of two of opposite sign; and the error of a few numbers is chance.
+        few = 4 if arguments.get("activation") == "mish" or ours.numel() < 32 else 2
         roundings = 32 if dtype == torch.float64 else 24 if i == 0 else few
         allowed = (0 if dtype == torch.float64 else 2 * rms(theirs - oracle)) + roundings * rounding
         error = rms(ours - oracle)
