@@ -24,9 +24,8 @@ using at::TensorList;
 
 namespace {
 
-// The i-th of the names between commas; without any comma the only one.
-std::string_view entry(std::string_view list, size_t i, bool one_for_all) {
-  if (one_for_all) return list;
+// The i-th of the names between commas.
+std::string_view entry(std::string_view list, size_t i) {
   for (; i > 0; --i) list.remove_prefix(list.find(',') + 1);
   list = list.substr(0, list.find(','));
   while (!list.empty() && list.front() == ' ') list.remove_prefix(1);
@@ -89,10 +88,9 @@ LayersOptions parse_layers(const char* op, const MLPOptions& options, size_t cou
   for (size_t l = 0; l < hidden; ++l) {
     layers[l] = common;
     if (!one_activation) {
-      layers[l].activation =
-          parse_activation(op, "activation", entry(options.activation, l, false));
+      layers[l].activation = parse_activation(op, "activation", entry(options.activation, l));
     }
-    if (!one_norm) layers[l].norm = parse_norm(op, entry(options.norm, l, false));
+    if (!one_norm) layers[l].norm = parse_norm(op, entry(options.norm, l));
     layers[l].residual = !options.residual.empty() && options.residual[l] == '1';
   }
   layers[hidden].activation = parse_activation(op, "output_activation", options.output_activation);
@@ -162,11 +160,10 @@ void check_norms(const char* op, const Network& network, const MLPOptions& optio
   for (size_t l = 0; l < layers.size(); ++l) {
     const Tensor& weight = network.weights[l];
     if (layers[l].residual) {
-      PYENS_CHECK_VALUE(weight.sym_size(1) == weight.sym_size(2), op, "residual",
-                        c10::str("no residual of hidden layer ", l,
-                                 ", which is not as wide as what "
-                                 "it reads"),
-                        weight.sym_size(2), " inputs and ", weight.sym_size(1), " outputs");
+      PYENS_CHECK_VALUE(
+          weight.sym_size(1) == weight.sym_size(2), op, "residual",
+          c10::str("no residual of hidden layer ", l, ", which is not as wide as what it reads"),
+          weight.sym_size(2), " inputs and ", weight.sym_size(1), " outputs");
     }
     if (layers[l].norm == NormKind::none) continue;
     PYENS_CHECK_VALUE(weight.sym_size(1) > 1, op, "norm",

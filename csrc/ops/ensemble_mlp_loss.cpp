@@ -140,9 +140,11 @@ Loss check(const Network& network, const Tensor& target, const LossOptions& opti
     check_real(kOp, "target", target, weights);
   }
   const std::string_view name = options.loss;
-  check_is_of("temperature", "cross_entropy has one", classes, options.temperature, 1, name);
+  check_is_of("temperature", "cross_entropy and soft_cross_entropy have one", classes,
+              options.temperature, 1, name);
   check_positive("temperature", options.temperature);
-  check_is_of("label_smoothing", "cross_entropy has it", classes, options.label_smoothing, 0, name);
+  check_is_of("label_smoothing", "cross_entropy and soft_cross_entropy have it", classes,
+              options.label_smoothing, 0, name);
   PYENS_CHECK_VALUE(options.label_smoothing >= 0 && options.label_smoothing <= 1, kOp,
                     "label_smoothing", "a number from 0 to 1", options.label_smoothing);
   check_is_of("delta", "huber and smooth_l1 have one",

@@ -13,8 +13,8 @@ from pyens.reference.ensemble_mlp_loss import LOSS_OPTIONS
 
 # Of the options that not every loss has: what leaves them out, and which have them.
 OPTIONS: dict[str, tuple[float | None, str]] = {
-    "temperature": (1, "cross_entropy has one"),
-    "label_smoothing": (0, "cross_entropy has it"),
+    "temperature": (1, "cross_entropy and soft_cross_entropy have one"),
+    "label_smoothing": (0, "cross_entropy and soft_cross_entropy have it"),
     "delta": (1, "huber and smooth_l1 have one"),
     "quantiles": (None, "quantile has them"),
     "class_weight": (None, "cross_entropy has them"),
