@@ -1,0 +1,186 @@
+// How the work of a training pass is cut, and the memory that its parts take.
+
+namespace pyens::PYENS_ISA::ensemble_mlp {
+
+using ensemble_mlp_cpu::Training;
+
+constexpr int64_t kMaxSpans = 16;
+constexpr int64_t kMaxGroups = 8;
+
+// With 16 registers; see outer_weight_gradient.
+constexpr bool kOuterProducts = kVectors == 2;
+constexpr int kColumnVectors = 2;
+template <class Real>
+constexpr int64_t kOuterColumns = kColumnVectors * kWideLanes<Real>;
+
+inline MLPLayerGradient requested_gradient(const Training& t, int64_t l) {
+  return t.gradients ? t.gradients[l] : MLPLayerGradient{};
+}
+
+template <class A>
+struct TrainingSchedule {
+  using Real = typename A::Real;
+  int64_t tile, tiles;  // examples per tile; tiles in the batch
+  int64_t tiles_per_span, spans;
+  int64_t group_members, groups;  // a group's members add to one gradient of a shared input
+  int64_t member_gradients;       // weights and biases of one member, those asked for
+  int64_t input_gradients;        // of one group
+  bool by_span;                   // spans run apart: an item is a span of a group
+  int64_t lowest;                 // the lowest layer that is differentiated
+
+  explicit TrainingSchedule(const Training& t) {
+    const EnsembleMLPParams& p = t.forward;
+    int64_t widths = p.layers[0].in;
+    for (int64_t l = 0; l < p.num_layers; ++l) widths += p.layers[l].out;
+    int64_t largest = kMaxTile;
+    while (largest > kPanel<A> && largest * widths > (int64_t{1} << 20)) largest /= 2;
+    tiles = std::max<int64_t>(1, (p.batch + largest - 1) / largest);  // of an empty batch too
+    tile = round_up((p.batch + tiles - 1) / tiles, kPanel<A>);
+    tiles = (p.batch + tile - 1) / tile;
+    tiles_per_span = (tiles + kMaxSpans - 1) / kMaxSpans;
+    spans = (tiles + tiles_per_span - 1) / tiles_per_span;
+
+    member_gradients = 0;
+    lowest = p.num_layers;
+    for (int64_t l = p.num_layers; l-- > 0;) {
+      const MLPLayerGradient requested = requested_gradient(t, l);
+      if (requested.weight) member_gradients += p.layers[l].out * p.layers[l].in;
+      for (const void* of : {requested.bias, requested.norm_weight, requested.norm_bias}) {
+        if (of) member_gradients += p.layers[l].out;
+      }
+      if (requested.any()) lowest = l;
+    }
+    if (t.grad_input) lowest = 0;
+
+    const bool shared = t.grad_input && t.sum_grad_input;
+    group_members = shared ? (p.ensemble_size + kMaxGroups - 1) / kMaxGroups : 1;
+    groups = (p.ensemble_size + group_members - 1) / group_members;
+    input_gradients = shared ? tiles * tile * p.layers[0].in : 0;
+    // Used when groups alone would leave threads idle. It costs memory and changes no bit.
+    constexpr int64_t kMostBytes = int64_t{1} << 29;
+    by_span = spans > 1 && groups < 4 * t.threads &&
+              spans * p.ensemble_size * member_gradients <
+                  kMostBytes / static_cast<int64_t>(sizeof(Real));
+  }
+
+  int64_t items() const { return by_span ? spans * groups : groups; }
+};
+
+// Shared by all threads: what one round leaves for the next.
+template <class A>
+struct TrainingPartial {
+  using Real = typename A::Real;
+  double* weight_scale;  // [E], by which sample weights are multiplied
+  double* weight_sum;    // [E], of weights times that
+  double* loss_sum;      // [E, spans]
+  Real* gradients;       // [spans, E, member_gradients], by_span
+  Real* input;           // [groups, tiles, panels of in], of a shared input
+  size_t bytes;
+
+  TrainingPartial(const Training& t, const TrainingSchedule<A>& s) {
+    const int64_t e = t.forward.ensemble_size;
+    bytes = 0;
+    auto take = [&](int64_t size) {
+      char* at = t.partial ? static_cast<char*>(t.partial) + bytes : nullptr;
+      bytes += static_cast<size_t>(round_up(size, 64));
+      return at;
+    };
+    const auto real = static_cast<int64_t>(sizeof(Real)),
+               wide = static_cast<int64_t>(sizeof(double));
+    weight_scale = reinterpret_cast<double*>(take(e * wide));
+    weight_sum = reinterpret_cast<double*>(take(e * wide));
+    loss_sum = reinterpret_cast<double*>(take(e * s.spans * wide));
+    gradients =
+        reinterpret_cast<Real*>(take(s.by_span ? s.spans * e * s.member_gradients * real : 0));
+    input = reinterpret_cast<Real*>(take(s.groups * s.input_gradients * real));
+  }
+};
+
+inline int64_t outputs_of(const Training& t) {
+  return t.forward.layers[t.forward.num_layers - 1].out;
+}
+inline int64_t target_features(const Training& t) { return target_features(t, outputs_of(t)); }
+inline int64_t loss_terms(const Training& t) { return loss_terms(t, outputs_of(t)); }
+
+// Whether the derivative of layer l's activation gets panels of its own.
+inline bool needs_slope(const EnsembleMLPParams& p, int64_t l) {
+  const MLPLayer& layer = p.layers[l];
+  const bool identity = layer.activation.kind == ActivationKind::identity;
+  if (l + 1 == p.num_layers || layer.rich())
+    return !identity && !(l + 1 < p.num_layers && slope_shows(layer));
+  return !slope_shows(layer);
+}
+
+// Of one thread.
+template <class A>
+struct TrainingScratch {
+  using Real = typename A::Real;
+  Real* input;                   // panels of the tile's input
+  Real* target;                  // panels of its targets
+  Real* example_weight;          // [tile], scaled; 0 behind the last example
+  Real* class_weight;            // [out], scaled, where there are some
+  Real** hidden;                 // [layers]: panels of what each layer puts out
+  const Real** reads;            // [layers]: panels of what each layer reads
+  Real** slope;                  // [layers]: derivative of the activation there, where it is needed
+  Normalized<Real>* normalized;  // [layers]: of a norm there
+  Real* output;                  // where the outputs' place has their gradient, the outputs
+  Real* gradient[2];             // by what a layer reads, in turn
+  Real* weights;                 // a block of weights, converted
+  Real* outer_rows;              // of a weight gradient of outer products
+  Real* bias;                    // of one layer
+  Real* norm;                    // weights and biases of one norm
+  Real* norm_sums;               // their gradients over the tile, lane by lane
+  Real* member;                  // weights and biases of one member over one span
+  size_t bytes;
+
+  TrainingScratch(const Training& t, const TrainingSchedule<A>& s, void* base) {
+    const EnsembleMLPParams& p = t.forward;
+    bytes = 0;
+    auto take = [&](int64_t size) {
+      char* at = base ? static_cast<char*>(base) + bytes : nullptr;
+      bytes += static_cast<size_t>(round_up(size, 64));
+      return at;
+    };
+    auto reals = [&](int64_t n) {
+      return reinterpret_cast<Real*>(take(n * static_cast<int64_t>(sizeof(Real))));
+    };
+    const int64_t pointers = p.num_layers * static_cast<int64_t>(sizeof(Real*));
+    hidden = reinterpret_cast<Real**>(take(pointers));
+    reads = reinterpret_cast<const Real**>(take(pointers));
+    slope = reinterpret_cast<Real**>(take(pointers));
+    normalized = reinterpret_cast<Normalized<Real>*>(
+        take(p.num_layers * static_cast<int64_t>(sizeof(Normalized<Real>))));
+    input = reals(s.tile * p.layers[0].in);
+    target = reals(s.tile * target_features(t));
+    example_weight = reals(s.tile);
+    class_weight = reals(t.of_loss.class_weight ? outputs_of(t) : 0);
+    int64_t widest = t.grad_input ? p.layers[0].in : 0;  // of the layers' inputs
+    for (int64_t l = 0; l < p.num_layers; ++l) {
+      const bool last = l + 1 == p.num_layers;
+      const MLPLayer& layer = p.layers[l];
+      const bool has_slope = l >= s.lowest && needs_slope(p, l);
+      const bool has_norm = l >= s.lowest && layer.has_norm();
+      Real* h = reals(s.tile * layer.out);
+      Real* d = reals(has_slope ? s.tile * layer.out : 0);
+      Real* x = reals(has_norm ? s.tile * layer.out : 0);
+      Real* r = reals(has_norm ? s.tile : 0);
+      if (base) {
+        hidden[l] = h, slope[l] = has_slope ? d : nullptr;
+        normalized[l] = has_norm ? Normalized<Real>{x, r} : Normalized<Real>{};
+      }
+      if (!last) widest = std::max(widest, layer.out);
+    }
+    const int64_t outputs = p.layers[p.num_layers - 1].out;
+    output = reals(t.loss == Loss::none && keeps(p, p.num_layers - 1) ? s.tile * outputs : 0);
+    for (Real*& g : gradient) g = reals(s.lowest < p.num_layers ? s.tile * widest : 0);
+    weights = reals(A::kDirect ? 0 : kNeuronBlock * kBlock);
+    outer_rows =
+        reals(kOuterProducts ? round_up(s.tile, kWideLanes<Real>) * kOuterColumns<Real> : 0);
+    bias = reals(round_up(max_width(p), kNarrowLanes<Real>));
+    norm = reals(p.rich() ? 2 * max_width(p) : 0);
+    norm_sums = reals(p.rich() ? 2 * max_width(p) * lanes_of<Wide<Real>>() : 0);
+    member = reals(s.by_span ? 0 : s.member_gradients);
+  }
+};
+
+}  // namespace pyens::PYENS_ISA::ensemble_mlp
