@@ -79,160 +79,231 @@ void input_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, int64
   }
 }
 
+// --- weight gradients ------------------------------------------------------------------------------
+//
+// weight[o][i] <- (first ? 0 : weight[o][i]) + sum_b g[o][b] x[i][b] over the tile, in one of two ways:
+//
+//   outer products   inputs in the lanes. They have to be transposed to rows first, and the last vector of a row may
+//                    be part of one.
+//   dot products     examples in the lanes, as they lie. Each block of sums ends in a sum across lanes.
+
+// Whether dot products cost less, in multiply-adds of single lanes: by what was measured, a block's sums across lanes
+// take as long as 56 examples, and transposing a vector of inputs as long as its products with 6 neurons.
 template <class Real>
-void store_or_add(Real* to, Real value, bool first) {
-  *to = first ? value : *to + value;
+constexpr bool takes_dot_products(int64_t out, int64_t in, int64_t examples, bool has_rows) {
+  constexpr int64_t N = kWideLanes<Real>;
+  const int64_t rows = kNeurons<Real>, columns = N / rows;
+  const int64_t pairs = out == 1 ? round_up(in, N) : round_up(out, rows) * round_up(in, columns);
+  return examples % N == 0 &&
+         pairs * (examples + 56) < round_up(in, N) * (out + (has_rows ? 0 : 6)) * examples;
 }
 
-// Neurons x columns of a weight gradient that fill one vector of sums.
-template <class Real>
-constexpr int kColumns = kWideLanes<Real> < 4 ? kWideLanes<Real> : 4;
-template <class Real>
-constexpr int kNeurons = kWideLanes<Real> / kColumns<Real>;
-
-// Lane r * kColumns + c <- sum_b g[r][b] x[c][b]. Rows and columns behind the last repeat it.
-template <class Real, bool kFull>
-Wide<Real> weight_gradient_block(const Real* g, int64_t g_stride, int64_t rows, const Real* x,
-                                 int64_t x_stride, int64_t columns, int64_t examples) {
+// Lane r * C + c <- sum_b g[r][b] x[c][b] for R neurons and C inputs. Those behind the last repeat it.
+template <class Real, int R, bool kFull>
+Wide<Real> dot_products(const Real* g, int64_t g_stride, int64_t rows, const Real* x,
+                        int64_t x_stride, int64_t columns, int64_t examples) {
   using V = Wide<Real>;
-  constexpr int N = lanes_of<V>(), C = kColumns<Real>, R = kNeurons<Real>;
+  constexpr int N = lanes_of<V>(), C = N / R;
   constexpr int64_t P = kPanelOf<Real>;
   V sum[N] = {};
   for (int64_t first = 0; first < examples; first += P, g += g_stride, x += x_stride) {
     const int64_t count = std::min(P, examples - first);
     for (int64_t b = 0; b < count; b += N) {
-      V xs[C];
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) {
-        xs[c] = load<V>(x + (kFull ? c : std::min<int64_t>(c, columns - 1)) * P + b);
-      }
+      V gs[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const V gs = load<V>(g + (kFull ? r : std::min<int64_t>(r, rows - 1)) * P + b);
+        gs[r] = load<V>(g + (kFull ? r : std::min<int64_t>(r, rows - 1)) * P + b);
+      }
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) {
+        const V xs = load<V>(x + (kFull ? c : std::min<int64_t>(c, columns - 1)) * P + b);
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) sum[r * C + c] = madd(gs, xs[c], sum[r * C + c]);
+        for (int r = 0; r < R; ++r) sum[r * C + c] = madd(gs[r], xs, sum[r * C + c]);
       }
     }
   }
   return sum_lanes(sum);
 }
 
-// With 16 registers a block of lanes is too small to feed the multiply-adds. There a weight gradient is a sum of
-// outer products instead: kColumnVectors vectors of inputs, transposed to rows [example][input] once for all
-// neurons, times the gradients of kRows neurons, broadcast. Per example 8 loads feed 12 multiply-adds. Each
-// sum is one chain over the tile's examples.
-// Whether that pays: columns behind the last are computed too.
-template <class Real>
-constexpr bool takes_outer_products(int64_t in) {
-  return kOuterProducts && 4 * round_up(in, kOuterColumns<Real>) <= 5 * in;
-}
-
-// Inputs [first, first + kOuterColumns) of panels [in][kPanel] to rows [example][kOuterColumns], zeros where
-// there is no input.
-template <class Real>
-void to_outer_rows(const Real* x, int64_t in, int64_t first, int64_t examples, Real* rows) {
-  using V = Wide<Real>;
-  constexpr int N = lanes_of<V>();
+template <class Real, int R>
+void weight_gradient_by_dot_products(const Real* g, int64_t out, const Real* x, int64_t in,
+                                     int64_t examples, Real* weight, bool first) {
   constexpr int64_t P = kPanelOf<Real>;
-  for (int64_t b = 0; b < examples; b += N) {
-    for (int64_t c = 0; c < kOuterColumns<Real>; c += N) {
-      V r[N];
-      for (int i = 0; i < N; ++i) {
-        const int64_t u = first + c + i;
-        r[i] = u < in ? load<V>(x + (b / P * in + u) * P + b % P) : V{};
-      }
-      transpose(r);
-      for (int i = 0; i < N; ++i) store(rows + (b + i) * kOuterColumns<Real> + c, r[i]);
-    }
-  }
-}
-
-template <class Real>
-struct OuterProducts {
-  const Real* g;  // panels [out][kPanel]
-  int64_t out;
-  const Real* rows;
-  int64_t examples;
-  Real* weight;  // [out][in], from the first of the columns on
-  int64_t in, columns;
-  bool first;
-
-  template <int R, int /*NV*/>
-  void run(int64_t row) const {
-    using V = Wide<Real>;
-    constexpr int N = lanes_of<V>();
-    constexpr int64_t P = kPanelOf<Real>;
-    V sum[R][kColumnVectors] = {};
-    const Real* x = rows;
-    for (int64_t b = 0; b < examples; b += P) {
-      const Real* from = g + (b * out / P + row) * P;
-      const int64_t count = std::min(P, examples - b);
-      for (int64_t i = 0; i < count; ++i, x += kOuterColumns<Real>) {
-        const V left = load<V>(x), right = load<V>(x + N);
-#pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) {
-          const V by = broadcast<V>(from[r * P + i]);
-          sum[r][0] = madd(by, left, sum[r][0]);
-          sum[r][1] = madd(by, right, sum[r][1]);
-        }
-      }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
-      Real* to = weight + (row + r) * in;
-      if (columns == kOuterColumns<Real>) {
-        store(to, first ? sum[r][0] : load<V>(to) + sum[r][0]);
-        store(to + N, first ? sum[r][1] : load<V>(to + N) + sum[r][1]);
-        continue;
-      }
-      for (int64_t c = 0; c < columns; ++c) store_or_add(to + c, sum[r][c / N][c % N], first);
-    }
-  }
-};
-
-template <class Real>
-void outer_weight_gradient(const Real* g, int64_t out, const Real* x, int64_t in, int64_t examples,
-                           Real* weight, bool first, Real* rows) {
-  for (int64_t i = 0; i < in; i += kOuterColumns<Real>) {
-    to_outer_rows(x, in, i, examples, rows);
-    const int64_t columns = std::min(kOuterColumns<Real>, in - i);
-    run_rows<1>(out, OuterProducts<Real>{g, out, rows, examples, weight + i, in, columns, first});
-  }
-}
-
-// weight[o][i] <- (first ? 0 : weight[o][i]) + sum_b g[o][b] x[i][b] over the tile.
-template <class Real>
-void weight_gradient(const Real* g, int64_t out, const Real* x, int64_t in, int64_t examples,
-                     Real* weight, bool first, [[maybe_unused]] Real* outer_rows) {
-  if constexpr (kOuterProducts) {
-    if (takes_outer_products<Real>(in)) {
-      return outer_weight_gradient(g, out, x, in, examples, weight, first, outer_rows);
-    }
-  }
-  constexpr int64_t P = kPanelOf<Real>;
-  constexpr int C = kColumns<Real>, R = kNeurons<Real>;
+  constexpr int C = kWideLanes<Real> / R;
   Real sums[R * C];
   for (int64_t o = 0; o < out; o += R) {
     const int64_t rows = std::min<int64_t>(R, out - o);
     for (int64_t i = 0; i < in; i += C) {
       const int64_t columns = std::min<int64_t>(C, in - i);
-      Real* to = weight + o * in + i;
-      if (rows == R && columns == C) {
-        store(sums, weight_gradient_block<Real, true>(g + o * P, out * P, R, x + i * P, in * P, C,
-                                                      examples));
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-          for (int c = 0; c < C; ++c) store_or_add(to + r * in + c, sums[r * C + c], first);
-        }
-      } else {
-        store(sums, weight_gradient_block<Real, false>(g + o * P, out * P, rows, x + i * P, in * P,
-                                                       columns, examples));
-        for (int64_t r = 0; r < rows; ++r) {
-          for (int64_t c = 0; c < columns; ++c)
-            store_or_add(to + r * in + c, sums[r * C + c], first);
+      const auto products =
+          rows == R && columns == C ? dot_products<Real, R, true> : dot_products<Real, R, false>;
+      store(sums, products(g + o * P, out * P, rows, x + i * P, in * P, columns, examples));
+      for (int64_t r = 0; r < rows; ++r) {
+        Real* to = weight + (o + r) * in + i;
+        for (int64_t c = 0; c < columns; ++c) {
+          to[c] = first ? sums[r * C + c] : to[c] + sums[r * C + c];
         }
       }
+    }
+  }
+}
+
+// Up to kVectors vectors of a row of `width` numbers, from vector `v` on. The last vector of the row steps back into
+// the one before, if it can.
+template <class Real>
+struct Columns {
+  int64_t vectors, first;  // number of them, and the first column
+  int64_t last;            // where the last of them begins, from the first column on
+  int64_t skip, count;     // its lanes [skip, count) are what the vector before has not done
+
+  Columns(int64_t width, int64_t v) {
+    constexpr int64_t N = kWideLanes<Real>;
+    const int64_t all = (width + N - 1) / N;
+    vectors = std::min<int64_t>(kVectors, all - v);
+    first = v * N;
+    const int64_t end = (vectors - 1) * N;
+    last = v + vectors < all || width < N ? end : std::min(end, width - N - first);
+    skip = end - last;
+    count = std::min(N, width - first - last);
+  }
+};
+
+// z[r] <- (first ? 0 : z[r]) + sum_k a(r, k) x[k] for rows z[r] and x[k]: kVectors loads and kRows broadcasts feed
+// kRows * kVectors multiply-adds. a(r, k) lies in panels [r][kPanel], or kPanels false anywhere.
+template <class Real, bool kPanels>
+struct RowProducts {
+  const Real* a;
+  int64_t a_row, a_k;        // strides; of panels, a_row is how many rows there are, and a_k 1
+  const Real* x;             // from the first of the columns on
+  int64_t x_stride, x_last;  // x_last: where the last of the vectors begins
+  int64_t k_count;
+  Real* z;  // likewise
+  int64_t z_stride;
+  Columns<Real> columns;
+  bool first;
+
+  template <int R, int NV>
+  void run(int64_t row) const {
+    using V = Wide<Real>;
+    constexpr int N = lanes_of<V>();
+    constexpr int64_t P = kPanelOf<Real>;
+    V sum[R][NV];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) sum[r][v] = V{};
+    }
+    const Real* from = x;
+    const auto add = [&](const Real* at, int64_t stride) __attribute__((always_inline)) {
+      V xs[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v + 1 < NV; ++v) xs[v] = load<V>(from + v * N);
+      xs[NV - 1] = kPanels ? load<V>(from + x_last) : load_lanes(from + x_last, columns.count);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const V by = broadcast<V>(at[r * stride]);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) sum[r][v] = madd(by, xs[v], sum[r][v]);
+      }
+      from += x_stride;
+    };
+    if constexpr (kPanels) {
+      for (int64_t k = 0; k < k_count; k += P) {
+        const Real* panel = a + (k * a_row / P + row) * P;
+        const int64_t count = std::min(P, k_count - k);
+        for (int64_t i = 0; i < count; ++i) add(panel + i, P);
+      }
+    } else {
+      for (int64_t k = 0; k < k_count; ++k) add(a + row * a_row + k * a_k, a_row);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      Real* to = z + (row + r) * z_stride;
+#pragma GCC unroll 4
+      for (int v = 0; v + 1 < NV; ++v) {
+        store(to + v * N, first ? sum[r][v] : load<V>(to + v * N) + sum[r][v]);
+      }
+      to += columns.last;
+      const V& total = sum[r][NV - 1];
+      if (columns.skip == 0 && columns.count == N) {
+        store(to, first ? total : load<V>(to) + total);
+      } else {
+        store_lanes(to, first ? total : load_lanes(to, columns.count) + total, columns.skip,
+                    columns.count);
+      }
+    }
+  }
+};
+
+template <class Products>
+void run_products(int64_t rows, const Products& products) {
+  switch (products.columns.vectors) {
+    case 1: run_rows<1>(rows, products); break;
+    case 2: run_rows<2>(rows, products); break;
+    case 3: run_rows<std::min(3, kVectors)>(rows, products); break;
+    default: run_rows<kVectors>(rows, products); break;
+  }
+}
+
+// Columns of panels [in][kPanel] to rows [example][vectors], zeros where there is no input.
+template <class Real>
+void panels_to_rows(const Real* x, int64_t in, const Columns<Real>& columns, int64_t examples,
+                    Real* rows, int64_t stride) {
+  using V = Narrow<Real>;
+  constexpr int N = lanes_of<V>(), kWide = kWideLanes<Real>;
+  constexpr int64_t P = kPanelOf<Real>;
+  const int64_t last = (columns.vectors - 1) * kWide;
+  for (int64_t b = 0; b < examples; b += N) {
+    const int64_t count = std::min<int64_t>(N, examples - b);
+    const Real* panel = x + b / P * in * P + b % P;
+    for (int64_t c = 0; c < columns.vectors * kWide; c += N) {
+      const int64_t from = columns.first + (c < last ? c : c - last + columns.last);
+      V r[N];
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) r[i] = from + i < in ? load<V>(panel + (from + i) * P) : V{};
+      transpose(r);
+      Real* to = rows + b * stride + c;
+      for (int64_t i = 0; i < count; ++i) store(to + i * stride, r[i]);
+    }
+  }
+}
+
+// x: panels. `rows`: the same as rows [example][in], `row_stride` apart, or nullptr where they do not lie anywhere.
+template <class Real>
+void weight_gradient(const Real* g, int64_t out, const Real* x, int64_t in, int64_t examples,
+                     const Real* rows, int64_t row_stride, Real* weight, bool first,
+                     Real* scratch) {
+  constexpr int64_t N = kWideLanes<Real>;
+  const bool has_rows = rows != nullptr && in >= N;
+  if (takes_dot_products<Real>(out, in, examples, has_rows)) {
+    const auto run = out == 1 ? weight_gradient_by_dot_products<Real, 1>
+                              : weight_gradient_by_dot_products<Real, kNeurons<Real>>;
+    return run(g, out, x, in, examples, weight, first);
+  }
+  for (int64_t b = 0; b < examples; b += kBlock) {
+    const int64_t count = std::min(kBlock, examples - b);
+    for (int64_t v = 0; v * N < in; v += kVectors) {
+      const Columns<Real> columns(in, v);
+      RowProducts<Real, true> products{g + b * out,
+                                       out,
+                                       1,
+                                       rows,
+                                       row_stride,
+                                       columns.last,
+                                       count,
+                                       weight + columns.first,
+                                       in,
+                                       columns,
+                                       first && b == 0};
+      if (has_rows) {
+        products.x += b * row_stride + columns.first;
+      } else {
+        products.x = scratch;
+        products.x_stride = columns.vectors * N;
+        products.x_last = (columns.vectors - 1) * N;
+        panels_to_rows(x + b * in, in, columns, count, scratch, products.x_stride);
+      }
+      run_products(out, products);
     }
   }
 }
@@ -241,24 +312,26 @@ void weight_gradient(const Real* g, int64_t out, const Real* x, int64_t in, int6
 template <class Real>
 void bias_gradient(const Real* g, int64_t out, int64_t examples, Real* bias, bool first) {
   using V = Wide<Real>;
-  constexpr int N = lanes_of<V>(), C = kColumns<Real>;
+  constexpr int N = lanes_of<V>();
   constexpr int64_t P = kPanelOf<Real>;
+  // Lanes behind the last example hold anything.
+  const auto exists = lane_numbers<Real>() < static_cast<int>(examples - (examples - 1) / N * N);
   for (int64_t o = 0; o < out; o += N) {
     const int64_t rows = std::min<int64_t>(N, out - o);
-    V sum[N] = {};
-    for (int64_t r = 0; r < rows; r += C) {
-      V partial[C] = {};
-      for (int64_t b = 0; b < examples; b += N) {
-        const Real* at = g + (b / P * out + o + r) * P + b % P;
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) {
-          partial[c] += load<V>(at + std::min<int64_t>(c, rows - 1 - r) * P);
-        }
+    V sum[N];
+#pragma GCC unroll 16
+    for (int r = 0; r < N; ++r) sum[r] = V{};
+    for (int64_t b = 0; b < examples; b += N) {
+      const Real* at = g + (b / P * out + o) * P + b % P;
+      const bool whole = b + N <= examples;
+#pragma GCC unroll 16
+      for (int r = 0; r < N; ++r) {
+        const V v = load<V>(at + std::min<int64_t>(r, rows - 1) * P);
+        sum[r] += whole ? v : exists ? v : V{};
       }
-      for (int c = 0; c < C; ++c) sum[r + c] = partial[c];
     }
     const V total = sum_lanes(sum);
-    for (int r = 0; r < rows; ++r) store_or_add(bias + o + r, total[r], first);
+    store_lanes(bias + o, first ? total : load_lanes(bias + o, rows) + total, 0, rows);
   }
 }
 
@@ -272,7 +345,7 @@ void add_lanes(const Real* vectors, int64_t out, Real* to, bool first) {
     V sum[N];
     for (int r = 0; r < N; ++r) sum[r] = r < rows ? load<V>(vectors + (o + r) * N) : V{};
     const V total = sum_lanes(sum);
-    for (int r = 0; r < rows; ++r) store_or_add(to + o + r, total[r], first);
+    store_lanes(to + o, first ? total : load_lanes(to + o, rows) + total, 0, rows);
   }
 }
 
@@ -317,6 +390,83 @@ void epilogue_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, in
   }
   if (layer.has_norm() && !layer.norm.after_activation) norm();
   if (drops_early && !layer.norm.after_activation) dropout();
+}
+
+// --- a few examples --------------------------------------------------------------------------------
+//
+// Fewer examples than lanes: the gradients of all layers go through rows [example][feature], features in the lanes.
+// Weights are read as they lie, a bias gradient is a sum of rows, and nothing is summed across lanes.
+
+template <class Real>
+void to_rows(const Real* panels, int64_t width, int64_t examples, Real* rows) {
+  constexpr int64_t N = kWideLanes<Real>;
+  for (int64_t v = 0; v * N < width; v += kVectors) {
+    Columns<Real> columns(width, v);
+    columns.last = (columns.vectors - 1) * N;
+    panels_to_rows(panels, width, columns, examples, rows + v * N, row_stride<Real>(width));
+  }
+}
+
+// weight[o][i] <- sum_b g[b][o] x[b][i]
+template <class Real>
+void weight_gradient_of_rows(const Real* g, int64_t out, const Real* x, int64_t x_stride,
+                             int64_t in, int64_t examples, Real* weight) {
+  for (int64_t v = 0; v * kWideLanes<Real> < in; v += kVectors) {
+    const Columns<Real> columns(in, v);
+    run_products(out, RowProducts<Real, false>{g, 1, row_stride<Real>(out), x + columns.first,
+                                               x_stride, columns.last, examples,
+                                               weight + columns.first, in, columns, true});
+  }
+}
+
+// bias[o] <- sum_b g[b][o]
+template <class Real>
+void bias_gradient_of_rows(const Real* g, int64_t out, int64_t examples, Real* bias) {
+  using V = Wide<Real>;
+  constexpr int64_t N = lanes_of<V>();
+  for (int64_t o = 0; o < out; o += N) {
+    V sum{};
+    for (int64_t b = 0; b < examples; ++b) sum += load<V>(g + b * row_stride<Real>(out) + o);
+    store_lanes(bias + o, sum, 0, std::min(N, out - o));
+  }
+}
+
+// The gradient of layer l's input, l > 0, as input_gradient has it. x and slope: rows of what the layer reads, and
+// of the derivative of the activation there, or nullptr.
+template <class A>
+void input_gradient_of_rows(const EnsembleMLPParams& p, int64_t l, int64_t member, int64_t examples,
+                            const typename A::Real* g, typename A::Real* result,
+                            const typename A::Real* x, const typename A::Real* slope,
+                            const typename A::Real* example_weight) {
+  using Real = typename A::Real;
+  using V = Wide<Real>;
+  constexpr int64_t N = lanes_of<V>();
+  const MLPLayer& layer = p.layers[l];
+  const int64_t g_stride = row_stride<Real>(layer.out), stride = row_stride<Real>(layer.in);
+  const Real* const w = weight_row<A>(layer, p.parameters_of(member), 0);
+  for (int64_t k = 0; k < layer.out; k += kBlock) {
+    for (int64_t v = 0; v * N < layer.in; v += kVectors) {
+      const Columns<Real> columns(layer.in, v);
+      run_products(examples,
+                   RowProducts<Real, false>{
+                       g + k, g_stride, 1, w + k * layer.weight.row_stride + columns.first,
+                       layer.weight.row_stride, columns.last, std::min(kBlock, layer.out - k),
+                       result + columns.first, stride, columns, k == 0});
+    }
+  }
+  const bool relu = slope_shows(p.layers[l - 1]), cuts = cuts_off(p.layers[l - 1].activation.kind);
+  for (int64_t b = 0; b < examples; ++b) {
+    const bool left_out = example_weight[b] == 0;
+    for (int64_t i = b * stride; i < (b + 1) * stride; i += N) {
+      V v = load<V>(result + i);
+      if (relu) v = load<V>(x + i) <= V{} ? V{} : v;
+      if (slope) {
+        const V by = load<V>(slope + i);
+        v = cuts && by == V{} ? V{} : v * by;
+      }
+      store(result + i, left_out ? V{} : v);
+    }
+  }
 }
 
 }  // namespace pyens::PYENS_ISA::ensemble_mlp

@@ -67,13 +67,18 @@ struct ForwardBlock {
   }
 };
 
+// block.run<R, NV>(row) for all rows.
 template <int NV, class Block>
 void run_rows(int64_t rows, const Block& block) {
+  // One vector needs 8 chains: two multiply-adds a cycle, each waiting for four.
+  constexpr int64_t kMost = NV == 1 ? 8 : kRows;
   // Balanced blocks: 50 neurons are 5 blocks of 6 and 4 of 5, never one of 2.
-  const int64_t blocks = (rows + kRows - 1) / kRows;
+  const int64_t blocks = (rows + kMost - 1) / kMost;
   for (int64_t b = 0, row = 0; b < blocks; ++b) {
     const int64_t count = rows / blocks + (b < rows % blocks);
     switch (count) {
+      case 8: block.template run<NV == 1 ? 8 : 1, NV>(row); break;
+      case 7: block.template run<NV == 1 ? 7 : 1, NV>(row); break;
       case 6: block.template run<6, NV>(row); break;
       case 5: block.template run<5, NV>(row); break;
       case 4: block.template run<4, NV>(row); break;

@@ -7,14 +7,11 @@
 //
 //   outputs          z = W x      kRows neurons x kVectors vectors in registers, weights broadcast
 //   input gradients  W^T g        the same with the weights read down their columns
-//   weight gradients g x^T        as many (neuron, input) pairs as a vector has lanes; each lane sums
-//                                 its examples, and at the end of the tile the lanes are summed; where
-//                                 vectors are short, outer products (see kOuterProducts)
+//   weight gradients g x^T        see ensemble_mlp_gradients-inl.h
 //
-// Order of summation, fixed by the batch alone. A weight gradient: per lane one chain of multiply-
-// adds over the tile's examples (one chain of all examples in outer products); the lanes of a tile in a
-// tree; the tiles of a span in order; the
-// (at most kMaxSpans) spans in order. The gradient of a shared input: members in order within each
+// Order of summation, fixed by the batch and the layer alone. A weight gradient: one chain of multiply-adds over
+// each block of kBlock examples of a tile, the blocks in order; narrow layers, as every bias: per lane one chain, the
+// lanes in a tree. The tiles of a span in order; the (at most kMaxSpans) spans in order. The gradient of a shared input: members in order within each
 // of at most kMaxGroups groups, the groups in order. So no bit depends on the number of threads, and
 // but for a shared input none on the members beside.
 
@@ -81,8 +78,48 @@ void load_tile(const Training& t, const TrainingSchedule<A>& s, const TrainingPa
   }
 }
 
+// The way back through rows, from panels of the gradient by the sums of the last layer. The gradients are results.
+template <class A>
+void backward_by_rows(const Training& t, const TrainingSchedule<A>& s, int64_t member,
+                      const TrainingScratch<A>& scratch) {
+  using Real = typename A::Real;
+  const EnsembleMLPParams& p = t.forward;
+  const int64_t examples = p.batch, top = p.num_layers - 1;
+  Real* gradient = scratch.gradient[top % 2];
+  to_rows(scratch.hidden[top], p.layers[top].out, examples, gradient);
+  for (int64_t l = top; l >= s.lowest; --l) {
+    const MLPLayer& layer = p.layers[l];
+    const MLPLayerGradient to = requested_gradient(t, l);
+    const auto* x = static_cast<const Real*>(p.input) + member * p.input_member_stride;
+    int64_t x_stride = p.input_row_stride;
+    if (l > 0 || t.sample_weight || layer.in < kWideLanes<Real>) {
+      to_rows(scratch.reads[l], layer.in, examples, scratch.rows[0]);
+      x = scratch.rows[0];
+      x_stride = row_stride<Real>(layer.in);
+    }
+    if (to.weight) {
+      weight_gradient_of_rows(gradient, layer.out, x, x_stride, layer.in, examples,
+                              static_cast<Real*>(to.weight) + member * layer.out * layer.in);
+    }
+    if (to.bias) {
+      bias_gradient_of_rows(gradient, layer.out, examples,
+                            static_cast<Real*>(to.bias) + member * layer.out);
+    }
+    if (l == s.lowest) break;
+    const Real* slope = scratch.slope[l - 1];
+    if (slope) {
+      to_rows(slope, layer.in, examples, scratch.rows[1]);
+      slope = scratch.rows[1];
+    }
+    Real* const result = scratch.gradient[(l - 1) % 2];
+    input_gradient_of_rows<A>(p, l, member, examples, gradient, result, x, slope,
+                              scratch.example_weight);
+    gradient = result;
+  }
+}
+
 // Returns the weighted sum of the examples' losses. `sums` are the member's gradients: weight and
-// bias of each layer that are asked for, one after the other from the last layer down.
+// bias of each layer that are asked for, one after the other from the last layer down; of one span, the results.
 template <class A>
 double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t member, int64_t tile,
                   typename A::Real scale, const TrainingScratch<A>& scratch, typename A::Real* sums,
@@ -115,7 +152,8 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
     }
     hidden_epilogue<A>(p, l, member, first, examples, kept ? kept : h, h, scratch.slope[l], x,
                        scratch.norm, scratch.normalized[l]);
-    clear_padding(h, layer.out, examples);
+    // A norm's backward pass sums over all lanes.
+    if (p.rich()) clear_padding(h, layer.out, examples);
     x = h;
   }
 
@@ -125,13 +163,22 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
                 target_features(t), scratch.example_weight, examples, scale);
 
   Real* gradient = scratch.hidden[layers - 1];
+  if (s.by_rows) {
+    if (s.lowest == layers) return loss;
+    if (scratch.slope[layers - 1]) {
+      multiply_by_slope(out, examples, scratch.example_weight, scratch.slope[layers - 1], gradient);
+    }
+    if constexpr (A::kDirect) backward_by_rows(t, s, member, scratch);
+    return loss;
+  }
   for (int64_t l = layers; l-- > s.lowest;) {
     const MLPLayer& layer = p.layers[l];
     const int64_t rows = layer.out, in = layer.in;
     const bool goes_on = l > s.lowest || (l == 0 && t.grad_input);
     MLPLayerGradient to = requested_gradient(t, l);  // from here on the tile's sums
     const auto take = [&](void*& sum, int64_t size) {
-      if (sum) sum = std::exchange(sums, sums + size);
+      if (!sum) return;
+      sum = s.direct() ? static_cast<Real*>(sum) + member * size : std::exchange(sums, sums + size);
     };
     take(to.weight, rows * in);
     for (void** sum : {&to.bias, &to.norm_weight, &to.norm_bias}) take(*sum, rows);
@@ -149,8 +196,12 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
       epilogue_gradient<A>(p, l, member, first, examples, scratch, gradient, to, first_sum);
     }
     if (to.weight) {
-      weight_gradient(gradient, rows, scratch.reads[l], in, examples, static_cast<Real*>(to.weight),
-                      first_sum, scratch.outer_rows);
+      const bool given = l == 0 && A::kDirect && !t.sample_weight;  // as rows
+      const auto* from = static_cast<const Real*>(p.input) + member * p.input_member_stride +
+                         first * p.input_row_stride;
+      weight_gradient(gradient, rows, scratch.reads[l], in, examples, given ? from : nullptr,
+                      p.input_row_stride, static_cast<Real*>(to.weight), first_sum,
+                      scratch.outer_rows);
     }
     if (to.bias) {
       bias_gradient(gradient, rows, examples, static_cast<Real*>(to.bias), first_sum);
@@ -250,7 +301,7 @@ void add_span(const Training& t, int64_t member, const typename A::Real* sums, b
   const auto add = [&](void* result, int64_t n) {
     if (!result) return;
     Real* to = static_cast<Real*>(result) + member * n;
-    for (int64_t i = 0; i < n; ++i) store_or_add(to + i, sums[i], first);
+    for (int64_t i = 0; i < n; ++i) to[i] = first ? sums[i] : to[i] + sums[i];
     sums += n;
   };
   for (int64_t l = t.forward.num_layers; l-- > 0;) {
@@ -287,7 +338,7 @@ void train_group(const Training& t, const TrainingSchedule<A>& s, const Training
                          m == first_member);
     }
     partial.loss_sum[m * s.spans + span] = loss;
-    if (!s.by_span) add_span<A>(t, m, sums, span == 0);
+    if (!s.by_span && !s.direct()) add_span<A>(t, m, sums, span == 0);
   }
 }
 

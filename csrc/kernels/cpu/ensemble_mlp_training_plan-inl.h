@@ -7,11 +7,18 @@ using ensemble_mlp_cpu::Training;
 constexpr int64_t kMaxSpans = 16;
 constexpr int64_t kMaxGroups = 8;
 
-// With 16 registers; see outer_weight_gradient.
-constexpr bool kOuterProducts = kVectors == 2;
-constexpr int kColumnVectors = 2;
+// Neurons of a block of dot products.
 template <class Real>
-constexpr int64_t kOuterColumns = kColumnVectors * kWideLanes<Real>;
+constexpr int kNeurons = kWideLanes<Real> <= 4 ? 1 : kWideLanes<Real> / 4;
+
+// Of rows of so many numbers.
+template <class Real>
+int64_t row_stride(int64_t width) {
+  return round_up(width, kWideLanes<Real>);
+}
+
+template <class Real>
+constexpr int64_t kFewExamples = kWideLanes<Real>;
 
 inline MLPLayerGradient requested_gradient(const Training& t, int64_t l) {
   return t.gradients ? t.gradients[l] : MLPLayerGradient{};
@@ -26,6 +33,7 @@ struct TrainingSchedule {
   int64_t member_gradients;       // weights and biases of one member, those asked for
   int64_t input_gradients;        // of one group
   bool by_span;                   // spans run apart: an item is a span of a group
+  bool by_rows;                   // gradients go through rows: see ensemble_mlp_gradients-inl.h
   int64_t lowest;                 // the lowest layer that is differentiated
 
   explicit TrainingSchedule(const Training& t) {
@@ -61,8 +69,12 @@ struct TrainingSchedule {
     by_span = spans > 1 && groups < 4 * t.threads &&
               spans * p.ensemble_size * member_gradients <
                   kMostBytes / static_cast<int64_t>(sizeof(Real));
+    by_rows = A::kDirect && p.batch <= kFewExamples<Real> && !t.grad_input && !p.rich() &&
+              !p.dropout.any() && !p.kept;
   }
 
+  // One span: its sums are the result, and are formed there.
+  bool direct() const { return spans == 1; }
   int64_t items() const { return by_span ? spans * groups : groups; }
 };
 
@@ -125,12 +137,13 @@ struct TrainingScratch {
   Normalized<Real>* normalized;  // [layers]: of a norm there
   Real* output;                  // where the outputs' place has their gradient, the outputs
   Real* gradient[2];             // by what a layer reads, in turn
+  Real* rows[2];                 // by_rows: what a layer reads, and the slopes there
   Real* weights;                 // a block of weights, converted
-  Real* outer_rows;              // of a weight gradient of outer products
+  Real* outer_rows;              // inputs of a block of examples, for a weight gradient
   Real* bias;                    // of one layer
   Real* norm;                    // weights and biases of one norm
   Real* norm_sums;               // their gradients over the tile, lane by lane
-  Real* member;                  // weights and biases of one member over one span
+  Real* member;                  // gradients of one member over one of several spans
   size_t bytes;
 
   TrainingScratch(const Training& t, const TrainingSchedule<A>& s, void* base) {
@@ -172,14 +185,17 @@ struct TrainingScratch {
     }
     const int64_t outputs = p.layers[p.num_layers - 1].out;
     output = reals(t.loss == Loss::none && keeps(p, p.num_layers - 1) ? s.tile * outputs : 0);
+    if (s.by_rows) widest = row_stride<Real>(std::max(widest, p.layers[p.num_layers - 1].out));
     for (Real*& g : gradient) g = reals(s.lowest < p.num_layers ? s.tile * widest : 0);
+    for (Real*& r : rows) {
+      r = reals(s.by_rows ? s.tile * row_stride<Real>(std::max(widest, p.layers[0].in)) : 0);
+    }
     weights = reals(A::kDirect ? 0 : kNeuronBlock * kBlock);
-    outer_rows =
-        reals(kOuterProducts ? round_up(s.tile, kWideLanes<Real>) * kOuterColumns<Real> : 0);
+    outer_rows = reals(kBlock * kPanelOf<Real>);
     bias = reals(round_up(max_width(p), kNarrowLanes<Real>));
     norm = reals(p.rich() ? 2 * max_width(p) : 0);
     norm_sums = reals(p.rich() ? 2 * max_width(p) * lanes_of<Wide<Real>>() : 0);
-    member = reals(s.by_span ? 0 : s.member_gradients);
+    member = reals(s.by_span || s.direct() ? 0 : s.member_gradients);
   }
 };
 

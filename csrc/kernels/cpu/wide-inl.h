@@ -47,6 +47,49 @@ inline void store_wide_first(T* p, Wide<Real> v, int64_t n) {
   std::memcpy(p, all, static_cast<size_t>(n) * sizeof(T));
 }
 
+// 0, 1, 2 ... in the lanes.
+template <class Real>
+inline __attribute__((always_inline)) WideInts<Real> lane_numbers() {
+  WideInts<Real> lane{};
+  for (int i = 0; i < kWideLanes<Real>; ++i) lane[i] = i;
+  return lane;
+}
+
+// The first n (at least 1) elements at p, anything behind them; reads nothing beyond.
+template <class Real>
+inline __attribute__((always_inline)) Wide<Real> load_lanes(const Real* p, int64_t n) {
+#if PYENS_HAS(AVX512)
+  const auto mask = static_cast<uint32_t>((1u << n) - 1);
+  if constexpr (sizeof(Real) == 4) {
+    return (Wide<Real>)_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
+  } else {
+    return (Wide<Real>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
+  }
+#else
+  return load_first<Real>(p, n);
+#endif
+}
+
+// Lanes [skip, n) of v to p + skip and on. With skip > 0 all of the vector at p is memory that may be written.
+template <class Real>
+inline __attribute__((always_inline)) void store_lanes(Real* p, Wide<Real> v, int64_t skip,
+                                                       int64_t n) {
+#if PYENS_HAS(AVX512)
+  const auto mask = static_cast<uint32_t>((1u << n) - (1u << skip));
+  if constexpr (sizeof(Real) == 4) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), (__m512)v);
+  } else {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), (__m512d)v);
+  }
+#else
+  if (skip > 0) {
+    const auto done = lane_numbers<Real>() < static_cast<int>(skip);
+    v = done ? load<Wide<Real>>(p) : v;
+  }
+  store_first<Real>(p, v, n);
+#endif
+}
+
 // Upper half added to lower half until one is left.
 template <class V>
 inline __attribute__((always_inline)) auto sum_lanes(V v) {
