@@ -20,9 +20,8 @@ struct InputGradientBlock {
   bool cuts;  // dropout and cuts_off: slopes of 0 are selected, not multiplied
   const Real* example_weight;
 
-  template <int R, int NV>
+  template <int R, int NV, class V>
   void run(int64_t row) const {
-    using V = WideOf<A>;
     V sum[R][NV];
     panel_products<A, true, R, NV>(w + row, w_stride, x, k_count, sum);
 #pragma GCC unroll 8
@@ -172,6 +171,7 @@ struct Columns {
 // kRows * kVectors multiply-adds. a(r, k) lies in panels [r][kPanel], or kPanels false anywhere.
 template <class Real, bool kPanels>
 struct RowProducts {
+  using V = Wide<Real>;
   const Real* a;
   int64_t a_row, a_k;        // strides; of panels, a_row is how many rows there are, and a_k 1
   const Real* x;             // from the first of the columns on
@@ -182,9 +182,8 @@ struct RowProducts {
   Columns<Real> columns;
   bool first;
 
-  template <int R, int NV>
+  template <int R, int NV, class /*V*/>
   void run(int64_t row) const {
-    using V = Wide<Real>;
     constexpr int N = lanes_of<V>();
     constexpr int64_t P = kPanelOf<Real>;
     V sum[R][NV];
@@ -237,11 +236,12 @@ struct RowProducts {
 
 template <class Products>
 void run_products(int64_t rows, const Products& products) {
+  using V = typename Products::V;
   switch (products.columns.vectors) {
-    case 1: run_rows<1>(rows, products); break;
-    case 2: run_rows<2>(rows, products); break;
-    case 3: run_rows<std::min(3, kVectors)>(rows, products); break;
-    default: run_rows<kVectors>(rows, products); break;
+    case 1: run_rows<1, V>(rows, products); break;
+    case 2: run_rows<2, V>(rows, products); break;
+    case 3: run_rows<std::min(3, kVectors), V>(rows, products); break;
+    default: run_rows<kVectors, V>(rows, products); break;
   }
 }
 

@@ -10,13 +10,11 @@ namespace pyens::PYENS_ISA::ensemble_mlp {
 
 // sum[r][v] <- sum_k w(r, k) x[k] for R rows and NV vectors of examples. w(r, k) is w[r][k], or
 // kTransposed w[k][r].
-template <class A, bool kTransposed, int R, int NV>
+template <class A, bool kTransposed, int R, int NV, class V>
 inline __attribute__((always_inline)) void panel_products(const typename A::Real* w,
                                                           int64_t w_stride,
                                                           const typename A::Real* x,
-                                                          int64_t k_count,
-                                                          WideOf<A> (&sum)[R][NV]) {
-  using V = WideOf<A>;
+                                                          int64_t k_count, V (&sum)[R][NV]) {
   constexpr int N = lanes_of<V>();
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -49,9 +47,8 @@ struct ForwardBlock {
   bool first;
   Real floor;
 
-  template <int R, int NV>
+  template <int R, int NV, class V>
   void run(int64_t row) const {
-    using V = WideOf<A>;
     V sum[R][NV];
     panel_products<A, false, R, NV>(w + row * w_stride, w_stride, x, k_count, sum);
     const V low = broadcast<V>(floor);
@@ -67,8 +64,8 @@ struct ForwardBlock {
   }
 };
 
-// block.run<R, NV>(row) for all rows.
-template <int NV, class Block>
+// block.run<R, NV, V>(row) for all rows.
+template <int NV, class V, class Block>
 void run_rows(int64_t rows, const Block& block) {
   // One vector needs 8 chains: two multiply-adds a cycle, each waiting for four.
   constexpr int64_t kMost = NV == 1 ? 8 : kRows;
@@ -77,29 +74,31 @@ void run_rows(int64_t rows, const Block& block) {
   for (int64_t b = 0, row = 0; b < blocks; ++b) {
     const int64_t count = rows / blocks + (b < rows % blocks);
     switch (count) {
-      case 8: block.template run<NV == 1 ? 8 : 1, NV>(row); break;
-      case 7: block.template run<NV == 1 ? 7 : 1, NV>(row); break;
-      case 6: block.template run<6, NV>(row); break;
-      case 5: block.template run<5, NV>(row); break;
-      case 4: block.template run<4, NV>(row); break;
-      case 3: block.template run<3, NV>(row); break;
-      case 2: block.template run<2, NV>(row); break;
-      default: block.template run<1, NV>(row); break;
+      case 8: block.template run<NV == 1 ? 8 : 1, NV, V>(row); break;
+      case 7: block.template run<NV == 1 ? 7 : 1, NV, V>(row); break;
+      case 6: block.template run<6, NV, V>(row); break;
+      case 5: block.template run<5, NV, V>(row); break;
+      case 4: block.template run<4, NV, V>(row); break;
+      case 3: block.template run<3, NV, V>(row); break;
+      case 2: block.template run<2, NV, V>(row); break;
+      default: block.template run<1, NV, V>(row); break;
     }
     row += count;
   }
 }
 
-// block.run<R, NV>(row) for all rows, over the vectors that hold the panel's examples.
+// block.run<R, NV, V>(row) for all rows, over the vectors that hold the panel's examples.
 template <class A, class Block>
 void run_panel(int64_t rows, int64_t examples, const Block& block) {
   constexpr int kLanes = kWideLanes<typename A::Real>;
+  using V = WideOf<A>;
   if constexpr (kVectors == 4) {
-    if (examples > 3 * kLanes) return run_rows<4>(rows, block);
-    if (examples > 2 * kLanes) return run_rows<3>(rows, block);
+    if (examples > 3 * kLanes) return run_rows<4, V>(rows, block);
+    if (examples > 2 * kLanes) return run_rows<3, V>(rows, block);
   }
-  if (examples > kLanes) return run_rows<2>(rows, block);
-  run_rows<1>(rows, block);
+  if (examples > kLanes) return run_rows<2, V>(rows, block);
+  if (examples > kNarrowLanes<typename A::Real>) return run_rows<1, V>(rows, block);
+  run_rows<1, NarrowOf<A>>(rows, block);
 }
 
 // The tile's rows of [B, I] into panels [unit][kPanel]; lanes without an example are 0, and so are
@@ -178,8 +177,7 @@ void forward_layer(const MLPLayer& layer, int64_t member, int64_t examples,
   }
 }
 
-// Zeros in the lanes behind the last example, up to `end`: a bias that is infinite left them so, and the sums
-// over the examples multiply them by 0.
+// Zeros in the lanes behind the last example, up to `end`, for sums over all lanes: there may be anything.
 template <class Real>
 void clear_lanes(Real* panels, int64_t width, int64_t examples, int64_t end) {
   constexpr int64_t P = kPanelOf<Real>;

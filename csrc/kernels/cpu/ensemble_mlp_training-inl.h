@@ -193,6 +193,7 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
         add_panels(gradient, round_up(examples, kPanel<A>) * rows, result, !add);
         add = true;
       }
+      clear_padding(gradient, rows, examples);
       epilogue_gradient<A>(p, l, member, first, examples, scratch, gradient, to, first_sum);
     }
     if (to.weight) {
