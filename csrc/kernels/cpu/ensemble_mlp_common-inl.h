@@ -7,7 +7,7 @@ using ensemble_mlp_cpu::Forward;
 constexpr int64_t kBlock = 128;  // of the accumulation contract, in inputs
 // Smaller batches put neurons in the lanes: full lanes beat lanes half empty of examples. Prepacked
 // weights make that pay for longer.
-constexpr int64_t kSmallBatch = 8;
+constexpr int64_t kSmallBatch = 5;
 constexpr int64_t kSmallBatchPrepacked = 10;
 
 #if PYENS_HAS(AVX512)

@@ -8,6 +8,33 @@
 
 namespace pyens::PYENS_ISA::ensemble_mlp {
 
+// One number of each of R rows, `stride` apart. Three rows share a pointer, because p, p + stride and p + 2 stride are
+// addresses that an x86 instruction forms by itself; pointers to all rows would not stay in registers.
+template <class T, int R>
+class RowNumbers {
+ public:
+  inline __attribute__((always_inline)) RowNumbers(const T* first, int64_t stride)
+      : stride_(stride) {
+#pragma GCC unroll 3
+    for (int i = 0; i < kPointers; ++i) third_[i] = first + 3 * i * stride;
+  }
+  inline __attribute__((always_inline)) T operator[](int r) const {
+    return third_[r / 3][r % 3 * stride_];
+  }
+  inline __attribute__((always_inline)) void advance(int64_t by) {
+#pragma GCC unroll 3
+    for (int i = 0; i < kPointers; ++i) {
+      third_[i] += by;
+      asm("" : "+r"(third_[i]));  // or the compiler would make a pointer of each row after all
+    }
+  }
+
+ private:
+  static constexpr int kPointers = (R + 2) / 3;
+  const T* third_[kPointers];
+  int64_t stride_;
+};
+
 // sum[r][v] <- sum_k w(r, k) x[k] for R rows and NV vectors of examples. w(r, k) is w[r][k], or
 // kTransposed w[k][r].
 template <class A, bool kTransposed, int R, int NV, class V>
@@ -21,16 +48,18 @@ inline __attribute__((always_inline)) void panel_products(const typename A::Real
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) sum[r][v] = V{};
   }
-  for (int64_t k = 0; k < k_count; ++k) {
+  RowNumbers<typename A::Real, R> weights(w, kTransposed ? 1 : w_stride);
+  for (int64_t k = 0; k < k_count; ++k, x += kPanel<A>) {
     V input[NV];
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) input[v] = load<V>(x + k * kPanel<A> + v * N);
+    for (int v = 0; v < NV; ++v) input[v] = load<V>(x + v * N);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const V weight = broadcast<V>(kTransposed ? w[k * w_stride + r] : w[r * w_stride + k]);
+      const V weight = broadcast<V>(weights[r]);
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) sum[r][v] = A::product(weight, input[v], sum[r][v]);
     }
+    weights.advance(kTransposed ? w_stride : 1);
   }
 }
 
