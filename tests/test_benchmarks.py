@@ -510,8 +510,9 @@ def test_quick_training_run(tmp_path, capsys):
 
 def test_fit_cases_are_the_promised_ones():
     full = fit.cases(options(quick=False))
-    steps = [f"{kind}-{which}" for kind in fit.KINDS for which in ("mlp", "tables", "table")]
-    assert [case.name for case in full] == ["loop", "leaving", "departure", "clip", *steps]
+    steps = [f"{kind}-{which}" for kind in fit.KINDS for which in ("mlp", "tables", "small", "table")]
+    names = ["loop", "leaving", "departure", "clip", *steps, "adam-training"]
+    assert [case.name for case in full] == names
     assert all(case.grad for case in full)
     assert [case.name for case in full if not case.targets] == ["departure"]
     members = 32 * 50 + 50 * 20 + 20 * 10 + 10 + 50 + 20 + 10 + 1
@@ -565,8 +566,8 @@ def test_quick_run_of_fit(tmp_path, capsys):
     assert harness.main("fit", "text", fit.cases, command) == 0
     assert "EXCLUDED" not in capsys.readouterr().out
     saved = Report.load(tmp_path / "fit-cpu-float32-quick.json")
-    steps = [f"{kind}-mlp" for kind in fit.KINDS]
-    assert [result.name for result in saved.results] == ["loop", "leaving", "departure", "clip", *steps]
+    names = ["loop", "leaving", "departure", "clip", *(f"{kind}-mlp" for kind in fit.KINDS), "adam-training"]
+    assert [result.name for result in saved.results] == names
     loop, leaving, departure, clip, *_ = saved.results
     assert {t.name for t in loop.timed()} == {fit.FIT, fit.FIT_IN_TORCH, fit.LOOP}
     assert {t.name for t in leaving.timed()} == {fit.FIT_LEAVING, fit.LOOP_LEAVING, fit.LOOPS_FIXED}
