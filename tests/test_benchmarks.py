@@ -627,7 +627,8 @@ def test_quick_run_leaves_json_picture_and_markdown(tmp_path, capsys, dtype):
 
 def test_masksembles_cases_have_targets():
     full = masksembles.cases(options(quick=False))
-    assert [case.name for case in full] == ["forward", "training", "channels"]
+    names = ["forward", "training", "training-256", "training-64", "channels"]
+    assert [case.name for case in full] == names
     assert all(case.targets for case in full)
     assert not any(case.targets for case in masksembles.cases(options(quick=False, threads=1)))
     assert len(list(itertools.product(*masksembles.DRAWN))) == 300
@@ -656,7 +657,7 @@ def test_quick_run_of_masksembles(tmp_path, capsys, monkeypatch, dtype):
     assert not [t for result in saved.results for t in result.timings if t.excluded]
     forward, training, channels = ({t.name for t in result.timed()} for result in saved.results)
     assert forward >= {"pyens op", "pyens MaskedMLP", "layer", "hand-gathered", "hand-gathered transposed"}
-    assert training >= {"pyens MaskedMLP.loss", "layer", "hand-gathered"}
+    assert training >= {"pyens MaskedMLP.loss", "layer", "hand-gathered", masksembles.SINGLE}
     assert channels >= {"pyens op", "layer", "clone", "copy_"}
     content = json.loads((tmp_path / f"{stem}-scale.json").read_text())
     assert content["draw"]["failed"] == [] and content["draw"]["settings"] == 12
