@@ -8,7 +8,8 @@
     departure a step after which nobody leaves, and one before which all that leaving does is done
     clip      `clip_member_grad_norm_`, against a whole step, which is no peer but a yardstick; so is torch's
               `clip_grad_norm_`, which has one norm for all members
-    optimizers  a step of `pyens.optim.fused` against that of torch's own fused optimizer
+    optimizers  a step of `pyens.optim.fused` against that of torch's own fused optimizer, alone, again and
+              again; and whole training steps with either, whose threads find the gradients in their caches
 
 Times are those of one step. The targets are for float32 on two CPU threads; parameters in bfloat16 or float16
 lose most of a step to rounding, so there are no cases for them.
@@ -27,6 +28,8 @@ from torch import Tensor, nn
 
 from benchmarks import harness
 from benchmarks.peers import mlp_flops
+from benchmarks.table_peers import EPS, Table, TableProblem, adam_step
+from benchmarks.training import TINY_TABLE, tabular_ensemble
 from benchmarks.training_peers import GRADIENT_TOLERANCE, mse
 from pyens.nn import EnsembleMLP
 from pyens.optim import clip_member_grad_norm_, fused, keep_members
@@ -81,6 +84,7 @@ class Sizes:
 LONG = Sizes(100, 4096, 256, 16, FEATURES)  # 16 steps in an epoch
 SHORT = Sizes(100, 2048, 256, 0, FEATURES)  # 8 steps, for each number of members
 TINY = Sizes(3, 40, 16, 2, (5, 7, 2))
+SMALL_TABLE = Table(10, 256, ((604, 8), (388, 8), (7, 3), (21, 5)), 19, (50, 20, 10), 1)
 
 
 def cases(options: harness.Options) -> list[harness.Case]:
@@ -140,14 +144,25 @@ def cases(options: harness.Options) -> list[harness.Case]:
                     bytes=touched * numbers * options.dtype.itemsize,
                 )
             )
+    table = TINY_TABLE if options.quick else SMALL_TABLE
+    made.append(
+        case(
+            "adam-training",
+            f"a whole step, E {table.ensemble_size}, B {table.batch_size}, {len(table.categorical)} tables, "
+            f"{'-'.join(map(str, table.features))}",
+            partial(training, table, options),
+            harness.Target(FUSED, 1.0, (TORCH,)),
+        )
+    )
     return made
 
 
 def parameter_sets(quick: bool) -> dict[str, list[tuple[int, ...]]]:
-    """Shapes: of an MLP, of tables that are small together, and of one that is large."""
+    """Shapes: of an MLP, of tables that are small together, of a small one, and of a large one."""
     if quick:
         return {"mlp": TINY.layers}
-    return {"mlp": LONG.layers, "tables": [(10, 50, 8)] * 10, "table": [(100, 6040, 8)]}
+    tables = {"tables": [(10, 50, 8)] * 10, "small": [(10, 604, 8)], "table": [(100, 6040, 8)]}
+    return {"mlp": LONG.layers, **tables}
 
 
 def described(shapes: Sequence[tuple[int, ...]]) -> str:
@@ -538,6 +553,22 @@ def optimizers(
     )
     ours = partial(step, partial(fused, kind, **settings), options.dtype)
     torchs = partial(step, partial(kind, fused=True, **settings), options.dtype)
+    return [
+        harness.Contestant(FUSED, ours, check, ours=True),
+        harness.Contestant(TORCH, torchs, check),
+    ]
+
+
+def training(table: Table, options: harness.Options) -> list[harness.Contestant]:
+    """Steps of Adam on `TabularEnsemble`, on the same batch every time."""
+    problem = TableProblem.random(table, seed=options.seed, device=options.device, dtype=options.dtype)
+    check, settings = problem.check(), {"lr": LEARNING_RATE, "eps": EPS}
+
+    def step(make: Callable[[Sequence[Tensor]], torch.optim.Optimizer]) -> harness.Run:
+        return adam_step(tabular_ensemble(problem), make=make)
+
+    ours = partial(step, partial(fused, torch.optim.Adam, **settings))
+    torchs = partial(step, partial(torch.optim.Adam, fused=True, **settings))
     return [
         harness.Contestant(FUSED, ours, check, ours=True),
         harness.Contestant(TORCH, torchs, check),

@@ -1,7 +1,8 @@
 """Masksembles: masked MLPs, masked maps and the drawing of masks, against what people run today.
 
-Four masks on every example of an MLP 256-512-512-10: forward pass and training step; a mask for each image of
-a batch of feature maps; then, in a whole or a quick run, all masks of 300 settings, and the cost against the
+Four masks on every example of an MLP 256-512-512-10: forward pass; training steps, a mask for each example,
+beside those of one MLP without masks that has the same multiplications to make; a mask for each image of a
+batch of feature maps; then, in a whole or a quick run, all masks of 300 settings, and the cost against the
 scale S as a curve. The targets are for float32 on two CPU threads.
 
 The peer "layer" is that of the package masksembles, 1.1 or later, whose masks take the input's dtype. Before,
@@ -11,6 +12,7 @@ they were float64, and so was all that they touched.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import statistics
@@ -33,12 +35,13 @@ from benchmarks.harness import Case, Contestant, Options, Target, agrees_with
 from benchmarks.peers import mlp_flops
 from pyens import plots
 from pyens.masks import masks_for_channels
-from pyens.nn import MaskedMLP
+from pyens.nn import EnsembleMLP, MaskedMLP
 from pyens.ops import mask_channels, masked_mlp
 from pyens.ops.masked_mlp import plan_masks
 
 OP, MODULE, COMPACT = "pyens op", "pyens MaskedMLP", "pyens compact()"
 LAYER, GATHERED = "layer", "hand-gathered"
+SINGLE, SINGLE_TORCH = "single model, pyens", "single model, nn.Sequential"
 
 # C, N and S of the masks that are drawn: 10 * 6 * 5 = 300.
 DRAWN = (
@@ -163,8 +166,26 @@ def cases(options: Options) -> list[Case]:
     def problem() -> Problem:
         return Problem.random(num_masks, b, features, scale, options)
 
-    title = f"{'-'.join(map(str, features))}, N {num_masks}, S {scale:g}, B {b}"
+    network = f"{'-'.join(map(str, features))}, N {num_masks}, S {scale:g}"
+    title = f"{network}, B {b}"
     useful = problem().flops(b)
+    batches = {"training": b} if options.quick else {"training": b, "training-256": 256, "training-64": 64}
+
+    def training_case(name: str, batch_size: int) -> Case:
+        against_layer = [("pyens MaskedMLP.loss", 2.0, (LAYER,))]
+        # The paper's MLPs take 1.6 times as long to train as a single model.
+        against_single = [("pyens MaskedMLP.loss", 1 / 1.6, (SINGLE,))]
+        return Case(
+            name,
+            f"a mask for each example, forward and backward, {network}, B {batch_size}",
+            lambda: training_contestants(
+                Problem.random(num_masks, batch_size, features, scale, options), options
+            ),
+            flops=3 * useful / num_masks * batch_size / b,
+            targets=targets(*(against_layer if name == "training" else ()), *against_single),
+            grad=True,
+        )
+
     map_bytes = 2.0 * options.dtype.itemsize * torch.Size(maps).numel()
     return [
         Case(
@@ -177,14 +198,7 @@ def cases(options: Options) -> list[Case]:
                 *((ours, 1.15, (GATHERED, f"{GATHERED} transposed")) for ours in (OP, MODULE)),
             ),
         ),
-        Case(
-            "training",
-            f"a mask for each example, forward and backward, {title}",
-            lambda: training_contestants(problem(), options),
-            flops=3 * useful / num_masks,
-            targets=targets(("pyens MaskedMLP.loss", 2.0, (LAYER,))),
-            grad=True,
-        ),
+        *(training_case(name, size) for name, size in batches.items()),
         Case(
             "channels",
             f"{'×'.join(map(str, maps))}, N {num_masks}",
@@ -316,12 +330,38 @@ def training_contestants(problem: Problem, options: Options) -> list[Contestant]
 
         return step(loss, own, compile)
 
+    single, agrees = single_model(problem, options)
+    parameters = [t for layer in single for t in layer.parameters()]
+
+    def one_of_pyens() -> harness.Run:
+        model = EnsembleMLP.from_modules([single])
+        return step(lambda: model.loss(x, y, loss="cross_entropy").sum(), list(model.parameters()))
+
+    def one_of_torch() -> harness.Run:
+        return step(lambda: F.cross_entropy(single(x), y), parameters)
+
     return [
         Contestant("pyens MaskedMLP.loss", fused, check, ours=True),
         Contestant("pyens MaskedMLP", forward, check, ours=True),
         *_peers(LAYER, layer, check, options),
         *_peers(GATHERED, gathered, check, options),
+        Contestant(SINGLE, one_of_pyens, agrees, yardstick=True),
+        Contestant(SINGLE_TORCH, one_of_torch, agrees, yardstick=True),
     ]
+
+
+def single_model(problem: Problem, options: Options) -> tuple[nn.Sequential, Callable[[Any], None]]:
+    """An MLP as wide as what a mask leaves, and a check of the loss of one."""
+    ones = [int(mask[0].sum()) for mask in problem.masks]
+    features = [problem.weights[0].shape[1], *ones, problem.weights[-1].shape[0]]
+    layers: list[nn.Module] = []
+    for i, o in itertools.pairwise(features):
+        layers += [nn.Linear(i, o, device=options.device, dtype=options.dtype), nn.ReLU()]
+    model = nn.Sequential(*layers[:-1])
+    exact = F.cross_entropy(copy.deepcopy(model).double()(problem.input.double()), problem.target)
+    return model, agrees_with(
+        exact.detach(), options.dtype, lambda output: output[0].detach().to(options.dtype)
+    )
 
 
 def channels_contestants(

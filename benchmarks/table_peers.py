@@ -165,11 +165,16 @@ def adam(tensors: Sequence[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.Adam(tensors, lr=LEARNING_RATE, eps=EPS, fused=True)
 
 
-def adam_step(form: Form, *, compile: bool = False) -> Run:
-    """The usual way, with one Adam for all. Steps change `form.leaves`."""
+def adam_step(
+    form: Form,
+    *,
+    compile: bool = False,
+    make: Callable[[Sequence[Tensor]], torch.optim.Optimizer] = adam,
+) -> Run:
+    """The usual way, with one optimizer for all, Adam. Steps change `form.leaves`."""
     leaves = [leaf.requires_grad_() for leaf in form.leaves]
     state = _state(leaves, form.stacked)
-    total, optimizer = summed(form.losses), adam(leaves)
+    total, optimizer = summed(form.losses), make(leaves)
     total = compiled(total) if compile else total
 
     def run() -> Stepped:

@@ -510,8 +510,9 @@ def test_quick_training_run(tmp_path, capsys):
 
 def test_fit_cases_are_the_promised_ones():
     full = fit.cases(options(quick=False))
-    steps = [f"{kind}-{which}" for kind in fit.KINDS for which in ("mlp", "tables", "table")]
-    assert [case.name for case in full] == ["loop", "leaving", "departure", "clip", *steps]
+    steps = [f"{kind}-{which}" for kind in fit.KINDS for which in ("mlp", "tables", "small", "table")]
+    names = ["loop", "leaving", "departure", "clip", *steps, "adam-training"]
+    assert [case.name for case in full] == names
     assert all(case.grad for case in full)
     assert [case.name for case in full if not case.targets] == ["departure"]
     members = 32 * 50 + 50 * 20 + 20 * 10 + 10 + 50 + 20 + 10 + 1
@@ -565,8 +566,8 @@ def test_quick_run_of_fit(tmp_path, capsys):
     assert harness.main("fit", "text", fit.cases, command) == 0
     assert "EXCLUDED" not in capsys.readouterr().out
     saved = Report.load(tmp_path / "fit-cpu-float32-quick.json")
-    steps = [f"{kind}-mlp" for kind in fit.KINDS]
-    assert [result.name for result in saved.results] == ["loop", "leaving", "departure", "clip", *steps]
+    names = ["loop", "leaving", "departure", "clip", *(f"{kind}-mlp" for kind in fit.KINDS), "adam-training"]
+    assert [result.name for result in saved.results] == names
     loop, leaving, departure, clip, *_ = saved.results
     assert {t.name for t in loop.timed()} == {fit.FIT, fit.FIT_IN_TORCH, fit.LOOP}
     assert {t.name for t in leaving.timed()} == {fit.FIT_LEAVING, fit.LOOP_LEAVING, fit.LOOPS_FIXED}
@@ -626,7 +627,8 @@ def test_quick_run_leaves_json_picture_and_markdown(tmp_path, capsys, dtype):
 
 def test_masksembles_cases_have_targets():
     full = masksembles.cases(options(quick=False))
-    assert [case.name for case in full] == ["forward", "training", "channels"]
+    names = ["forward", "training", "training-256", "training-64", "channels"]
+    assert [case.name for case in full] == names
     assert all(case.targets for case in full)
     assert not any(case.targets for case in masksembles.cases(options(quick=False, threads=1)))
     assert len(list(itertools.product(*masksembles.DRAWN))) == 300
@@ -655,7 +657,7 @@ def test_quick_run_of_masksembles(tmp_path, capsys, monkeypatch, dtype):
     assert not [t for result in saved.results for t in result.timings if t.excluded]
     forward, training, channels = ({t.name for t in result.timed()} for result in saved.results)
     assert forward >= {"pyens op", "pyens MaskedMLP", "layer", "hand-gathered", "hand-gathered transposed"}
-    assert training >= {"pyens MaskedMLP.loss", "layer", "hand-gathered"}
+    assert training >= {"pyens MaskedMLP.loss", "layer", "hand-gathered", masksembles.SINGLE}
     assert channels >= {"pyens op", "layer", "clone", "copy_"}
     content = json.loads((tmp_path / f"{stem}-scale.json").read_text())
     assert content["draw"]["failed"] == [] and content["draw"]["settings"] == 12

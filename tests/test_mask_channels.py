@@ -64,6 +64,13 @@ def test_empty_sizes(inner):
     assert mask_channels(x.unsqueeze(-1).expand(-1, -1, 0), masks).shape == (3, 4, 0)
 
 
+def test_an_output_in_huge_pages():
+    """From 32 MB on, with a part of a page at either end."""
+    x, masks = problem(35, 8, 3, (181, 173))
+    assert x.nbytes > 32 << 20
+    assert torch.equal(mask_channels(x, masks), reference.mask_channels(x, masks))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("inner", [(), (6, 5)], ids=str)
 def test_strided_and_misaligned(dtype, inner):

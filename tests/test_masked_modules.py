@@ -219,6 +219,23 @@ def test_loss_is_the_mean_over_the_examples(loss, mode):
             close(a, b_)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_groups_of_one_size_have_the_bits_of_rows_that_are_sorted(dtype, loss, reduction):
+    model = mlp(dtype=dtype)
+    for b in (4, 12, 20, 100):
+        x, y = torch.randn(b, 6).to(dtype), LOSSES[loss][0](b)
+        y = y.to(dtype) if y.is_floating_point() else y
+        given = [None, torch.ones(b, dtype=dtype)]  # weights are not looked at: those rows are sorted
+        views, rows = (
+            model.loss(x, y, loss=loss, mode="grouped", sample_weight=w, reduction=reduction) for w in given
+        )
+        assert torch.equal(views, rows)
+        ours, theirs = (torch.autograd.grad(v.sum(), [*model.parameters()]) for v in (views, rows))
+        assert all(map(torch.equal, ours, theirs))
+
+
 @pytest.mark.parametrize("mode", ["tiled", "grouped", "round_robin", "random"])
 def test_loss_with_weights(mode):
     model = mlp(dtype=torch.float64)

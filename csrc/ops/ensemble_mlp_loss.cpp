@@ -643,7 +643,8 @@ class EnsembleMLPLossFunction : public torch::autograd::Function<EnsembleMLPLoss
     }
     const bool unscaled = is_all_ones(grad);
     // Another backward may follow, and a hook may change in place what this one returns.
-    const bool copied = unscaled && torch::autograd::get_current_graph_task_keep_graph();
+    const bool kept = torch::autograd::get_current_graph_task_keep_graph();
+    const bool copied = unscaled && kept;
     // Those that there are: which of them this backward is asked for is another matter.
     const auto there = ctx->saved_data["gradients"].toBoolList();
     for (size_t i = 0; i < network.tensors(); ++i) {
@@ -653,7 +654,7 @@ class EnsembleMLPLossFunction : public torch::autograd::Function<EnsembleMLPLoss
       const Tensor factor =
           grad.view(gradient.dim() == 3 ? at::IntArrayRef{-1, 1, 1} : at::IntArrayRef{-1, 1});
       const at::ScalarType type = network.tensor(i).scalar_type();
-      const Tensor scaled = unscaled ? gradient : gradient * factor;
+      const Tensor scaled = unscaled ? gradient : kept ? gradient * factor : gradient.mul_(factor);
       const Tensor of_all = i == 0 ? scaled : gradient_of_all(network, scaled);
       grads[i] = of_all.to(type, /*non_blocking=*/false, copied && of_all.is_same(gradient));
     }

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <forward_list>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #if defined(PYENS_WITH_CUDA)
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -20,6 +24,23 @@ inline const at::Tensor& with_contiguous_rows(const at::Tensor& tensor,
                                               std::forward_list<at::Tensor>& copies) {
   if (tensor.size(-1) <= 1 || tensor.stride(-1) == 1) return tensor;
   return copies.emplace_front(tensor.contiguous());
+}
+
+// Before a kernel writes all of a new tensor. From this size on the C library gets its memory from the system each
+// time, whose pages of 4 KiB, zeroed one by one on first touch, take several times as long as the writing: asks for
+// huge ones. What lies in whole huge pages is the tensor's own, so no memory is lost.
+inline void expect_pages(const at::Tensor& output) {
+#if defined(__linux__)
+  constexpr uintptr_t kMapped = 32 << 20, kHuge = 2 << 20;
+  if (!output.is_cpu() || output.nbytes() < kMapped) return;
+  const auto begin = reinterpret_cast<uintptr_t>(output.const_data_ptr());
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (begin + output.nbytes()) / kHuge * kHuge;
+  // Advice, which a system may not take.
+  madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+  (void)output;
+#endif
 }
 
 // run(begin, end, scratch) for disjoint ranges that cover [0, items).

@@ -54,6 +54,7 @@ Tensor mask_channels(const Tensor& input, const Tensor& masks, const OptionalTen
   params.rows = x.size(0);
   params.channels = x.size(1);
   if (x.numel() == 0) return output;
+  expect_pages(output);
   params.inner = x.numel() / (params.rows * params.channels);
   params.element_bytes = x.element_size();
   params.input = x.const_data_ptr();

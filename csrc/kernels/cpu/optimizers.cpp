@@ -1,4 +1,4 @@
-// Chooses the instruction set and the element type of an optimizer's step, and splits it into tensors; the work is
+// Chooses the instruction set and the element type of an optimizer's step, and splits it among threads; the work is
 // in optimizers-inl.h.
 
 #include "kernels/optimizers.h"
@@ -43,14 +43,15 @@ int64_t grain_size(const StepParams& p) {
   return items_worth_a_thread(numbers_worth_a_thread, static_cast<double>(items * kItem), items);
 }
 
+// Every tensor is cut in the same proportions, as a backward pass that splits members cuts it: a thread finds in its
+// cache what it wrote there. What does not divide goes to one thread here and to another there, as first_item says.
 void run(const StepParams& p, int64_t begin, int64_t end) {
   const Chosen<Function>& chosen = functions(p.optimizer);
-  const StepTensor* t = std::upper_bound(
-      p.tensors, p.tensors + p.count, begin,
-      [](int64_t item, const StepTensor& tensor) { return item < tensor.first_item; });
-  for (--t; t != p.tensors + p.count && t->first_item < end; ++t) {
-    const int64_t from = std::max<int64_t>(0, begin - t->first_item) * kItem;
-    const int64_t to = std::min(t->size, (end - t->first_item) * kItem);
+  const int64_t items = work_items(p);
+  for (const StepTensor* t = p.tensors; t != p.tensors + p.count; ++t) {
+    const int64_t own = items_of(t->size);
+    const auto cut = [&](int64_t at) { return (at * own + t->first_item) / items * kItem; };
+    const int64_t from = cut(begin), to = std::min(t->size, cut(end));
     if (from < to) chosen[t->dtype](p, *t, from, to);
   }
 }
