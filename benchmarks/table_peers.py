@@ -165,18 +165,23 @@ def adam(tensors: Sequence[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.Adam(tensors, lr=LEARNING_RATE, eps=EPS, fused=True)
 
 
-def adam_step(form: Form, *, compile: bool = False) -> Run:
+def adam_step(
+    form: Form,
+    *,
+    compile: bool = False,
+    optimizer: Callable[[Sequence[Tensor]], torch.optim.Optimizer] = adam,
+) -> Run:
     """The usual way, with one Adam for all. Steps change `form.leaves`."""
     leaves = [leaf.requires_grad_() for leaf in form.leaves]
     state = _state(leaves, form.stacked)
-    total, optimizer = summed(form.losses), adam(leaves)
+    total, steps = summed(form.losses), optimizer(leaves)
     total = compiled(total) if compile else total
 
     def run() -> Stepped:
-        optimizer.zero_grad()
+        steps.zero_grad()
         loss, losses = total(leaves)
         loss.backward()
-        optimizer.step()
+        steps.step()
         return losses, state
 
     return run
