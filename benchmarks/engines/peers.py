@@ -26,9 +26,9 @@ UNCAPPED = ("onnxruntime", "ynn")
 
 
 def forward_peers(
-    problem: Problem, expected: Tensor, threads: int, *, cheap: bool = False
+    problem: Problem, expected: Tensor, threads: int, *, processes: int = 1
 ) -> list[Contestant]:
-    """The forward pass of `problem`, whose input is shared; `cheap`: only the forms that are mostly best."""
+    """The forward pass of `problem`, whose input is shared; `processes` of each at once."""
     dtype = problem.input.dtype
     member_first = agrees_with(expected, dtype)
     batch_last = agrees_with(expected, dtype, lambda output: output[0].mT)
@@ -36,15 +36,14 @@ def forward_peers(
     def contestant(engine: str, form: str, flags: str = "") -> Contestant:
         arguments = form, problem.input, problem.weights, problem.biases
         check = batch_last if form == "transposed" else member_first
-        return _contestant(engine, "forward", form, arguments, threads, check, flags)
+        return _contestant(engine, "forward", form, arguments, threads, check, flags, processes)
 
-    forms = {engine: ("transposed",) if cheap else forms for engine, forms in FORMS.items()}
-    found = [contestant(engine, form) for engine in forms for form in forms[engine]]
+    found = [contestant(engine, form) for engine, forms in FORMS.items() for form in forms]
     return [*found, contestant("jax", "transposed", YNN)]
 
 
 def gradient_peers(
-    problem: TrainingProblem, expected: tuple[Tensor, list[Tensor]], threads: int, *, cheap: bool = False
+    problem: TrainingProblem, expected: tuple[Tensor, list[Tensor]], threads: int, *, processes: int = 1
 ) -> list[Contestant]:
     """Losses and gradients of `problem`, whose input is shared: of these engines JAX alone has any."""
     agree = gradients_agree(expected, problem.target.dtype)
@@ -53,8 +52,10 @@ def gradient_peers(
         agree((found[0], lambda: found[1:]))
 
     return [
-        _contestant("jax", "gradients", form, _of_training(form, problem), threads, check)
-        for form in (("transposed",) if cheap else FORMS["jax"])
+        _contestant(
+            "jax", "gradients", form, _of_training(form, problem), threads, check, processes=processes
+        )
+        for form in FORMS["jax"]
     ]
 
 
@@ -80,6 +81,7 @@ def _contestant(
     threads: int,
     check: Callable[[list[Tensor]], None],
     flags: str = "",
+    processes: int = 1,
 ) -> Contestant:
     name = f"{engine} {form}{', ynn' if flags == YNN else ''}"
     return Contestant(
@@ -89,6 +91,7 @@ def _contestant(
             f"benchmarks.engines.{MODULES[engine]}:{function}",
             *arguments,
             threads=threads,
+            processes=processes,
             environment={"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()},
         ),
         check,

@@ -27,13 +27,18 @@ class Block(NamedTuple):
     cpu_seconds: float  # of all threads of the process
 
 
+def warm_up(calls: int) -> int:
+    """How many calls go before."""
+    return max(calls // 100, 2) if calls > 1 else 0
+
+
 def measure(run: Run, calls: int, cold_bytes: int = 0, wait: Callable[[], Any] = lambda: None) -> Block:
-    """Times `calls` calls, after a few that wake what sleeps.
+    """Times `calls` calls, after a few that wake what sleeps; a single one is long enough to need none.
 
     With `cold_bytes` each call is timed alone, after every core has read so many bytes, which is not timed;
     the median of the calls counts. `wait` waits for a device.
     """
-    for _ in range(max(calls // 100, 2)):
+    for _ in range(warm_up(calls)):
         run()
     wait()
     if cold_bytes:

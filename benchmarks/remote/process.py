@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.remote.blocks import Block
+from benchmarks.remote.blocks import Block, warm_up
 
 PATIENCE = 600.0  # seconds for an answer: compilers are slow
 
@@ -56,7 +56,7 @@ class Remote:
         start = time.perf_counter()
         blocks = self._ask("measure", calls, cold_bytes)
         # The slowest ends the block; what each does to wake up, and messages, are within it.
-        passed = (time.perf_counter() - start) / (calls + max(calls // 100, 2)) / len(blocks)
+        passed = (time.perf_counter() - start) / (calls + warm_up(calls)) / len(blocks)
         return Block(passed, sum(block.cpu_seconds for block in blocks) / len(blocks))
 
     def close(self) -> None:
