@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks import ensemble_mlp, harness, training
 from benchmarks.ensemble_mlp import OP, PACKED
@@ -19,6 +20,9 @@ from benchmarks.peers import mlp_flops
 from benchmarks.training import LOSS
 from benchmarks.training_peers import training_flops
 from pyens.plots import new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Shape = tuple[int, int, tuple[int, ...]]  # ensemble size, batch size, features
 PAPER = (32, 50, 20, 10, 1)
@@ -132,7 +136,12 @@ def remarks(report: harness.Report) -> list[str]:
 
 
 def plot(report: harness.Report, path: Path) -> None:
-    """Draws the curves into a file: forward above, training below."""
+    """Draws the curves into a file."""
+    save_figure(draw(report), path, dpi=100)
+
+
+def draw(report: harness.Report) -> Figure:
+    """Forward above, training below."""
     figure = new_figure(20, 9)
     panels = figure.subplots(len(KINDS), len(AXES), squeeze=False)
     for row, kind in zip(panels, KINDS, strict=True):
@@ -164,7 +173,7 @@ def plot(report: harness.Report, path: Path) -> None:
         f"{report.benchmark}: {report.dtype}, {processor(machine)}, {machine['threads']} threads. "
         f"{verdict(report)}"
     )
-    save_figure(figure, path, dpi=100)
+    return figure
 
 
 def _fixed(axis: str) -> str:
