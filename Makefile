@@ -59,7 +59,7 @@ cpp: $(BUILT) $(filter $(VENV)/%,$(CMAKE)) ## a C++ program without Python loads
 	build/cpp/load_operations pyens/_operations.abi3.so
 
 slow: $(BUILT) $(VENV)/peers ## what takes too long for each change: tests that need the peers, ten times the examples
-	$(PY) -m pytest tests/test_benchmarks.py $(ARGS)
+	$(PY) -m pytest tests/test_benchmarks.py tests/test_benchmarks_engines.py $(ARGS)
 	$(PY) -m pytest -m hypothesis --hypothesis-profile=slow $(ARGS)
 
 fuzz: $(BUILT) ## the properties again with 5,000 examples each (hours)

@@ -167,7 +167,8 @@ def draw(report: harness.Report) -> Figure:
             axes.set_title(f"{kind}: {_fixed(axis)}")
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False)
+            if axes.lines:
+                axes.legend(frameon=False)
     machine = report.machine
     figure.suptitle(
         f"{report.benchmark}: {report.dtype}, {processor(machine)}, {machine['threads']} threads. "
