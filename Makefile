@@ -3,7 +3,6 @@
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
-PEERS  := tabm==0.0.3 rtdl_num_embeddings==0.0.12
 # Tests read one file of it, which needs no more than numpy and torch; the rest of it needs much.
 PARITY := torch-uncertainty==0.13.0
 CMAKE  ?= $(or $(shell command -v cmake),$(VENV)/bin/cmake)
@@ -60,7 +59,7 @@ cpp: $(BUILT) $(filter $(VENV)/%,$(CMAKE)) ## a C++ program without Python loads
 	build/cpp/load_operations pyens/_operations.abi3.so
 
 slow: $(BUILT) $(VENV)/peers ## what takes too long for each change: tests that need the peers, ten times the examples
-	$(PY) -m pytest tests/test_benchmarks.py $(ARGS)
+	$(PY) -m pytest tests/test_benchmarks.py tests/test_benchmarks_engines.py $(ARGS)
 	$(PY) -m pytest -m hypothesis --hypothesis-profile=slow $(ARGS)
 
 fuzz: $(BUILT) ## the properties again with 5,000 examples each (hours)
@@ -70,9 +69,12 @@ template: $(BUILT) ## build and test the example operation of examples/gain
 	$(PY) -m pytest examples/gain $(ARGS)
 
 BENCHMARKS := ensemble_mlp training networks fit decorrelation uncertainty masksembles activation_strength serving
+# Of the CPU alone, with their options.
+CPU_BENCHMARKS := every_engine:--threads=1 every_engine:--threads=2 cost_curves:--rounds=5 contention:
 
 bench: $(BUILT) $(VENV)/peers ## compare every operation with its peers
-	for name in $(BENCHMARKS); do $(PY) -m benchmarks.$$name $(ARGS); done
+	for run in $(addsuffix :,$(BENCHMARKS)) $(CPU_BENCHMARKS); do \
+		$(PY) -m benchmarks.$${run%%:*} $${run#*:} $(ARGS); done
 	$(PY) -m benchmarks.results_page
 
 # On a GPU machine: the interpreter that is already there, with its torch; nothing is installed.
@@ -123,9 +125,9 @@ build/environment: FORCE
 	@env | LC_ALL=C sort | sed -nE '/^(PYENS_CUDA|CXX|C(PP|XX)?FLAGS|LDFLAGS|TORCH_CUDA_ARCH_LIST|CUDA_HOME)=/p' >$@.now
 	@cmp -s $@.now $@ && rm $@.now || mv $@.now $@
 
-# Without their dependencies: what they need of them is there.
-$(VENV)/peers: $(INSTALLED)
-	@$(PIP_INSTALL) --no-deps $(PEERS)
+# Without their dependencies: what they need of them is there, or in that list too.
+$(VENV)/peers: $(INSTALLED) requirements-peers.txt
+	@$(PIP_INSTALL) --no-deps -r requirements-peers.txt
 	@touch $@
 
 $(VENV)/bin/cmake: $(INSTALLED)

@@ -11,13 +11,27 @@ import json
 
 import torch
 
-from benchmarks import ensemble_mlp, training
+from benchmarks import cost_curves, ensemble_mlp, training
 from benchmarks.harness import RESULTS, Options, Report, markdown, verdicts, write
 from benchmarks.harness.tables import duration
 
 PAGE = RESULTS.parent / "RESULTS.md"
 
-# What a result is of, and what its figures need to be understood; in the order of the page.
+ENGINES = (
+    "Peers: those of the two sections above, and JAX, ONNX Runtime and OpenVINO, in processes of their own; "
+    "`*, ynn` is JAX with YNNPACK's products. Before each call of a row named cold every core reads 16 MB."
+)
+CURVES = (
+    "The time of a member against ensemble size, batch size, width and depth. A step between neighbours is "
+    "too large if the larger one takes more than 1.3× as long per operation, or the smaller one in all."
+)
+CONTENTION = (
+    "N processes at once on as many cores as one of them has threads; the time of a call is what passes over "
+    "the calls of all."
+)
+
+# What a result is of, and what its figures need to be understood; in the order of the page. Those that have
+# not been measured are left out.
 SECTIONS = {
     "ensemble_mlp-cpu-float32": (
         "Forward pass",
@@ -38,6 +52,14 @@ SECTIONS = {
         "2.4×. Own inputs are transposed on the way in and out, which is also what the table step spends "
         "beside its arithmetic and Adam's memory traffic.",
     ),
+    "every_engine-cpu-float32-threads1": ("Every engine, one thread", ENGINES, ""),
+    "every_engine-cpu-float32-threads2": ("Every engine, two threads", ENGINES, ""),
+    "every_engine-cpu-float32-avx2-threads1": ("Every engine capped to AVX2, one thread", ENGINES, ""),
+    "every_engine-cpu-float32-avx2-threads2": ("Every engine capped to AVX2, two threads", ENGINES, ""),
+    "cost_curves-cpu-float32-threads1": ("Cost curves, one thread", CURVES, ""),
+    "cost_curves-cpu-float32-threads2": ("Cost curves, two threads", CURVES, ""),
+    "contention-cpu-float32-threads1": ("Contention, one thread", CONTENTION, ""),
+    "contention-cpu-float32-threads2": ("Contention, two threads", CONTENTION, ""),
     "networks-cpu-float32": (
         "Networks of public projects",
         "Whole update steps with Adam's fused step. Peers: the project's own way to put its members "
@@ -117,13 +139,16 @@ Against plain `baddbmm`: B 64 2.66×, B 1024 2.77×, B 8192 6.0×.
 
 def page() -> str:
     """The whole page."""
-    reports = {stem: Report.load(RESULTS / f"{stem}.json") for stem in SECTIONS}
+    paths = {stem: RESULTS / f"{stem}.json" for stem in SECTIONS}
+    reports = {stem: Report.load(path) for stem, path in paths.items() if path.exists()}
     found = [
         (SECTIONS[stem][0], result.title, text)
         for stem, report in reports.items()
         for result in report.results
         for text in verdicts(result, report.peaks)
     ]
+    curves = {stem: report for stem, report in reports.items() if report.benchmark == "cost_curves"}
+    found += [(SECTIONS[stem][0], "all", cost_curves.verdict(report)) for stem, report in curves.items()]
     missed = [entry for entry in found if ": MISSED" in entry[2]]
     lines = [
         "# Speed: every target and what came of it",
@@ -137,7 +162,8 @@ def page() -> str:
     ]
     for stem, report in reports.items():
         title, what, remark = SECTIONS[stem]
-        lines += ["", f"## {title}", "", what, "", markdown(report), *(["", remark] if remark else [])]
+        table = cost_curves.summary(report) if stem in curves else markdown(report)
+        lines += ["", f"## {title}", "", what, "", table, *(["", remark] if remark else [])]
         if stem == "masksembles-cpu-float32":
             lines += ["", _drawing(json.loads((RESULTS / f"{stem}-scale.json").read_text("utf-8"))["draw"])]
         lines += ["", f"[Picture](results/{stem}.png)"]

@@ -324,7 +324,7 @@ def test_the_page_of_results_is_what_the_command_gives():
 
 def test_every_saved_report_is_on_the_page():
     saved = [path for path in harness.RESULTS.glob("*.json") if "benchmark" in json.loads(path.read_text())]
-    assert {path.stem for path in saved} == set(results_page.SECTIONS)
+    assert {path.stem for path in saved} <= set(results_page.SECTIONS)
 
 
 def test_the_page_counts_what_was_met_and_lists_what_was_missed(tmp_path, monkeypatch):

@@ -1,13 +1,12 @@
 """The benchmarks on CUDA: graphs, yardsticks, floors, precision, and the cases that are promised."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from test_benchmarks import PEAKS, accept, options, result
 
 from benchmarks import ensemble_mlp, harness, peers, training, training_peers
-from benchmarks.harness import Case, Contestant, Target, Timing, measuring
+from benchmarks.harness import Case, Contestant, Target, Timing
+from benchmarks.remote import blocks
 
 
 def test_a_yardstick_is_no_peer_but_may_be_a_target():
@@ -49,32 +48,20 @@ def test_float32_with_tf32_allowed_is_as_rough_as_float16():
 
 
 def test_seconds_are_those_of_one_of_several_calls(monkeypatch):
-    class Clock:
-        """In place of the Timer: every run takes 2 ms."""
+    now = [0.0]
 
-        now = 0.0
-
-        def __init__(self, statement, globals, num_threads):
-            self.run = globals["run"]
-
-        def timeit(self, calls):
-            start = Clock.now
-            for _ in range(calls):
-                self.run()
-            return SimpleNamespace(mean=(Clock.now - start) / calls)
-
-    def work():
-        Clock.now += 0.002
+    def work():  # every run takes 2 ms
+        now[0] += 0.002
 
     def contestant(name, calls):
         return Contestant(name, lambda: work, accept, ours=True, calls=calls)
 
-    monkeypatch.setattr(measuring, "Timer", Clock)
+    monkeypatch.setattr(blocks.time, "perf_counter", lambda: now[0])
     case = Case("calls", "", lambda: [contestant("one", 1), contestant("ten", 10)])
     one, ten = harness.run_interleaved(case, options()).timings
     assert one.seconds == pytest.approx([0.002] * 4) and ten.seconds == pytest.approx([0.0002] * 4)
     # Each is checked once; then blocks of at least 20 ms, for 3 measurements at least and in 4 rounds.
-    assert Clock.now > 2 * 4 * 0.02
+    assert now[0] > 2 * 4 * 0.02
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

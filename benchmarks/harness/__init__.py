@@ -22,6 +22,7 @@ from benchmarks.harness.measuring import machine_info, measure_peaks, peak_memor
 from benchmarks.harness.pictures import plot
 from benchmarks.harness.results import RESULTS, Peaks, Report, Result, Timing, write
 from benchmarks.harness.tables import losses, markdown, table, unsteady, verdict, verdicts, versions
+from benchmarks.remote.process import Remote
 
 __all__ = [
     "EMPTY_KERNEL",
@@ -31,6 +32,7 @@ __all__ = [
     "Contestant",
     "Options",
     "Peaks",
+    "Remote",
     "Report",
     "Result",
     "Run",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-Run = Callable[[], Any]
+from benchmarks.remote.blocks import Run
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Options:
     quick: bool  # a smoke test: one tiny case
     compile: bool  # also the torch.compile'd contestants
     precision: str = "ieee"  # of float32 products on CUDA: ieee, or tf32
+    isa: str = ""  # what all contestants are capped to, as far as they can be; empty: nothing
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Contestant:
     `setup` prepares everything that a user would prepare once, and returns the call that is timed. `check`
     gets what that call returned and raises if it is wrong. Everyone who is neither `ours` nor a `yardstick`
     is a peer. `calls` says how often one call does the work. `memory` measures the bytes that the work takes
-    at its peak: see `peak_memory`.
+    at its peak: see `peak_memory`. A call that is a `Remote` is timed in its own process. Not `capped` is who
+    uses wider vectors than `--isa` allows.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Contestant:
     memory: Callable[[], int | None] | None = None
     yardstick: bool = False  # does other work, and is there to be compared with
     calls: int = 1
+    capped: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Target:
     """`ours` should be `ratio` times as fast as the best, in each round, of the peers in `against`.
 
     With `flops` or `bytes`, as fast as the machine could be: at its peak in so many operations, or in copying
-    so many bytes, whichever takes longer.
+    so many bytes, whichever takes longer. With `seconds`, in so many at most; `ratio` says nothing then.
     """
 
     ours: str
@@ -57,6 +60,7 @@ class Target:
     against: tuple[str, ...] = ()  # empty: all peers
     flops: float = 0.0
     bytes: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class Case:
     `contestants` is called when the case's turn comes, so that only one case is in memory. `flops` and
     `bytes` count the useful work of one call: GF/s against the arithmetic peak or, where `flops` is 0, GB/s
     against copy bandwidth; calls per second where both are 0. Ours should not take more than `memory_limit`
-    bytes, unless that is 0.
+    bytes, unless that is 0. Before each call every core reads `cold_bytes`, untimed, so that its own caches
+    are cold. A block of calls lasts `block_seconds`.
     """
 
     name: str
@@ -77,6 +82,8 @@ class Case:
     targets: tuple[Target, ...] = ()
     memory_limit: int = 0
     grad: bool = False  # False: under torch.inference_mode
+    cold_bytes: int = 0
+    block_seconds: float = 0.02
 
 
 # Largest error allowed, in units of the expected output's root mean square. A wrong result is off by about 1.

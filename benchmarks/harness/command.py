@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks.harness.cases import TOLERANCE, Case, Options, dtype_name
-from benchmarks.harness.measuring import machine_info, measure_peaks, run_interleaved
+from benchmarks.harness.measuring import ISA_CAPS, machine_info, measure_peaks, run_interleaved
 from benchmarks.harness.pictures import plot
 from benchmarks.harness.results import RESULTS, Report
-from benchmarks.harness.tables import markdown, table
+from benchmarks.harness.tables import losses, markdown, processor, table
 
 # GPUs are steadier, and time on them is dear.
 ROUNDS = {"cpu": 20, "cuda": 10}
@@ -23,8 +26,16 @@ def main(
     description: str | None,
     cases: Callable[[Options], list[Case]],
     argv: Sequence[str] | None = None,
+    *,
+    by_threads: bool = False,
+    picture: Callable[[Report, Path], None] = plot,
+    remarks: Callable[[Report], list[str]] = lambda _: [],
 ) -> int:
-    """Run the benchmark `benchmark` as the command line asks. 1 if one of ours was excluded, else 0."""
+    """Run the benchmark `benchmark` as the command line asks. 1 if one of ours was excluded, else 0.
+
+    `by_threads`: the results of each number of threads have files of their own. `picture` draws the report,
+    and `remarks` says what there is to say about all cases together.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{benchmark}",
         description=description,
@@ -39,6 +50,12 @@ def main(
         help="of float32 matrix products on CUDA, for all contestants: torch's own setting",
     )
     parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument(
+        "--isa",
+        choices=list(ISA_CAPS),
+        default="",
+        help="cap everybody's instruction set who can be; marks who cannot",
+    )
     parser.add_argument("--cases", default="", help="names or beginnings of names, with commas; default: all")
     parser.add_argument("--rounds", type=_positive, help=f"default: {ROUNDS}")
     parser.add_argument("--seed", type=int, default=0, help="of the data and of the order in each round")
@@ -47,12 +64,19 @@ def main(
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON and the picture")
     parser.add_argument("--markdown", action="store_true", help="only print the saved result as a table")
     arguments = parser.parse_args(argv)
+    caps = ISA_CAPS.get(arguments.isa, {})
+    if any(os.environ.get(name) != value for name, value in caps.items()):
+        # Libraries read these when they are loaded, so a new process has to.
+        command = [sys.executable, "-m", f"benchmarks.{benchmark}", *(sys.argv[1:] if argv is None else argv)]
+        return subprocess.call(command, env={**os.environ, **caps})
 
     part = "-quick" if arguments.quick else "-part" if arguments.cases or arguments.no_compile else ""
     if arguments.precision == "tf32" and (arguments.device, arguments.dtype) != ("cuda", "float32"):
         parser.error("--precision tf32: is for --device cuda and --dtype float32")
     number = arguments.dtype if arguments.precision == "ieee" else arguments.precision
-    stem = f"{benchmark}-{arguments.device}-{number}{part}"
+    isa = f"-{arguments.isa}" if arguments.isa else ""
+    threads = f"-threads{arguments.threads}" if by_threads else ""
+    stem = f"{benchmark}-{arguments.device}-{number}{isa}{threads}{part}"
     saved = arguments.output / f"{stem}.json"
     if arguments.markdown:
         if not saved.exists():
@@ -71,6 +95,7 @@ def main(
         quick=arguments.quick,
         compile=not (arguments.no_compile or arguments.quick),
         precision=arguments.precision,
+        isa=arguments.isa,
     )
     torch.backends.cuda.matmul.allow_tf32 = options.precision == "tf32"  # for ours and for the peers
     available = cases(options)
@@ -96,7 +121,7 @@ def main(
         results=[],
     )
     peaks = report.peaks
-    print(f"{benchmark}: {arguments.dtype}, {report.machine['gpu'] or report.machine['cpu']}, ", end="")
+    print(f"{benchmark}: {arguments.dtype}, {processor(report.machine)}, ", end="")
     print(f"{options.threads} threads; peak {peaks.gflops:.0f} GF/s ({peaks.kind}), ", end="")
     print(f"copy {peaks.copy_gbs:.1f} GB/s; * is pyens\n", flush=True)
     for case in selected:
@@ -104,10 +129,15 @@ def main(
         report.peaks = report.peaks.or_better(measure_peaks(options))
         print(table(report.results[-1], report.peaks) + "\n", flush=True)
 
-    picture = saved.with_suffix(".png")
+    drawing = saved.with_suffix(".png")
     report.save(saved)
-    plot(report, picture)
-    print(f"wrote {saved} and {picture.name}")
+    picture(report, drawing)
+    for line in [
+        *(f"SLOWER, {r.name}: {loss}" for r in report.results for loss in losses(r)),
+        *remarks(report),
+    ]:
+        print(line)
+    print(f"wrote {saved} and {drawing.name}")
     return int(any(t.ours and t.excluded for result in report.results for t in result.timings))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import multiprocessing
@@ -10,9 +11,12 @@ import platform
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +26,33 @@ from tqdm import tqdm
 
 from benchmarks.harness.cases import Case, Options, Run, dtype_name
 from benchmarks.harness.results import Peaks, Result, Timing
+from benchmarks.remote.blocks import COLD_CALLS, Block, measure, on_cores
+from benchmarks.remote.process import Remote
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_interleaved(case: Case, options: Options, *, block_seconds: float = 0.02) -> Result:
+def run_interleaved(case: Case, options: Options, *, block_seconds: float | None = None) -> Result:
     """Check every contestant of `case`, then time them in rounds of blocks of at least `block_seconds`."""
+    with contextlib.ExitStack() as stack:
+        return _run_interleaved(case, options, block_seconds, stack)
+
+
+def _run_interleaved(
+    case: Case, options: Options, block_seconds: float | None, stack: contextlib.ExitStack
+) -> Result:
     torch.compiler.reset()  # compiled code of the case before
     torch.set_num_threads(options.threads)
     shuffle = random.Random(options.seed)
     contestants = case.contestants()
     if len({c.name for c in contestants}) != len(contestants):
         raise ValueError(f"case {case.name}: two contestants have the same name")
-    timings = [Timing(c.name, c.ours, yardstick=c.yardstick) for c in contestants]
-    runners: list[tuple[Timing, Timer, int, int]] = []
+    timings = [
+        Timing(c.name, c.ours, yardstick=c.yardstick, uncapped=bool(options.isa) and not c.capped)
+        for c in contestants
+    ]
+    runners: list[tuple[Timing, Callable[[int], Block], int, int]] = []
+    pause = 0.0
 
     with tqdm(
         total=(1 + options.rounds) * len(contestants), desc=case.name, leave=False, disable=None
@@ -44,24 +61,33 @@ def run_interleaved(case: Case, options: Options, *, block_seconds: float = 0.02
             bar.set_postfix_str(f"preparing {contestant.name}")
             try:
                 run = contestant.setup()
+                block = partial(measure, run, cold_bytes=case.cold_bytes, wait=_wait(options))
+                if isinstance(run, Remote):
+                    stack.callback(run.close)
+                    block, pause = partial(run.measure, cold_bytes=case.cold_bytes), PAUSE
                 with torch.inference_mode(not case.grad):
                     contestant.check(run())
-                    timer = Timer("run()", globals={"run": run}, num_threads=options.threads)
-                    calls = _calls_per_block(timer, block_seconds)
+                    least = case.block_seconds if block_seconds is None else block_seconds
+                    calls = COLD_CALLS if case.cold_bytes else _calls_per_block(block, least)
                 timing.memory = contestant.memory() if contestant.memory else None
-                runners.append((timing, timer, calls, contestant.calls))
+                runners.append((timing, block, calls, contestant.calls))
             except Exception as error:  # a peer may fail in any way; ours too, and then it must be seen
                 reason = (str(error).strip().splitlines() or [""])[0]
                 timing.excluded = f"{type(error).__name__}: {reason}"
                 tqdm.write(f"EXCLUDED from {case.name}: {timing.name}: {timing.excluded}", file=sys.stderr)
                 bar.total -= options.rounds
             bar.update()
+        if pause or case.cold_bytes:  # all alike: processes of their own have no other cores
+            stack.enter_context(on_cores(options.threads))
         with torch.inference_mode(not case.grad):
             for _ in range(options.rounds):
-                # The Timer waits for the GPU before and after each block.
-                for timing, timer, calls, work in shuffle.sample(runners, len(runners)):
+                for timing, block, calls, work in shuffle.sample(runners, len(runners)):
                     bar.set_postfix_str(timing.name)
-                    timing.seconds.append(timer.timeit(calls).mean / work)
+                    time.sleep(pause)
+                    seconds, cpu_seconds = block(calls)
+                    timing.seconds.append(seconds / work)
+                    if options.device.type == "cpu":
+                        timing.cpu_seconds.append(cpu_seconds / work)
                     bar.update()
 
     return Result(
@@ -69,10 +95,18 @@ def run_interleaved(case: Case, options: Options, *, block_seconds: float = 0.02
     )
 
 
-def _calls_per_block(timer: Timer, seconds: float) -> int:
+# Idle threads spin for some milliseconds; where contestants have processes of their own, the next one waits.
+PAUSE = 0.01
+
+
+def _wait(options: Options) -> Callable[[], Any]:
+    return torch.cuda.synchronize if options.device.type == "cuda" else lambda: None
+
+
+def _calls_per_block(block: Callable[[int], Block], seconds: float) -> int:
     # The fastest of three: one call that waited for a busy core would otherwise pass for a full block.
     calls = 1
-    while (took := min(timer.timeit(calls).mean for _ in range(3)) * calls) < seconds:
+    while (took := min(block(calls).seconds for _ in range(3)) * calls) < seconds:
         calls = max(2 * calls, math.ceil(1.1 * seconds / took * calls))
     return calls
 
@@ -182,10 +216,44 @@ def machine_info(options: Options | None = None) -> dict[str, Any]:
         "driver": _driver() if cuda else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "engines": _engines(),
+        "isa": _instruction_sets(options),
         "pyens": pyens.build_info(),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _engines() -> dict[str, str]:
+    """The versions of those that are here."""
+    found = {}
+    for name in ("jax", "onnxruntime", "openvino", "tabm"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+# What caps instruction sets, by what `--isa` may say. On AMD's processors MKL takes AVX2 whatever it says.
+ISA_CAPS = {
+    "avx2": {
+        "PYENS_CPU_CAPABILITY": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "TORCHINDUCTOR_CPP_MARCH": "x86-64-v3",
+        "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
+    }
+}
+
+
+def _instruction_sets(options: Options | None) -> dict[str, str | None]:
+    """Of torch, and what caps whom; that of pyens is in its `build_info`."""
+    caps = {name: os.environ.get(name) for name in ISA_CAPS["avx2"]}
+    return {
+        "asked": (options and options.isa) or None,
+        "torch": torch.backends.cpu.get_cpu_capability(),
+        **caps,
     }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.harness.results import Report
+from benchmarks.harness.tables import processor
 from pyens.plots import new_figure, save_figure
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def draw(report: Report) -> Figure:
     bars.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     bars.set_ylabel("share of the peak" if mixed else " or ".join(units))
     bars.set_xticks(range(len(results)), [r.name for r in results])
-    bars.set_title(f"{report.benchmark}: {report.dtype}, {report.machine['gpu'] or report.machine['cpu']}")
+    bars.set_title(f"{report.benchmark}: {report.dtype}, {processor(report.machine)}")
 
     ratios.axhline(1.0, color="grey", linewidth=1, linestyle="--")
     ratios.set_yscale("log")

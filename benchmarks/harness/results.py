@@ -25,10 +25,16 @@ class Timing:
     excluded: str | None = None
     memory: int | None = None  # bytes
     yardstick: bool = False
+    cpu_seconds: list[float] = field(default_factory=list)  # of all threads, beside `seconds`
+    uncapped: bool = False  # not held to the instruction set that the others are held to
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+    @property
+    def cpu_median(self) -> float | None:
+        return statistics.median(self.cpu_seconds) if self.cpu_seconds else None
 
     @property
     def quartiles(self) -> tuple[float, float]:
@@ -76,6 +82,10 @@ class Result:
         floor = max(target.flops / peaks.gflops, target.bytes / peaks.copy_gbs) / 1e9
         return floor / mine.median if mine else None
 
+    def lost(self) -> bool:
+        """Whether a peer beats one of ours."""
+        return any((self.speedup(t.name) or 1.0) < 1.0 for t in self.timed(ours=True))
+
     def rate(self, seconds: float) -> tuple[float, str]:
         """Useful work per second, and its unit."""
         if self.flops:
@@ -121,6 +131,7 @@ class Report:
                     rate, unit = result.rate(timing.median)
                     entry |= {
                         "median": timing.median,
+                        "cpu_median": timing.cpu_median,
                         "quartiles": timing.quartiles,
                         "rate": rate,
                         "unit": unit,

@@ -5,22 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.harness.cases import Target
-from benchmarks.harness.results import Peaks, Report, Result
+from benchmarks.harness.results import Peaks, Report, Result, Timing
 
 
 def table(result: Result, peaks: Peaks) -> str:
-    """One case as text: ours first, then the peers from fast to slow, then targets and losses in words."""
+    """One case as text: what we lose, ours, the peers from fast to slow, then targets in words."""
     peak = result.peak(peaks)
     memory = "memory" if any(t.memory is not None for t in result.timings) else ""
-    rows = [("", "median", "quartiles", "rate", "of peak" if peak else "", "vs best peer", memory)]
+    cpu = "CPU time" if any(t.cpu_seconds for t in result.timings) else ""
+    rows = [("", "median", "quartiles", cpu, "rate", "of peak" if peak else "", "vs best peer", memory)]
     for t in sorted(result.timed(), key=lambda t: (not t.ours, t.yardstick, t.median)):
         rate, unit = result.rate(t.median)
         speedup = result.speedup(t.name)
         rows.append(
             (
-                ("* " if t.ours else "- " if t.yardstick else "  ") + t.name,
+                ("* " if t.ours else "- " if t.yardstick else "  ") + shown_name(t),
                 duration(t.median),
                 " – ".join(duration(q) for q in t.quartiles),
+                "" if t.cpu_median is None else duration(t.cpu_median),
                 f"{rate:.4g} {unit}",
                 f"{rate / peak:.0%}" if peak else "",
                 "" if speedup is None else f"{speedup:.2f}×",
@@ -28,7 +30,7 @@ def table(result: Result, peaks: Peaks) -> str:
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [f"{result.name}: {result.title}"]
+    lines = [f"{result.name}: {result.title}", *(f"  SLOWER: {loss}" for loss in losses(result))]
     for row in rows:
         cells = [row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(cells).rstrip())
@@ -40,12 +42,17 @@ def table(result: Result, peaks: Peaks) -> str:
             f"quartiles {spread[worst]:.0%} of the median apart; is the machine busy?"
         )
     lines += [f"  target: {text}" for text in verdicts(result, peaks)]
-    lines += [f"  SLOWER: {loss}" for loss in losses(result)]
     return "\n".join(lines)
 
 
 def verdict(result: Result, target: Target, peaks: Peaks) -> str:
     """A target and what came of it, in words."""
+    if target.seconds:
+        goal = f"{target.ours} in at most {duration(target.seconds)}"
+        mine = next((t for t in result.timed() if t.name == target.ours), None)
+        if mine is None:
+            return f"{goal}: MISSED, not measured"
+        return f"{goal}: {'met' if mine.median <= target.seconds else 'MISSED'}, {duration(mine.median)}"
     if target.flops or target.bytes:
         goal = f"{target.ours} at least {target.ratio:.0%} of what the peaks allow"
         share = result.share_of_floor(target, peaks)
@@ -90,15 +97,15 @@ def losses(result: Result) -> list[str]:
 
 
 def markdown(report: Report) -> str:
-    """The report as a table for a README: speed-ups over the best peer, in one run."""
+    """The report as a table for a README: speed-ups over the best peer, in one run; what we lose first."""
     ours = list(dict.fromkeys(t.name for r in report.results for t in r.timings if t.ours))
     lines = [
         "| " + " | ".join(["work", "best peer", *ours, "target"]) + " |",
         "|" + "---|" * (len(ours) + 3),
     ]
-    for result in report.results:
+    for result in sorted(report.results, key=lambda result: not result.lost()):
         best, peak = result.best_peer(), result.peak(report.peaks)
-        cells = [result.title, f"{best.name}, {duration(best.median)}" if best else "none"]
+        cells = [result.title, f"{shown_name(best)}, {duration(best.median)}" if best else "none"]
         timed = {t.name: t for t in result.timed(ours=True)}
         for name in ours:
             if name not in timed:
@@ -115,12 +122,23 @@ def markdown(report: Report) -> str:
     tf32 = " (TF32)" if machine.get("float32_products") == "tf32" else ""
     lines += [
         "",
-        f"{report.dtype}{tf32} on {machine['gpu'] or machine['cpu']}, {machine['threads']} threads, "
+        f"{report.dtype}{tf32} on {processor(machine)}, {machine['threads']} threads, "
         f"{peaks.kind} peak {peaks.gflops:.0f} GF/s, copy {peaks.copy_gbs:.0f} GB/s, "
         f"{versions(machine)}. "
         f"Median of {report.method['rounds']} interleaved rounds; percentages are of the measured peak.",
     ]
     return "\n".join(lines)
+
+
+def shown_name(timing: Timing) -> str:
+    """A contestant's name, and whether it was not held to the others' instruction set."""
+    return f"{timing.name} (not capped)" if timing.uncapped else timing.name
+
+
+def processor(machine: dict[str, Any]) -> str:
+    """What computed, and on the CPU with which instruction set, from `machine_info`."""
+    isa = machine.get("pyens", {}).get("cpu_capability")
+    return str(machine["gpu"]) if machine["gpu"] else machine["cpu"] + (f" ({isa})" if isa else "")
 
 
 def versions(machine: dict[str, Any]) -> str:
