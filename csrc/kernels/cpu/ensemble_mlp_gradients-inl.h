@@ -193,14 +193,14 @@ struct RowProducts {
       for (int v = 0; v < NV; ++v) sum[r][v] = V{};
     }
     const Real* from = x;
-    const auto add = [&](const auto& numbers) __attribute__((always_inline)) {
+    const auto add = [&](const auto& number) __attribute__((always_inline)) {
       V xs[NV];
 #pragma GCC unroll 4
       for (int v = 0; v + 1 < NV; ++v) xs[v] = load<V>(from + v * N);
       xs[NV - 1] = kPanels ? load<V>(from + x_last) : load_lanes(from + x_last, columns.count);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const V by = broadcast<V>(numbers[r]);
+        const V by = broadcast<V>(number(r));
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) sum[r][v] = madd(by, xs[v], sum[r][v]);
       }
@@ -208,13 +208,17 @@ struct RowProducts {
     };
     if constexpr (kPanels) {
       for (int64_t k = 0; k < k_count; k += P) {
-        RowNumbers<Real, R> numbers(a + (k * a_row / P + row) * P, P);
+        const Real* panel = a + (k * a_row / P + row) * P;
         const int64_t count = std::min(P, k_count - k);
-        for (int64_t i = 0; i < count; ++i, numbers.advance(1)) add(numbers);
+        for (int64_t i = 0; i < count; ++i, ++panel) {
+          add([&](int r) __attribute__((always_inline)) { return panel[r * P]; });
+        }
       }
     } else {
       RowNumbers<Real, R> numbers(a + row * a_row, a_row);
-      for (int64_t k = 0; k < k_count; ++k, numbers.advance(a_k)) add(numbers);
+      for (int64_t k = 0; k < k_count; ++k, numbers.advance(a_k)) {
+        add([&](int r) __attribute__((always_inline)) { return numbers[r]; });
+      }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
