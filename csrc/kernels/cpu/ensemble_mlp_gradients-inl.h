@@ -285,31 +285,19 @@ void weight_gradient(const Real* g, int64_t out, const Real* x, int64_t in, int6
                               : weight_gradient_by_dot_products<Real, kNeurons<Real>>;
     return run(g, out, x, in, examples, weight, first);
   }
-  for (int64_t b = 0; b < examples; b += kBlock) {
-    const int64_t count = std::min(kBlock, examples - b);
-    for (int64_t v = 0; v * N < in; v += kVectors) {
-      const Columns<Real> columns(in, v);
-      RowProducts<Real, true> products{g + b * out,
-                                       out,
-                                       1,
-                                       rows,
-                                       row_stride,
-                                       columns.last,
-                                       count,
-                                       weight + columns.first,
-                                       in,
-                                       columns,
-                                       first && b == 0};
-      if (has_rows) {
-        products.x += b * row_stride + columns.first;
-      } else {
-        products.x = scratch;
-        products.x_stride = columns.vectors * N;
-        products.x_last = (columns.vectors - 1) * N;
-        panels_to_rows(x + b * in, in, columns, count, scratch, products.x_stride);
-      }
-      run_products(out, products);
+  for (int64_t v = 0; v * N < in; v += kVectors) {
+    const Columns<Real> columns(in, v);
+    RowProducts<Real, true> products{
+        g,          out,          1,        rows + (has_rows ? columns.first : 0),
+        row_stride, columns.last, examples, weight + columns.first,
+        in,         columns,      first};
+    if (!has_rows) {
+      products.x = scratch;
+      products.x_stride = columns.vectors * N;
+      products.x_last = (columns.vectors - 1) * N;
+      panels_to_rows(x, in, columns, examples, scratch, products.x_stride);
     }
+    run_products(out, products);
   }
 }
 

@@ -10,8 +10,7 @@
 //   weight gradients g x^T        see ensemble_mlp_gradients-inl.h
 //
 // Order of summation, fixed by the batch and the layer alone. A weight gradient: one chain of multiply-adds over
-// each block of kBlock examples of a tile, the blocks in order; narrow layers, as every bias: per lane one chain, the
-// lanes in a tree. The tiles of a span in order; the (at most kMaxSpans) spans in order. The gradient of a shared input: members in order within each
+// a tile's examples; of narrow layers, as every bias: per lane one chain, the lanes in a tree. The tiles of a span in order; the (at most kMaxSpans) spans in order. The gradient of a shared input: members in order within each
 // of at most kMaxGroups groups, the groups in order. So no bit depends on the number of threads, and
 // but for a shared input none on the members beside.
 
@@ -202,7 +201,7 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
                          first * p.input_row_stride;
       weight_gradient(gradient, rows, scratch.reads[l], in, examples, given ? from : nullptr,
                       p.input_row_stride, static_cast<Real*>(to.weight), first_sum,
-                      scratch.outer_rows);
+                      scratch.input_rows);
     }
     if (to.bias) {
       bias_gradient(gradient, rows, examples, static_cast<Real*>(to.bias), first_sum);

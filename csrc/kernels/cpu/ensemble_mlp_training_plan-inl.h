@@ -139,7 +139,7 @@ struct TrainingScratch {
   Real* gradient[2];             // by what a layer reads, in turn
   Real* rows[2];                 // by_rows: what a layer reads, and the slopes there
   Real* weights;                 // a block of weights, converted
-  Real* outer_rows;              // inputs of a block of examples, for a weight gradient
+  Real* input_rows;              // inputs for a weight gradient, as rows
   Real* bias;                    // of one layer
   Real* norm;                    // weights and biases of one norm
   Real* norm_sums;               // their gradients over the tile, lane by lane
@@ -191,7 +191,7 @@ struct TrainingScratch {
       r = reals(s.by_rows ? s.tile * row_stride<Real>(std::max(widest, p.layers[0].in)) : 0);
     }
     weights = reals(A::kDirect ? 0 : kNeuronBlock * kBlock);
-    outer_rows = reals(kBlock * kPanelOf<Real>);
+    input_rows = reals(s.tile * kPanelOf<Real>);
     bias = reals(round_up(max_width(p), kNarrowLanes<Real>));
     norm = reals(p.rich() ? 2 * max_width(p) : 0);
     norm_sums = reals(p.rich() ? 2 * max_width(p) * lanes_of<Wide<Real>>() : 0);
