@@ -43,7 +43,7 @@ struct InputGradientBlock {
   }
 };
 
-// The gradient of layer l's input, from that of its output. `add`: to what `result` holds.
+// The gradient of layer l's input, from that of its sums, in units. `add`: to what `result` holds.
 template <class A>
 void input_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, int64_t examples,
                     const typename A::Real* gradient, typename A::Real* result, bool add,
@@ -55,20 +55,21 @@ void input_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, int64
   const bool below = l > 0 && !p.layers[l - 1].rich();
   const bool relu = below && slope_shows(p.layers[l - 1]);
   const double rate = l > 0 ? p.dropout.of(member, l - 1) : 0;
+  const int64_t unit_count = units<A>(layer.out);
   for (int64_t row = 0; row < layer.in; row += kBlock) {
     const int64_t rows = std::min(kBlock, layer.in - row);
-    for (int64_t k = 0; k < layer.out; k += kBlock) {
+    for (int64_t k = 0; k < unit_count; k += kBlockUnits<A>) {
       InputGradientBlock<A> block;
-      block.k_count = std::min(kBlock, layer.out - k);
-      block.w = A::weight_block(layer, p.parameters_of(member), k, block.k_count, row, rows,
+      block.k_count = std::min(kBlockUnits<A>, unit_count - k);
+      block.w = A::column_block(layer, p.parameters_of(member), k, block.k_count, row, rows,
                                 weights, &block.w_stride);
       block.first = k == 0 && !add;
       block.scale = static_cast<typename A::Real>(1 / (1 - rate));
       block.cuts = rate > 0 || (below && cuts_off(p.layers[l - 1].activation.kind));
-      const bool finished = k + block.k_count == layer.out;
+      const bool finished = k + block.k_count == unit_count;
       for (int64_t panel = 0; panel * P < examples; ++panel) {
         const int64_t at = (panel * layer.in + row) * P;
-        block.x = gradient + (panel * layer.out + k) * P;
+        block.x = gradient + (panel * unit_count + k) * P;
         block.z = result + at;
         block.relu = finished && relu ? hidden + at : nullptr;
         block.slope = finished && below && slope ? slope + at : nullptr;
@@ -90,13 +91,17 @@ constexpr int kColumns = kWideLanes<Real> < 4 ? kWideLanes<Real> : 4;
 template <class Real>
 constexpr int kNeurons = kWideLanes<Real> / kColumns<Real>;
 
+// Of panels in units of examples, here and below.
+template <class A>
+constexpr int64_t kExamplePanel = kPanel<A> / A::kPerUnit;
+
 // Lane r * kColumns + c <- sum_b g[r][b] x[c][b]. Rows and columns behind the last repeat it.
-template <class Real, bool kFull>
+template <class A, bool kFull, class Real = typename A::Real>
 Wide<Real> weight_gradient_block(const Real* g, int64_t g_stride, int64_t rows, const Real* x,
                                  int64_t x_stride, int64_t columns, int64_t examples) {
   using V = Wide<Real>;
   constexpr int N = lanes_of<V>(), C = kColumns<Real>, R = kNeurons<Real>;
-  constexpr int64_t P = kPanelOf<Real>;
+  constexpr int64_t P = kExamplePanel<A>;
   V sum[N] = {};
   for (int64_t first = 0; first < examples; first += P, g += g_stride, x += x_stride) {
     const int64_t count = std::min(P, examples - first);
@@ -110,7 +115,7 @@ Wide<Real> weight_gradient_block(const Real* g, int64_t g_stride, int64_t rows, 
       for (int r = 0; r < R; ++r) {
         const V gs = load<V>(g + (kFull ? r : std::min<int64_t>(r, rows - 1)) * P + b);
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) sum[r * C + c] = madd(gs, xs[c], sum[r * C + c]);
+        for (int c = 0; c < C; ++c) sum[r * C + c] = A::product(gs, xs[c], sum[r * C + c]);
       }
     }
   }
@@ -201,7 +206,7 @@ void outer_weight_gradient(const Real* g, int64_t out, const Real* x, int64_t in
 }
 
 // weight[o][i] <- (first ? 0 : weight[o][i]) + sum_b g[o][b] x[i][b] over the tile.
-template <class Real>
+template <class A, class Real = typename A::Real>
 void weight_gradient(const Real* g, int64_t out, const Real* x, int64_t in, int64_t examples,
                      Real* weight, bool first, [[maybe_unused]] Real* outer_rows) {
   if constexpr (kOuterProducts) {
@@ -209,7 +214,7 @@ void weight_gradient(const Real* g, int64_t out, const Real* x, int64_t in, int6
       return outer_weight_gradient(g, out, x, in, examples, weight, first, outer_rows);
     }
   }
-  constexpr int64_t P = kPanelOf<Real>;
+  constexpr int64_t P = kExamplePanel<A>;
   constexpr int C = kColumns<Real>, R = kNeurons<Real>;
   Real sums[R * C];
   for (int64_t o = 0; o < out; o += R) {
@@ -218,16 +223,16 @@ void weight_gradient(const Real* g, int64_t out, const Real* x, int64_t in, int6
       const int64_t columns = std::min<int64_t>(C, in - i);
       Real* to = weight + o * in + i;
       if (rows == R && columns == C) {
-        store(sums, weight_gradient_block<Real, true>(g + o * P, out * P, R, x + i * P, in * P, C,
-                                                      examples));
+        store(sums, weight_gradient_block<A, true>(g + o * P, out * P, R, x + i * P, in * P, C,
+                                                   examples));
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
           for (int c = 0; c < C; ++c) store_or_add(to + r * in + c, sums[r * C + c], first);
         }
       } else {
-        store(sums, weight_gradient_block<Real, false>(g + o * P, out * P, rows, x + i * P, in * P,
-                                                       columns, examples));
+        store(sums, weight_gradient_block<A, false>(g + o * P, out * P, rows, x + i * P, in * P,
+                                                    columns, examples));
         for (int64_t r = 0; r < rows; ++r) {
           for (int64_t c = 0; c < columns; ++c)
             store_or_add(to + r * in + c, sums[r * C + c], first);

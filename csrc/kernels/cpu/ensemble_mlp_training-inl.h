@@ -11,6 +11,10 @@
 //                                 its examples, and at the end of the tile the lanes are summed; where
 //                                 vectors are short, outer products (see kOuterProducts)
 //
+// Between the products everything is Real. Where a unit is a pair of bfloat16 (weight_formats-inl.h), the
+// operands of a product are rounded and paired on their way into it: along the inputs, along the outputs,
+// and along the examples.
+//
 // Order of summation, fixed by the batch alone. A weight gradient: per lane one chain of multiply-
 // adds over the tile's examples (one chain of all examples in outer products); the lanes of a tile in a
 // tree; the tiles of a span in order; the
@@ -43,6 +47,7 @@ void load_tile(const Training& t, const TrainingSchedule<A>& s, const TrainingPa
                InPanels& in_panels) {
   using Real = typename A::Real;
   using Elem = typename A::Elem;
+  using Widened = Plain<Elem, Real>;
   const EnsembleMLPParams& p = t.forward;
   const int64_t first = tile * s.tile, examples = std::min(s.tile, p.batch - first);
   const auto* weight = static_cast<const Real*>(t.sample_weight);
@@ -52,7 +57,7 @@ void load_tile(const Training& t, const TrainingSchedule<A>& s, const TrainingPa
   if (p.input_member_stride != 0 || !same_for_all || in_panels.input != tile) {
     const auto* rows = static_cast<const Elem*>(p.input) + member * p.input_member_stride +
                        first * p.input_row_stride;
-    to_panels<A>(rows, p.input_row_stride, examples, p.layers[0].in, scratch.input, weight);
+    to_panels<Widened>(rows, p.input_row_stride, examples, p.layers[0].in, scratch.input, weight);
     in_panels.input = tile;
     for (int64_t b = 0; b < s.tile; ++b) {
       scratch.example_weight[b] =
@@ -67,8 +72,8 @@ void load_tile(const Training& t, const TrainingSchedule<A>& s, const TrainingPa
   in_panels.target = tile;
   const int64_t offset = member * t.target_member_stride + first * t.target_row_stride;
   if (t.loss == Loss::none) {  // into the place of the outputs
-    to_panels<A>(static_cast<const Elem*>(t.target) + offset, t.target_row_stride, examples,
-                 target_features(t), scratch.hidden[p.num_layers - 1]);
+    to_panels<Widened>(static_cast<const Elem*>(t.target) + offset, t.target_row_stride, examples,
+                       target_features(t), scratch.hidden[p.num_layers - 1]);
   } else if (t.loss == Loss::cross_entropy) {
     const auto* labels = static_cast<const int64_t*>(t.target) + offset;
     for (int64_t b = 0; b < examples; ++b) {
@@ -92,6 +97,7 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
   const int64_t first = tile * s.tile, examples = std::min(s.tile, p.batch - first);
   const int64_t layers = p.num_layers;
   const int64_t out = p.layers[layers - 1].out;
+  const int64_t panels = (examples + kPanel<A> - 1) / kPanel<A>;
 
   const Real* x = scratch.input;
   for (int64_t l = 0; l < layers; ++l) {
@@ -106,7 +112,8 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
       continue;
     }
     if (!kept) {
-      forward_layer<A>(layer, p.parameters_of(member), examples, x, h, scratch.weights,
+      forward_layer<A>(layer, p.parameters_of(member), examples,
+                       A::hidden_panels(x, panels, layer.in, scratch.units[0]), h, scratch.weights,
                        scratch.bias);
     }
     if (last) {
@@ -149,14 +156,17 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
       epilogue_gradient<A>(p, l, member, first, examples, scratch, gradient, to, first_sum);
     }
     if (to.weight) {
-      weight_gradient(gradient, rows, scratch.reads[l], in, examples, static_cast<Real*>(to.weight),
-                      first_sum, scratch.outer_rows);
+      const Real* const g = A::example_panels(gradient, examples, rows, scratch.units[0]);
+      const Real* const by = A::example_panels(scratch.reads[l], examples, in, scratch.units[1]);
+      weight_gradient<A>(g, rows, by, in, units<A>(examples), static_cast<Real*>(to.weight),
+                         first_sum, scratch.outer_rows);
     }
     if (to.bias) {
       bias_gradient(gradient, rows, examples, static_cast<Real*>(to.bias), first_sum);
     }
     if (!goes_on) break;
-    input_gradient<A>(p, l, member, examples, gradient, result, add, scratch.reads[l],
+    const Real* const g = A::hidden_panels(gradient, panels, rows, scratch.units[0]);
+    input_gradient<A>(p, l, member, examples, g, result, add, scratch.reads[l],
                       l > 0 ? scratch.slope[l - 1] : nullptr, scratch.example_weight,
                       scratch.weights);
     if (l == 0 && !shared_input) {
@@ -353,8 +363,14 @@ void finish_training(const Training& t, int64_t begin, int64_t end) {
   }
 }
 
-template <class E, class R, class A = Plain<E, R>>
-constexpr TrainingFunctions kTrainingFunctions = {plan_training<A>, prepare_training<A>, train<A>,
-                                                  finish_training<A>};
+template <class A>
+constexpr TrainingFunctions kTrainingFunctionsOf = {plan_training<A>, prepare_training<A>, train<A>,
+                                                    finish_training<A>};
+#if PYENS_HAS(AVX512_BF16)
+constexpr TrainingFunctions kPairTrainingFunctions = kTrainingFunctionsOf<Bfloat16Pairs>;
+#else
+template <class E, class R>
+constexpr TrainingFunctions kTrainingFunctions = kTrainingFunctionsOf<Plain<E, R>>;
+#endif
 
 }  // namespace pyens::PYENS_ISA::ensemble_mlp

@@ -111,6 +111,12 @@ inline bool needs_slope(const EnsembleMLPParams& p, int64_t l) {
   return !slope_shows(layer);
 }
 
+// Room for a tile's features in units, where a unit is not a Real.
+template <class A>
+int64_t units_of_tile(int64_t tile, int64_t features) {
+  return A::kPerUnit == 1 ? 0 : tile * units<A>(features);
+}
+
 // Of one thread.
 template <class A>
 struct TrainingScratch {
@@ -125,6 +131,7 @@ struct TrainingScratch {
   Normalized<Real>* normalized;  // [layers]: of a norm there
   Real* output;                  // where the outputs' place has their gradient, the outputs
   Real* gradient[2];             // by what a layer reads, in turn
+  Real* units[2];                // what a product reads, where a unit is not a Real
   Real* weights;                 // a block of weights, converted
   Real* outer_rows;              // of a weight gradient of outer products
   Real* bias;                    // of one layer
@@ -173,6 +180,8 @@ struct TrainingScratch {
     const int64_t outputs = p.layers[p.num_layers - 1].out;
     output = reals(t.loss == Loss::none && keeps(p, p.num_layers - 1) ? s.tile * outputs : 0);
     for (Real*& g : gradient) g = reals(s.lowest < p.num_layers ? s.tile * widest : 0);
+    const int64_t most_units = units_of_tile<A>(s.tile, std::max(p.layers[0].in, max_width(p)));
+    for (Real*& of_product : units) of_product = reals(most_units);
     weights = reals(A::kDirect ? 0 : kNeuronBlock * kBlock);
     outer_rows =
         reals(kOuterProducts ? round_up(s.tile, kWideLanes<Real>) * kOuterColumns<Real> : 0);
