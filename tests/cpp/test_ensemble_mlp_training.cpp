@@ -630,6 +630,11 @@ void test(const Case& c, DType dtype = sizeof(T) == 4 ? DType::float32 : DType::
   }
 }
 
+// Elsewhere than in pairs it is float32's kernel behind a conversion.
+void test_bfloat16(const Case& c) {
+  if (multiplies_pairs(DType::bfloat16)) test<float>(c, DType::bfloat16);
+}
+
 // What cannot be trained on is found wherever it is.
 void test_values() {
   using pyens::ensemble_mlp_cpu::TrainingError;
@@ -700,7 +705,7 @@ int main() {
     test<float>(c);
     c.shared_input = !c.shared_input;
     test<double>(c);
-    if (i % 2 == 0) test<float>(c, DType::bfloat16);
+    if (i % 2 == 0) test_bfloat16(c);
     ++i;
   };
   for (const auto& widths : shapes) {
@@ -723,7 +728,7 @@ int main() {
                true, weighted, 0,         weights};
         test<float>(c);
         test<double>(c);
-        test<float>(c, DType::bfloat16);
+        test_bfloat16(c);
         ++i;
       }
     }
@@ -752,7 +757,7 @@ int main() {
         test<float>(c);
         c.shared_input = !c.shared_input;
         test<double>(c);
-        if (i % 2 == 1) test<float>(c, DType::bfloat16);
+        if (i % 2 == 1) test_bfloat16(c);
         ++i;
       }
     }

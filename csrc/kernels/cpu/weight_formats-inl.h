@@ -205,8 +205,12 @@ struct Bfloat16Pairs {
       std::fill(row, row + stride, 0.0f);  // an odd row ends in half a unit
       for (int64_t o = 0; o < features; o += N) {
         const auto rounded = to_bfloat16(load<Narrow<float>>(z + r * padded + o));
-        std::memcpy(reinterpret_cast<BFloat16*>(row) + o, &rounded,
-                    static_cast<size_t>(std::min<int64_t>(N, features - o)) * sizeof(BFloat16));
+        auto* to = reinterpret_cast<BFloat16*>(row) + o;
+        if (features - o >= N) {
+          store(to, rounded);
+        } else {
+          std::memcpy(to, &rounded, static_cast<size_t>(features - o) * sizeof(BFloat16));
+        }
       }
     }
     return {pairs, stride};
