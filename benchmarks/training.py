@@ -4,8 +4,9 @@ The first cases compute losses and gradients without an optimizer: `ensemble_mlp
 with a loss in torch behind it. A shared input gets no gradient, inputs per member do. The last case is a step
 with Adam on a table of MovieLens' size, and its peak memory; only in float32 and float64, for parameters in
 bfloat16 or float16 lose most of such a step to rounding. On the CPU the targets are for float32 on two
-threads. On CUDA there is one large batch of its own, out of CUDA graphs too, and of the step what needs no
-compiling.
+threads; and with AVX512-BF16 for --dtype bfloat16, beside which the loss in float32 runs, where all layers
+read 64 numbers or more. On CUDA there is one large batch of its own, out of CUDA graphs too, and of the step
+what needs no compiling.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from benchmarks.training_peers import (
     training_flops,
 )
 
+FLOAT32 = "pyens loss, float32"
 LOSS, AUTOGRAD, TABULAR = "pyens loss", "pyens op, then mse", "pyens TabularEnsemble"
 
 PAPER = (32, 50, 20, 10, 1)
@@ -64,23 +66,34 @@ def cases(options: harness.Options) -> list[harness.Case]:
     on_cuda = options.device.type == "cuda" and not options.quick
     on_cuda_targets = on_cuda and options.dtype == torch.float32
     against = COMPILED if on_cuda else ()
+    pairs = multiplies_pairs(options) and not options.quick
     made = []
     shapes = QUICK if options.quick else CUDA_SHAPES if on_cuda else SHAPES
     for name, (e, b, features, own_inputs, target) in shapes.items():
-        with_target = target and (with_targets or on_cuda_targets)
+        targets = []
+        if target and (with_targets or on_cuda_targets):
+            targets.append(harness.Target(LOSS, target, against))
+        if pairs and min(features[:-1]) >= 64:
+            targets.append(harness.Target(LOSS, 1.4, (FLOAT32,)))
         made.append(
             harness.Case(
                 name=name,
                 title=f"E {e}, B {b}, {'-'.join(map(str, features))}" + ", own inputs" * own_inputs,
                 contestants=lambda shape=(e, b, features, own_inputs): gradient_contestants(*shape, options),
                 flops=training_flops(e, b, features, own_inputs),
-                targets=(harness.Target(LOSS, target, against),) if with_target else (),
+                targets=tuple(targets),
                 grad=True,
             )
         )
     if options.dtype in (torch.float32, torch.float64):
         made.append(step_case(options, with_targets=with_targets and not options.quick))
     return made
+
+
+def multiplies_pairs(options: harness.Options) -> bool:
+    """Whether the CPU has dot products for this dtype."""
+    capability = pyens.build_info()["cpu_capability"]
+    return (options.device.type, options.dtype, capability) == ("cpu", torch.bfloat16, "avx512_bf16")
 
 
 def gradient_contestants(
@@ -99,15 +112,20 @@ def gradient_contestants(
     expected = problem.expected()
     check = gradients_agree(expected, options.dtype)
 
-    def form(loss: Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]) -> Form:
+    def form(
+        loss: Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor],
+        problem: TrainingProblem = problem,
+    ) -> Form:
         def losses(leaves: Sequence[Tensor]) -> Tensor:
             weights, biases, input = problem.parts(leaves)
             return loss(input, weights, biases)
 
         return Form(losses, problem.tensors)
 
-    def fused(op: Callable[..., Tensor]) -> Form:
-        return form(lambda input, weights, biases: op(input, problem.target, weights, biases, loss="mse"))
+    def fused(op: Callable[..., Tensor], problem: TrainingProblem = problem) -> Form:
+        return form(
+            lambda input, weights, biases: op(input, problem.target, weights, biases, loss="mse"), problem
+        )
 
     def through_output() -> Form:
         op = pyens.ops.ensemble_mlp
@@ -119,6 +137,15 @@ def gradient_contestants(
         harness.Contestant("reference", lambda: backward(fused(pyens.reference.ensemble_mlp_loss)), check),
         *gradient_peers(problem, expected, compile=options.compile),
     ]
+    if multiplies_pairs(options):
+        found.append(
+            harness.Contestant(
+                FLOAT32,
+                lambda: backward(fused(pyens.ops.ensemble_mlp_loss, problem.to(torch.float32))),
+                gradients_agree(expected, torch.float32),
+                yardstick=True,
+            )
+        )
     return harness.with_graphs(found, options, grad=True)
 
 

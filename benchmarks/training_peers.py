@@ -105,6 +105,13 @@ class TrainingProblem:
         target = torch.randn(*mlp.input.shape[:-1], features[-1], generator=generator)
         return cls(mlp, target.to(mlp.input))
 
+    def to(self, dtype: torch.dtype) -> TrainingProblem:
+        """The same numbers, as far as `dtype` has them."""
+        weights, biases = ([t.to(dtype) for t in tensors] for tensors in (self.mlp.weights, self.mlp.biases))
+        return TrainingProblem(
+            Problem(self.mlp.input.to(dtype), tuple(weights), tuple(biases)), self.target.to(dtype)
+        )
+
     @property
     def own_inputs(self) -> bool:
         return self.mlp.input.dim() == 3

@@ -18,7 +18,9 @@ from loss_problems import (
     assert_matches_the_reference,
     cast,
     differentiable,
+    multiplies_pairs,
     problem,
+    rms,
     with_gradients,
 )
 from torch import Tensor
@@ -114,8 +116,35 @@ def test_half_precision_outputs_enter_the_loss_unrounded(loss, dtype):
     arguments = problem(2, 300, [20, 33, 4], loss, dtype)
     arguments["input"] = torch.randn(300, 20).to(dtype)
     got = ensemble_mlp_loss(**arguments)
-    exact = reference.ensemble_mlp_loss(**cast(arguments, torch.float64))
-    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=0)
+    exact = cast(arguments, torch.float64)
+    if multiplies_pairs(dtype):  # the hidden activations are rounded, the outputs are not
+        (first, last), (bias, *biases) = exact["weights"], exact["biases"]
+        hidden = reference.ensemble_mlp(exact["input"], [first], [bias], output_activation="tanh")
+        exact |= {"input": hidden.to(dtype).double(), "weights": [last], "biases": biases}
+    expected = reference.ensemble_mlp_loss(**exact)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("widths", [[64, 64, 64, 64], [65, 97, 130, 3], [100, 129, 128, 1]], ids=str)
+def test_bfloat16_products_of_wide_layers(loss, widths):
+    # Off the grid, where every operand of every product is rounded.
+    arguments = problem(2, 150, widths, loss, torch.bfloat16, activation="gelu", weighted="shared")
+    for name in ("weights", "biases"):
+        arguments[name] = [(t + torch.randn_like(t) / 16).bfloat16() for t in arguments[name]]
+    arguments["input"] = torch.randn(2, 150, widths[0]).bfloat16()
+    assert_matches_the_reference(arguments, torch.tensor([1.0, -0.75]))
+
+
+def test_bfloat16_gradients_are_sums_of_products_in_float32():
+    # One layer: its gradients by given ones of the outputs, which are bfloat16 already, are rounded once.
+    x, w = (torch.randn(s).bfloat16().requires_grad_() for s in ((3, 1000, 65), (3, 33, 65)))
+    above = torch.randn(3, 1000, 33).bfloat16()
+    got = torch.autograd.grad(ensemble_mlp(x, [w]), [x, w], above)
+    exact = above.double() @ w.double(), above.double().mT @ x.double()
+    for ours, expected in zip(got, exact, strict=True):
+        torch.testing.assert_close(ours.double(), expected, rtol=2**-8, atol=1e-4)
+        assert rms(ours - expected) < 2**-9 * rms(expected)
 
 
 @pytest.mark.parametrize(

@@ -79,9 +79,8 @@ def ensemble_mlp(
             not among `members`, the sum for who is several times. On CUDA an index out of range makes that
             output NaN.
         save_hidden: whether backward is left the hidden sums, one number a hidden unit, or computes them
-            again. "auto": where that is cheaper, up to 1 GB. The gradients have the same bits, but on
-            processors with bfloat16 dot products those of bfloat16, whose forward pass rounds the hidden
-            activations. On CUDA nothing is kept.
+            again. "auto": where that is cheaper, up to 1 GB. The gradients have the same bits. On CUDA
+            nothing is kept.
         shared: whether the input is the same for all members, whatever its dimensions: `[..., I]`. Without
             it, an input of three is `[E, B, I]`. Dropout numbers its rows as `input.flatten(0, -2)` has them.
 
@@ -89,7 +88,8 @@ def ensemble_mlp(
         `[E, B, O]`, contiguous, of the input's dtype; `[E, O]` for `[I]`, and `[E, ..., O]` with `shared`.
 
     float32 and float64 are computed as such; bfloat16 and float16 accumulate in float32 and keep the hidden
-    activations in float32, except where the processor's bfloat16 dot products read them as bfloat16. Every
+    activations in float32, except where the processor's bfloat16 dot products read them as bfloat16, and on
+    the way back the gradients of the layers' sums, as `F.linear` does (subnormal ones as 0). Every
     output is the same bits for any number of threads, any split of the batch (without dropout, which numbers
     the rows) and any other members beside it, per device and instruction set; and so are the gradients of the
     weights, the biases and an input per member for any number of threads and any members beside. Strided and

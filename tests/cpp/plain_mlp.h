@@ -66,8 +66,11 @@ struct Layer {
 // What dropout multiplies unit `unit` of hidden layer `layer` by.
 using Factor = std::function<double(int64_t layer, int64_t unit)>;
 
+inline double exactly(double x) { return x; }
+
 // What an example left in each layer for its way back.
 struct Trace {
+  double (*operand)(double) = exactly;  // what a product reads of an activation or a gradient
   std::vector<Doubles> read, slope, normalized;
   std::vector<double> scale;
 };
@@ -105,7 +108,9 @@ inline Doubles forward(const std::vector<Layer>& layers, Doubles x, const Factor
     trace.scale.push_back(0);
     for (size_t o = 0; o < out; ++o) {
       z[o] = layer.bias.empty() ? 0 : layer.bias[o];
-      for (size_t i = 0; i < x.size(); ++i) z[o] += layer.weight[o * x.size() + i] * x[i];
+      for (size_t i = 0; i < x.size(); ++i) {
+        z[o] += layer.weight[o * x.size() + i] * trace.operand(x[i]);
+      }
     }
     if (early && !options.after_activation) drop();
     if (has_norm && !options.after_activation) normalize(layer, z, trace);
@@ -170,9 +175,10 @@ inline Doubles backward(const std::vector<Layer>& layers, const Trace& trace, Do
     if (has_norm && !options.after_activation) undo_norm();
     if (early && !options.after_activation) drop();
     for (size_t o = 0; o < out; ++o) {
+      const double by = trace.operand(g[o]);
       for (size_t i = 0; i < in; ++i) {
-        to.weight[o * in + i] += g[o] * x[i];
-        below[i] += g[o] * layer.weight[o * in + i];
+        to.weight[o * in + i] += by * trace.operand(x[i]);
+        below[i] += by * layer.weight[o * in + i];
       }
       if (!layer.bias.empty()) to.bias[o] += g[o];
     }

@@ -42,7 +42,7 @@ struct InputGradientBlock {
   }
 };
 
-// The gradient of layer l's input, from that of its output. `add`: to what `result` holds.
+// The gradient of layer l's input, from that of its sums, in units. `add`: to what `result` holds.
 template <class A>
 void input_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, int64_t examples,
                     const typename A::Real* gradient, typename A::Real* result, bool add,
@@ -54,20 +54,21 @@ void input_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, int64
   const bool below = l > 0 && !p.layers[l - 1].rich();
   const bool relu = below && slope_shows(p.layers[l - 1]);
   const double rate = l > 0 ? p.dropout.of(member, l - 1) : 0;
+  const int64_t unit_count = units<A>(layer.out);
   for (int64_t row = 0; row < layer.in; row += kBlock) {
     const int64_t rows = std::min(kBlock, layer.in - row);
-    for (int64_t k = 0; k < layer.out; k += kBlock) {
+    for (int64_t k = 0; k < unit_count; k += kBlockUnits<A>) {
       InputGradientBlock<A> block;
-      block.k_count = std::min(kBlock, layer.out - k);
-      block.w = A::weight_block(layer, p.parameters_of(member), k, block.k_count, row, rows,
+      block.k_count = std::min(kBlockUnits<A>, unit_count - k);
+      block.w = A::column_block(layer, p.parameters_of(member), k, block.k_count, row, rows,
                                 weights, &block.w_stride);
       block.first = k == 0 && !add;
       block.scale = static_cast<typename A::Real>(1 / (1 - rate));
       block.cuts = rate > 0 || (below && cuts_off(p.layers[l - 1].activation.kind));
-      const bool finished = k + block.k_count == layer.out;
+      const bool finished = k + block.k_count == unit_count;
       for (int64_t panel = 0; panel * P < examples; ++panel) {
         const int64_t at = (panel * layer.in + row) * P;
-        block.x = gradient + (panel * layer.out + k) * P;
+        block.x = gradient + (panel * unit_count + k) * P;
         block.z = result + at;
         block.relu = finished && relu ? hidden + at : nullptr;
         block.slope = finished && below && slope ? slope + at : nullptr;
@@ -97,13 +98,17 @@ constexpr bool takes_dot_products(int64_t out, int64_t in, int64_t examples, boo
          pairs * (examples + 56) < round_up(in, N) * (out + (has_rows ? 0 : 6)) * examples;
 }
 
+// Of panels in units of examples, here and below.
+template <class A>
+constexpr int64_t kExamplePanel = kPanel<A> / A::kPerUnit;
+
 // Lane r * C + c <- sum_b g[r][b] x[c][b] for R neurons and C inputs. Those behind the last repeat it.
-template <class Real, int R, bool kFull>
+template <class A, int R, bool kFull, class Real = typename A::Real>
 Wide<Real> dot_products(const Real* g, int64_t g_stride, int64_t rows, const Real* x,
                         int64_t x_stride, int64_t columns, int64_t examples) {
   using V = Wide<Real>;
   constexpr int N = lanes_of<V>(), C = N / R;
-  constexpr int64_t P = kPanelOf<Real>;
+  constexpr int64_t P = kExamplePanel<A>;
   V sum[N] = {};
   for (int64_t first = 0; first < examples; first += P, g += g_stride, x += x_stride) {
     const int64_t count = std::min(P, examples - first);
@@ -117,17 +122,17 @@ Wide<Real> dot_products(const Real* g, int64_t g_stride, int64_t rows, const Rea
       for (int c = 0; c < C; ++c) {
         const V xs = load<V>(x + (kFull ? c : std::min<int64_t>(c, columns - 1)) * P + b);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sum[r * C + c] = madd(gs[r], xs, sum[r * C + c]);
+        for (int r = 0; r < R; ++r) sum[r * C + c] = A::product(gs[r], xs, sum[r * C + c]);
       }
     }
   }
   return sum_lanes(sum);
 }
 
-template <class Real, int R>
+template <class A, int R, class Real = typename A::Real>
 void weight_gradient_by_dot_products(const Real* g, int64_t out, const Real* x, int64_t in,
                                      int64_t examples, Real* weight, bool first) {
-  constexpr int64_t P = kPanelOf<Real>;
+  constexpr int64_t P = kExamplePanel<A>;
   constexpr int C = kWideLanes<Real> / R;
   Real sums[R * C];
   for (int64_t o = 0; o < out; o += R) {
@@ -135,7 +140,7 @@ void weight_gradient_by_dot_products(const Real* g, int64_t out, const Real* x, 
     for (int64_t i = 0; i < in; i += C) {
       const int64_t columns = std::min<int64_t>(C, in - i);
       const auto products =
-          rows == R && columns == C ? dot_products<Real, R, true> : dot_products<Real, R, false>;
+          rows == R && columns == C ? dot_products<A, R, true> : dot_products<A, R, false>;
       store(sums, products(g + o * P, out * P, rows, x + i * P, in * P, columns, examples));
       for (int64_t r = 0; r < rows; ++r) {
         Real* to = weight + (o + r) * in + i;
@@ -274,16 +279,19 @@ void panels_to_rows(const Real* x, int64_t in, const Columns<Real>& columns, int
 }
 
 // x: panels. `rows`: the same as rows [example][in], `row_stride` apart, or nullptr where they do not lie anywhere.
-template <class Real>
+// Pairs of examples, as units, take dot products.
+template <class A, class Real = typename A::Real>
 void weight_gradient(const Real* g, int64_t out, const Real* x, int64_t in, int64_t examples,
                      const Real* rows, int64_t row_stride, Real* weight, bool first,
-                     Real* scratch) {
+                     const TrainingScratch<A>& scratch) {
   constexpr int64_t N = kWideLanes<Real>;
   const bool has_rows = rows != nullptr && in >= N;
-  if (takes_dot_products<Real>(out, in, examples, has_rows)) {
-    const auto run = out == 1 ? weight_gradient_by_dot_products<Real, 1>
-                              : weight_gradient_by_dot_products<Real, kNeurons<Real>>;
-    return run(g, out, x, in, examples, weight, first);
+  if (A::kPerUnit > 1 || takes_dot_products<Real>(out, in, examples, has_rows)) {
+    const auto run = out == 1 ? weight_gradient_by_dot_products<A, 1>
+                              : weight_gradient_by_dot_products<A, kNeurons<Real>>;
+    return run(A::example_panels(g, examples, out, scratch.units[0]), out,
+               A::example_panels(x, examples, in, scratch.units[1]), in, units<A>(examples), weight,
+               first);
   }
   for (int64_t v = 0; v * N < in; v += kVectors) {
     const Columns<Real> columns(in, v);
@@ -292,10 +300,10 @@ void weight_gradient(const Real* g, int64_t out, const Real* x, int64_t in, int6
         row_stride, columns.last, examples, weight + columns.first,
         in,         columns,      first};
     if (!has_rows) {
-      products.x = scratch;
+      products.x = scratch.input_rows;
       products.x_stride = columns.vectors * N;
       products.x_last = (columns.vectors - 1) * N;
-      panels_to_rows(x, in, columns, examples, scratch, products.x_stride);
+      panels_to_rows(x, in, columns, examples, scratch.input_rows, products.x_stride);
     }
     run_products(out, products);
   }

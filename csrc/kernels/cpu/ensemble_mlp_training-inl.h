@@ -9,8 +9,13 @@
 //   input gradients  W^T g        the same with the weights read down their columns
 //   weight gradients g x^T        see ensemble_mlp_gradients-inl.h
 //
+// Between the products everything is Real. Where a unit is a pair of bfloat16 (weight_formats-inl.h), the
+// operands of a product are rounded and paired on their way into it: along the inputs, along the outputs,
+// and along the examples.
+//
 // Order of summation, fixed by the batch and the layer alone. A weight gradient: one chain of multiply-adds over
-// a tile's examples; of narrow layers, as every bias: per lane one chain, the lanes in a tree. The tiles of a span in order; the (at most kMaxSpans) spans in order. The gradient of a shared input: members in order within each
+// a tile's examples; of narrow layers, as every bias: per lane one chain, the lanes in a tree. The tiles of a span
+// in order; the (at most kMaxSpans) spans in order. The gradient of a shared input: members in order within each
 // of at most kMaxGroups groups, the groups in order. So no bit depends on the number of threads, and
 // but for a shared input none on the members beside.
 
@@ -39,6 +44,7 @@ void load_tile(const Training& t, const TrainingSchedule<A>& s, const TrainingPa
                InPanels& in_panels) {
   using Real = typename A::Real;
   using Elem = typename A::Elem;
+  using Widened = Plain<Elem, Real>;
   const EnsembleMLPParams& p = t.forward;
   const int64_t first = tile * s.tile, examples = std::min(s.tile, p.batch - first);
   const auto* weight = static_cast<const Real*>(t.sample_weight);
@@ -48,7 +54,7 @@ void load_tile(const Training& t, const TrainingSchedule<A>& s, const TrainingPa
   if (p.input_member_stride != 0 || !same_for_all || in_panels.input != tile) {
     const auto* rows = static_cast<const Elem*>(p.input) + member * p.input_member_stride +
                        first * p.input_row_stride;
-    to_panels<A>(rows, p.input_row_stride, examples, p.layers[0].in, scratch.input, weight);
+    to_panels<Widened>(rows, p.input_row_stride, examples, p.layers[0].in, scratch.input, weight);
     in_panels.input = tile;
     for (int64_t b = 0; b < s.tile; ++b) {
       scratch.example_weight[b] =
@@ -63,8 +69,8 @@ void load_tile(const Training& t, const TrainingSchedule<A>& s, const TrainingPa
   in_panels.target = tile;
   const int64_t offset = member * t.target_member_stride + first * t.target_row_stride;
   if (t.loss == Loss::none) {  // into the place of the outputs
-    to_panels<A>(static_cast<const Elem*>(t.target) + offset, t.target_row_stride, examples,
-                 target_features(t), scratch.hidden[p.num_layers - 1]);
+    to_panels<Widened>(static_cast<const Elem*>(t.target) + offset, t.target_row_stride, examples,
+                       target_features(t), scratch.hidden[p.num_layers - 1]);
   } else if (t.loss == Loss::cross_entropy) {
     const auto* labels = static_cast<const int64_t*>(t.target) + offset;
     for (int64_t b = 0; b < examples; ++b) {
@@ -124,10 +130,12 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
                   typename A::Real scale, const TrainingScratch<A>& scratch, typename A::Real* sums,
                   bool first_sum, typename A::Real* shared_input, bool first_member) {
   using Real = typename A::Real;
+  using Elem = typename A::Elem;
   const EnsembleMLPParams& p = t.forward;
   const int64_t first = tile * s.tile, examples = std::min(s.tile, p.batch - first);
   const int64_t layers = p.num_layers;
   const int64_t out = p.layers[layers - 1].out;
+  const int64_t panels = (examples + kPanel<A> - 1) / kPanel<A>;
 
   const Real* x = scratch.input;
   for (int64_t l = 0; l < layers; ++l) {
@@ -142,7 +150,8 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
       continue;
     }
     if (!kept) {
-      forward_layer<A>(layer, p.parameters_of(member), examples, x, h, scratch.weights,
+      forward_layer<A>(layer, p.parameters_of(member), examples,
+                       A::hidden_panels(x, panels, layer.in, scratch.units[0]), h, scratch.weights,
                        scratch.bias);
     }
     if (last) {
@@ -197,17 +206,18 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
     }
     if (to.weight) {
       const bool given = l == 0 && A::kDirect && !t.sample_weight;  // as rows
-      const auto* from = static_cast<const Real*>(p.input) + member * p.input_member_stride +
+      const auto* from = static_cast<const Elem*>(p.input) + member * p.input_member_stride +
                          first * p.input_row_stride;
-      weight_gradient(gradient, rows, scratch.reads[l], in, examples, given ? from : nullptr,
-                      p.input_row_stride, static_cast<Real*>(to.weight), first_sum,
-                      scratch.input_rows);
+      weight_gradient<A>(gradient, rows, scratch.reads[l], in, examples,
+                         given ? reinterpret_cast<const Real*>(from) : nullptr, p.input_row_stride,
+                         static_cast<Real*>(to.weight), first_sum, scratch);
     }
     if (to.bias) {
       bias_gradient(gradient, rows, examples, static_cast<Real*>(to.bias), first_sum);
     }
     if (!goes_on) break;
-    input_gradient<A>(p, l, member, examples, gradient, result, add, scratch.reads[l],
+    const Real* const g = A::hidden_panels(gradient, panels, rows, scratch.units[0]);
+    input_gradient<A>(p, l, member, examples, g, result, add, scratch.reads[l],
                       l > 0 ? scratch.slope[l - 1] : nullptr, scratch.example_weight,
                       scratch.weights);
     if (l == 0 && !shared_input) {
@@ -404,8 +414,14 @@ void finish_training(const Training& t, int64_t begin, int64_t end) {
   }
 }
 
-template <class E, class R, class A = Plain<E, R>>
-constexpr TrainingFunctions kTrainingFunctions = {plan_training<A>, prepare_training<A>, train<A>,
-                                                  finish_training<A>};
+template <class A>
+constexpr TrainingFunctions kTrainingFunctionsOf = {plan_training<A>, prepare_training<A>, train<A>,
+                                                    finish_training<A>};
+#if PYENS_HAS(AVX512_BF16)
+constexpr TrainingFunctions kPairTrainingFunctions = kTrainingFunctionsOf<Bfloat16Pairs>;
+#else
+template <class E, class R>
+constexpr TrainingFunctions kTrainingFunctions = kTrainingFunctionsOf<Plain<E, R>>;
+#endif
 
 }  // namespace pyens::PYENS_ISA::ensemble_mlp

@@ -1,8 +1,8 @@
 // Chooses the instruction set and the element type of a training pass; the work is in
 // ensemble_mlp_training-inl.h.
 //
-// bfloat16 is widened to float32 on every processor: gradients need its range and precision, and
-// only the weights and inputs come in bfloat16.
+// bfloat16 with AVX512-BF16 is multiplied in pairs, and everything between the products is float32, the
+// gradients too: they need its precision. Elsewhere it is widened to float32, as float16 is everywhere.
 
 #include "kernels/cpu/choose.h"
 #include "kernels/dropout.h"
@@ -23,13 +23,19 @@ struct TrainingFunctions {
 }  // namespace pyens
 
 #define PYENS_KERNEL_SOURCE "kernels/cpu/ensemble_mlp_training-inl.h"
+#define PYENS_KERNEL_AVX512_BF16
 #include "kernels/cpu/foreach_isa.h"
 
 namespace pyens {
 namespace {
 
 const TrainingFunctions& functions(const EnsembleMLPTraining& t) {
-  static const Chosen<TrainingFunctions> chosen{PYENS_VARIANTS(ensemble_mlp, kTrainingFunctions)};
+  static const Chosen<TrainingFunctions> chosen{
+#if defined(__x86_64__)
+      {kAvx512Bf16,
+       {nullptr, nullptr, &avx512_bf16::ensemble_mlp::kPairTrainingFunctions, nullptr}},
+#endif
+      PYENS_VARIANTS(ensemble_mlp, kTrainingFunctions)};
   return chosen[t.forward.layers[0].weight.format];
 }
 

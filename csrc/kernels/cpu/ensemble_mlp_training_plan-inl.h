@@ -123,6 +123,12 @@ inline bool needs_slope(const EnsembleMLPParams& p, int64_t l) {
   return !slope_shows(layer);
 }
 
+// Room for a tile's features in units, where a unit is not a Real.
+template <class A>
+int64_t units_of_tile(int64_t tile, int64_t features) {
+  return A::kPerUnit == 1 ? 0 : tile * units<A>(features);
+}
+
 // Of one thread.
 template <class A>
 struct TrainingScratch {
@@ -138,6 +144,7 @@ struct TrainingScratch {
   Real* output;                  // where the outputs' place has their gradient, the outputs
   Real* gradient[2];             // by what a layer reads, in turn
   Real* rows[2];                 // by_rows: what a layer reads, and the slopes there
+  Real* units[2];                // what a product reads, where a unit is not a Real
   Real* weights;                 // a block of weights, converted
   Real* input_rows;              // inputs for a weight gradient, as rows
   Real* bias;                    // of one layer
@@ -190,6 +197,8 @@ struct TrainingScratch {
     for (Real*& r : rows) {
       r = reals(s.by_rows ? s.tile * row_stride<Real>(std::max(widest, p.layers[0].in)) : 0);
     }
+    const int64_t most_units = units_of_tile<A>(s.tile, std::max(p.layers[0].in, max_width(p)));
+    for (Real*& of_product : units) of_product = reals(most_units);
     weights = reals(A::kDirect ? 0 : kNeuronBlock * kBlock);
     input_rows = reals(s.tile * kPanelOf<Real>);
     bias = reals(round_up(max_width(p), kNarrowLanes<Real>));

@@ -108,6 +108,24 @@ inline __attribute__((always_inline)) Vec<float, 16> madd_pairs(Vec<float, 16> a
                                                                 Vec<float, 16> c) {
   return (Vec<float, 16>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
 }
+// Lanes rounded to bfloat16 as that product would read them: to nearest, ties to even, NaN quiet; subnormals
+// become 0. Neighbours are a pair: those of low, then those of high.
+inline __attribute__((always_inline)) Vec<float, 16> pair_neighbours(Vec<float, 16> low,
+                                                                     Vec<float, 16> high) {
+  return (Vec<float, 16>)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+}
+// The same with lane i of low and lane i of high for pair i.
+inline __attribute__((always_inline)) Vec<float, 16> pair_lanes(Vec<float, 16> low,
+                                                                Vec<float, 16> high) {
+  Vec<uint16_t, 32> order;
+#pragma GCC unroll 32
+  for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
+  return (Vec<float, 16>)_mm512_permutexvar_epi16((__m512i)order,
+                                                  (__m512i)pair_neighbours(low, high));
+}
+inline __attribute__((always_inline)) Vec<uint16_t, 8> to_bfloat16(Vec<float, 8> v) {
+  return (Vec<uint16_t, 8>)_mm256_cvtneps_pbh((__m256)v);
+}
 #endif
 
 // The larger one; a NaN in v stays (as torch.relu keeps it), which max(v, floor) would not promise.

@@ -8,10 +8,13 @@
 //   product          a * b + c of units
 //   load_units       a narrow vector of units of a row, zeros behind its end
 //   weight_block     rows x units of a layer: a pointer and its row stride
+//   column_block     units down the columns x columns, likewise
 //   hidden_panels, hidden_rows
 //                    what a layer has left, as the units that the next one reads: panels of a tile, or
 //                    rows of round_up(units, N) of a small batch
 //   plain_panels     panels of units as panels of Reals
+//   example_panels   panels of Reals as [feature][kPanel / kPerUnit] units of examples: what the product of a
+//                    weight gradient reads. Which examples make a unit is the same for all features
 
 namespace pyens::PYENS_ISA::ensemble_mlp {
 
@@ -76,8 +79,16 @@ struct Plain {
       return converted_block<Plain>(layer, member, row, rows, k, k_count, scratch, stride);
     }
   }
+  static const Real* column_block(const MLPLayer& layer, int64_t member, int64_t k, int64_t k_count,
+                                  int64_t column, int64_t columns, Real* scratch, int64_t* stride) {
+    return weight_block(layer, member, k, k_count, column, columns, scratch, stride);
+  }
   static const Real* hidden_panels(const Real* z, int64_t /*panels*/, int64_t /*features*/,
                                    Real* /*scratch*/) {
+    return z;
+  }
+  static const Real* example_panels(const Real* z, int64_t /*examples*/, int64_t /*features*/,
+                                    Real* /*scratch*/) {
     return z;
   }
   static const Real* plain_panels(const Real* x, int64_t /*panels*/, int64_t /*features*/,
@@ -91,7 +102,9 @@ struct Plain {
 };
 
 #if PYENS_HAS(AVX512_BF16)
-// Two bfloat16 to a unit. Hidden activations are rounded to bfloat16 between layers.
+// Two bfloat16 to a unit. Hidden activations are rounded to bfloat16 between layers, and in training the
+// gradients by a layer's sums, before they are multiplied. Sums are float32. Rounding and product take
+// subnormal numbers for 0.
 struct Bfloat16Pairs {
   using Elem = BFloat16;
   using Real = float;
@@ -112,6 +125,25 @@ struct Bfloat16Pairs {
                                    int64_t k, int64_t k_count, float* scratch, int64_t* stride) {
     return converted_block<Bfloat16Pairs>(layer, member, row, rows, k, k_count, scratch, stride);
   }
+  // Rows 2u and 2u+1 of the weights become unit u, [unit][column].
+  static const float* column_block(const MLPLayer& layer, int64_t member, int64_t k,
+                                   int64_t k_count, int64_t column, int64_t columns, float* scratch,
+                                   int64_t* stride) {
+    using V = Wide<float>;
+    using Words = Vec<uint32_t, lanes_of<V>()>;
+    *stride = kBlock;
+    for (int64_t u = 0; u < k_count; ++u) {
+      const int64_t row = 2 * (k + u);
+      const BFloat16* low = weight_row<Bfloat16Pairs>(layer, member, row) + column;
+      const BFloat16* high = row + 1 < layer.out ? low + layer.weight.row_stride : nullptr;
+      for (int64_t c = 0; c < columns; c += lanes_of<V>()) {
+        const auto at_high = high ? (Words)load_wide_first<float>(high + c, columns - c) : Words{};
+        const auto at_low = (Words)load_wide_first<float>(low + c, columns - c) >> 16;
+        store(scratch + u * *stride + c, at_low | at_high);
+      }
+    }
+    return scratch;
+  }
   // Rows 2u and 2u+1 of a panel become unit u.
   static const float* hidden_panels(const float* z, int64_t panels, int64_t features,
                                     float* pairs) {
@@ -123,9 +155,27 @@ struct Bfloat16Pairs {
         const float* low = z + (p * features + 2 * u) * P;
         for (int64_t i = 0; i < P; i += lanes_of<V>()) {
           const V high = 2 * u + 1 < features ? load<V>(low + P + i) : V{};
-          const auto pair =
-              (round_bfloat16(load<V>(low + i)) >> 16) | (round_bfloat16(high) & 0xffff0000u);
-          store(pairs + (p * unit_count + u) * P + i, pair);
+          store(pairs + (p * unit_count + u) * P + i, pair_lanes(load<V>(low + i), high));
+        }
+      }
+    }
+    return pairs;
+  }
+  // Two vectors become one; zeros where there is no example.
+  static const float* example_panels(const float* z, int64_t examples, int64_t features,
+                                     float* pairs) {
+    using V = Wide<float>;
+    constexpr int N = lanes_of<V>();
+    constexpr int64_t P = kPanelOf<float>;
+    for (int64_t p = 0; p * P < examples; ++p) {
+      const int64_t count = std::min(P, examples - p * P);
+      for (int64_t f = p * features; f < (p + 1) * features; ++f) {
+        for (int64_t b = 0; b < count; b += 2 * N) {
+          const auto at = [&](int64_t i) {
+            return load_wide_first<float>(z + f * P + i, count - i);
+          };
+          const V high = b + N < count ? at(b + N) : V{};
+          store(pairs + (f * P + b) / 2, pair_neighbours(at(b), high));
         }
       }
     }
@@ -157,8 +207,13 @@ struct Bfloat16Pairs {
       float* row = pairs + r * stride;
       std::fill(row, row + stride, 0.0f);  // an odd row ends in half a unit
       for (int64_t o = 0; o < features; o += N) {
-        store_first<float>(reinterpret_cast<BFloat16*>(row) + o,
-                           load<Narrow<float>>(z + r * padded + o), features - o);
+        const auto rounded = to_bfloat16(load<Narrow<float>>(z + r * padded + o));
+        auto* to = reinterpret_cast<BFloat16*>(row) + o;
+        if (features - o >= N) {
+          store(to, rounded);
+        } else {
+          std::memcpy(to, &rounded, static_cast<size_t>(features - o) * sizeof(BFloat16));
+        }
       }
     }
     return {pairs, stride};
