@@ -81,7 +81,7 @@ void input_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, int64
 
 // --- weight gradients ------------------------------------------------------------------------------
 //
-// weight[o][i] <- (first ? 0 : weight[o][i]) + sum_b g[o][b] x[i][b] over the tile, in one of two ways:
+// weight[o][i] <- (first ? 0 : weight[o][i]) + sum_b g[o][b] x[i][b], block after block of examples, in one of two ways:
 //
 //   outer products   inputs in the lanes. They have to be transposed to rows first, and the last vector of a row may
 //                    be part of one.
@@ -94,8 +94,7 @@ constexpr bool takes_dot_products(int64_t out, int64_t in, int64_t examples, boo
   constexpr int64_t N = kWideLanes<Real>;
   const int64_t rows = kNeurons<Real>, columns = N / rows;
   const int64_t pairs = out == 1 ? round_up(in, N) : round_up(out, rows) * round_up(in, columns);
-  return examples % N == 0 &&
-         pairs * (examples + 56) < round_up(in, N) * (out + (has_rows ? 0 : 6)) * examples;
+  return pairs * (examples + 56) < round_up(in, N) * (out + (has_rows ? 0 : 6)) * examples;
 }
 
 // Of panels in units of examples, here and below.
@@ -160,6 +159,7 @@ struct Columns {
   int64_t last;            // where the last of them begins, from the first column on
   int64_t skip, count;     // its lanes [skip, count) are what the vector before has not done
 
+  Columns() = default;
   Columns(int64_t width, int64_t v) {
     constexpr int64_t N = kWideLanes<Real>;
     const int64_t all = (width + N - 1) / N;
@@ -278,40 +278,66 @@ void panels_to_rows(const Real* x, int64_t in, const Columns<Real>& columns, int
   }
 }
 
-// x: panels. `rows`: the same as rows [example][in], `row_stride` apart, or nullptr where they do not lie anywhere.
-// Pairs of examples, as units, take dot products.
+// The weight gradient of one layer over a tile, in blocks of s.block examples. x: panels. `rows`: the same as rows
+// [example][in], `row_stride` apart, or nullptr where they do not lie anywhere. Pairs of examples, as units, take dot
+// products; others only where each vector is full, for what lies behind the last example may be anything.
 template <class A, class Real = typename A::Real>
-void weight_gradient(const Real* g, int64_t out, const Real* x, int64_t in, int64_t examples,
-                     const Real* rows, int64_t row_stride, Real* weight, bool first,
+void weight_gradient(const TrainingSchedule<A>& s, int64_t batch, const Real* g, int64_t out,
+                     const Real* x, int64_t in, int64_t examples, const Real* rows,
+                     int64_t row_stride, Real* weight, bool first,
                      const TrainingScratch<A>& scratch) {
   constexpr int64_t N = kWideLanes<Real>;
   const bool has_rows = rows != nullptr && in >= N;
-  if (A::kPerUnit > 1 || takes_dot_products<Real>(out, in, examples, has_rows)) {
+  const auto count = [&](int64_t b) { return std::min(s.block, examples - b); };
+  const bool full = batch > kFewExamples<Real> && batch % N == 0;
+  if (A::kPerUnit > 1 ||
+      (full && takes_dot_products<Real>(out, in, std::min(s.block, batch), has_rows))) {
     const auto run = out == 1 ? weight_gradient_by_dot_products<A, 1>
                               : weight_gradient_by_dot_products<A, kNeurons<Real>>;
-    return run(A::example_panels(g, examples, out, scratch.units[0]), out,
-               A::example_panels(x, examples, in, scratch.units[1]), in, units<A>(examples), weight,
-               first);
+    for (int64_t b = 0; b < examples; b += s.block) {
+      run(A::example_panels(g + b * out, count(b), out, scratch.units[0]), out,
+          A::example_panels(x + b * in, count(b), in, scratch.units[1]), in, units<A>(count(b)),
+          weight, first && b == 0);
+    }
+    return;
   }
   for (int64_t v = 0; v * N < in; v += kVectors) {
     const Columns<Real> columns(in, v);
-    RowProducts<Real, true> products{
-        g,          out,          1,        rows + (has_rows ? columns.first : 0),
-        row_stride, columns.last, examples, weight + columns.first,
-        in,         columns,      first};
-    if (!has_rows) {
-      products.x = scratch.input_rows;
-      products.x_stride = columns.vectors * N;
-      products.x_last = (columns.vectors - 1) * N;
-      panels_to_rows(x, in, columns, examples, scratch.input_rows, products.x_stride);
+    for (int64_t b = 0; b < examples; b += s.block) {
+      RowProducts<Real, true> products{};
+      products.a = g + b * out;
+      products.a_row = out;
+      products.k_count = count(b);
+      products.z = weight + columns.first;
+      products.z_stride = in;
+      products.columns = columns;
+      products.first = first && b == 0;
+      if (has_rows) {
+        products.x = rows + b * row_stride + columns.first;
+        products.x_stride = row_stride;
+        products.x_last = columns.last;
+      } else {
+        products.x = scratch.input_rows;
+        products.x_stride = columns.vectors * N;
+        products.x_last = (columns.vectors - 1) * N;
+        panels_to_rows(x + b * in, in, columns, count(b), scratch.input_rows, products.x_stride);
+      }
+      run_products(out, products);
     }
-    run_products(out, products);
   }
 }
 
-// bias[o] <- (first ? 0 : bias[o]) + sum_b g[o][b] over the tile.
+// bias[o] <- (first ? 0 : bias[o]) + sum_b g[o][b] over a block.
 template <class Real>
-void bias_gradient(const Real* g, int64_t out, int64_t examples, Real* bias, bool first) {
+void bias_gradient(const Real* g, int64_t out, int64_t batch, int64_t examples, Real* bias,
+                   bool first) {
+  if (batch <= kFewExamples<Real>) {  // as bias_gradient_of_rows
+    for (int64_t o = 0; o < out; ++o) {
+      bias[o] = 0;
+      for (int64_t b = 0; b < examples; ++b) bias[o] += g[o * kPanelOf<Real> + b];
+    }
+    return;
+  }
   using V = Wide<Real>;
   constexpr int N = lanes_of<V>();
   constexpr int64_t P = kPanelOf<Real>;

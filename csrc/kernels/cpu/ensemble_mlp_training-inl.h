@@ -14,7 +14,7 @@
 // and along the examples.
 //
 // Order of summation, fixed by the batch and the layer alone. A weight gradient: one chain of multiply-adds over
-// a tile's examples; of narrow layers, as every bias: per lane one chain, the lanes in a tree. The tiles of a span
+// a block's examples; of narrow layers, as every bias: per lane one chain, the lanes in a tree. The blocks of a span
 // in order; the (at most kMaxSpans) spans in order. The gradient of a shared input: members in order within each
 // of at most kMaxGroups groups, the groups in order. So no bit depends on the number of threads, and
 // but for a shared input none on the members beside.
@@ -123,12 +123,12 @@ void backward_by_rows(const Training& t, const TrainingSchedule<A>& s, int64_t m
   }
 }
 
-// Returns the weighted sum of the examples' losses. `sums` are the member's gradients: weight and
-// bias of each layer that are asked for, one after the other from the last layer down; of one span, the results.
+// `losses` become the weighted sums of the examples' losses, one for each block. `sums` are the member's gradients:
+// weight and bias of each layer that are asked for, one after the other from the last layer down; direct, the results.
 template <class A>
-double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t member, int64_t tile,
-                  typename A::Real scale, const TrainingScratch<A>& scratch, typename A::Real* sums,
-                  bool first_sum, typename A::Real* shared_input, bool first_member) {
+void train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t member, int64_t tile,
+                typename A::Real scale, const TrainingScratch<A>& scratch, typename A::Real* sums,
+                bool first_sum, typename A::Real* shared_input, bool first_member, double* losses) {
   using Real = typename A::Real;
   using Elem = typename A::Elem;
   const EnsembleMLPParams& p = t.forward;
@@ -154,30 +154,34 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
                        A::hidden_panels(x, panels, layer.in, scratch.units[0]), h, scratch.weights,
                        scratch.bias);
     }
+    // A norm and its way back sum over all lanes.
+    if (p.rich() && !kept) clear_padding(h, layer.out, examples);
     if (last) {
       output_activation<Real>(layer, examples, kept ? kept : h, h, scratch.slope[l]);
       break;
     }
     hidden_epilogue<A>(p, l, member, first, examples, kept ? kept : h, h, scratch.slope[l], x,
                        scratch.norm, scratch.normalized[l]);
-    // A norm's backward pass sums over all lanes.
     if (p.rich()) clear_padding(h, layer.out, examples);
     x = h;
   }
 
   if (t.of_loss.class_weight) scale_class_weights(t, member, out, scratch.class_weight);
-  const double loss =
-      loss_tile(t, member, scratch.class_weight, scratch.hidden[layers - 1], out, scratch.target,
-                target_features(t), scratch.example_weight, examples, scale);
+  for (int64_t b = 0; b < examples; b += s.block) {
+    losses[b / s.block] =
+        loss_tile(t, member, scratch.class_weight, scratch.hidden[layers - 1] + b * out, out,
+                  scratch.target + b * target_features(t), target_features(t),
+                  scratch.example_weight + b, std::min(s.block, examples - b), scale);
+  }
 
   Real* gradient = scratch.hidden[layers - 1];
   if (s.by_rows) {
-    if (s.lowest == layers) return loss;
+    if (s.lowest == layers) return;
     if (scratch.slope[layers - 1]) {
       multiply_by_slope(out, examples, scratch.example_weight, scratch.slope[layers - 1], gradient);
     }
     if constexpr (A::kDirect) backward_by_rows(t, s, member, scratch);
-    return loss;
+    return;
   }
   for (int64_t l = layers; l-- > s.lowest;) {
     const MLPLayer& layer = p.layers[l];
@@ -208,12 +212,13 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
       const bool given = l == 0 && A::kDirect && !t.sample_weight;  // as rows
       const auto* from = static_cast<const Elem*>(p.input) + member * p.input_member_stride +
                          first * p.input_row_stride;
-      weight_gradient<A>(gradient, rows, scratch.reads[l], in, examples,
+      weight_gradient<A>(s, p.batch, gradient, rows, scratch.reads[l], in, examples,
                          given ? reinterpret_cast<const Real*>(from) : nullptr, p.input_row_stride,
                          static_cast<Real*>(to.weight), first_sum, scratch);
     }
-    if (to.bias) {
-      bias_gradient(gradient, rows, examples, static_cast<Real*>(to.bias), first_sum);
+    for (int64_t b = 0; to.bias && b < examples; b += s.block) {
+      bias_gradient(gradient + b * rows, rows, p.batch, std::min(s.block, examples - b),
+                    static_cast<Real*>(to.bias), first_sum && b == 0);
     }
     if (!goes_on) break;
     const Real* const g = A::hidden_panels(gradient, panels, rows, scratch.units[0]);
@@ -226,7 +231,6 @@ double train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t membe
     }
     gradient = result;
   }
-  return loss;
 }
 
 // --- the rounds ------------------------------------------------------------------------------------
@@ -337,17 +341,17 @@ void train_group(const Training& t, const TrainingSchedule<A>& s, const Training
     if (t.member_scale) scale *= static_cast<const Real*>(t.member_scale)[m];
     Real* sums = s.by_span ? partial.gradients + (span * p.ensemble_size + m) * s.member_gradients
                            : scratch.member;
-    double loss = 0;
+    double* const losses = partial.loss_sum + m * s.blocks;
     for (int64_t tile = first_tile; tile < last_tile; ++tile) {
       Real* shared_input = nullptr;
       if (s.input_gradients) {
         shared_input = partial.input + group * s.input_gradients + tile * s.tile * p.layers[0].in;
       }
       load_tile(t, s, partial, m, tile, scratch, in_panels);
-      loss += train_tile(t, s, m, tile, scale, scratch, sums, tile == first_tile, shared_input,
-                         m == first_member);
+      const bool first = tile == (s.direct() ? 0 : first_tile);
+      train_tile(t, s, m, tile, scale, scratch, sums, first, shared_input, m == first_member,
+                 losses + tile * (s.tile / s.block));
     }
-    partial.loss_sum[m * s.spans + span] = loss;
     if (!s.by_span && !s.direct()) add_span<A>(t, m, sums, span == 0);
   }
 }
@@ -403,7 +407,7 @@ void finish_training(const Training& t, int64_t begin, int64_t end) {
     }
     if (t.loss_output) {
       double loss = 0;
-      for (int64_t i = 0; i < s.spans; ++i) loss += partial.loss_sum[item * s.spans + i];
+      for (int64_t i = 0; i < s.blocks; ++i) loss += partial.loss_sum[item * s.blocks + i];
       const double terms = partial.weight_sum[item] * static_cast<double>(loss_terms(t));
       static_cast<Real*>(t.loss_output)[item] = terms > 0 ? static_cast<Real>(loss / terms) : 0;
     }

@@ -6,6 +6,7 @@ using ensemble_mlp_cpu::Training;
 
 constexpr int64_t kMaxSpans = 16;
 constexpr int64_t kMaxGroups = 8;
+constexpr int64_t kLargeNetwork = 32768;  // weights
 
 // Neurons of a block of dot products.
 template <class Real>
@@ -27,7 +28,9 @@ inline MLPLayerGradient requested_gradient(const Training& t, int64_t l) {
 template <class A>
 struct TrainingSchedule {
   using Real = typename A::Real;
-  int64_t tile, tiles;  // examples per tile; tiles in the batch
+  int64_t block,
+      blocks;  // examples that are summed in one go: fixed by the batch and the network alone
+  int64_t tile, tiles;  // examples that go through the layers together: one block, or several
   int64_t tiles_per_span, spans;
   int64_t group_members, groups;  // a group's members add to one gradient of a shared input
   int64_t member_gradients;       // weights and biases of one member, those asked for
@@ -38,13 +41,23 @@ struct TrainingSchedule {
 
   explicit TrainingSchedule(const Training& t) {
     const EnsembleMLPParams& p = t.forward;
-    int64_t widths = p.layers[0].in;
-    for (int64_t l = 0; l < p.num_layers; ++l) widths += p.layers[l].out;
+    int64_t widths = p.layers[0].in, weights = 0;
+    for (int64_t l = 0; l < p.num_layers; ++l) {
+      widths += p.layers[l].out;
+      weights += p.layers[l].in * p.layers[l].out;
+    }
     int64_t largest = kMaxTile;
     while (largest > kPanel<A> && largest * widths > (int64_t{1} << 20)) largest /= 2;
-    tiles = std::max<int64_t>(1, (p.batch + largest - 1) / largest);  // of an empty batch too
-    tile = round_up((p.batch + tiles - 1) / tiles, kPanel<A>);
-    tiles = (p.batch + tile - 1) / tile;
+    const int64_t largest_tile = largest;
+    // A small batch of a large network in several blocks, so that one member alone has work for several threads.
+    if (weights >= kLargeNetwork && p.batch <= 512) {
+      largest = std::min<int64_t>(largest, std::max<int64_t>(kPanel<A>, p.batch <= 128 ? 64 : 128));
+    }
+    blocks = std::max<int64_t>(1, (p.batch + largest - 1) / largest);  // of an empty batch too
+    block = round_up((p.batch + blocks - 1) / blocks, kPanel<A>);
+    blocks = (p.batch + block - 1) / block;
+    tile = block;
+    tiles = blocks;
     tiles_per_span = (tiles + kMaxSpans - 1) / kMaxSpans;
     spans = (tiles + tiles_per_span - 1) / tiles_per_span;
 
@@ -63,18 +76,23 @@ struct TrainingSchedule {
     const bool shared = t.grad_input && t.sum_grad_input;
     group_members = shared ? (p.ensemble_size + kMaxGroups - 1) / kMaxGroups : 1;
     groups = (p.ensemble_size + group_members - 1) / group_members;
-    input_gradients = shared ? tiles * tile * p.layers[0].in : 0;
     // Used when groups alone would leave threads idle. It costs memory and changes no bit.
     constexpr int64_t kMostBytes = int64_t{1} << 29;
-    by_span = spans > 1 && groups < 4 * t.threads &&
+    by_span = t.threads > 1 && spans > 1 && groups < 4 * t.threads &&
               spans * p.ensemble_size * member_gradients <
                   kMostBytes / static_cast<int64_t>(sizeof(Real));
+    // With work enough for all threads, weights pass once for several blocks. (A norm's sums are of a whole tile.)
+    if (!by_span && tiles_per_span == 1 && !p.rich() && block < largest_tile) {
+      tile = block * (largest_tile / block);
+      tiles = spans = (p.batch + tile - 1) / tile;
+    }
+    input_gradients = shared ? tiles * tile * p.layers[0].in : 0;
     by_rows = A::kDirect && p.batch <= kFewExamples<Real> && !t.grad_input && !p.rich() &&
               !p.dropout.any() && !p.kept;
   }
 
-  // One span: its sums are the result, and are formed there.
-  bool direct() const { return spans == 1; }
+  // Sums of tiles are added to the result as they come.
+  bool direct() const { return !by_span && (spans == 1 || tiles_per_span == 1); }
   int64_t items() const { return by_span ? spans * groups : groups; }
 };
 
@@ -84,7 +102,7 @@ struct TrainingPartial {
   using Real = typename A::Real;
   double* weight_scale;  // [E], by which sample weights are multiplied
   double* weight_sum;    // [E], of weights times that
-  double* loss_sum;      // [E, spans]
+  double* loss_sum;      // [E, blocks]
   Real* gradients;       // [spans, E, member_gradients], by_span
   Real* input;           // [groups, tiles, panels of in], of a shared input
   size_t bytes;
@@ -101,7 +119,7 @@ struct TrainingPartial {
                wide = static_cast<int64_t>(sizeof(double));
     weight_scale = reinterpret_cast<double*>(take(e * wide));
     weight_sum = reinterpret_cast<double*>(take(e * wide));
-    loss_sum = reinterpret_cast<double*>(take(e * s.spans * wide));
+    loss_sum = reinterpret_cast<double*>(take(e * s.blocks * wide));
     gradients =
         reinterpret_cast<Real*>(take(s.by_span ? s.spans * e * s.member_gradients * real : 0));
     input = reinterpret_cast<Real*>(take(s.groups * s.input_gradients * real));
