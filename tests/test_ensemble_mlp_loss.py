@@ -640,3 +640,35 @@ def test_nan_in_one_member_touches_no_other(b, loss, per_member, bad):
         if i != 1 or per_member:
             assert torch.equal(ours[others], theirs[others])
     assert not got[0][2].isfinite()
+
+
+@pytest.mark.parametrize("batch", [4, 7, 8, 16, 64, 128, 160, 256, 300, 513])
+@pytest.mark.parametrize(
+    "features", [(20, 8), (33, 40, 1), (100, 20, 10), (15, 50, 20, 10, 1), (300, 128, 9)], ids=str
+)
+def test_no_bit_of_a_gradient_depends_on_who_else_is_there(features, batch):
+    """Weights of one, a gradient of the input, threads, other members, where kernels have a choice to make."""
+    e = 3
+    weights = [torch.randn(e, o, i, requires_grad=True) for i, o in itertools.pairwise(features)]
+    biases = [torch.randn(e, o, requires_grad=True) for o in features[1:]]
+    x, y = torch.randn(e, batch, features[0]), torch.randn(batch, features[-1])
+
+    def gradients(x=x, weights=weights, biases=biases, **options):
+        loss = ensemble_mlp_loss(x, y, weights, biases, loss="mse", **options)
+        return torch.autograd.grad(loss.sum(), [*weights, *biases])
+
+    expected = gradients()
+    others = [gradients(sample_weight=torch.ones(batch)), gradients(x.clone().requires_grad_())]
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 3, 16):
+            torch.set_num_threads(n)
+            others.append(gradients())
+    finally:
+        torch.set_num_threads(threads)
+    for other in others:
+        assert all(map(torch.equal, other, expected))
+    for m in range(e):
+        own = ([t[m : m + 1].detach().requires_grad_() for t in tensors] for tensors in (weights, biases))
+        alone = gradients(x[m : m + 1], *own)
+        assert all(torch.equal(a[0], b[m]) for a, b in zip(alone, expected, strict=True))

@@ -236,6 +236,17 @@ def test_groups_of_one_size_have_the_bits_of_rows_that_are_sorted(dtype, loss, r
         assert all(map(torch.equal, ours, theirs))
 
 
+def test_wide_groups_have_the_bits_of_rows_that_are_sorted():
+    # Wider than a vector, and whole vectors of examples: there kernels have a choice to make.
+    model = MaskedMLP(4, 33, [8], 64, scale=1.5, seed=0)
+    x, y = torch.randn(4 * 128, 33), torch.randn(4 * 128, 64)
+    losses = [
+        model.loss(x, y, loss="mse", mode="grouped", sample_weight=w) for w in (None, torch.ones(len(x)))
+    ]
+    ours, theirs = (torch.autograd.grad(v, [*model.parameters()]) for v in losses)
+    assert torch.equal(*losses) and all(map(torch.equal, ours, theirs))
+
+
 @pytest.mark.parametrize("mode", ["tiled", "grouped", "round_robin", "random"])
 def test_loss_with_weights(mode):
     model = mlp(dtype=torch.float64)

@@ -282,16 +282,18 @@ void panels_to_rows(const Real* x, int64_t in, const Columns<Real>& columns, int
 // [example][in], `row_stride` apart, or nullptr where they do not lie anywhere. Pairs of examples, as units, take dot
 // products; others only where each vector is full, for what lies behind the last example may be anything.
 template <class A, class Real = typename A::Real>
-void weight_gradient(const TrainingSchedule<A>& s, int64_t batch, const Real* g, int64_t out,
-                     const Real* x, int64_t in, int64_t examples, const Real* rows,
+void weight_gradient(const TrainingSchedule<A>& s, int64_t batch, bool first_layer, const Real* g,
+                     int64_t out, const Real* x, int64_t in, int64_t examples, const Real* rows,
                      int64_t row_stride, Real* weight, bool first,
                      const TrainingScratch<A>& scratch) {
   constexpr int64_t N = kWideLanes<Real>;
   const bool has_rows = rows != nullptr && in >= N;
+  // Not whether they lie there in this call: sample weights would change bits.
+  const bool may_have_rows = first_layer && A::kDirect && in >= N;
   const auto count = [&](int64_t b) { return std::min(s.block, examples - b); };
   const bool full = batch > kFewExamples<Real> && batch % N == 0;
   if (A::kPerUnit > 1 ||
-      (full && takes_dot_products<Real>(out, in, std::min(s.block, batch), has_rows))) {
+      (full && takes_dot_products<Real>(out, in, std::min(s.block, batch), may_have_rows))) {
     const auto run = out == 1 ? weight_gradient_by_dot_products<A, 1>
                               : weight_gradient_by_dot_products<A, kNeurons<Real>>;
     for (int64_t b = 0; b < examples; b += s.block) {

@@ -212,7 +212,7 @@ void train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t member,
       const bool given = l == 0 && A::kDirect && !t.sample_weight;  // as rows
       const auto* from = static_cast<const Elem*>(p.input) + member * p.input_member_stride +
                          first * p.input_row_stride;
-      weight_gradient<A>(s, p.batch, gradient, rows, scratch.reads[l], in, examples,
+      weight_gradient<A>(s, p.batch, l == 0, gradient, rows, scratch.reads[l], in, examples,
                          given ? reinterpret_cast<const Real*>(from) : nullptr, p.input_row_stride,
                          static_cast<Real*>(to.weight), first_sum, scratch);
     }
