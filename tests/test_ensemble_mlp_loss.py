@@ -647,7 +647,7 @@ def test_nan_in_one_member_touches_no_other(b, loss, per_member, bad):
     "features", [(20, 8), (33, 40, 1), (100, 20, 10), (15, 50, 20, 10, 1), (300, 128, 9)], ids=str
 )
 def test_no_bit_of_a_gradient_depends_on_who_else_is_there(features, batch):
-    """Weights of one, a gradient of the input, threads, other members, where kernels have a choice to make."""
+    """Sample weights of one, threads, a gradient of the input, other members: no choice depends on them."""
     e = 3
     weights = [torch.randn(e, o, i, requires_grad=True) for i, o in itertools.pairwise(features)]
     biases = [torch.randn(e, o, requires_grad=True) for o in features[1:]]
