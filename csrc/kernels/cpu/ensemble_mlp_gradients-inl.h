@@ -81,7 +81,8 @@ void input_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, int64
 
 // --- weight gradients ------------------------------------------------------------------------------
 //
-// weight[o][i] <- (first ? 0 : weight[o][i]) + sum_b g[o][b] x[i][b], block after block of examples, in one of two ways:
+// weight[o][i] <- (first ? 0 : weight[o][i]) + sum_b g[o][b] x[i][b], block after block of examples, in one of two
+// ways:
 //
 //   outer products   inputs in the lanes. They have to be transposed to rows first, and the last vector of a row may
 //                    be part of one.
@@ -178,8 +179,8 @@ template <class Real, bool kPanels>
 struct RowProducts {
   using V = Wide<Real>;
   const Real* a;
-  int64_t a_row, a_k;        // strides; of panels, a_row is how many rows there are, and a_k 1
-  const Real* x;             // from the first of the columns on
+  int64_t a_row, a_k;  // strides; of panels, a_row is how many rows there are, and a_k is not read
+  const Real* x;       // from the first of the columns on
   int64_t x_stride, x_last;  // x_last: where the last of the vectors begins
   int64_t k_count;
   Real* z;  // likewise
