@@ -82,6 +82,10 @@ template <>
 struct FromPython<TensorList> {
   using type = const Given<std::vector<Tensor>>&;
 };
+template <class T>
+struct FromPython<at::ArrayRef<T>> {
+  using type = const std::vector<T>&;
+};
 
 }  // namespace
 
@@ -140,6 +144,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                         TensorList, TensorList);
   def<OfLoss>(m, "ensemble_mlp_loss");
   def<OfLoss>(m, "ensemble_mlp_example_losses");
+  def<Tensor(const LossOptions&, const Tensor&, const Tensor&, TensorList, TensorList, TensorList,
+             TensorList, at::IntArrayRef, string_view, at::ArrayRef<double>, TensorList,
+             TensorList)>(m, "ensemble_mlp_loss_step_");
   def<Tensor(const Tensor&, const Tensor&, TensorList, TensorList, string_view, string_view)>(
       m, "ensemble_mlp_packed");
   def<Three(const Tensor&, TensorList, TensorList, const Tensor&, const Tensor&, string_view,

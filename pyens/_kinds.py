@@ -74,8 +74,21 @@ def check(function: str, arguments: Sequence[tuple[str, str]], values: Sequence[
             raise TypeError(f"{function}: {argument}: expected {_NAMES[kind]}, got {got}") from None
 
 
-_CONVERSIONS: dict[str, Callable[[Any], object]] = {"float": float, "int": index, "bool": bool}
-_NAMES = {"float": "a number", "int": "an integer", "bool": "a bool", "str": "a string"}
+_CONVERSIONS: dict[str, Callable[[Any], object]] = {
+    "float": float,
+    "int": index,
+    "bool": bool,
+    "List[float]": lambda values: [float(value) for value in values],
+    "List[int]": lambda values: [index(value) for value in values],
+}
+_NAMES = {
+    "float": "a number",
+    "int": "an integer",
+    "bool": "a bool",
+    "str": "a string",
+    "List[float]": "numbers",
+    "List[int]": "integers",
+}
 
 
 def _converts(kind: str, value: Any) -> bool:

@@ -24,7 +24,7 @@ from torch.optim import (
     RMSprop,
 )
 
-from pyens import EnsembleMLP, optim
+from pyens import EnsembleMLP
 from pyens.ops import ensemble_mlp_loss
 from pyens.optim import (
     MemberLearningRates,
@@ -548,7 +548,7 @@ NORMS = (1.0, 2.0, math.inf)
 def way(request, monkeypatch):
     """The kernel of the CPU, or torch's operations, which are for other devices."""
     if request.param == "torch":
-        monkeypatch.setattr(optim, "REAL", ())
+        monkeypatch.setattr("pyens.optim.clip.REAL", ())
 
 
 @pytest.mark.usefixtures("way")

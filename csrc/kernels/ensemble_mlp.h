@@ -9,6 +9,7 @@
 
 #include "kernels/activation_strength.h"
 #include "kernels/activations.h"
+#include "kernels/optimizers.h"
 #include "kernels/types.h"
 
 namespace pyens {
@@ -190,6 +191,16 @@ struct MLPLayerGradient {                // contiguous; nullptr where it is not 
   PYENS_HOST_DEVICE bool any() const { return weight || bias || norm_weight || norm_bias; }
 };
 
+// CPU: an optimizer's step, made within the pass, member by member, as soon as the gradient is whole. The
+// tensors are those of all members; nullptr where there is no step.
+struct MLPParameterStep {
+  const StepParams* params;
+  const StepTensor* tensor;
+};
+struct MLPLayerSteps {
+  MLPParameterStep weight, bias, norm_weight, norm_bias;
+};
+
 // What belongs to one training pass, likewise plain. "Real" is float64 for float64 and float32 for all
 // others.
 struct MLPTrainingCall {
@@ -290,6 +301,9 @@ struct TrainingPlan {
   size_t scratch_bytes;  // per call of `train`
 };
 struct Training : EnsembleMLPTraining {
+  // One per layer, or nullptr. Then `gradients` say for which parameters there is a step, and none is written;
+  // without members that are chosen and a gradient of the input.
+  const MLPLayerSteps* steps;
   void* partial;  // partial_bytes, for all threads together
   int threads;    // a hint that changes no bit
 };

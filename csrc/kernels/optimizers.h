@@ -49,6 +49,9 @@ int64_t items_of(int64_t size);  // of a tensor of so many elements
 int64_t work_items(const StepParams& params);
 int64_t grain_size(const StepParams& params);
 void run(const StepParams& params, int64_t begin, int64_t end);
+// A step of elements [begin, end) of one tensor. `gradient`: of these alone, in the place of the tensor's.
+void step(const StepParams& params, const StepTensor& tensor, const void* gradient, int64_t begin,
+          int64_t end);
 }  // namespace optimizers_cpu
 
 }  // namespace pyens

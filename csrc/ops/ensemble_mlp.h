@@ -6,6 +6,7 @@
 
 #include <array>
 #include <forward_list>
+#include <functional>
 #include <string_view>
 #include <vector>
 
@@ -134,13 +135,17 @@ struct TrainingCall : ForwardCall {
 
   TrainingCall(const char* op, const Network& network, const MLPOptions& options,
                const NeedsGrad& needs_grad);
-  // On the CPU it raises for values that cannot be trained on; on CUDA they give NaN.
-  void run(const char* op);
+  // On the CPU it raises for values that cannot be trained on; on CUDA they give NaN. `accepted` is called when nothing
+  // can be refused any more and nothing has been computed.
+  void run(const char* op, const std::function<void()>& accepted = {});
+  // In the place of gradients: steps of the network's tensors behind its input, those that have one. They outlive it.
+  void make_steps(const Network& network, c10::ArrayRef<MLPParameterStep> steps);
 
  private:
   const at::Tensor& input_;
   c10::SmallVector<MLPLayerGradient, 8> layer_gradients_;
-  void run_on_cpu(const char* op);
+  c10::SmallVector<MLPLayerSteps, 8> layer_steps_;
+  void run_on_cpu(const char* op, const std::function<void()>& accepted);
 };
 
 // Whether a training pass on CUDA fits one launch, or has to be composed of matrix products. False for what is

@@ -454,6 +454,24 @@ void ForwardCall::run(const char* op, const Network& network) {
 
 // --- training ------------------------------------------------------------------------------------
 
+namespace {
+
+// What there is of each tensor behind the input, taken in their order, to the layers.
+template <class OfLayers, class Take>
+void give_to_layers(const Network& network, const c10::SmallVector<MLPLayer, 8>& layers,
+                    OfLayers& to, const Take& take) {
+  for (auto& layer : to) layer.weight = take();
+  for (size_t l = 0; l < network.biases.size(); ++l) to[l].bias = take();
+  c10::SmallVector<size_t, 8> normed;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    if (layers[l].has_norm()) normed.push_back(l);
+  }
+  for (size_t i = 0; i < network.norm_weights.size(); ++i) to[normed[i]].norm_weight = take();
+  for (size_t i = 0; i < network.norm_biases.size(); ++i) to[normed[i]].norm_bias = take();
+}
+
+}  // namespace
+
 TrainingCall::TrainingCall(const char* op, const Network& network, const MLPOptions& options,
                            const NeedsGrad& needs_grad)
     : ForwardCall(op, network, options),
@@ -470,21 +488,26 @@ TrainingCall::TrainingCall(const char* op, const Network& network, const MLPOpti
   const auto take = [&] { return needs_grad[position++] ? (next++)->mutable_data_ptr() : nullptr; };
   training.grad_input = take();
   training.sum_grad_input = input_.dim() == 2;
-  for (MLPLayerGradient& layer : layer_gradients_) layer.weight = take();
-  for (size_t l = 0; l < network.biases.size(); ++l) layer_gradients_[l].bias = take();
-  c10::SmallVector<MLPLayerGradient*, 8> normed;
-  for (size_t l = 0; l < layers.size(); ++l) {
-    if (layers[l].has_norm()) normed.push_back(&layer_gradients_[l]);
-  }
-  for (size_t i = 0; i < network.norm_weights.size(); ++i) normed[i]->norm_weight = take();
-  for (size_t i = 0; i < network.norm_biases.size(); ++i) normed[i]->norm_bias = take();
+  give_to_layers(network, layers, layer_gradients_, take);
   training.gradients = layer_gradients_.data();
 }
 
-void TrainingCall::run(const char* op) {
+void TrainingCall::make_steps(const Network& network, c10::ArrayRef<MLPParameterStep> steps) {
+  layer_steps_.resize(layers.size());
+  const auto* next = steps.begin();
+  give_to_layers(network, layers, layer_steps_, [&] { return *next++; });
+  next = steps.begin();
+  give_to_layers(network, layers, layer_gradients_, [&] {
+    const StepTensor* const tensor = (next++)->tensor;
+    return tensor ? tensor->parameter : nullptr;
+  });
+  training.steps = layer_steps_.data();
+}
+
+void TrainingCall::run(const char* op, const std::function<void()>& accepted) {
   if (params.batch == 0) return;
   training.forward = params;
-  if (input_.is_cpu()) return run_on_cpu(op);
+  if (input_.is_cpu()) return run_on_cpu(op, accepted);
   launch_cuda(op, input_, [&](void* stream) {
     const auto bytes = static_cast<int64_t>(ensemble_mlp_cuda::scratch_bytes(training));
     const Tensor scratch = at::empty({bytes}, input_.options().dtype(at::kByte));
@@ -492,7 +515,7 @@ void TrainingCall::run(const char* op) {
   });
 }
 
-void TrainingCall::run_on_cpu(const char* op) {
+void TrainingCall::run_on_cpu(const char* op, const std::function<void()>& accepted) {
   using namespace ensemble_mlp_cpu;
   training.threads = at::get_num_threads();
   const TrainingPlan plan = plan_training(training);
@@ -511,6 +534,7 @@ void TrainingCall::run_on_cpu(const char* op) {
                       c10::str("classes from 0 to ", params.layers[params.num_layers - 1].out - 1),
                       "one that is not");
   }
+  if (accepted) accepted();
   launch_cpu(
       plan.items, plan.grain_size, plan.scratch_bytes,
       [&](int64_t begin, int64_t end, void* scratch) { train(training, begin, end, scratch); });

@@ -12,10 +12,9 @@
 
 #include "ops/torch.h"
 
-#include <limits>
 #include <tuple>
 
-#include "ops/ensemble_mlp.h"
+#include "ops/ensemble_mlp_loss.h"
 #include "ops/operation.h"
 
 namespace pyens {
@@ -26,258 +25,20 @@ using at::TensorList;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr char kOp[] = "ensemble_mlp_loss";
 constexpr char kWithGradients[] = "ensemble_mlp_loss_with_gradients";
 
-struct NamedLoss {
-  std::string_view name;
-  Loss loss;
-};
-constexpr NamedLoss kLosses[] = {
-    {"mse", Loss::mse},
-    {"bce", Loss::bce},
-    {"gaussian_nll", Loss::gaussian_nll},
-    {"cross_entropy", Loss::cross_entropy},
-    {"huber", Loss::huber},
-    {"smooth_l1", Loss::smooth_l1},
-    {"quantile", Loss::quantile},
-    {"poisson_nll", Loss::poisson_nll},
-    {"soft_cross_entropy", Loss::soft_cross_entropy},
-};
-
-Loss parse_loss(std::string_view name) {
-  for (const NamedLoss& known : kLosses) {
-    if (known.name == name) return known.loss;
-  }
-  std::string names;
-  for (const NamedLoss& known : kLosses) {
-    if (!names.empty()) names += ", ";
-    names += known.name;
-  }
-  TORCH_CHECK_VALUE(false, kOp, ": loss: expected one of ", names, ", got \"", name, "\"");
-}
-
-// --- checks --------------------------------------------------------------------------------------
-
-// `shape` after an optional member axis.
-void check_shape(const char* argument, const Tensor& tensor, const c10::SymInt& members,
-                 c10::SymIntArrayRef shape) {
-  const auto rank = static_cast<int64_t>(shape.size());
-  bool same = tensor.dim() == rank || (tensor.dim() == rank + 1 && tensor.sym_size(0) == members);
-  for (int64_t i = 0; same && i < rank; ++i) {
-    same = tensor.sym_size(tensor.dim() - rank + i) == shape[static_cast<size_t>(i)];
-  }
-  PYENS_CHECK_VALUE(
-      same, kOp, argument,
-      [&] {
-        std::vector<c10::SymInt> own{members};
-        own.insert(own.end(), shape.begin(), shape.end());
-        return c10::str("shape ", shape, " or ", c10::SymIntArrayRef(own));
-      }(),
-      "shape ", tensor.sym_sizes());
-}
-
-// `value`: of an option that only these losses have, `none` with all others.
-void check_is_of(const char* argument, const char* losses, bool has, double value, double none,
-                 std::string_view loss) {
-  PYENS_CHECK_VALUE(has || value == none, kOp, argument,
-                    c10::str(none, " (only ", losses, ") with loss ", loss), value);
-}
-void check_is_of(const char* argument, const char* losses, bool has, const OptionalTensor& value,
-                 std::string_view loss) {
-  PYENS_CHECK_VALUE(has || !value, kOp, argument,
-                    c10::str("None (only ", losses, ") with loss ", loss), "a tensor of shape ",
-                    value->sym_sizes());
-}
-
-void check_positive(const char* argument, double value) {
-  PYENS_CHECK_VALUE(value > 0 && value < std::numeric_limits<double>::infinity(), kOp, argument,
-                    "a positive number", value);
-}
-
-// A tensor [K] or [E, K] of one number for each of `size`.
-void check_each(const char* argument, const Tensor& tensor, const Network& network,
-                const c10::SymInt& size) {
-  check_real(kOp, argument, tensor, network.weights);
-  check_shape(argument, tensor, network.members(), {size});
-}
-
-void check_quantiles(const Network& network, const Tensor& quantiles) {
-  PYENS_CHECK_TYPE(quantiles.scalar_type() == at::kDouble, kOp, "quantiles", "float64",
-                   quantiles.scalar_type());
-  check_device_of_weights(kOp, "quantiles", quantiles, network.weights);
-  PYENS_CHECK_VALUE(quantiles.dim() == 1 && quantiles.sym_size(0) >= 1, kOp, "quantiles",
-                    "[Q], at least one", "shape ", quantiles.sym_sizes());
-  const c10::SymInt out = network.out_features(), count = quantiles.sym_size(0);
-  PYENS_CHECK_VALUE(out % count == 0, kOp, c10::str("weights[", network.weights.size() - 1, "]"),
-                    c10::str("a multiple of ", count, " outputs (each target's quantiles)"), out);
-}
-
-// What an example's target is: [features], or a class.
-std::vector<c10::SymInt> target_shape(const Network& network, Loss loss,
-                                      const LossOptions& options) {
-  const c10::SymInt out = network.out_features();
-  switch (loss) {
-    case Loss::cross_entropy: return {network.batch()};
-    case Loss::gaussian_nll: return {network.batch(), out / 2};
-    case Loss::quantile: return {network.batch(), out / options.quantiles->sym_size(0)};
-    default: return {network.batch(), out};
-  }
-}
-
-Loss check(const Network& network, const Tensor& target, const LossOptions& options) {
-  const Loss loss = parse_loss(options.loss);
-  check_mlp(kOp, network, options.mlp);
-  const TensorList weights = network.weights;
-  const c10::SymInt members = network.members(), batch = network.batch();
-  const c10::SymInt out = network.out_features();
-  check_device_of_weights(kOp, "target", target, weights);
-  const bool classes = loss == Loss::cross_entropy || loss == Loss::soft_cross_entropy;
-  if (loss == Loss::cross_entropy) {
-    PYENS_CHECK_TYPE(target.scalar_type() == at::kLong, kOp, "target",
-                     "int64 classes for cross_entropy", target.scalar_type());
-  } else {
-    check_real(kOp, "target", target, weights);
-  }
-  const std::string_view name = options.loss;
-  check_is_of("temperature", "cross_entropy and soft_cross_entropy have one", classes,
-              options.temperature, 1, name);
-  check_positive("temperature", options.temperature);
-  check_is_of("label_smoothing", "cross_entropy and soft_cross_entropy have it", classes,
-              options.label_smoothing, 0, name);
-  PYENS_CHECK_VALUE(options.label_smoothing >= 0 && options.label_smoothing <= 1, kOp,
-                    "label_smoothing", "a number from 0 to 1", options.label_smoothing);
-  check_is_of("delta", "huber and smooth_l1 have one",
-              loss == Loss::huber || loss == Loss::smooth_l1, options.delta, 1, name);
-  check_positive("delta", options.delta);
-  check_is_of("quantiles", "quantile has them", loss == Loss::quantile, options.quantiles, name);
-  if (loss == Loss::quantile) {
-    PYENS_CHECK_VALUE(options.quantiles, kOp, "quantiles", "some with loss quantile", "None");
-    check_quantiles(network, *options.quantiles);
-  }
-  check_is_of("class_weight", "cross_entropy has them", loss == Loss::cross_entropy,
-              options.class_weight, name);
-  if (options.class_weight) check_each("class_weight", *options.class_weight, network, out);
-  const bool gaussian = loss == Loss::gaussian_nll;
-  check_is_of("log_variance_min", "gaussian_nll has one", gaussian, options.log_variance_min, name);
-  check_is_of("log_variance_max", "gaussian_nll has one", gaussian, options.log_variance_max, name);
-  if (gaussian) {
-    PYENS_CHECK_VALUE(out % 2 == 0, kOp, c10::str("weights[", weights.size() - 1, "]"),
-                      "an even number of outputs for gaussian_nll (means, then raw variances)",
-                      out);
-    PYENS_CHECK_VALUE(options.log_variance_min || !options.log_variance_max, kOp,
-                      "log_variance_min", "one beside log_variance_max", "None");
-    PYENS_CHECK_VALUE(options.log_variance_max || !options.log_variance_min, kOp,
-                      "log_variance_max", "one beside log_variance_min", "None");
-    if (options.log_variance_min) {
-      check_each("log_variance_min", *options.log_variance_min, network, out / 2);
-      check_each("log_variance_max", *options.log_variance_max, network, out / 2);
-    }
-  }
-  check_shape("target", target, members, target_shape(network, loss, options));
-  if (options.sample_weight) {
-    check_real(kOp, "sample_weight", *options.sample_weight, weights);
-    check_shape("sample_weight", *options.sample_weight, members, {batch});
-  }
-  return loss;
-}
-
-// Whether a tensor's numbers lie in memory that can be looked at here.
-bool is_readable(const Tensor& tensor) {
-  constexpr c10::DispatchKeySet traced =
-      c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
-  return tensor.device().is_cpu() && !tensor.key_set().has_any(traced) && !is_batched(tensor);
-}
-
-bool holds(const Tensor& all) { return at::native::is_nonzero(all.all()); }
-constexpr char kNotIt[] = "one that is not";
-
-// The values of small tensors, on the CPU.
-void check_values(const LossOptions& options) {
-  if (options.quantiles && is_readable(*options.quantiles)) {
-    const Tensor& q = *options.quantiles;
-    PYENS_CHECK_VALUE(holds((q > 0).bitwise_and(q < 1)), kOp, "quantiles",
-                      "numbers above 0 and below 1", kNotIt);
-  }
-  if (options.class_weight && is_readable(*options.class_weight)) {
-    const Tensor& w = *options.class_weight;
-    PYENS_CHECK_VALUE(holds(w.isfinite().bitwise_and(w >= 0)), kOp, "class_weight",
-                      "finite weights of at least 0", kNotIt);
-  }
-  if (!options.log_variance_min) return;
-  const Tensor &least = *options.log_variance_min, &most = *options.log_variance_max;
-  if (!is_readable(least) || !is_readable(most)) return;
-  PYENS_CHECK_VALUE(holds(least.isfinite()), kOp, "log_variance_min", "finite numbers", kNotIt);
-  PYENS_CHECK_VALUE(holds(most.isfinite()), kOp, "log_variance_max", "finite numbers", kNotIt);
-  PYENS_CHECK_VALUE(holds(least <= most), kOp, "log_variance_min", "at most log_variance_max",
-                    "one above it");
-}
-
 // --- the loss and its gradients --------------------------------------------------------------------
-
-// What the kernels read of the options; the call keeps what had to be copied.
-void set_parameters(TrainingCall& call, const LossOptions& options, at::ScalarType real) {
-  LossParameters& p = call.training.of_loss;
-  p.temperature = options.temperature;
-  p.label_smoothing = options.label_smoothing;
-  p.delta = options.delta;
-  if (options.quantiles) {
-    const Tensor& quantiles = call.copies.emplace_front(options.quantiles->contiguous());
-    p.quantiles = quantiles.const_data_ptr<double>();
-    p.num_quantiles = quantiles.size(0);
-  }
-  const auto set = [&](const OptionalTensor& given, const void*& data, int64_t& member_stride) {
-    if (!given) return;
-    const Tensor& tensor = call.copies.emplace_front(given->to(real).contiguous());
-    data = tensor.const_data_ptr();
-    member_stride = tensor.dim() == 2 ? tensor.size(1) : 0;
-  };
-  set(options.class_weight, p.class_weight, p.class_weight_member_stride);
-  set(options.log_variance_min, p.log_variance_min, p.log_variance_min_member_stride);
-  set(options.log_variance_max, p.log_variance_max, p.log_variance_max_member_stride);
-}
 
 std::tuple<Tensor, std::vector<Tensor>> ensemble_mlp_loss_with_gradients(
     const LossOptions& options, const Tensor& input, const Tensor& target, TensorList weights,
     TensorList biases, TensorList norm_weights, TensorList norm_biases,
     const OptionalTensor& member_scale, NeedsGrad needs_grad) {
   const Network network{input, weights, biases, norm_weights, norm_biases, options.mlp.members};
-  const Loss loss = check(network, target, options);
-  check_values(options);
-  TrainingCall call(kOp, network, options.mlp, needs_grad);
-  EnsembleMLPTraining& training = call.training;
-  const at::ScalarType real = accumulation_type(input.scalar_type());
-  const int64_t members = call.params.ensemble_size;
-
-  const bool classes = loss == Loss::cross_entropy;
-  const Tensor expected = classes ? target : with_contiguous_rows(target.to(real), call.copies);
-  const int64_t batch_dim = expected.dim() - (classes ? 1 : 2);
-  training.loss = loss;
-  set_parameters(call, options, real);
-  training.target = expected.const_data_ptr();
-  training.target_row_stride = expected.stride(batch_dim);
-  training.target_member_stride = batch_dim == 1 && members > 1 ? expected.stride(0) : 0;
-  Tensor example_weight;
-  if (options.sample_weight) {
-    example_weight = with_contiguous_rows(options.sample_weight->to(real), call.copies);
-    training.sample_weight = example_weight.const_data_ptr();
-    const bool own = example_weight.dim() == 2 && members > 1;
-    training.sample_weight_member_stride = own ? example_weight.stride(0) : 0;
-  }
-  Tensor scale;
-  if (member_scale) {
-    check_device_of_weights(kOp, "member_scale", *member_scale, weights);
-    PYENS_CHECK_VALUE(member_scale->dim() == 1 && member_scale->size(0) == members, kOp,
-                      "member_scale", c10::str("[", members, "]"), "shape ", member_scale->sizes());
-    scale = member_scale->to(real).contiguous();
-    training.member_scale = scale.const_data_ptr();
-  }
-  const auto real_options = input.options().dtype(real);
-  Tensor mean = call.params.batch == 0 ? at::zeros({members}, real_options)
-                                       : at::empty({members}, real_options);
-  training.loss_output = mean.mutable_data_ptr();
-  call.run(kOp);
-  return {mean, call.gradients};
+  check_loss(network, target, options);
+  check_loss_values(options);
+  LossCall call(network, target, options, member_scale, needs_grad);
+  call.run(kLossOp);
+  return {call.mean, call.gradients};
 }
 
 std::tuple<Tensor, std::vector<Tensor>> ensemble_mlp_loss_with_gradients_meta(
@@ -285,11 +46,11 @@ std::tuple<Tensor, std::vector<Tensor>> ensemble_mlp_loss_with_gradients_meta(
     TensorList biases, TensorList norm_weights, TensorList norm_biases,
     const OptionalTensor& member_scale, NeedsGrad needs_grad) {
   const Network network{input, weights, biases, norm_weights, norm_biases, options.mlp.members};
-  check(network, target, options);
-  if (member_scale) check_device_of_weights(kOp, "member_scale", *member_scale, weights);
+  check_loss(network, target, options);
+  if (member_scale) check_device_of_weights(kLossOp, "member_scale", *member_scale, weights);
   const auto real = input.options().dtype(accumulation_type(input.scalar_type()));
   return {at::empty_symint({network.members()}, real),
-          for_each_needed(kOp, network, needs_grad, [&](const Tensor& of) {
+          for_each_needed(kLossOp, network, needs_grad, [&](const Tensor& of) {
             auto sizes = of.sym_sizes().vec();
             if (&of != &network.input) sizes[0] = network.members();
             return at::empty_symint(sizes, real);
@@ -474,7 +235,7 @@ struct Examples {
 Examples composed_examples(const LossOptions& options, const Network& network, const Tensor& target,
                            bool scaled) {
   const Tensor& input = network.input;
-  const Loss loss = check(network, target, options);
+  const Loss loss = check_loss(network, target, options);
   const bool classes = loss == Loss::cross_entropy;
   const at::ScalarType real = accumulation_type(input.scalar_type());
   Tensor x = input, y = classes ? target : target.to(real);
@@ -524,10 +285,10 @@ Tensor composed_loss(const LossOptions& options, const Network& network, const T
 
 // The values that the kernels refuse, on the CPU.
 void check_all_values(const LossOptions& options, const Network& network, const Tensor& target) {
-  check_values(options);
+  check_loss_values(options);
   const OptionalTensor& weight = options.sample_weight;
   if (weight && is_readable(*weight)) {
-    PYENS_CHECK_VALUE(holds(weight->isfinite().bitwise_and(*weight >= 0)), kOp, "sample_weight",
+    PYENS_CHECK_VALUE(holds(weight->isfinite().bitwise_and(*weight >= 0)), kLossOp, "sample_weight",
                       "finite weights of at least 0", kNotIt);
   }
   if (target.scalar_type() != at::kLong || !is_readable(target)) return;
@@ -537,7 +298,8 @@ void check_all_values(const LossOptions& options, const Network& network, const 
     if (!is_readable(*weight)) return;
     right = right.bitwise_or(*weight == 0);
   }
-  PYENS_CHECK_VALUE(holds(right), kOp, "target", c10::str("classes from 0 to ", out - 1), kNotIt);
+  PYENS_CHECK_VALUE(holds(right), kLossOp, "target", c10::str("classes from 0 to ", out - 1),
+                    kNotIt);
 }
 
 // [E, B]: each example's own loss, times its weight.
@@ -545,7 +307,7 @@ Tensor ensemble_mlp_example_losses(const LossOptions& options, const Tensor& inp
                                    const Tensor& target, TensorList weights, TensorList biases,
                                    TensorList norm_weights, TensorList norm_biases) {
   const Network network{input, weights, biases, norm_weights, norm_biases, options.mlp.members};
-  check(network, target, options);
+  check_loss(network, target, options);
   check_all_values(options, network, target);
   const Examples examples = composed_examples(options, network, target, /*scaled=*/false);
   if (!options.sample_weight) return examples.losses;
@@ -559,7 +321,7 @@ Tensor ensemble_mlp_example_losses_meta(const LossOptions& options, const Tensor
                                         const Tensor& target, TensorList weights, TensorList biases,
                                         TensorList norm_weights, TensorList norm_biases) {
   const Network network{input, weights, biases, norm_weights, norm_biases, options.mlp.members};
-  check(network, target, options);
+  check_loss(network, target, options);
   return at::empty_symint({network.members(), network.batch()},
                           input.options().dtype(accumulation_type(input.scalar_type())));
 }
@@ -567,7 +329,7 @@ Tensor ensemble_mlp_example_losses_meta(const LossOptions& options, const Tensor
 Tensor ensemble_mlp_loss_cuda(const LossOptions& options, const Tensor& input, const Tensor& target,
                               TensorList weights, TensorList biases, TensorList norm_weights,
                               TensorList norm_biases) {
-  if (training_fits_one_launch(kOp, weights, options.mlp)) {
+  if (training_fits_one_launch(kLossOp, weights, options.mlp)) {
     return ensemble_mlp_loss(options, input, target, weights, biases, norm_weights, norm_biases);
   }
   const Network network{input, weights, biases, norm_weights, norm_biases, options.mlp.members};
@@ -665,7 +427,7 @@ class EnsembleMLPLossFunction : public torch::autograd::Function<EnsembleMLPLoss
 bool needs_gradient(const Tensor& t) { return at::GradMode::is_enabled() && t.requires_grad(); }
 
 void check_constant(const char* argument, const OptionalTensor& tensor) {
-  PYENS_CHECK_VALUE(!tensor || !tensor->requires_grad(), kOp, argument,
+  PYENS_CHECK_VALUE(!tensor || !tensor->requires_grad(), kLossOp, argument,
                     "requires_grad=False (it gets no gradient)", "True");
 }
 void check_constants(const LossOptions& options, const Tensor& target) {
@@ -692,11 +454,11 @@ Tensor ensemble_mlp_loss_autograd(const LossOptions& options, const Tensor& inpu
   const auto needs = needs_gradient;
   const OptionalTensor &least = options.log_variance_min, &most = options.log_variance_max;
   if ((least && needs(*least)) || (most && needs(*most))) {
-    check(network, target, options);
+    check_loss(network, target, options);
     check_all_values(options, network, target);
     return composed_loss(options, network, target);
   }
-  if (input.is_cuda() && !training_fits_one_launch(kOp, weights, options.mlp)) {
+  if (input.is_cuda() && !training_fits_one_launch(kLossOp, weights, options.mlp)) {
     return composed_loss(options, network, target);
   }
   // Not by a shared input: see backward.

@@ -27,6 +27,18 @@ class InPlace {
     return data;
   }
 
+  // Whether it shares memory with one of these, as a tensor that is only read beside them must not.
+  bool overlaps(const at::Tensor& read) const {
+    if (read.numel() == 0) return false;
+    int64_t last = 0;
+    for (int64_t d = 0; d < read.dim(); ++d) last += (read.size(d) - 1) * read.stride(d);
+    const char* const begin = static_cast<const char*>(read.const_data_ptr());
+    const char* const end = begin + (last + 1) * static_cast<int64_t>(read.element_size());
+    return std::any_of(ranges_.begin(), ranges_.end(), [&](const auto& range) {
+      return begin < range.second && range.first < end;
+    });
+  }
+
   // Whether threads might meet: two of the tensors share memory.
   bool overlaps() {
     std::sort(ranges_.begin(), ranges_.end());

@@ -9,16 +9,14 @@
 
 #include "ops/torch.h"
 
-#include <cmath>
 #include <initializer_list>
 #include <optional>
 #include <vector>
 
-#include "kernels/optimizers.h"
-#include "ops/checks.h"
 #include "ops/in_place.h"
 #include "ops/launch.h"
 #include "ops/operation.h"
+#include "ops/optimizers.h"
 
 namespace pyens {
 namespace {
@@ -35,54 +33,29 @@ struct Belonging {
 };
 using Belongings = std::initializer_list<Belonging>;
 
-bool fits(const Tensor& tensor, const Tensor& parameter) {
-  return tensor.scalar_type() == parameter.scalar_type() && tensor.device() == parameter.device() &&
-         tensor.sym_sizes() == parameter.sym_sizes();
-}
-
 void check_step(TensorList parameters, Belongings belongings, TensorList steps) {
   for (size_t i = 0; i < parameters.size(); ++i) {
-    const Tensor& p = parameters[i];
-    const auto index = static_cast<int64_t>(i);
-    PYENS_CHECK_TYPE(is_kernel_dtype(p.scalar_type()), kOp, (ArgumentName{"parameters", index}),
-                     "float32, float64, bfloat16 or float16", p.scalar_type());
-    PYENS_CHECK_VALUE(p.is_contiguous(), kOp, (ArgumentName{"parameters", index}), "contiguous",
-                      "strides ", p.strides());
+    check_parameter(kOp, static_cast<int64_t>(i), parameters[i]);
   }
   for (const Belonging& of : belongings) {
     PYENS_CHECK_VALUE(of.tensors.size() == parameters.size(), kOp, of.name,
                       c10::str("one for each of ", parameters.size(), " parameters"),
                       of.tensors.size());
     for (size_t i = 0; i < parameters.size(); ++i) {
-      const Tensor &p = parameters[i], &tensor = of.tensors[i];
-      PYENS_CHECK_VALUE(fits(tensor, p), kOp, of.name,
-                        c10::str("shape, dtype and device of the parameter, ", p.sym_sizes(), ", ",
-                                 p.scalar_type(), " and ", p.device()),
-                        tensor.sym_sizes(), ", ", tensor.scalar_type(), " and ", tensor.device());
+      check_belongs(kOp, of.name, of.tensors[i], parameters[i]);
     }
   }
-  for (const Tensor& step : steps) {
-    PYENS_CHECK_TYPE(step.scalar_type() == at::kFloat || step.scalar_type() == at::kDouble, kOp,
-                     "state['step']", "float32 or float64", step.scalar_type());
-    PYENS_CHECK_VALUE(step.sym_numel() == 1, kOp, "state['step']", "one number", "shape ",
-                      step.sym_sizes());
-  }
+  for (const Tensor& step : steps) check_count(kOp, step);
 }
 
-// The number, one more than before.
-double count_up(const Tensor& step) {
-  if (step.scalar_type() == at::kDouble) return *step.mutable_data_ptr<double>() += 1;
-  return *step.mutable_data_ptr<float>() += 1;
-}
-
-// `numbers(tensor, step)` fills in what depends on the number of steps, which is 0 without a count of them.
-template <class Numbers>
-void make_step(StepParams p, TensorList parameters, Belongings belongings, TensorList steps,
-               std::optional<double> grad_scale, const Numbers& numbers) {
+// `steps`: the parameters' counts of steps, where there are some.
+void make_step(const StepRule& rule, TensorList parameters, Belongings belongings, TensorList steps,
+               std::optional<double> grad_scale) {
   check_step(parameters, belongings, steps);
   PYENS_CHECK_VALUE(steps.empty() || steps.size() == parameters.size(), kOp, "state['step']",
                     c10::str("one for each of ", parameters.size(), " parameters"), steps.size());
   const at::AutoDispatchBelowADInplaceOrView no_graph;
+  StepParams p = rule.params;
   p.grad_scale = grad_scale ? &*grad_scale : nullptr;
   std::vector<StepTensor> tensors(parameters.size());
   InPlace in_place;
@@ -103,8 +76,7 @@ void make_step(StepParams p, TensorList parameters, Belongings belongings, Tenso
   }
   // Nothing is refused from here on.
   for (size_t i = 0; i < parameters.size(); ++i) {
-    if (!steps.empty()) steps[i].unsafeGetTensorImpl()->bump_version();
-    numbers(tensors[i], steps.empty() ? 0 : count_up(steps[i]));
+    rule.set_numbers(tensors[i], steps.empty() ? 0 : count_up(steps[i]));
   }
   p.tensors = tensors.data();
   p.count = static_cast<int64_t>(tensors.size());
@@ -120,59 +92,36 @@ void adam_(TensorList parameters, TensorList gradients, TensorList exp_avgs, Ten
            TensorList max_exp_avg_sqs, TensorList steps, std::optional<double> grad_scale,
            double lr, double beta1, double beta2, double eps, double weight_decay,
            bool decoupled_weight_decay, bool maximize) {
-  StepParams p{};
-  p.optimizer = Optimizer::adam;
-  p.maximize = maximize;
-  p.weight_decay = decoupled_weight_decay ? 0 : weight_decay;
-  p.shrink = decoupled_weight_decay ? 1 - lr * weight_decay : 1;
-  p.beta1 = beta1;
-  p.beta2 = beta2;
-  p.eps = eps;
-  p.amsgrad = !max_exp_avg_sqs.empty();
-  const auto numbers = [&](StepTensor& t, double step) {
-    t.rate = lr / (1 - std::pow(beta1, step));
-    t.root_correction = 1 / std::sqrt(1 - std::pow(beta2, step));
-  };
+  const bool amsgrad = !max_exp_avg_sqs.empty();
+  const StepRule rule =
+      adam_rule(lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, maximize, amsgrad);
   const Belonging gradient{"gradient", gradients}, exp_avg{"state['exp_avg']", exp_avgs};
   const Belonging exp_avg_sq{"state['exp_avg_sq']", exp_avg_sqs};
   const Belonging largest{"state['max_exp_avg_sq']", max_exp_avg_sqs};
-  if (p.amsgrad) {
-    make_step(p, parameters, {gradient, exp_avg, exp_avg_sq, largest}, steps, grad_scale, numbers);
+  if (amsgrad) {
+    make_step(rule, parameters, {gradient, exp_avg, exp_avg_sq, largest}, steps, grad_scale);
   } else {
-    make_step(p, parameters, {gradient, exp_avg, exp_avg_sq}, steps, grad_scale, numbers);
+    make_step(rule, parameters, {gradient, exp_avg, exp_avg_sq}, steps, grad_scale);
   }
 }
 
 void adagrad_(TensorList parameters, TensorList gradients, TensorList sums, TensorList steps,
               std::optional<double> grad_scale, double lr, double lr_decay, double eps,
               double weight_decay, bool maximize) {
-  StepParams p{};
-  p.optimizer = Optimizer::adagrad;
-  p.maximize = maximize;
-  p.weight_decay = weight_decay;
-  p.eps = eps;
-  make_step(p, parameters, {{"gradient", gradients}, {"state['sum']", sums}}, steps, grad_scale,
-            [&](StepTensor& t, double step) { t.rate = lr / (1 + (step - 1) * lr_decay); });
+  make_step(adagrad_rule(lr, lr_decay, eps, weight_decay, maximize), parameters,
+            {{"gradient", gradients}, {"state['sum']", sums}}, steps, grad_scale);
 }
 
 void sgd_(TensorList parameters, TensorList gradients, TensorList momentum_buffers,
           std::optional<double> grad_scale, double lr, double momentum, double dampening,
           double weight_decay, bool nesterov, bool maximize, bool begins) {
-  StepParams p{};
-  p.optimizer = Optimizer::sgd;
-  p.maximize = maximize;
-  p.weight_decay = weight_decay;
-  p.momentum = momentum;
-  p.dampening = dampening;
-  p.nesterov = nesterov;
-  p.begins = begins;
-  const auto numbers = [&](StepTensor& t, double /*step*/) { t.rate = lr; };
+  const StepRule rule = sgd_rule(lr, momentum, dampening, weight_decay, nesterov, maximize, begins);
   const Belonging gradient{"gradient", gradients};
   const Belonging buffer{"state['momentum_buffer']", momentum_buffers};
   if (momentum != 0) {
-    make_step(p, parameters, {gradient, buffer}, {}, grad_scale, numbers);
+    make_step(rule, parameters, {gradient, buffer}, {}, grad_scale);
   } else {
-    make_step(p, parameters, {gradient}, {}, grad_scale, numbers);
+    make_step(rule, parameters, {gradient}, {}, grad_scale);
   }
 }
 

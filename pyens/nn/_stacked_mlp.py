@@ -118,36 +118,50 @@ class StackedMLP(Members):
         The losses, their options and `reduction` are those of `pyens.ops.ensemble_mlp_loss`. Input, members
         and dropout as in `forward`; target and sample_weight have the input's dimensions in the place of B.
         """
+        return ensemble_mlp_loss(
+            input,
+            target,
+            loss=loss,
+            sample_weight=sample_weight,
+            shared=shared,
+            reduction=reduction,
+            **self.of_loss(dropout, dropout_seeds, members),
+            **options,
+        )
+
+    def network(self) -> tuple[Sequence[Tensor], ...]:
+        """Weights, biases, and those of the norms, as the operation takes them."""
+        return (*self.stacked(), *(_NO_NORMS if self.norm is None else self._norms()))
+
+    def of_loss(
+        self,
+        dropout: Dropout | None = None,
+        dropout_seeds: Tensor | None = None,
+        members: Sequence[int] | Tensor | None = None,
+    ) -> dict[str, Any]:
+        """What a call of the loss is given of the network: its parameters, its layers, its dropout."""
         if members is not None:
             members = self._members(members)
         rate = self.dropout if dropout is None else dropout
         if not isinstance(rate, (int, float)) or rate != 0:
             rate, dropout_seeds = self._dropping(dropout, dropout_seeds, members)
-        weights, biases = self.stacked()
-        norm_weights, norm_biases = _NO_NORMS if self.norm is None else self._norms()
-        return ensemble_mlp_loss(
-            input,
-            target,
-            weights,
-            biases,
-            loss=loss,
-            sample_weight=sample_weight,
-            activation=self.activation,
-            output_activation=self.output_activation,
-            norm=self.norm,
-            norm_weights=norm_weights,
-            norm_biases=norm_biases,
-            norm_eps=self.norm_eps,
-            norm_position=self.norm_position,
-            residual=self.residual,
-            dropout=rate,
-            dropout_seeds=dropout_seeds,
-            dropout_position=self.dropout_position,
-            members=members,
-            shared=shared,
-            reduction=reduction,
-            **options,
-        )
+        weights, biases, norm_weights, norm_biases = self.network()
+        return {
+            "weights": weights,
+            "biases": biases,
+            "activation": self.activation,
+            "output_activation": self.output_activation,
+            "norm": self.norm,
+            "norm_weights": norm_weights,
+            "norm_biases": norm_biases,
+            "norm_eps": self.norm_eps,
+            "norm_position": self.norm_position,
+            "residual": self.residual,
+            "dropout": rate,
+            "dropout_seeds": dropout_seeds,
+            "dropout_position": self.dropout_position,
+            "members": members,
+        }
 
     def _layers(self, weights: Sequence[Tensor]) -> Layers:
         """The options of the layers as the operation takes them, made anew where they may be others."""

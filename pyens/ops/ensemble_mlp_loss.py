@@ -1,5 +1,6 @@
 """The loss inside the fused ensemble MLP."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -124,6 +125,92 @@ def ensemble_mlp_loss(
     temperature and the left-out groups (jackknife) are those of "Beyond Point Estimate". Reference in
     `pyens.reference.ensemble_mlp_loss`.
     """
+    if reduction not in ("mean", "none"):
+        raise ValueError(f'ensemble_mlp_loss: reduction: expected mean or none, got "{reduction}"')
+    arguments, lead = _arguments(
+        input,
+        target,
+        weights,
+        biases,
+        loss,
+        temperature,
+        label_smoothing,
+        delta,
+        quantiles,
+        class_weight,
+        log_variance_min,
+        log_variance_max,
+        sample_weight,
+        activation,
+        output_activation,
+        norm,
+        norm_weights,
+        norm_biases,
+        norm_eps,
+        norm_position,
+        residual,
+        dropout,
+        dropout_seeds,
+        dropout_position,
+        members,
+        shared,
+    )
+    if reduction == "mean":
+        return _ensemble_mlp_loss(*arguments)
+    return as_given(_ensemble_mlp_example_losses(*arguments), lead)
+
+
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(ensemble_mlp_loss).parameters.items()
+    if name != "reduction"
+}
+
+
+def ensemble_mlp_loss_step_(step: tuple[Any, ...], **given: Any) -> Tensor:
+    """The mean losses of `ensemble_mlp_loss(**given)`, and a step of an optimizer within the pass, in place.
+
+    Args:
+        step: which of the network's parameters, the optimizer and its numbers for them, what is remembered of
+            them, and their counts of steps: see csrc/ops/ensemble_mlp_loss_step.cpp.
+
+    For `pyens.optim.in_pass`, on the CPU. Its reference is the loss, its gradient and then
+    `pyens.reference.optimizers`.
+    """
+    arguments, _ = _arguments(**_DEFAULTS | given)
+    network, options = arguments[:6], arguments[6:]
+    return _ensemble_mlp_loss_step_(*network, *step, *options)
+
+
+def _arguments(
+    input: Any,
+    target: Any,
+    weights: Any,
+    biases: Any,
+    loss: Any,
+    temperature: Any,
+    label_smoothing: Any,
+    delta: Any,
+    quantiles: Any,
+    class_weight: Any,
+    log_variance_min: Any,
+    log_variance_max: Any,
+    sample_weight: Any,
+    activation: Any,
+    output_activation: Any,
+    norm: Any,
+    norm_weights: Any,
+    norm_biases: Any,
+    norm_eps: Any,
+    norm_position: Any,
+    residual: Any,
+    dropout: Any,
+    dropout_seeds: Any,
+    dropout_position: Any,
+    members: Any,
+    shared: Any,
+) -> tuple[tuple[Any, ...], Any]:
+    """What the operations take, and the dimensions that the input had in the place of B."""
     lead = None
     if shared or is_unusual(input):
         computed = weights if members is None else [members]
@@ -153,27 +240,10 @@ def ensemble_mlp_loss(
     if log_variance_min is not None or log_variance_max is not None:
         log_variance_min = _bound("log_variance_min", log_variance_min, weights)
         log_variance_max = _bound("log_variance_max", log_variance_max, weights)
-    if reduction not in ("mean", "none"):
-        raise ValueError(f'ensemble_mlp_loss: reduction: expected mean or none, got "{reduction}"')
-    losses = (_ensemble_mlp_loss if reduction == "mean" else _ensemble_mlp_example_losses)(
-        input,
-        target,
-        weights,
-        () if biases is None else biases,
-        norm_weights,
-        norm_biases,
-        loss,
-        temperature,
-        label_smoothing,
-        sample_weight,
-        delta,
-        quantiles,
-        class_weight,
-        log_variance_min,
-        log_variance_max,
-        *options,
-    )
-    return losses if reduction == "mean" else as_given(losses, lead)
+    of_loss = loss, temperature, label_smoothing, sample_weight, delta, quantiles, class_weight
+    bounds = log_variance_min, log_variance_max
+    network = input, target, weights, () if biases is None else biases, norm_weights, norm_biases
+    return (*network, *of_loss, *bounds, *options), lead
 
 
 def _quantiles(quantiles: Sequence[float] | Tensor, input: Any) -> Tensor:
@@ -217,6 +287,9 @@ def _vmap(n: int, dims: Given, given: Given) -> tuple[Given, int, tuple[int, ...
 _CONSTANTS = ("target", "sample_weight", "quantiles", "class_weight")
 _ensemble_mlp_loss: Callable[..., Tensor] = operation(
     "ensemble_mlp_loss", from_schema(reference.ensemble_mlp_loss), _vmap, constants=_CONSTANTS
+)
+_ensemble_mlp_loss_step_: Callable[..., Tensor] = operation(
+    "ensemble_mlp_loss_step_", function="ensemble_mlp_loss"
 )
 _ensemble_mlp_example_losses: Callable[..., Tensor] = operation(
     "ensemble_mlp_example_losses",

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from pyens._kinds import check_number, check_tensor
 from pyens.nn import Ensemble, EnsembleBatchNorm
+from pyens.nn._stacked_mlp import StackedMLP
+from pyens.optim import InPass
 from pyens.training.randomness import Randomness
 
 
@@ -162,6 +164,39 @@ def home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     if found:
         return found[0].device, found[0].dtype
     raise ValueError(f"fit: model: expected parameters to train, got a {type(model).__name__} without")
+
+
+def in_pass(optimizers: Sequence[torch.optim.Optimizer], model: Ensemble, trainer: Any) -> InPass | None:
+    """The optimizer that steps within the pass, if it is one, and nothing has to look at gradients."""
+    for optimizer in optimizers:
+        if not isinstance(optimizer, InPass):
+            continue
+        if len(optimizers) > 1:
+            raise ValueError(
+                f"fit: optimizer: expected one alone that steps in the pass, got {len(optimizers)}"
+            )
+        refused: dict[str, Any] = {
+            name: getattr(trainer, name)
+            for name in ("clip_norm", "clip_value", "micro_batch_size", "scaler", "autocast", "penalty")
+        }
+        if not isinstance(trainer.loss, str):
+            raise ValueError(
+                f"fit: loss: expected the name of one beside an optimizer that steps in the pass, "
+                f"got {name_of(trainer.loss)}"
+            )
+        for name, value in refused.items():
+            if value is not None:
+                raise ValueError(
+                    f"fit: {name}: expected None beside an optimizer that steps in the pass (pyens.optim."
+                    f"in_pass; nothing sees its gradients), got {value if isinstance(value, float) else name}"
+                )
+        if not isinstance(model, StackedMLP):
+            raise ValueError(
+                "fit: optimizer: expected an EnsembleLinear or EnsembleMLP beside one that steps in the "
+                f"pass, got a {type(model).__name__}"
+            )
+        return optimizer
+    return None
 
 
 def scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:

@@ -19,6 +19,7 @@ from pyens.nn import Ensemble, MaskedMLP
 from pyens.nn._losses import OPTIONS, check_options
 from pyens.nn.ensemble import is_held, member_tensors, renew_accumulator
 from pyens.optim import (
+    InPass,
     clip_member_grad_norm_,
     keep_members,
     load_member_options,
@@ -142,6 +143,7 @@ class Trainer:
         self.history: History | None = None
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
         self.optimizers: list[torch.optim.Optimizer] = []
+        self._in_pass: InPass | None = None  # the one optimizer, if its steps are made in the pass
         self.schedulers: list[torch.optim.lr_scheduler.LRScheduler] = []
         self._averages: dict[str, Tensor] = {}  # of the weights, by ema or swa_start; empty: none yet
         self._averaged = 0  # how many are in them
@@ -256,6 +258,7 @@ class Trainer:
             for optimizer in optimizers:
                 schedulers.append(self._make_scheduler(optimizer))
                 _checks.scheduler(schedulers[-1], optimizer)
+        self._in_pass = _checks.in_pass(optimizers, self.model, self)
         self.optimizers, self.schedulers = optimizers, schedulers
         self._averages, self._averaged = {}, 0
 
@@ -312,21 +315,11 @@ class Trainer:
         before it, `[E]`."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        total: Tensor | None = None
-        for part, own, options in self._parts(batch, axis, weight, drawn):
-            losses = self.losses(part, weight=own, penalty=self.penalty, **options)
-            loss = losses.sum()
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-            total = losses.detach() if total is None else total + losses.detach()
-        assert total is not None
-        self._clip()
-        for optimizer in self.optimizers:
-            if self.scaler is None:
-                optimizer.step()
-            else:
-                self.scaler.step(optimizer)
-        if self.scaler is not None:
-            self.scaler.update()
+        if self._in_pass is None:
+            total = self._step_apart(batch, weight, drawn, axis)
+        else:
+            options = drawn | self._loss_options() | {"loss": self.loss, "sample_weight": weight}
+            total = self._in_pass.step_in_pass(self.model, *batch, **options)  # type: ignore[arg-type]
         if self.schedule == "step":
             for scheduler in self.schedulers:
                 scheduler.step()
@@ -554,6 +547,27 @@ class Trainer:
                 share = row_sums(counts.narrow(-1, start, length)) / torch.where(whole > 0, whole, 1)
                 options["share"] = share.to(self.real)
             yield part, own, options
+
+    def _step_apart(
+        self, batch: Sequence[Tensor | None], weight: Tensor | None, drawn: dict[str, Any], axis: int
+    ) -> Tensor:
+        """Losses, gradients, clipping and the optimizers' steps, one after the other."""
+        total: Tensor | None = None
+        for part, own, options in self._parts(batch, axis, weight, drawn):
+            losses = self.losses(part, weight=own, penalty=self.penalty, **options)
+            loss = losses.sum()
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            total = losses.detach() if total is None else total + losses.detach()
+        assert total is not None
+        self._clip()
+        for optimizer in self.optimizers:
+            if self.scaler is None:
+                optimizer.step()
+            else:
+                self.scaler.step(optimizer)
+        if self.scaler is not None:
+            self.scaler.update()
+        return total
 
     def _clip(self) -> None:
         if self.clip_norm is None and self.clip_value is None:

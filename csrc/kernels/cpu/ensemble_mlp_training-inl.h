@@ -83,18 +83,19 @@ void load_tile(const Training& t, const TrainingSchedule<A>& s, const TrainingPa
   }
 }
 
-// The way back through rows, from panels of the gradient by the sums of the last layer. The gradients are results.
+// The way back through rows, from panels of the gradient by the sums of the last layer. `sums`: as in train_tile.
 template <class A>
 void backward_by_rows(const Training& t, const TrainingSchedule<A>& s, int64_t member,
-                      const TrainingScratch<A>& scratch) {
+                      const TrainingScratch<A>& scratch, typename A::Real* sums) {
   using Real = typename A::Real;
   const EnsembleMLPParams& p = t.forward;
   const int64_t examples = p.batch, top = p.num_layers - 1;
   Real* gradient = scratch.gradient[top % 2];
   to_rows(scratch.hidden[top], p.layers[top].out, examples, gradient);
+  GradientPlaces<Real> places{member, sums};
   for (int64_t l = top; l >= s.lowest; --l) {
     const MLPLayer& layer = p.layers[l];
-    const MLPLayerGradient to = requested_gradient(t, l);
+    const MLPLayerGradient to = places.next(t, l);
     const auto* x = static_cast<const Real*>(p.input) + member * p.input_member_stride;
     int64_t x_stride = p.input_row_stride;
     if (l > 0 || t.sample_weight || layer.in < kWideLanes<Real>) {
@@ -104,11 +105,10 @@ void backward_by_rows(const Training& t, const TrainingSchedule<A>& s, int64_t m
     }
     if (to.weight) {
       weight_gradient_of_rows(gradient, layer.out, x, x_stride, layer.in, examples,
-                              static_cast<Real*>(to.weight) + member * layer.out * layer.in);
+                              static_cast<Real*>(to.weight));
     }
     if (to.bias) {
-      bias_gradient_of_rows(gradient, layer.out, examples,
-                            static_cast<Real*>(to.bias) + member * layer.out);
+      bias_gradient_of_rows(gradient, layer.out, examples, static_cast<Real*>(to.bias));
     }
     if (l == s.lowest) break;
     const Real* slope = scratch.slope[l - 1];
@@ -124,7 +124,7 @@ void backward_by_rows(const Training& t, const TrainingSchedule<A>& s, int64_t m
 }
 
 // `losses` become the weighted sums of the examples' losses, one for each block. `sums` are the member's gradients:
-// weight and bias of each layer that are asked for, one after the other from the last layer down; direct, the results.
+// weight and bias of each layer that are asked for, one after the other from the last layer down; nullptr: the results.
 template <class A>
 void train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t member, int64_t tile,
                 typename A::Real scale, const TrainingScratch<A>& scratch, typename A::Real* sums,
@@ -180,20 +180,15 @@ void train_tile(const Training& t, const TrainingSchedule<A>& s, int64_t member,
     if (scratch.slope[layers - 1]) {
       multiply_by_slope(out, examples, scratch.example_weight, scratch.slope[layers - 1], gradient);
     }
-    if constexpr (A::kDirect) backward_by_rows(t, s, member, scratch);
+    if constexpr (A::kDirect) backward_by_rows(t, s, member, scratch, sums);
     return;
   }
+  GradientPlaces<Real> places{member, sums};
   for (int64_t l = layers; l-- > s.lowest;) {
     const MLPLayer& layer = p.layers[l];
     const int64_t rows = layer.out, in = layer.in;
     const bool goes_on = l > s.lowest || (l == 0 && t.grad_input);
-    MLPLayerGradient to = requested_gradient(t, l);  // from here on the tile's sums
-    const auto take = [&](void*& sum, int64_t size) {
-      if (!sum) return;
-      sum = s.direct() ? static_cast<Real*>(sum) + member * size : std::exchange(sums, sums + size);
-    };
-    take(to.weight, rows * in);
-    for (void** sum : {&to.bias, &to.norm_weight, &to.norm_bias}) take(*sum, rows);
+    const MLPLayerGradient to = places.next(t, l);
     Real* const result = l == 0 && shared_input ? shared_input : scratch.gradient[l % 2];
     bool add = l == 0 && shared_input && !first_member;
     if (l + 1 == layers) {
@@ -249,8 +244,8 @@ ensemble_mlp_cpu::TrainingPlan plan_training(const Training& t) {
   }
   plan.grain_size = items_worth_a_thread(kMultiplyAddsWorthAThread,
                                          work * static_cast<double>(p.ensemble_size), plan.items);
-  // Members, then tiles of a shared input.
-  plan.finish_items = p.ensemble_size + (s.input_gradients ? s.tiles : 0);
+  // Parts of members, then tiles of a shared input.
+  plan.finish_items = p.ensemble_size * s.finish_parts(t) + (s.input_gradients ? s.tiles : 0);
   const bool sums = s.by_span || s.input_gradients;
   plan.finish_grain_size = sums ? 1 : plan.finish_items;
   return plan;
@@ -308,22 +303,65 @@ ensemble_mlp_cpu::TrainingError prepare_training(const Training& t, int64_t begi
   return TrainingError::none;
 }
 
-// Adds one member's sums over a span to the result.
-template <class A>
-void add_span(const Training& t, int64_t member, const typename A::Real* sums, bool first) {
-  using Real = typename A::Real;
-  const auto add = [&](void* result, int64_t n) {
+// visit(numbers before it, how many, result, step) for each gradient of a member, in the order of its sums.
+template <class Visit>
+void for_each_gradient(const Training& t, const Visit& visit) {
+  int64_t before = 0;
+  const auto of = [&](void* result, int64_t n, const MLPParameterStep& step) {
     if (!result) return;
-    Real* to = static_cast<Real*>(result) + member * n;
-    for (int64_t i = 0; i < n; ++i) to[i] = first ? sums[i] : to[i] + sums[i];
-    sums += n;
+    visit(before, n, result, step);
+    before += n;
   };
   for (int64_t l = t.forward.num_layers; l-- > 0;) {
     const MLPLayer& layer = t.forward.layers[l];
     const MLPLayerGradient to = requested_gradient(t, l);
-    add(to.weight, layer.out * layer.in);
-    for (void* of : {to.bias, to.norm_weight, to.norm_bias}) add(of, layer.out);
+    const MLPLayerSteps steps = t.steps ? t.steps[l] : MLPLayerSteps{};
+    of(to.weight, layer.out * layer.in, steps.weight);
+    of(to.bias, layer.out, steps.bias);
+    of(to.norm_weight, layer.out, steps.norm_weight);
+    of(to.norm_bias, layer.out, steps.norm_bias);
   }
+}
+
+// to <- (first ? 0 : to) + sums
+template <class Real>
+void add_sums(const Real* sums, int64_t n, Real* to, bool first) {
+  for (int64_t i = 0; i < n; ++i) to[i] = first ? sums[i] : to[i] + sums[i];
+}
+
+// Adds one member's sums over a span to the result: part `part` of so many.
+template <class A>
+void add_span(const Training& t, int64_t member, const typename A::Real* sums, bool first,
+              int64_t part = 0, int64_t parts = 1) {
+  using Real = typename A::Real;
+  for_each_gradient(t, [&](int64_t before, int64_t n, void* result, const MLPParameterStep&) {
+    const int64_t begin = n * part / parts, end = n * (part + 1) / parts;
+    add_sums(sums + before + begin, end - begin, static_cast<Real*>(result) + member * n + begin,
+             first);
+  });
+}
+
+// The optimizer's steps of a part of one member, whose gradients are overwritten: 16-bit parameters have theirs
+// rounded first, as if they were stored.
+template <class A>
+void step_member(const Training& t, int64_t member, typename A::Real* gradients, int64_t part = 0,
+                 int64_t parts = 1) {
+  using Real = typename A::Real;
+  using Elem = typename A::Elem;
+  for_each_gradient(
+      t, [&](int64_t before, int64_t n, void* /*result*/, const MLPParameterStep& step) {
+        const int64_t begin = n * part / parts, end = n * (part + 1) / parts;
+        Real* const from = gradients + before + begin;
+        auto* const to = reinterpret_cast<Elem*>(from);
+        if constexpr (!std::is_same_v<Elem, Real>) {
+          constexpr int64_t N = kWideLanes<Real>;
+          for (int64_t i = 0; i < end - begin; i += N) {
+            const int64_t count = std::min(N, end - begin - i);
+            store_wide_first<Real>(to + i, load_wide_first<Real>(from + i, count), count);
+          }
+        }
+        optimizers_cpu::step(*step.params, *step.tensor, to, member * n + begin, member * n + end);
+      });
 }
 
 template <class A>
@@ -340,7 +378,8 @@ void train_group(const Training& t, const TrainingSchedule<A>& s, const Training
     Real scale = mean_scale<Real>(terms);
     if (t.member_scale) scale *= static_cast<const Real*>(t.member_scale)[m];
     Real* sums = s.by_span ? partial.gradients + (span * p.ensemble_size + m) * s.member_gradients
-                           : scratch.member;
+                 : s.direct(t) ? nullptr
+                               : scratch.member;
     double* const losses = partial.loss_sum + m * s.blocks;
     for (int64_t tile = first_tile; tile < last_tile; ++tile) {
       Real* shared_input = nullptr;
@@ -348,11 +387,17 @@ void train_group(const Training& t, const TrainingSchedule<A>& s, const Training
         shared_input = partial.input + group * s.input_gradients + tile * s.tile * p.layers[0].in;
       }
       load_tile(t, s, partial, m, tile, scratch, in_panels);
-      const bool first = tile == (s.direct() ? 0 : first_tile);
+      const bool first = tile == (s.in_order() ? 0 : first_tile);
       train_tile(t, s, m, tile, scale, scratch, sums, first, shared_input, m == first_member,
                  losses + tile * (s.tile / s.block));
     }
-    if (!s.by_span && !s.direct()) add_span<A>(t, m, sums, span == 0);
+    if (s.by_span || s.direct(t)) continue;
+    if (!t.steps) {
+      add_span<A>(t, m, sums, span == 0);
+      continue;
+    }
+    if (!s.in_order()) add_sums(sums, s.member_gradients, scratch.total, span == 0);
+    if (span + 1 == s.spans) step_member<A>(t, m, s.in_order() ? sums : scratch.total);
   }
 }
 
@@ -368,11 +413,13 @@ void train(const Training& t, int64_t begin, int64_t end, void* base) {
     }
     return;
   }
-  // Members run fastest: a shared input goes to panels once per tile.
-  for (int64_t span = 0; span < s.spans; ++span) {
-    for (int64_t group = begin; group < end; ++group) {
-      train_group(t, s, partial, scratch, span, group, in_panels);
-    }
+  // Members run fastest: a shared input goes to panels once per tile. For steps spans do: the gradients of one member
+  // are all that there ever is.
+  const int64_t groups = end - begin;
+  for (int64_t i = 0; i < groups * s.spans; ++i) {
+    const int64_t span = t.steps ? i % s.spans : i / groups;
+    const int64_t group = begin + (t.steps ? i / s.spans : i % groups);
+    train_group(t, s, partial, scratch, span, group, in_panels);
   }
 }
 
@@ -400,21 +447,34 @@ void finish_training(const Training& t, int64_t begin, int64_t end) {
   const TrainingSchedule<A> s(t);
   const TrainingPartial<A> partial(t, s);
   const int64_t ensemble_size = t.forward.ensemble_size;
+  const int64_t parts = s.finish_parts(t);
   for (int64_t item = begin; item < end; ++item) {
-    if (item >= ensemble_size) {
-      finish_shared_input(t, s, partial, item - ensemble_size);
+    if (item >= ensemble_size * parts) {
+      finish_shared_input(t, s, partial, item - ensemble_size * parts);
       continue;
     }
-    if (t.loss_output) {
+    const int64_t member = item / parts, part = item % parts;
+    if (t.loss_output && part == 0) {
       double loss = 0;
-      for (int64_t i = 0; i < s.blocks; ++i) loss += partial.loss_sum[item * s.blocks + i];
-      const double terms = partial.weight_sum[item] * static_cast<double>(loss_terms(t));
-      static_cast<Real*>(t.loss_output)[item] = terms > 0 ? static_cast<Real>(loss / terms) : 0;
+      for (int64_t i = 0; i < s.blocks; ++i) loss += partial.loss_sum[member * s.blocks + i];
+      const double terms = partial.weight_sum[member] * static_cast<double>(loss_terms(t));
+      static_cast<Real*>(t.loss_output)[member] = terms > 0 ? static_cast<Real>(loss / terms) : 0;
     }
-    for (int64_t span = 0; s.by_span && span < s.spans; ++span) {
-      const int64_t at = (span * ensemble_size + item) * s.member_gradients;
-      add_span<A>(t, item, partial.gradients + at, span == 0);
+    if (!s.by_span) continue;
+    const auto sums_of = [&](int64_t span) {
+      return partial.gradients + (span * ensemble_size + member) * s.member_gradients;
+    };
+    Real* const total = sums_of(0);
+    for (int64_t span = 0; !t.steps && span < s.spans; ++span) {
+      add_span<A>(t, member, sums_of(span), span == 0, part, parts);
     }
+    for (int64_t span = 1; t.steps && span < s.spans; ++span) {
+      for_each_gradient(t, [&](int64_t before, int64_t n, void*, const MLPParameterStep&) {
+        const int64_t from = n * part / parts, to = n * (part + 1) / parts;
+        add_sums(sums_of(span) + before + from, to - from, total + before + from, false);
+      });
+    }
+    if (t.steps) step_member<A>(t, member, total, part, parts);
   }
 }
 

@@ -91,9 +91,34 @@ struct TrainingSchedule {
               !p.dropout.any() && !p.kept;
   }
 
-  // Sums of tiles are added to the result as they come.
-  bool direct() const { return !by_span && (spans == 1 || tiles_per_span == 1); }
+  // Sums of tiles are added up as they come, all in one place.
+  bool in_order() const { return !by_span && (spans == 1 || tiles_per_span == 1); }
+  // That place is the result.
+  bool direct(const Training& t) const { return in_order() && !t.steps; }
   int64_t items() const { return by_span ? spans * groups : groups; }
+  // Into how many parts the last round cuts what it does for one member.
+  int64_t finish_parts(const Training& t) const {
+    return by_span ? std::clamp<int64_t>(2 * t.threads / t.forward.ensemble_size, 1, 16) : 1;
+  }
+};
+
+// Where the gradients of a member go, from its last layer down: into the results, or one after the other.
+template <class Real>
+struct GradientPlaces {
+  int64_t member;
+  Real* sums;  // nullptr: results
+
+  MLPLayerGradient next(const Training& t, int64_t l) {
+    MLPLayerGradient to = requested_gradient(t, l);
+    const MLPLayer& layer = t.forward.layers[l];
+    const auto take = [&](void*& place, int64_t size) {
+      if (!place) return;
+      place = sums ? std::exchange(sums, sums + size) : static_cast<Real*>(place) + member * size;
+    };
+    take(to.weight, layer.out * layer.in);
+    for (void** place : {&to.bias, &to.norm_weight, &to.norm_bias}) take(*place, layer.out);
+    return to;
+  }
 };
 
 // Shared by all threads: what one round leaves for the next.
@@ -168,7 +193,8 @@ struct TrainingScratch {
   Real* bias;                    // of one layer
   Real* norm;                    // weights and biases of one norm
   Real* norm_sums;               // their gradients over the tile, lane by lane
-  Real* member;                  // gradients of one member over one of several spans
+  Real* member;  // gradients of one member: over one of several spans, or for a step
+  Real* total;   // for a step after several spans: over all of them
   size_t bytes;
 
   TrainingScratch(const Training& t, const TrainingSchedule<A>& s, void* base) {
@@ -222,7 +248,8 @@ struct TrainingScratch {
     bias = reals(round_up(max_width(p), kNarrowLanes<Real>));
     norm = reals(p.rich() ? 2 * max_width(p) : 0);
     norm_sums = reals(p.rich() ? 2 * max_width(p) * lanes_of<Wide<Real>>() : 0);
-    member = reals(s.by_span || s.direct() ? 0 : s.member_gradients);
+    member = reals(s.by_span || s.direct(t) ? 0 : s.member_gradients);
+    total = reals(s.by_span || s.in_order() ? 0 : s.member_gradients);
   }
 };
 

@@ -56,4 +56,16 @@ void run(const StepParams& p, int64_t begin, int64_t end) {
   }
 }
 
+void step(const StepParams& p, const StepTensor& tensor, const void* gradient, int64_t begin,
+          int64_t end) {
+  const auto bytes = static_cast<int64_t>(element_size(tensor.dtype));
+  StepTensor part = tensor;
+  part.gradient = const_cast<void*>(gradient);
+  part.parameter = static_cast<char*>(tensor.parameter) + begin * bytes;
+  for (void*& state : part.state) {
+    if (state != nullptr) state = static_cast<char*>(state) + begin * bytes;
+  }
+  functions(p.optimizer)[tensor.dtype](p, part, 0, end - begin);
+}
+
 }  // namespace pyens::optimizers_cpu
