@@ -33,6 +33,7 @@ from benchmarks.training_peers import (
     training_flops,
 )
 
+STEP_IN_PASS = "pyens Adam in the pass"
 STEP, STEP_TORCH = "pyens loss, pyens fused Adam", "pyens loss, torch's fused Adam"
 
 Shape = tuple[int, int, tuple[int, ...]]  # ensemble size, batch size, features
@@ -60,6 +61,14 @@ TRAINING: dict[str, Shape] = {
     "training-wide-512": (10, 256, (128, 512, 512, 512, 10)),
     "training-wide-1200": (5, 256, (784, 1200, 1200, 10)),
     "training-single": (1, 256, CLASSIFIER),
+}
+STEPS: dict[str, Shape] = {
+    "adam-step-4": (100, 4, PAPER),
+    "adam-step-16": (100, 16, PAPER),
+    "adam-step-64": (100, 64, PAPER),
+    "adam-step-256": (100, 256, PAPER),
+    "adam-step-wide-256": (10, 256, (64, 256, 256, 1)),
+    "adam-step-single": (1, 256, CLASSIFIER),
 }
 COLD_BYTES = 16 << 20
 COLD = (
@@ -96,18 +105,19 @@ def cases(options: harness.Options) -> list[harness.Case]:
                     cold_bytes=cold_bytes,
                 )
             )
-    e, b, features = shape = QUICK if options.quick else (100, 256, PAPER)
     judged = isa() and not options.quick
-    made.append(
-        harness.Case(
-            name="adam-step",
-            title=f"Adam step, {title(shape)}",
-            contestants=partial(step_contestants, shape, options),
-            flops=training_flops(e, b, features, False),
-            targets=(harness.Target(STEP, 1.1, (STEP_TORCH,)),) if judged else (),
-            grad=True,
+    for name, shape in ({"adam-step": QUICK} if options.quick else STEPS).items():
+        asked = judged and name == "adam-step-256"
+        made.append(
+            harness.Case(
+                name=name,
+                title=f"Adam step, {title(shape)}",
+                contestants=partial(step_contestants, shape, options),
+                flops=training_flops(*shape, False),
+                targets=(harness.Target(STEP_IN_PASS, 1.1, (STEP_TORCH,)),) if asked else (),
+                grad=True,
+            )
         )
-    )
     tables = SMALL_TABLES[:1] if options.quick else SMALL_TABLES
     made.append(
         harness.Case(
@@ -189,7 +199,7 @@ def gradient_contestants(shape: Shape, options: harness.Options) -> list[harness
 
 
 def step_contestants(shape: Shape, options: harness.Options) -> list[harness.Contestant]:
-    """Whole steps: loss, gradients and Adam. Ours with torch's Adam is what ours with our own must beat."""
+    """Whole steps: loss, gradients and Adam. Ours with torch's Adam is what ours in the pass must beat."""
     problem = TrainingProblem.random(*shape, seed=options.seed)
     check = step_check(problem)
 
@@ -215,6 +225,18 @@ def step_contestants(shape: Shape, options: harness.Options) -> list[harness.Con
 
         return setup
 
+    def in_pass() -> harness.Run:
+        weights, biases, input = problem.parts(problem.tensors)
+        model = pyens.EnsembleMLP.from_stacked(weights, biases, "out_in")
+        optimizer = pyens.optim.in_pass(torch.optim.Adam, model.parameters(), lr=LEARNING_RATE, eps=EPS)
+        parameters = [*model.weights, *model.biases]
+
+        def step() -> tuple[Tensor, Callable[[], Sequence[Tensor]]]:
+            losses = optimizer.step_in_pass(model, input, problem.target, loss="mse")
+            return losses, lambda: [parameter.detach() for parameter in parameters]
+
+        return step
+
     ours = partial(pyens.optim.fused, torch.optim.Adam, lr=LEARNING_RATE, eps=EPS)
     peers: dict[str, Callable[[], harness.Run]] = {}
     for name, form in (("baddbmm", baddbmm), ("baddbmm transposed", baddbmm_transposed)):
@@ -223,6 +245,7 @@ def step_contestants(shape: Shape, options: harness.Options) -> list[harness.Con
         if options.compile:
             peers[f"{name}, compiled"] = step_of(made, compile=True)
     return [
+        harness.Contestant(STEP_IN_PASS, in_pass, check, ours=True),
         harness.Contestant(STEP, step_of(fused_loss, make=ours), check, ours=True),
         harness.Contestant(STEP_TORCH, step_of(fused_loss), check, yardstick=True),
         *(harness.Contestant(name, setup, check) for name, setup in peers.items()),

@@ -229,6 +229,16 @@ def test_same_bits_for_any_split_of_the_batch(device, dtype, per_member):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_however_far_rows_lie_apart(device, dtype):
+    x, weights, biases = problem(2, 300, [256, 40, 512, 3], device, dtype)
+    whole = ensemble_mlp(x, weights, biases)
+    assert torch.equal(torch.cat([ensemble_mlp(part, weights, biases) for part in x.split(100)], 1), whole)
+    for more in (1, 256):
+        padded = [torch.nn.functional.pad(w, (0, more))[..., : w.shape[-1]] for w in weights]
+        assert torch.equal(ensemble_mlp(x, padded, biases), whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("b", [1, 13, 300])
 def test_same_bits_for_any_members_beside(device, dtype, b):
     x, weights, biases = problem(9, b, [140, 33, 2], device, dtype, per_member=True)

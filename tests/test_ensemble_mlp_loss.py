@@ -644,10 +644,12 @@ def test_nan_in_one_member_touches_no_other(b, loss, per_member, bad):
 
 @pytest.mark.parametrize("batch", [4, 7, 8, 16, 64, 128, 160, 256, 300, 513])
 @pytest.mark.parametrize(
-    "features", [(20, 8), (33, 40, 1), (100, 20, 10), (15, 50, 20, 10, 1), (300, 128, 9)], ids=str
+    "features",
+    [(20, 8), (33, 40, 1), (100, 20, 10), (15, 50, 20, 10, 1), (300, 128, 9), (256, 33, 512, 3)],
+    ids=str,
 )
 def test_no_bit_of_a_gradient_depends_on_who_else_is_there(features, batch):
-    """Sample weights of one, threads, a gradient of the input, other members: no choice depends on them."""
+    """Sample weights of one, threads, a gradient of the input, other members, how far rows lie apart."""
     e = 3
     weights = [torch.randn(e, o, i, requires_grad=True) for i, o in itertools.pairwise(features)]
     biases = [torch.randn(e, o, requires_grad=True) for o in features[1:]]
@@ -657,8 +659,14 @@ def test_no_bit_of_a_gradient_depends_on_who_else_is_there(features, batch):
         loss = ensemble_mlp_loss(x, y, weights, biases, loss="mse", **options)
         return torch.autograd.grad(loss.sum(), [*weights, *biases])
 
+    def apart(tensor, more):
+        rows = torch.empty(*tensor.shape[:-1], tensor.shape[-1] + more)[..., : tensor.shape[-1]]
+        rows.copy_(tensor.detach())
+        return rows.requires_grad_(tensor.requires_grad)
+
     expected = gradients()
     others = [gradients(sample_weight=torch.ones(batch)), gradients(x.clone().requires_grad_())]
+    others += [gradients(apart(x, more), [apart(w, more) for w in weights]) for more in (3, 256)]
     threads = torch.get_num_threads()
     try:
         for n in (1, 3, 16):

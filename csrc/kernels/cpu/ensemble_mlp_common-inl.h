@@ -32,6 +32,7 @@ using NarrowOf = Narrow<typename A::Real>;
 
 template <class A>
 constexpr int64_t kPanel = kPanelOf<typename A::Real>;
+constexpr int64_t kOften = 128;        // examples that read a block of weights
 constexpr int64_t kMaxTile = 256;      // examples: weights pass once per tile
 constexpr int64_t kNeuronBlock = 192;  // x kBlock inputs x 4 bytes: 98 KB of weights stay in L2
 constexpr int kGroup = 4;              // stripes of neurons that a small batch takes together

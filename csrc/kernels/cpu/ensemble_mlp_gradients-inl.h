@@ -61,7 +61,7 @@ void input_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, int64
       InputGradientBlock<A> block;
       block.k_count = std::min(kBlockUnits<A>, unit_count - k);
       block.w = A::column_block(layer, p.parameters_of(member), k, block.k_count, row, rows,
-                                weights, &block.w_stride);
+                                examples >= kOften, weights, &block.w_stride);
       block.first = k == 0 && !add;
       block.scale = static_cast<typename A::Real>(1 / (1 - rate));
       block.cuts = rate > 0 || (below && cuts_off(p.layers[l - 1].activation.kind));
@@ -288,7 +288,9 @@ void weight_gradient(const TrainingSchedule<A>& s, int64_t batch, bool first_lay
                      int64_t row_stride, Real* weight, bool first,
                      const TrainingScratch<A>& scratch) {
   constexpr int64_t N = kWideLanes<Real>;
-  const bool has_rows = rows != nullptr && in >= N;
+  // Many neurons read them: from one place, not from a cache line of each of many pages.
+  const bool far = row_stride >= kRowsApart<Real> && out >= 32;
+  const bool has_rows = rows != nullptr && in >= N && !far;
   // Not whether they lie there in this call: sample weights would change bits.
   const bool may_have_rows = first_layer && A::kDirect && in >= N;
   const auto count = [&](int64_t b) { return std::min(s.block, examples - b); };

@@ -192,7 +192,8 @@ void forward_layer(const MLPLayer& layer, int64_t member, int64_t examples,
     for (int64_t k = 0; k < unit_count; k += kBlockUnits<A>) {
       const int64_t k_count = std::min(kBlockUnits<A>, unit_count - k);
       ForwardBlock<A> block;
-      block.w = A::weight_block(layer, member, row, rows, k, k_count, weights, &block.w_stride);
+      block.w = A::weight_block(layer, member, row, rows, k, k_count, examples >= kOften, weights,
+                                &block.w_stride);
       block.k_count = k_count;
       block.bias = bias + row;
       block.first = k == 0;

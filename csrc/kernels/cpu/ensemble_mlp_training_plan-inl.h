@@ -243,7 +243,7 @@ struct TrainingScratch {
     }
     const int64_t most_units = units_of_tile<A>(s.tile, std::max(p.layers[0].in, max_width(p)));
     for (Real*& of_product : units) of_product = reals(most_units);
-    weights = reals(A::kDirect ? 0 : kNeuronBlock * kBlock);
+    weights = reals(kNeuronBlock * kBlock);
     input_rows = reals(s.tile * kPanelOf<Real>);
     bias = reals(round_up(max_width(p), kNarrowLanes<Real>));
     norm = reals(p.rich() ? 2 * max_width(p) : 0);

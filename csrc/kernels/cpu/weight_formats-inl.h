@@ -7,7 +7,7 @@
 //   kDirect          rows are read where they lie
 //   product          a * b + c of units
 //   load_units       a narrow vector of units of a row, zeros behind its end
-//   weight_block     rows x units of a layer: a pointer and its row stride
+//   weight_block     rows x units of a layer, to be read `often` or not: a pointer and its row stride
 //   column_block     units down the columns x columns, likewise
 //   hidden_panels, hidden_rows
 //                    what a layer has left, as the units that the next one reads: panels of a tile, or
@@ -32,6 +32,11 @@ const typename A::Elem* weight_row(const MLPLayer& layer, int64_t member, int64_
   return static_cast<const typename A::Elem*>(layer.weight.data) +
          member * layer.weight.member_stride + row * layer.weight.row_stride;
 }
+
+// Rows so many Reals apart lie on a page each, or in the same sets of the cache: a block of them that is read often is
+// copied first.
+template <class Real>
+constexpr int64_t kRowsApart = 1024 / static_cast<int64_t>(sizeof(Real));
 
 // A block as a copy in scratch, rows of kBlockUnits.
 template <class A>
@@ -71,17 +76,28 @@ struct Plain {
     return load_first<Real>(row + unit, in - unit);
   }
   static const Real* weight_block(const MLPLayer& layer, int64_t member, int64_t row, int64_t rows,
-                                  int64_t k, int64_t k_count, Real* scratch, int64_t* stride) {
+                                  int64_t k, int64_t k_count, bool often, Real* scratch,
+                                  int64_t* stride) {
+    return block(layer, member, row, rows, k, k_count,
+                 often && layer.weight.row_stride % kRowsApart<Real> == 0, scratch, stride);
+  }
+  // In place, or a copy if it has to be converted or is asked for.
+  static const Real* block(const MLPLayer& layer, int64_t member, int64_t row, int64_t rows,
+                           int64_t k, int64_t k_count, bool copied, Real* scratch,
+                           int64_t* stride) {
     if constexpr (kDirect) {
-      *stride = layer.weight.row_stride;
-      return weight_row<Plain>(layer, member, row) + k;
-    } else {
-      return converted_block<Plain>(layer, member, row, rows, k, k_count, scratch, stride);
+      if (!copied) {
+        *stride = layer.weight.row_stride;
+        return weight_row<Plain>(layer, member, row) + k;
+      }
     }
+    return converted_block<Plain>(layer, member, row, rows, k, k_count, scratch, stride);
   }
   static const Real* column_block(const MLPLayer& layer, int64_t member, int64_t k, int64_t k_count,
-                                  int64_t column, int64_t columns, Real* scratch, int64_t* stride) {
-    return weight_block(layer, member, k, k_count, column, columns, scratch, stride);
+                                  int64_t column, int64_t columns, bool often, Real* scratch,
+                                  int64_t* stride) {
+    return block(layer, member, k, k_count, column, columns,
+                 often && layer.weight.row_stride >= kRowsApart<Real>, scratch, stride);
   }
   static const Real* hidden_panels(const Real* z, int64_t /*panels*/, int64_t /*features*/,
                                    Real* /*scratch*/) {
@@ -122,13 +138,14 @@ struct Bfloat16Pairs {
     return v;
   }
   static const float* weight_block(const MLPLayer& layer, int64_t member, int64_t row, int64_t rows,
-                                   int64_t k, int64_t k_count, float* scratch, int64_t* stride) {
+                                   int64_t k, int64_t k_count, bool /*often*/, float* scratch,
+                                   int64_t* stride) {
     return converted_block<Bfloat16Pairs>(layer, member, row, rows, k, k_count, scratch, stride);
   }
   // Rows 2u and 2u+1 of the weights become unit u, [unit][column].
   static const float* column_block(const MLPLayer& layer, int64_t member, int64_t k,
-                                   int64_t k_count, int64_t column, int64_t columns, float* scratch,
-                                   int64_t* stride) {
+                                   int64_t k_count, int64_t column, int64_t columns, bool /*often*/,
+                                   float* scratch, int64_t* stride) {
     using V = Wide<float>;
     using Words = Vec<uint32_t, lanes_of<V>()>;
     *stride = kBlock;
