@@ -18,8 +18,9 @@ int64_t row_stride(int64_t width) {
   return round_up(width, kWideLanes<Real>);
 }
 
+// Examples that go back through rows: of one panel of two vectors, or of one vector of a panel of four.
 template <class Real>
-constexpr int64_t kFewExamples = kWideLanes<Real>;
+constexpr int64_t kFewExamples = kVectors == 2 ? kPanelOf<Real> : kWideLanes<Real>;
 
 inline MLPLayerGradient requested_gradient(const Training& t, int64_t l) {
   return t.gradients ? t.gradients[l] : MLPLayerGradient{};

@@ -156,6 +156,13 @@ void step(const StepParams& p, const StepTensor& tensor, int64_t begin, int64_t 
   int64_t i = begin;
   // Two vectors at a time keep more loads in flight.
   for (; i + 2 * N <= end; i += 2 * N) {
+    if (t.ahead != 0) {
+      __builtin_prefetch(static_cast<const T*>(t.parameter) + i + t.ahead, 1, 2);
+#pragma GCC unroll 3
+      for (int s = 0; s < R::kStates; ++s) {
+        __builtin_prefetch(static_cast<const T*>(t.state[s]) + i + t.ahead, 1, 2);
+      }
+    }
     update<true, T>(rule, before, t, i, N);
     update<true, T>(rule, before, t, i + N, N);
   }

@@ -65,6 +65,8 @@ void step(const StepParams& p, const StepTensor& tensor, const void* gradient, i
   for (void*& state : part.state) {
     if (state != nullptr) state = static_cast<char*>(state) + begin * bytes;
   }
+  // A member's numbers are few: the next one's lie behind them.
+  part.ahead = end + (end - begin) <= tensor.size ? end - begin : 0;
   functions(p.optimizer)[tensor.dtype](p, part, 0, end - begin);
 }
 
