@@ -31,3 +31,7 @@ def fail(threads: int) -> Callable:
 
 def die(threads: int) -> Callable:
     os._exit(3)
+
+
+def process(threads: int) -> Callable:
+    return lambda: [np.array(os.getpid())]

@@ -67,6 +67,19 @@ def test_several_processes_share_the_time_that_passes(remote):
     assert two < 0.9 * one
 
 
+def test_a_process_serves_one_call_after_the_other(remote):
+    first = remote("process")
+    (number,) = first()
+    first.close()
+    again, beside, another = remote("process"), remote("process"), remote("process", environment={"A": "1"})
+    assert again()[0] == number
+    assert len({int(run()[0]) for run in (again, beside, another)}) == 3
+    again.close()
+    with pytest.raises(RuntimeError, match="nothing to prepare"):
+        remote("fail")
+    assert remote("process")()[0] != number  # that one failed
+
+
 def test_what_fails_over_there_is_said_here(remote):
     with pytest.raises(RuntimeError, match="ValueError: nothing to prepare"):
         remote("fail")

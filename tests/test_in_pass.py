@@ -379,6 +379,25 @@ def test_an_input_that_needs_a_gradient_a_class_out_of_range_and_autocast_are_re
     assert all(state["step"] == 0 for state in optimizer.state.values())
 
 
+def test_without_autograd_around_it():
+    model = EnsembleMLP(3, 5, [7], 2)
+    twin = copy.deepcopy(model)
+    batch = drawn(9, 5), drawn(9, 2)
+    with torch.no_grad():
+        in_pass(Adam, model.parameters()).step_in_pass(model, *batch, loss="mse")
+        weight = computed(EnsembleLinear(3, 5, 2))
+        with pytest.raises(ValueError, match="computed from others"):
+            in_pass(Adam, weight.parameters()).step_in_pass(weight, *batch, loss="mse")
+    apart(fused(Adam, twin.parameters()), twin, *batch, loss="mse")
+    assert_same(model, twin)
+
+
+def test_numpy_is_refused_by_name():
+    model = EnsembleMLP(3, 5, [7], 2)
+    with pytest.raises(TypeError, match="ensemble_mlp_loss: target: expected a tensor, got numpy"):
+        in_pass(Adam, model.parameters()).step_in_pass(model, drawn(9, 5), drawn(9, 2).numpy(), loss="mse")
+
+
 def test_kinds_of_optimizers():
     with pytest.raises(TypeError, match="in_pass: kind: expected Adam, AdamW, Adagrad or SGD"):
         in_pass(torch.optim.RMSprop, EnsembleLinear(1, 2, 1).parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import subprocess
 import sys
@@ -36,13 +37,16 @@ class Remote:
         processes: int = 1,
         environment: Mapping[str, str] | None = None,
     ):
+        # What a process has imported and the threads that it has started belong to one engine.
+        self._kind = program.partition(":")[0], threads, tuple(sorted((environment or {}).items()))
         self._workers: list[_Worker] = []
         try:
             for _ in range(processes):
-                self._workers.append(_Worker(environment or {}))
+                idle = _idle.get(self._kind)
+                self._workers.append(idle.pop() if idle else _Worker(environment or {}))
             self._ask("prepare", program, threads, _as_arrays(arguments))
         except BaseException:
-            self.close()
+            self.close(for_good=True)
             raise
 
     def __call__(self) -> list[Tensor]:
@@ -59,11 +63,14 @@ class Remote:
         passed = (time.perf_counter() - start) / (calls + warm_up(calls)) / len(blocks)
         return Block(passed, sum(block.cpu_seconds for block in blocks) / len(blocks))
 
-    def close(self) -> None:
-        """Ends the processes."""
-        for worker in self._workers:
-            worker.close()
-        self._workers.clear()
+    def close(self, for_good: bool = False) -> None:
+        """Lets the call go. Its processes wait for another one: to start an engine takes seconds."""
+        workers, self._workers = self._workers, []
+        for worker in workers:
+            if not for_good and worker.forgets():
+                _idle.setdefault(self._kind, []).append(worker)
+            else:
+                worker.close()
 
     def _ask(self, *order: Any) -> list[Any]:
         """One order to every process, and all answers."""
@@ -102,6 +109,14 @@ class _Worker:
             raise found
         return found
 
+    def forgets(self) -> bool:
+        """Whether it has dropped its call and all that came with it, and can take another one."""
+        try:
+            self.connection.send(("forget",))
+            return self.answer() is None
+        except (OSError, RuntimeError, TimeoutError):
+            return False
+
     def close(self) -> None:
         self.connection.close()
         try:
@@ -110,6 +125,18 @@ class _Worker:
             self._process.kill()
             self._process.wait()
         self._errors.close()
+
+
+_idle: dict[Any, list[_Worker]] = {}
+
+
+@atexit.register
+def end_idle() -> None:
+    """Ends the processes that wait."""
+    for workers in _idle.values():
+        for worker in workers:
+            worker.close()
+    _idle.clear()
 
 
 def _as_arrays(value: Any) -> Any:

@@ -17,8 +17,8 @@ from benchmarks.remote.blocks import Run, measure, on_cores
 def main(descriptor: int) -> None:
     """Prepares a call, then runs and times it as asked, until the other end closes."""
     connection = Connection(descriptor)
-    run: Run = lambda: None  # noqa: E731
-    stack = contextlib.ExitStack()
+    nothing: Run = lambda: None  # noqa: E731
+    run, stack = nothing, contextlib.ExitStack()
     while True:
         try:
             order, *arguments = connection.recv()
@@ -30,6 +30,10 @@ def main(descriptor: int) -> None:
                 program, threads, rest = arguments
                 stack.enter_context(on_cores(threads))  # some engines know no other limit of threads
                 run = prepare(program, threads, rest)
+                arguments = rest = []
+            elif order == "forget":
+                run = nothing
+                stack.close()
             elif order == "run":
                 answer = [np.asarray(array) for array in run()]
             elif order == "measure":

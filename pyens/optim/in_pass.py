@@ -83,7 +83,7 @@ def _of_kind(kind: Any) -> Any:
             own = [_own(group, network) for group in self.param_groups]
             if not any(own):
                 raise _refused("model", "one whose parameters are this optimizer's", "one of others")
-            if not network[0].is_cpu or target.numel() == 0:
+            if not network[0].is_cpu or (isinstance(target, Tensor) and target.numel() == 0):
                 return _apart(self, model, input, target, options, [network[i] for of in own for i in of])
             make = functools.partial(_step, self, own, network, model, input, target, options)
             setattr(self, "_pass", make)  # noqa: B010
@@ -111,7 +111,8 @@ def _checked(optimizer: Any, model: Any, input: Any, options: dict[str, Any]) ->
             "step_in_pass: model: expected an EnsembleLinear or EnsembleMLP with their own loss, got a "
             f"{type(model).__name__}"
         )
-    network = [tensor for of_kind in model.network() for tensor in of_kind]
+    with torch.enable_grad():  # or a computed weight would look like one that is frozen
+        network = [tensor for of_kind in model.network() for tensor in of_kind]
     if getattr(optimizer, "grad_scale", None) is not None:
         raise _refused("optimizer", "no GradScaler (no gradient is there to be scaled)", "one")
     if any(name == "MemberWeightDecay" for name, _ in member_options(optimizer)):
