@@ -46,8 +46,8 @@ FORWARD: dict[str, Shape] = {
     "forward-64": (100, 64, PAPER),
     "forward-1024": (100, 1024, PAPER),
     "forward-8192": (100, 8192, PAPER),
-    "forward-wide-512": (32, 1024, (128, 512, 512, 512, 10)),
-    "forward-wide-1200": (5, 1024, (784, 1200, 1200, 10)),
+    "forward-wide-512": (8, 1024, (128, 512, 512, 512, 10)),
+    "forward-wide-1200": (2, 1024, (784, 1200, 1200, 10)),
     "forward-single": (1, 256, CLASSIFIER),
 }
 TRAINING: dict[str, Shape] = {
@@ -59,7 +59,7 @@ TRAINING: dict[str, Shape] = {
     "training-1024": (100, 1024, PAPER),
     "training-wide-256": (10, 256, (64, 256, 256, 1)),
     "training-wide-512": (10, 256, (128, 512, 512, 512, 10)),
-    "training-wide-1200": (5, 256, (784, 1200, 1200, 10)),
+    "training-wide-1200": (2, 256, (784, 1200, 1200, 10)),
     "training-single": (1, 256, CLASSIFIER),
 }
 STEPS: dict[str, Shape] = {

@@ -22,7 +22,7 @@ struct StepTensor {
   void* state[3];
   double rate;  // Adam: lr / (1 - beta1^step). Adagrad: lr / (1 + (step - 1) lr_decay). SGD: lr
   double root_correction;  // Adam: 1 / sqrt(1 - beta2^step)
-  int64_t ahead;  // where parameter and state are read next, so many elements on, or 0
+  int64_t ahead;           // where parameter and state are read next, so many elements on, or 0
 };
 
 struct StepParams {

@@ -47,8 +47,8 @@ struct Buffer {
       if (dtype == DType::float16) {  // of normal numbers
         const uint32_t exponent = (bits >> 23 & 0xff) - 127 + 15;
         const bool tiny = (bits >> 23 & 0xff) < 127 - 14;
-        const auto half = static_cast<uint16_t>(
-            (bits >> 16 & 0x8000) | (tiny ? 0 : exponent << 10 | (bits >> 13 & 0x3ff)));
+        const auto half = static_cast<uint16_t>((bits >> 16 & 0x8000) |
+                                                (tiny ? 0 : exponent << 10 | (bits >> 13 & 0x3ff)));
         std::memcpy(at, &half, 2);
       }
     }
