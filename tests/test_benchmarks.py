@@ -96,6 +96,18 @@ def test_speedup_without_anything_to_compare_is_none():
     assert "MISSED, not measured" in harness.verdict(result(), Target("ours", 1.0, ("broken",)), PEAKS)
 
 
+def test_a_machine_that_others_use_is_said():
+    alone, shared = result(peaks_of_rounds=[95.0, 50.0, 99.0]), result(peaks_of_rounds=[95.0, 50.0, 60.0])
+    assert alone.share_of_machine(PEAKS) == 0.95 and result().share_of_machine(PEAKS) is None
+    assert "SHARED: between the rounds the machine had 60% of its peak" in harness.table(shared, PEAKS)
+    assert "SHARED" not in harness.table(alone, PEAKS) + harness.table(result(), PEAKS)
+    told = report()
+    assert "of the machine" not in harness.markdown(told)
+    told.results.append(shared)
+    assert "| B 1 *(60% of the machine)* |" in harness.markdown(told)
+    assert "others used it" in harness.markdown(told)
+
+
 def test_rate_is_useful_work_per_second():
     assert result().rate(1e-3) == (pytest.approx(20.0), "GF/s")
     assert result(flops=0.0, bytes=3e6).rate(1e-3) == (pytest.approx(3.0), "GB/s")

@@ -52,6 +52,7 @@ def _run_interleaved(
         for c in contestants
     ]
     runners: list[tuple[Timing, Callable[[int], Block], int, int]] = []
+    peaks: list[float] = []
     pause = 0.0
 
     with tqdm(
@@ -81,6 +82,8 @@ def _run_interleaved(
             stack.enter_context(on_cores(options.threads))
         with torch.inference_mode(not case.grad):
             for _ in range(options.rounds):
+                if options.device.type == "cpu" and options.dtype == torch.float32:
+                    peaks.append(_fma_peak_now(options))
                 for timing, block, calls, work in shuffle.sample(runners, len(runners)):
                     bar.set_postfix_str(timing.name)
                     time.sleep(pause)
@@ -91,7 +94,7 @@ def _run_interleaved(
                     bar.update()
 
     return Result(
-        case.name, case.title, case.flops, case.bytes, list(case.targets), timings, case.memory_limit
+        case.name, case.title, case.flops, case.bytes, list(case.targets), timings, case.memory_limit, peaks
     )
 
 
@@ -188,6 +191,12 @@ def _fma_peak(options: Options) -> float:
         raise RuntimeError("pyens._C has no fma_peak, so the FMA peak cannot be measured: rebuild pyens")
     torch.set_num_threads(options.threads)
     return max(_C.fma_peak(10.0 if options.quick else 50.0) for _ in range(3 if options.quick else 10))
+
+
+def _fma_peak_now(options: Options) -> float:
+    from pyens import _C
+
+    return _C.fma_peak(2.0 if options.quick else 20.0)
 
 
 def _copy_gbs(options: Options) -> float:

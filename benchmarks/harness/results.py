@@ -55,6 +55,8 @@ class Result:
     targets: list[Target]
     timings: list[Timing]
     memory_limit: int = 0
+    # GF/s of multiply-adds at the beginning of each round, on the CPU: what the machine had to give then.
+    peaks_of_rounds: list[float] = field(default_factory=list)
 
     def timed(self, *, ours: bool | None = None) -> list[Timing]:
         """Ours, the peers, or all of them and the yardsticks."""
@@ -91,6 +93,10 @@ class Result:
         if self.flops:
             return self.flops / seconds / 1e9, "GF/s"
         return (self.bytes / seconds / 1e9, "GB/s") if self.bytes else (1 / seconds, "calls/s")
+
+    def share_of_machine(self, peaks: Peaks) -> float | None:
+        """What of its peak the machine had to give while this was measured; None if nobody looked."""
+        return statistics.median(self.peaks_of_rounds) / peaks.gflops if self.peaks_of_rounds else None
 
     def peak(self, peaks: Peaks) -> float | None:
         """The ceiling of `rate` on this machine."""

@@ -7,6 +7,8 @@ from typing import Any
 from benchmarks.harness.cases import Target
 from benchmarks.harness.results import Peaks, Report, Result, Timing
 
+ALONE = 0.9  # of the peak: what a machine has to give that nobody else uses
+
 
 def table(result: Result, peaks: Peaks) -> str:
     """One case as text: what we lose, ours, the peers from fast to slow, then targets in words."""
@@ -40,6 +42,12 @@ def table(result: Result, peaks: Peaks) -> str:
         lines.append(
             f"  UNSTEADY: {len(spread)} of {len(result.timed())} contestants, worst {worst}: "
             f"quartiles {spread[worst]:.0%} of the median apart; is the machine busy?"
+        )
+    share = result.share_of_machine(peaks)
+    if share is not None and share < ALONE:
+        lines.append(
+            f"  SHARED: between the rounds the machine had {share:.0%} of its peak to give: who needs the "
+            f"multiply-adds most loses most"
         )
     lines += [f"  target: {text}" for text in verdicts(result, peaks)]
     return "\n".join(lines)
@@ -105,7 +113,9 @@ def markdown(report: Report) -> str:
     ]
     for result in sorted(report.results, key=lambda result: not result.lost()):
         best, peak = result.best_peer(), result.peak(report.peaks)
-        cells = [result.title, f"{shown_name(best)}, {duration(best.median)}" if best else "none"]
+        share = result.share_of_machine(report.peaks)
+        shared = f" *({share:.0%} of the machine)*" if share is not None and share < ALONE else ""
+        cells = [result.title + shared, f"{shown_name(best)}, {duration(best.median)}" if best else "none"]
         timed = {t.name: t for t in result.timed(ours=True)}
         for name in ours:
             if name not in timed:
@@ -127,6 +137,11 @@ def markdown(report: Report) -> str:
         f"{versions(machine)}. "
         f"Median of {report.method['rounds']} interleaved rounds; percentages are of the measured peak.",
     ]
+    if any((result.share_of_machine(peaks) or 1) < ALONE for result in report.results):
+        lines[-1] += (
+            " Where a share of the machine is named, the peak measured between the rounds was no more than "
+            "that: others used it, and who needs the multiply-adds most lost most."
+        )
     return "\n".join(lines)
 
 
