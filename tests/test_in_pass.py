@@ -317,6 +317,16 @@ def tied(model: Any) -> Any:
     return model
 
 
+def with_loss(model: Any) -> Any:
+    model.loss = lambda *_, **__: None
+    return model
+
+
+def spectral(model: Any) -> Any:
+    torch.nn.utils.parametrizations.spectral_norm(model, "weight")
+    return model
+
+
 def computed(model: Any) -> Any:
     torch.nn.utils.parametrizations.weight_norm(model, "weight")
     return model
@@ -344,7 +354,21 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], Any, str]] = {
     ),
     "weights out of range": (None, {"sample_weight": -torch.ones(9)}, ValueError, "finite weights"),
     "an unknown loss": (None, {"loss": "hinge"}, ValueError, "loss: expected one of mse"),
-    "an unknown option": (None, {"margin": 1.0}, TypeError, "margin"),
+    "an unknown option": (None, {"margin": 1.0}, TypeError, "margin: expected an option of loss"),
+    "what the model says": (
+        None,
+        {"activation": "tanh"},
+        TypeError,
+        "activation: expected an option of loss",
+    ),
+    "a loss of this one's": (lambda: with_loss(EnsembleMLP(3, 5, [7], 2)), {}, TypeError, "their own loss"),
+    "a spectral norm": (lambda: spectral(EnsembleLinear(3, 5, 2)), {}, ValueError, "computed from others"),
+    "all frozen": (
+        lambda: EnsembleMLP(3, 5, [7], 2).requires_grad_(False),
+        {},
+        ValueError,
+        "parameters of this optimizer that require a gradient, got none",
+    ),
 }
 
 
@@ -357,26 +381,116 @@ def test_refused_by_name_and_nothing_changes(name):
     with pytest.raises(kind, match=message):
         optimizer.step_in_pass(model, drawn(9, 5), drawn(9, 2), **{"loss": "mse"} | options)
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
-    assert not any(optimizer.state.values())
+    assert not optimizer.state_dict()["state"]
 
 
 def test_an_input_that_needs_a_gradient_a_class_out_of_range_and_autocast_are_refused():
     model = EnsembleMLP(3, 5, [7], 2)
     before = copy.deepcopy(model)
     optimizer = in_pass(Adam, model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="input and options: expected requires_grad=False"):
-        optimizer.step_in_pass(model, drawn(9, 5).requires_grad_(), drawn(9, 2), loss="mse")
+    for x, y in ((drawn(9, 5).requires_grad_(), drawn(9, 2)), (drawn(9, 5), drawn(9, 2).requires_grad_())):
+        with pytest.raises(ValueError, match="input, target and options: expected requires_grad=False"):
+            optimizer.step_in_pass(model, x, y, loss="mse")
     with pytest.raises(ValueError, match="target: expected classes from 0 to 1"):
         optimizer.step_in_pass(model, drawn(9, 5), torch.full((9,), 2), loss="cross_entropy")
     with pytest.raises(ValueError, match="no autocast"), torch.autocast("cpu", torch.bfloat16):
         optimizer.step_in_pass(model, drawn(9, 5), drawn(9, 2), loss="mse")
-    with pytest.raises(ValueError, match="one whose parameters are this optimizer's"):
+    with pytest.raises(ValueError, match="parameters of this optimizer that require a gradient"):
         optimizer.step_in_pass(EnsembleMLP(3, 5, [7], 2), drawn(9, 5), drawn(9, 2), loss="mse")
     MemberWeightDecay(optimizer, [0.1, 0.2, 0.3])
     with pytest.raises(ValueError, match="no MemberWeightDecay"):
         optimizer.step_in_pass(model, drawn(9, 5), drawn(9, 2), loss="mse")
     assert_same(model, before)
-    assert all(state["step"] == 0 for state in optimizer.state.values())
+    assert not optimizer.state_dict()["state"]
+
+
+def test_a_gradient_of_any_parameter_of_the_optimizer_is_refused():
+    model, beside = EnsembleMLP(3, 5, [7], 2), nn.Parameter(torch.ones(3))
+    beside.grad = torch.ones(3)
+    batch = drawn(9, 5), drawn(9, 2)
+    with pytest.raises(ValueError, match=r"no \.grad"):
+        in_pass(SGD, [*model.parameters(), beside], lr=0.1).step_in_pass(model, *batch, loss="mse")
+    model.biases[0].requires_grad_(False).grad = torch.ones(3, 7)
+    with pytest.raises(ValueError, match=r"no \.grad"):
+        in_pass(SGD, model.parameters(), lr=0.1).step_in_pass(model, *batch, loss="mse")
+
+
+@pytest.mark.parametrize("kind", [in_pass, fused])
+def test_tensors_of_inference_mode(kind):
+    model = EnsembleMLP(3, 5, [7], 2)
+    twin = copy.deepcopy(model)
+    optimizer, theirs = (kind(SGD, of.parameters(), lr=0.1, momentum=0.9) for of in (model, twin))
+    batch = drawn(9, 5), drawn(9, 2)
+    for _ in range(2):
+        apart(theirs, twin, *batch, loss="mse")
+    if kind is in_pass:
+        with torch.inference_mode():
+            optimizer.step_in_pass(model, *batch, loss="mse")
+        optimizer.step_in_pass(model, *batch, loss="mse")
+        assert_same(model, twin)
+    with torch.inference_mode():
+        for state in theirs.state.values():
+            state["momentum_buffer"] = state["momentum_buffer"].clone()
+    before = copy.deepcopy(twin)
+    with pytest.raises(ValueError, match=r"no tensor made under torch\.inference_mode"):
+        apart(theirs, twin, *batch, loss="mse")
+    assert_same(twin, before)
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "step"])
+def test_state_elsewhere_is_refused_by_name(name):
+    model = EnsembleMLP(3, 5, [7], 2)
+    optimizer = in_pass(Adam, model.parameters())
+    batch = drawn(9, 5), drawn(9, 2)
+    optimizer.step_in_pass(model, *batch, loss="mse")
+    before = copy.deepcopy(model)
+    for state in optimizer.state.values():
+        state[name] = state[name].to("meta")
+    with pytest.raises(TypeError, match=rf"state\['{name}'\]: expected a tensor on cpu, got meta"):
+        optimizer.step_in_pass(model, *batch, loss="mse")
+    assert_same(model, before)
+
+
+def test_memory_shared_with_an_option_is_refused():
+    model = EnsembleMLP(3, 5, [7], 2)
+    with torch.no_grad():
+        model.biases[1].abs_()
+    weight = model.biases[1].detach()[0]
+    with pytest.raises(ValueError, match="memory of their own"):
+        in_pass(SGD, model.parameters(), lr=0.5).step_in_pass(
+            model, drawn(9, 5), torch.randint(2, (9,)), loss="cross_entropy", class_weight=weight
+        )
+
+
+def test_no_state_without_momentum():
+    model = EnsembleMLP(3, 5, [7], 2)
+    optimizer = in_pass(SGD, model.parameters(), lr=0.1)
+    optimizer.step_in_pass(model, drawn(9, 5), drawn(9, 2), loss="mse")
+    assert not optimizer.state_dict()["state"]
+
+
+def test_torch_func_is_refused():
+    model = EnsembleMLP(3, 5, [7], 2)
+    optimizer = in_pass(SGD, model.parameters(), lr=0.1)
+    x = drawn(9, 5)
+    with pytest.raises(ValueError, match=r"no torch\.func"):
+        torch.func.grad(lambda y: optimizer.step_in_pass(model, x, y, loss="mse").sum())(drawn(9, 2))
+
+
+@pytest.mark.parametrize("kind", [Adam, SGD])
+def test_compiled_code_around_it(kind):
+    model = EnsembleMLP(3, 5, [7], 2)
+    twin = copy.deepcopy(model)
+    optimizer = in_pass(kind, model.parameters(), lr=0.1)
+    batch = drawn(9, 5), drawn(9, 2)
+
+    @torch.compile(backend="eager")
+    def step(x: Any, y: Any) -> Any:
+        return optimizer.step_in_pass(model, x, y, loss="mse") * 2
+
+    expected = apart(fused(kind, twin.parameters(), lr=0.1), twin, *batch, loss="mse") * 2
+    assert torch.equal(step(*batch), expected)
+    assert_same(model, twin)
 
 
 def test_without_autograd_around_it():
@@ -401,6 +515,8 @@ def test_numpy_is_refused_by_name():
 def test_kinds_of_optimizers():
     with pytest.raises(TypeError, match="in_pass: kind: expected Adam, AdamW, Adagrad or SGD"):
         in_pass(torch.optim.RMSprop, EnsembleLinear(1, 2, 1).parameters())
+    with pytest.raises(TypeError, match=r"in_pass: parameters\[0\]: expected a tensor, got a int"):
+        in_pass(Adam, [1])  # type: ignore[list-item]
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

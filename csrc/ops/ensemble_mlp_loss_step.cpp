@@ -92,7 +92,11 @@ Tensor ensemble_mlp_loss_step_(const LossOptions& options, const Tensor& input,
   for (size_t i = 0; i < of_network.size(); ++i) {  // of those that make no step
     shared = shared || (!of_network[i].tensor && in_place.overlaps(network.tensor(1 + i)));
   }
-  if (options.sample_weight) shared = shared || in_place.overlaps(*options.sample_weight);
+  for (const OptionalTensor& read :
+       {options.sample_weight, options.quantiles, options.class_weight, options.log_variance_min,
+        options.log_variance_max, options.mlp.dropout_seeds, options.mlp.dropout_rates}) {
+    shared = shared || (read && in_place.overlaps(*read));
+  }
   PYENS_CHECK_VALUE(!shared, kOp, "parameters", "memory of their own",
                     "some on that of another parameter, of the state, input or target");
   PYENS_CHECK_VALUE(network.batch() > 0, kOp, "input", "at least one example", "none");

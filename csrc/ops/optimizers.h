@@ -83,12 +83,19 @@ inline StepRule sgd_rule(double lr, double momentum, double dampening, double we
   return rule;
 }
 
+// A tensor made under torch.inference_mode counts no versions outside of it, which would come out too late.
+inline void check_can_change(const char* op, const char* name, const at::Tensor& tensor) {
+  PYENS_CHECK_VALUE(!tensor.is_inference() || c10::InferenceMode::is_enabled(), op, name,
+                    "no tensor made under torch.inference_mode", "one");
+}
+
 // Raises for what a step cannot change.
 inline void check_parameter(const char* op, int64_t index, const at::Tensor& p) {
   PYENS_CHECK_TYPE(is_kernel_dtype(p.scalar_type()), op, (ArgumentName{"parameters", index}),
                    "float32, float64, bfloat16 or float16", p.scalar_type());
   PYENS_CHECK_VALUE(p.is_contiguous(), op, (ArgumentName{"parameters", index}), "contiguous",
                     "strides ", p.strides());
+  check_can_change(op, "parameters", p);
 }
 
 // `tensor`, named `name`, is a parameter's gradient or what is remembered of it.
@@ -101,6 +108,7 @@ inline void check_belongs(const char* op, const char* name, const at::Tensor& te
                     c10::str("shape, dtype and device of the parameter, ", parameter.sym_sizes(),
                              ", ", parameter.scalar_type(), " and ", parameter.device()),
                     tensor.sym_sizes(), ", ", tensor.scalar_type(), " and ", tensor.device());
+  check_can_change(op, name, tensor);
 }
 
 inline void check_count(const char* op, const at::Tensor& step) {
@@ -108,6 +116,8 @@ inline void check_count(const char* op, const at::Tensor& step) {
                    "state['step']", "float32 or float64", step.scalar_type());
   PYENS_CHECK_VALUE(step.sym_numel() == 1, op, "state['step']", "one number", "shape ",
                     step.sym_sizes());
+  PYENS_CHECK_TYPE(step.is_cpu(), op, "state['step']", "a tensor on the CPU", step.device());
+  check_can_change(op, "state['step']", step);
 }
 
 // The number of steps, one more than before.

@@ -25,13 +25,13 @@ Rule = Callable[[int, Given, Given], tuple[Given, int, tuple[int, ...]]]
 _peek_transform = torch._C._functorch.peek_interpreter_stack
 
 
-def _in_transform() -> bool:
+def in_transform() -> bool:
     return _peek_transform() is not None
 
 
 # What torch.compiler.assume_constant_result does, whose import takes as long as that of torch: dynamo asks
 # when it traces.
-_in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def operation(
@@ -66,7 +66,7 @@ def operation(
         # In this order: while dynamo compiles, there is always a transform to peek at. Other tracers see the
         # dispatcher, which the extension calls too.
         if is_dynamo_compiling():
-            if _in_transform():
+            if in_transform():
                 raise NotImplementedError(
                     f"{function}: expected torch.func in eager code, got it in compiled code"
                 )

@@ -73,6 +73,7 @@ def _fused(kind: Any) -> Any:
         param_groups: list[dict[str, Any]]
         # In the place of a step from gradients, while there is one: see pyens.optim.in_pass.
         _pass: Callable[[], Any] | None = None
+        _made_by = "fused"
 
         def step(self, closure: Callable[[], Any] | None = None) -> Any:
             if self._pass is not None:
@@ -106,7 +107,7 @@ def _fused(kind: Any) -> Any:
             if isinstance(param_group, dict) and not isinstance(param_group["params"], set):
                 given = param_group["params"]
                 param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
-                _check_parameters(param_group["params"])
+                _check_parameters(self._made_by, param_group["params"])
             super().add_param_group(param_group)
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -125,22 +126,28 @@ def _blank(kind: Any) -> Any:
     return object.__new__(_fused(kind))
 
 
-def _check_parameters(parameters: list[Any]) -> None:
+def _check_parameters(function: str, parameters: list[Any]) -> None:
     place: dict[Tensor, int] = {}
     for i, named in enumerate(parameters):
         parameter = named[1] if isinstance(named, tuple) else named
         if not isinstance(parameter, Tensor):
-            raise TypeError(f"fused: parameters[{i}]: expected a tensor, got a {type(parameter).__name__}")
+            raise TypeError(
+                f"{function}: parameters[{i}]: expected a tensor, got a {type(parameter).__name__}"
+            )
         if parameter.dtype not in REAL:
             expected = "float32, float64, bfloat16 or float16"
-            raise TypeError(f"fused: parameters[{i}]: expected {expected}, got {parameter.dtype}")
+            raise TypeError(f"{function}: parameters[{i}]: expected {expected}, got {parameter.dtype}")
         if not parameter.is_contiguous():
-            raise ValueError(f"fused: parameters[{i}]: expected contiguous, got strides {parameter.stride()}")
+            raise ValueError(
+                f"{function}: parameters[{i}]: expected contiguous, got strides {parameter.stride()}"
+            )
         if not parameter.is_leaf:
-            raise ValueError(f"fused: parameters[{i}]: expected a leaf, got what is computed from others")
+            raise ValueError(
+                f"{function}: parameters[{i}]: expected a leaf, got what is computed from others"
+            )
         if place.setdefault(parameter, i) != i:
             raise ValueError(
-                f"fused: parameters[{i}]: expected each parameter once, "
+                f"{function}: parameters[{i}]: expected each parameter once, "
                 f"got parameters[{place[parameter]}] again"
             )
 

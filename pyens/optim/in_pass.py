@@ -6,8 +6,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
+from pyens._types import Loss
+from pyens.nn._losses import OPTIONS as OF_LOSSES
 from pyens.nn._stacked_mlp import StackedMLP
+from pyens.ops._call import in_transform
 from pyens.ops.ensemble_mlp_loss import ensemble_mlp_loss_step_
 from pyens.optim.fused import fused_kind, states_of, update_of
 from pyens.optim.members import member_options
@@ -17,24 +21,30 @@ class InPass(torch.optim.Optimizer):
     """What `in_pass` makes: an optimizer of `pyens.optim.fused` with one method more."""
 
     def step_in_pass(
-        self, model: StackedMLP, input: Tensor | tuple[Tensor, ...], target: Tensor, **options: Any
+        self,
+        model: StackedMLP,
+        input: Tensor | tuple[Tensor, ...],
+        target: Tensor,
+        *,
+        loss: Loss,
+        **options: Any,
     ) -> Tensor:
         """One step of `model` on a batch, its loss and its gradients in the same pass.
 
         What the three calls do, to the bit,
 
-            losses = model.loss(input, target, **options)
+            losses = model.loss(input, target, loss=loss, **options)
             losses.sum().backward()
             optimizer.step()
 
         for the parameters of this optimizer, but that nobody sees a gradient: it is used up, member by
         member, while it is in cache. There is no gradient in memory, no graph, and each parameter is read
         once and written once. Hooks of `step`, schedules, `MemberLearningRates` and `keep_members` act as
-        ever; hooks before a step run before the pass.
+        ever; hooks before a step run before the pass, and see no gradient that they could clip.
 
         Args:
             model: an `EnsembleLinear` or `EnsembleMLP`.
-            input, target, options: those of its `loss`.
+            input, target, loss, options: those of its `loss`.
 
         Returns:
             Each member's mean loss before the step, `[E]`, without a graph.
@@ -43,11 +53,12 @@ class InPass(torch.optim.Optimizer):
 
         Raises:
             TypeError: another model, or one with a loss of its own.
-            ValueError: what needs a gradient to look at: a `.grad` that is to be added to, hooks of
-                parameters, an input or bounds that require a gradient, `MemberWeightDecay`, a `GradScaler`,
-                autocast, reduction "none"; `members`, without which moments would run apart; weights that are
-                computed from others; a model none of whose parameters are this optimizer's. Nothing is
-                changed then, nor by a target or a weight that the loss refuses.
+            ValueError: what needs a gradient to look at: a `.grad` of this optimizer's that is to be added
+                to, hooks of parameters, an input, target or bounds that require a gradient,
+                `MemberWeightDecay`, a `GradScaler`, autocast, `torch.func`, reduction "none"; `members`,
+                without which moments would run apart; weights that are computed from others; a model none of
+                whose parameters are this optimizer's and require a gradient. Nothing is changed then, nor by
+                what the loss refuses.
         """
         raise NotImplementedError  # in_pass makes classes that have it
 
@@ -76,22 +87,37 @@ def _of_kind(kind: Any) -> Any:
     fused = fused_kind("in_pass", kind)
 
     class Stepping(fused, InPass):  # type: ignore[misc, valid-type]
+        _made_by = "in_pass"
+
         def step_in_pass(
-            self, model: StackedMLP, input: Tensor | tuple[Tensor, ...], target: Tensor, **options: Any
+            self,
+            model: StackedMLP,
+            input: Tensor | tuple[Tensor, ...],
+            target: Tensor,
+            *,
+            loss: Loss,
+            **options: Any,
         ) -> Tensor:
-            network = _checked(self, model, input, options)
+            if is_dynamo_compiling():  # which has ideas of its own of a `step`; it runs this one as it is
+                raise NotImplementedError("step_in_pass: expected eager code, got compiled code")
+            options["loss"] = loss
+            if torch.is_inference_mode_enabled():  # what begins here is to go on outside of it
+                with torch.inference_mode(False):
+                    return self.step_in_pass(model, input, target, **options)
+            network = _checked(self, model, (input, target), options)
             own = [_own(group, network) for group in self.param_groups]
             if not any(own):
-                raise _refused("model", "one whose parameters are this optimizer's", "one of others")
+                raise _refused("model", "parameters of this optimizer that require a gradient", "none")
             if not network[0].is_cpu or (isinstance(target, Tensor) and target.numel() == 0):
                 return _apart(self, model, input, target, options, [network[i] for of in own for i in of])
-            make = functools.partial(_step, self, own, network, model, input, target, options)
-            setattr(self, "_pass", make)  # noqa: B010
+            # By way of `step`, so that its hooks run, and of this optimizer's own, which a schedule may have
+            # wrapped. It finds there what to do in the place of a step from gradients.
+            here: Any = self
+            here._pass = functools.partial(_step, self, own, network, model, input, target, options)
             try:
-                # Not the class's: a schedule may have wrapped this optimizer's.
                 return cast(Tensor, self.step())
             finally:
-                delattr(self, "_pass")
+                here._pass = None
 
         def __reduce__(self) -> tuple[Any, ...]:
             return _blank, (kind,), self.__getstate__()
@@ -104,29 +130,43 @@ def _blank(kind: Any) -> Any:
     return object.__new__(_of_kind(kind))
 
 
-def _checked(optimizer: Any, model: Any, input: Any, options: dict[str, Any]) -> list[Tensor]:
+# What `loss` of these models takes.
+_OPTIONS = {"loss", "sample_weight", "dropout", "dropout_seeds", "members", "shared", "reduction", *OF_LOSSES}
+
+
+def _checked(optimizer: Any, model: Any, batch: tuple[Any, Any], options: dict[str, Any]) -> list[Tensor]:
     """The tensors of the network, in the order of the operation's."""
-    if not isinstance(model, StackedMLP) or type(model).loss is not StackedMLP.loss:
+    own_loss = not isinstance(model, StackedMLP) or type(model).loss is not StackedMLP.loss
+    if own_loss or "loss" in model.__dict__:
         raise TypeError(
             "step_in_pass: model: expected an EnsembleLinear or EnsembleMLP with their own loss, got a "
             f"{type(model).__name__}"
         )
+    if unknown := options.keys() - _OPTIONS:
+        raise TypeError(f"step_in_pass: {min(unknown)}: expected an option of loss, got another")
+    if any("parametrizations" in part._modules for part in (model, *model.children())):
+        raise _refused("model", "parameters", "a weight that is computed from others")
     with torch.enable_grad():  # or a computed weight would look like one that is frozen
         network = [tensor for of_kind in model.network() for tensor in of_kind]
     if getattr(optimizer, "grad_scale", None) is not None:
         raise _refused("optimizer", "no GradScaler (no gradient is there to be scaled)", "one")
     if any(name == "MemberWeightDecay" for name, _ in member_options(optimizer)):
         raise _refused("optimizer", "no MemberWeightDecay (it would come before the gradient)", "one")
-    if torch.is_autocast_enabled(network[0].device.type):
+    if in_transform():
+        raise _refused("model", "no torch.func", "a transform")
+    device = network[0].device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         raise _refused("model", "no autocast", "autocast")
     if options.get("reduction", "mean") != "mean":
         raise _refused("reduction", "mean", str(options["reduction"]))
     if options.get("members") is not None:
         raise _refused("members", "None (all make a step, or their moments would run apart)", "some")
-    for given in (input, *options.values()):
+    for given in (*batch, *options.values()):
         for tensor in given if isinstance(given, tuple) else (given,):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                raise _refused("input and options", "requires_grad=False (they get no gradient)", "True")
+                raise _refused(
+                    "input, target and options", "requires_grad=False (they get no gradient)", "True"
+                )
     if not all(tensor.is_leaf for tensor in network):
         raise _refused("model", "parameters", "a weight that is computed from others")
     return network
@@ -138,9 +178,7 @@ def _refused(argument: str, expected: str, got: str) -> ValueError:
 
 def _own(group: dict[str, Any], network: list[Tensor]) -> list[int]:
     """Which tensors of the network are in the group and make a step."""
-    parameters = set(map(id, group["params"]))
-    own = [i for i, tensor in enumerate(network) if id(tensor) in parameters and tensor.requires_grad]
-    for tensor in map(network.__getitem__, own):
+    for tensor in group["params"]:  # the network's and others, which a step from gradients would update too
         if tensor.grad is not None:
             raise _refused(
                 "model",
@@ -153,7 +191,8 @@ def _own(group: dict[str, Any], network: list[Tensor]) -> list[int]:
                 "no hooks of gradients (nothing would call them)",
                 f"one of a parameter of shape {list(tensor.shape)}",
             )
-    return own
+    parameters = set(map(id, group["params"]))
+    return [i for i, tensor in enumerate(network) if id(tensor) in parameters and tensor.requires_grad]
 
 
 @torch.no_grad()
@@ -171,6 +210,7 @@ def _step(
     arguments = options | model.of_loss(**dropping)
     arguments.pop("reduction", None)
     update = update_of(type(optimizer))
+    new = [network[i] for places in own for i in places if not optimizer.state.get(network[i])]
     numbers: list[float] = []
     states: list[Tensor] = []
     steps: list[Tensor] = []
@@ -181,33 +221,47 @@ def _step(
             parameter = network[place]
             state = _state(optimizer, parameter, group, update.lists)
             if update.lists:
-                steps.append(state["step"])
+                steps.append(_there(state, "step", parameter))
             elif remembered and state.get("momentum_buffer") is None:
                 begun[parameter] = torch.empty_like(parameter)
                 numbers += update.numbers(group, False)
                 states.append(begun[parameter])
                 continue
             numbers += goes_on
-            states += [state[name] for name in remembered]
+            states += [_there(state, name, parameter) for name in remembered]
     which = [place for places in own for place in places]
-    losses = ensemble_mlp_loss_step_(
-        (which, update.name, numbers, states, steps), input=input, target=target, **arguments
-    )
+    try:
+        losses = ensemble_mlp_loss_step_(
+            (which, update.name, numbers, states, steps), input=input, target=target, **arguments
+        )
+    except BaseException:
+        for parameter in new:  # as it was
+            optimizer.state.pop(parameter, None)
+        raise
     for parameter, buffer in begun.items():
         optimizer.state[parameter]["momentum_buffer"] = buffer
     return losses
 
 
 def _state(optimizer: Any, parameter: Tensor, group: dict[str, Any], lists: int) -> dict[str, Any]:
-    state: dict[str, Any] = optimizer.state[parameter]
+    state: dict[str, Any] = optimizer.state.get(parameter, {})
     if lists and not state:
-        # torch makes it, for what has a gradient: this one takes no memory.
+        # torch's own function makes it, if there is a gradient of the parameter's shape: one number will do.
         parameter.grad = parameter.new_zeros(()).expand_as(parameter)
         try:
             (state,) = states_of(optimizer, group, [parameter], lists)
         finally:
             parameter.grad = None
     return state
+
+
+def _there(state: dict[str, Any], name: str, parameter: Tensor) -> Tensor:
+    """What is remembered under that name, where the parameter is: nobody computes with what is not."""
+    tensor = state[name]
+    if not isinstance(tensor, Tensor) or tensor.device != parameter.device:
+        got = tensor.device if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+        raise TypeError(f"step_in_pass: state[{name!r}]: expected a tensor on {parameter.device}, got {got}")
+    return tensor
 
 
 def _apart(
