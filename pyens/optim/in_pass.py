@@ -72,7 +72,7 @@ def in_pass(
         losses = optimizer.step_in_pass(model, x, y, loss="mse")   # [E], before the step
 
     `pyens.training.fit` and `Trainer` take it as any other, and then make all steps so. What it saves counts
-    most for small batches, see benchmarks/RESULTS.md. Whatever has to look at gradients is refused by name:
+    most for small batches, see csrc/README.md. Whatever has to look at gradients is refused by name:
     clipping, accumulation, `GradScaler`. With gradients in `.grad` its `step()` is that of `fused`.
 
     Args, errors: as `pyens.optim.fused`.
