@@ -397,7 +397,11 @@ def test_an_input_that_needs_a_gradient_a_class_out_of_range_and_autocast_are_re
         optimizer.step_in_pass(model, drawn(9, 5), drawn(9, 2), loss="mse")
     with pytest.raises(ValueError, match="parameters of this optimizer that require a gradient"):
         optimizer.step_in_pass(EnsembleMLP(3, 5, [7], 2), drawn(9, 5), drawn(9, 2), loss="mse")
-    MemberWeightDecay(optimizer, [0.1, 0.2, 0.3])
+
+    class OfOnesOwn(MemberWeightDecay):
+        pass
+
+    OfOnesOwn(optimizer, [0.1, 0.2, 0.3])
     with pytest.raises(ValueError, match="no MemberWeightDecay"):
         optimizer.step_in_pass(model, drawn(9, 5), drawn(9, 2), loss="mse")
     assert_same(model, before)
@@ -460,6 +464,15 @@ def test_memory_shared_with_an_option_is_refused():
         in_pass(SGD, model.parameters(), lr=0.5).step_in_pass(
             model, drawn(9, 5), torch.randint(2, (9,)), loss="cross_entropy", class_weight=weight
         )
+
+
+def test_hooks_of_parameters_that_take_no_part_are_no_matter():
+    model, beside = EnsembleMLP(3, 5, [7], 2), nn.Parameter(torch.ones(3))
+    beside.register_hook(lambda gradient: gradient)
+    before = copy.deepcopy(model)
+    optimizer = in_pass(SGD, [*model.parameters(), beside], lr=0.1)
+    optimizer.step_in_pass(model, drawn(9, 5), drawn(9, 2), loss="mse")
+    assert not torch.equal(model.weights[0], before.weights[0]) and torch.equal(beside, torch.ones(3))
 
 
 def test_no_state_without_momentum():

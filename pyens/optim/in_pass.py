@@ -14,7 +14,7 @@ from pyens.nn._stacked_mlp import StackedMLP
 from pyens.ops._call import in_transform
 from pyens.ops.ensemble_mlp_loss import ensemble_mlp_loss_step_
 from pyens.optim.fused import fused_kind, states_of, update_of
-from pyens.optim.members import member_options
+from pyens.optim.members import MemberWeightDecay, numbers_of_members
 
 
 class InPass(torch.optim.Optimizer):
@@ -150,7 +150,7 @@ def _checked(optimizer: Any, model: Any, batch: tuple[Any, Any], options: dict[s
         network = [tensor for of_kind in model.network() for tensor in of_kind]
     if getattr(optimizer, "grad_scale", None) is not None:
         raise _refused("optimizer", "no GradScaler (no gradient is there to be scaled)", "one")
-    if any(name == "MemberWeightDecay" for name, _ in member_options(optimizer)):
+    if any(isinstance(numbers, MemberWeightDecay) for numbers in numbers_of_members(optimizer)):
         raise _refused("optimizer", "no MemberWeightDecay (it would come before the gradient)", "one")
     if in_transform():
         raise _refused("model", "no torch.func", "a transform")
@@ -185,14 +185,16 @@ def _own(group: dict[str, Any], network: list[Tensor]) -> list[int]:
                 "no .grad (a step within the pass adds to none: call zero_grad)",
                 f"one of a parameter of shape {list(tensor.shape)}",
             )
+    parameters = set(map(id, group["params"]))
+    own = [i for i, tensor in enumerate(network) if id(tensor) in parameters and tensor.requires_grad]
+    for tensor in map(network.__getitem__, own):
         if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
             raise _refused(
                 "model",
                 "no hooks of gradients (nothing would call them)",
                 f"one of a parameter of shape {list(tensor.shape)}",
             )
-    parameters = set(map(id, group["params"]))
-    return [i for i, tensor in enumerate(network) if id(tensor) in parameters and tensor.requires_grad]
+    return own
 
 
 @torch.no_grad()

@@ -147,7 +147,7 @@ class MemberWeightDecay(_OfMembers):
 def member_options(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
     """What the members of an optimizer have of their own, in the order in which it was given to them: the
     class that gives it, and a number for each member."""
-    return [(type(own).__name__, getattr(own, own._name)) for own in _own(optimizer)]
+    return [(type(own).__name__, getattr(own, own._name)) for own in numbers_of_members(optimizer)]
 
 
 def load_member_options(optimizer: torch.optim.Optimizer, options: Sequence[tuple[str, Tensor]]) -> None:
@@ -156,7 +156,7 @@ def load_member_options(optimizer: torch.optim.Optimizer, options: Sequence[tupl
     Raises:
         ValueError: another number of them, or of other classes.
     """
-    own = _own(optimizer)
+    own = numbers_of_members(optimizer)
     if [type(of).__name__ for of in own] != [name for name, _ in options]:
         expected = [type(of).__name__ for of in own]
         raise ValueError(f"load_member_options: options: expected {expected}, got {[n for n, _ in options]}")
@@ -164,7 +164,7 @@ def load_member_options(optimizer: torch.optim.Optimizer, options: Sequence[tupl
         setattr(of, of._name, numbers.clone())
 
 
-def _own(optimizer: torch.optim.Optimizer) -> list[_OfMembers]:
+def numbers_of_members(optimizer: torch.optim.Optimizer) -> list[_OfMembers]:
     return sorted(_of_members.get(optimizer, ()), key=lambda own: own._order)
 
 
@@ -209,7 +209,7 @@ def keep_members(
                 )
             new.append((state, name, value.index_select(0, kept.to(value.device))))
     numbers: list[tuple[_OfMembers, Tensor]] = []
-    for own in _own(optimizer):
+    for own in numbers_of_members(optimizer):
         present: Tensor = getattr(own, own._name)
         if len(present) != ensemble_size:
             raise ValueError(
