@@ -149,6 +149,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
              TensorList)>(m, "ensemble_mlp_loss_step_");
   def<Tensor(const Tensor&, const Tensor&, TensorList, TensorList, string_view, string_view)>(
       m, "ensemble_mlp_packed");
+  using at::IntArrayRef;
+  def<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, IntArrayRef, IntArrayRef,
+             IntArrayRef, string_view, IntArrayRef)>(m, "ensemble_conv2d");
   def<Three(const Tensor&, TensorList, TensorList, const Tensor&, const Tensor&, string_view,
             bool)>(m, "activation_strength");
   def<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>(m, "mask_channels");

@@ -218,6 +218,26 @@ def channels(draw: Draw) -> Problem:
     }
 
 
+def images(draw: Draw) -> Problem:
+    """A convolution alone, of every geometry."""
+    members, inputs, outputs, i = draw.size(2, 5), draw.size(1, 12), draw.size(1, 30), draw.number
+    height, width = draw.size(1, 3), draw.size(1, 4)
+    weight = draw.normal(members, outputs, inputs, height, width) / (inputs * height * width) ** 0.5
+    return {
+        "input": draw.normal(*draw.leading(members), inputs, draw.size(7, 14), draw.size(9, 17)),
+        "weight": weight,
+        "bias": draw.normal(members, outputs),
+        "stride": [1 + i % 2, 1 + i % 3],
+        "padding": [i % 3, i % 2],
+        "dilation": [1 + i % 2, 1],
+    }
+
+
+def pooled_images(draw: Draw) -> Problem:
+    problem, i = images(draw), draw.number
+    return problem | {"activation": "relu" if i % 3 else "identity", "max_pool": [1 + i % 2, 1 + i % 3]}
+
+
 def masked(draw: Draw) -> Problem:
     """As `mlp`, of shared weights under masks of all sizes."""
     masks, widths = draw.size(2, 6), [draw.size(8, 50) for _ in range(draw.size(3, 4))]
@@ -410,6 +430,8 @@ CHECKS: dict[str, Callable[[], Iterator[float]]] = {
     "ensemble_mlp_loss, gradients": of("ensemble_mlp_loss", mlp_loss, gradients, FULL, 7),
     "activation_strength": of("activation_strength", strength, numbers, each=7),
     "activation_strength, active": check_active,
+    "ensemble_conv2d": of("ensemble_conv2d", pooled_images),
+    "ensemble_conv2d, gradients": of("ensemble_conv2d", images, gradients),
     "ensemble_embedding": of("ensemble_embedding", embedding, both),
     "ensemble_embedding, concatenated": lambda: check(
         ensemble_embedding_concat, reference_concat, problems(concat), both

@@ -289,6 +289,28 @@ def mask_cases() -> Iterator[tuple[str, list[Tensor]]]:
         yield f"masked_mlp_loss {kind} B{batch}", [loss, *gradients(loss, [*shared, *biases])]
 
 
+def convolution_cases() -> Iterator[tuple[str, list[Tensor]]]:
+    shapes = {
+        "padded": ((3, 9, 12), (20, 3, 3, 3), [1, 1], [1, 1], [1, 1], "relu", [2, 2]),
+        "strided": ((2, 11, 10), (5, 2, 3, 2), [2, 3], [1, 0], [2, 1], "identity", [1, 1]),
+        "many taps": ((30, 6, 7), (7, 30, 3, 3), [1, 1], [0, 0], [1, 1], "relu", [1, 1]),
+    }
+    for (kind, dtype), (shape, (image, kernel, *options)), batch in itertools.product(
+        DTYPES.items(), shapes.items(), (1, 9, 35)
+    ):
+        own = batch == 9
+        name = f"conv2d {kind} {shape} B{batch}{' own' * own}"
+        draw = Numbers(name)
+        x = draw(*([3] * own), batch, *image, dtype=dtype).requires_grad_()
+        weight = draw(3, *kernel, dtype=dtype, scale=0.125).requires_grad_()
+        bias = draw(3, kernel[0], dtype=dtype).requires_grad_()
+        output = torch.ops.pyens.ensemble_conv2d(x, weight, bias, *options)
+        from_above = draw(*output.shape, dtype=dtype)
+        yield name, [output, *torch.autograd.grad(output, [x, weight, bias], from_above)]
+        with torch.no_grad():
+            yield f"{name} forward", [torch.ops.pyens.ensemble_conv2d(x, weight, bias, *options)]
+
+
 def embedding_cases() -> Iterator[tuple[str, list[Tensor]]]:
     for (kind, dtype), batch, own in itertools.product(DTYPES.items(), (1, 70, 300), (False, True)):
         name = f"{kind} B{batch}{' own' * own}"
@@ -384,6 +406,7 @@ def cases() -> Iterator[tuple[str, list[Tensor]]]:
     yield from rate_cases()
     yield from mask_cases()
     yield from embedding_cases()
+    yield from convolution_cases()
     yield from member_cases()
     yield from optimizer_cases()
     yield from clip_cases()

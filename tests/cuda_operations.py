@@ -155,6 +155,10 @@ def operations(
         "ensemble_embedding": with_gradients(
             lambda a, b, c: ensemble_embedding_concat(index, [a, b], c), [*tables, numeric]
         ),
+        "ensemble_conv2d": with_gradients(
+            lambda m, w: ops.ensemble_conv2d(m, w, padding=1, activation="relu", max_pool=2),
+            [draw(B, 3, 6, 5), draw(3, 4, 3, 2, 2)],
+        ),
         "mask_channels": with_gradients(lambda m: ops.mask_channels(m, masks), [maps]),
         "masked_mlp": with_gradients(
             lambda x, v, w: ops.masked_mlp(x, [v, w], None, [masks], plan=plan),

@@ -177,6 +177,13 @@ CASES = {
         "mask_channels",
         ("index",),
     ),
+    "ops.ensemble_conv2d": Case(
+        ops.ensemble_conv2d,
+        {"input": torch.randn(2, 3, 4, 4), "weight": torch.randn(E, 2, 3, 2, 2), "bias": torch.randn(E, 2)},
+        "ensemble_conv2d",
+        ("bias",),
+        {"activation": STRING},
+    ),
     "ops.ensemble_embedding": Case(
         ops.ensemble_embedding, {"index": INDEX, "weight": TABLES[0]}, "ensemble_embedding"
     ),
@@ -262,6 +269,26 @@ CASES = {
         {"input": torch.randn(2, 3, 4, 4, 4)},
         "Masksembles3D|mask_channels",
     ),
+    "nn.EnsembleBatchNorm2d": Case(
+        pyens_nn.EnsembleBatchNorm2d(E, 3), {"input": torch.randn(2, 3, 4, 4)}, "EnsembleBatchNorm2d"
+    ),
+    "nn.EnsembleConv2d": Case(
+        pyens_nn.EnsembleConv2d(E, 3, 2, 3), {"input": torch.randn(2, 3, 4, 4)}, "ensemble_conv2d"
+    ),
+    "nn.EnsembleSequential": Case(
+        pyens_nn.EnsembleSequential(
+            pyens_nn.EnsembleConv2d(E, 3, 2, 3), pyens_nn.Flatten(), pyens.EnsembleLinear(E, 8, 2)
+        ),
+        {"input": torch.randn(2, 3, 4, 4)},
+        "ensemble_conv2d",
+    ),
+    "nn.EnsembleMaxPool2d": Case(
+        pyens_nn.EnsembleMaxPool2d(2), {"input": torch.randn(2, 3, 4, 4)}, "EnsembleMaxPool2d", any_dtype=True
+    ),
+    "nn.EnsembleAvgPool2d": Case(
+        pyens_nn.EnsembleAvgPool2d(2), {"input": torch.randn(2, 3, 4, 4)}, "EnsembleAvgPool2d", any_dtype=True
+    ),
+    "nn.Flatten": Case(pyens_nn.Flatten(), {"input": torch.randn(2, 3, 4, 4)}, "Flatten", any_dtype=True),
     "nn.MaskedConv2d": Case(
         pyens_nn.MaskedConv2d(3, 2, 3, 2, 2.0),
         {"input": torch.randn(2, 3, 4, 4)},

@@ -145,6 +145,16 @@ def _fold(layer: Layer, argument: str, scale: Tensor, shift: Tensor, *, before: 
     layer.weight, layer.bias, layer.folded = wide.to(weight.dtype), bias.to(weight.dtype), True
 
 
+def fold_after(module: Any, norm: Any, argument: str) -> None:
+    """Puts a batch norm into the parameters of the linear layer or convolution before it, of an ensemble."""
+    scale, shift = _scale_and_shift(norm, argument)
+    weight, bias = own_parameters(module, argument)
+    layer = Layer(weight.flatten(2), bias)
+    _fold(layer, argument, scale, shift, before=False)
+    module.weight = nn.Parameter(layer.weight.view_as(weight))
+    module.bias = nn.Parameter(cast(Tensor, layer.bias))
+
+
 # --- reading ---------------------------------------------------------------------------------------------
 
 

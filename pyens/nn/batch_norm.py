@@ -39,6 +39,8 @@ class EnsembleBatchNorm(Ensemble):
     """
 
     member_buffers = ("running_mean", "running_var", "num_batches_tracked")
+    _layer: type[nn.BatchNorm1d] | type[nn.BatchNorm2d] = nn.BatchNorm1d
+    _pixels = 0  # dimensions behind the features
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
@@ -56,10 +58,11 @@ class EnsembleBatchNorm(Ensemble):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check("EnsembleBatchNorm", ensemble_size=ensemble_size, num_features=num_features)
-        check_number("EnsembleBatchNorm", "eps", eps)
+        name = type(self).__name__
+        check(name, ensemble_size=ensemble_size, num_features=num_features)
+        check_number(name, "eps", eps)
         if momentum is not None:
-            check_number("EnsembleBatchNorm", "momentum", momentum)
+            check_number(name, "momentum", momentum)
         self.ensemble_size = ensemble_size
         self.num_features = num_features
         self.eps = eps
@@ -80,17 +83,19 @@ class EnsembleBatchNorm(Ensemble):
             self.register_buffer(name, buffer)
 
     @classmethod
-    def from_modules(cls, modules: Iterable[nn.BatchNorm1d]) -> Self:
+    def from_modules(cls, modules: Iterable[nn.BatchNorm1d] | Iterable[nn.BatchNorm2d]) -> Self:
         """An ensemble of copies of trained layers alike in features, arguments, dtype and device.
 
         Raises:
             ValueError: another kind of module, hooks that run in forward, layers that differ.
         """
-        modules = listed(modules)
+        listed_modules: list[Any] = listed(modules)
+        modules = listed_modules
         for i, module in enumerate(modules):
             argument = f"from_modules: modules[{i}]"
-            if not _sequential.is_plain(module, nn.BatchNorm1d):
-                raise ValueError(f"{argument}: expected nn.BatchNorm1d, got {type(module).__name__}")
+            if not _sequential.is_plain(module, cls._layer):
+                expected = f"nn.{cls._layer.__name__}"
+                raise ValueError(f"{argument}: expected {expected}, got {type(module).__name__}")
             _sequential.check_hooks(module, argument)
             described, expected = _describe(module), _describe(modules[0])
             if described != expected:
@@ -124,11 +129,11 @@ class EnsembleBatchNorm(Ensemble):
             if tensor is not None:
                 tensor[member] = value
 
-    def member(self, i: int) -> nn.BatchNorm1d:
-        """Member i as an `nn.BatchNorm1d`, with copies of its parameters and statistics."""
+    def member(self, i: int) -> nn.BatchNorm1d | nn.BatchNorm2d:
+        """Member i as a layer of torch.nn, with copies of its parameters and statistics."""
         self._check_member(i)
         options = self.eps, self.momentum, self.affine, self.track_running_stats
-        module = nn.BatchNorm1d(self.num_features, *options, device="meta")
+        module = self._layer(self.num_features, *options, device="meta")
         for name in ("weight", "bias"):
             if (tensor := getattr(self, name)) is not None:
                 setattr(module, name, nn.Parameter(tensor[i].detach().clone()))
@@ -154,30 +159,35 @@ class EnsembleBatchNorm(Ensemble):
             ValueError: an input of another shape; fewer than 2 rows where statistics are computed.
             TypeError: a dtype other than that of the parameters, or a 16-bit one beside float32.
         """
-        check_real("EnsembleBatchNorm", "input", input)
-        shared = input.dim() == 2
-        if input.shape[-1:] != (self.num_features,) or not (
-            shared or (input.dim() == 3 and len(input) == self.ensemble_size)
+        name, rest = type(self).__name__, self._pixels
+        check_real(name, "input", input)
+        shared = input.dim() == 2 + rest
+        if not (shared or (input.dim() == 3 + rest and len(input) == self.ensemble_size)) or (
+            input.shape[-1 - rest] != self.num_features
         ):
+            images = ", H, W" if rest else ""
             raise ValueError(
-                f"EnsembleBatchNorm: input: expected [B, {self.num_features}] or "
-                f"[{self.ensemble_size}, B, {self.num_features}], got shape {list(input.shape)}"
+                f"{name}: input: expected [B, {self.num_features}{images}] or "
+                f"[{self.ensemble_size}, B, {self.num_features}{images}], got shape {list(input.shape)}"
             )
         mean, var = self.running_mean, self.running_var
         own = mean if self.weight is None else self.weight
         mixed = own is not None and input.dtype != own.dtype
         if own is not None and mixed and (own.dtype != torch.float32 or input.dtype == torch.float64):
             raise TypeError(
-                f"EnsembleBatchNorm: input: expected the dtype of the parameters ({own.dtype}), "
-                f"got {input.dtype}"
+                f"{name}: input: expected the dtype of the parameters ({own.dtype}), got {input.dtype}"
             )
         if not self.training and mean is not None and var is not None:
             return self._scaled(input, mean, var)
-        if input.shape[-2] == 1:
-            raise ValueError(
-                "EnsembleBatchNorm: input: expected 2 or more rows to compute statistics from, got 1"
-            )
+        of_images = input.shape[input.dim() - rest :].numel()
+        if input.shape[-2 - rest] * of_images == 1:
+            of = "2 or more rows" if rest == 0 else "more than one pixel"
+            raise ValueError(f"{name}: input: expected {of} to compute statistics from, got 1")
         return self._normalized_once(input) if shared else self._normalized(input)
+
+    def _along(self, of_features: Tensor) -> Tensor:
+        """`[E, F]` as it meets `[E, B, F, ...]`."""
+        return of_features.reshape(*of_features.shape[:1], 1, -1, *[1] * self._pixels)
 
     def _scaled(self, input: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         """In evaluation: x * scale + shift, in float32 at least."""
@@ -188,17 +198,18 @@ class EnsembleBatchNorm(Ensemble):
         shift = -mean * scale
         if self.bias is not None:
             shift = shift + self.bias
-        return torch.addcmul(shift.unsqueeze(1), input.to(exact), scale.unsqueeze(1)).to(input.dtype)
+        return torch.addcmul(self._along(shift), input.to(exact), self._along(scale)).to(input.dtype)
 
     def _normalized(self, input: Tensor) -> Tensor:
         """By the statistics of the batch: all features of all members are channels of one batch norm."""
-        rows = input.transpose(0, 1).flatten(1)  # [B, E F]
+        rows = input.transpose(0, 1).flatten(1, 2)  # [B, E F, ...]
         weight = None if self.weight is None else self.weight.flatten()
         bias = None if self.bias is None else self.bias.flatten()
         mean, var = self._room(rows, self.running_mean)
         output = F.batch_norm(rows, mean, var, weight, bias, training=True, momentum=1.0, eps=self.eps)
         self._track(mean, var)
-        return output.view(-1, self.ensemble_size, self.num_features).transpose(0, 1)
+        members = output.view(len(output), self.ensemble_size, self.num_features, *output.shape[2:])
+        return members.transpose(0, 1)
 
     def _normalized_once(self, input: Tensor) -> Tensor:
         """Of an input that all members share there is one mean and one variance."""
@@ -207,9 +218,8 @@ class EnsembleBatchNorm(Ensemble):
         output = F.batch_norm(exact, mean, var, training=True, momentum=1.0, eps=self.eps)
         self._track(mean, var)
         if self.weight is None or self.bias is None:
-            return output.to(input.dtype).expand(self.ensemble_size, -1, -1)
-        weight, bias = self.weight.unsqueeze(1), self.bias.unsqueeze(1)
-        return torch.addcmul(bias, output, weight).to(input.dtype)
+            return output.to(input.dtype).expand(self.ensemble_size, *output.shape)
+        return torch.addcmul(self._along(self.bias), output, self._along(self.weight)).to(input.dtype)
 
     def _room(self, rows: Tensor, like: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Where `F.batch_norm` writes means and unbiased variances of the channels."""
@@ -233,10 +243,22 @@ class EnsembleBatchNorm(Ensemble):
             running.copy_(share * own + (1 - share) * running)
 
 
-def _describe(module: nn.BatchNorm1d) -> str:
+class EnsembleBatchNorm2d(EnsembleBatchNorm):
+    """`ensemble_size` copies of `nn.BatchNorm2d`: `EnsembleBatchNorm` of the channels of images.
+
+    Images `[B, F, H, W]` (shared by all members) or `[E, B, F, H, W]` -> `[E, B, F, H, W]`; the statistics
+    are those of all pixels of a batch. All else is as there. `EnsembleSequential.packed` folds it into the
+    convolution before it.
+    """
+
+    _layer = nn.BatchNorm2d
+    _pixels = 2
+
+
+def _describe(module: Any) -> str:
     tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
     where = f", {tensors[0].dtype}, {tensors[0].device}" if tensors else ""
-    return f"BatchNorm1d({module.extra_repr()}){where}"
+    return f"{type(module).__name__}({module.extra_repr()}){where}"
 
 
 def fold_batchnorm(model: nn.Sequential | Sequence[nn.Module]) -> EnsembleMLP:

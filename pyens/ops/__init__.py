@@ -3,6 +3,7 @@
 from pyens._types import ActivationStrength, Moments, Uncertainty
 from pyens.ops.activation_strength import activation_strength
 from pyens.ops.decorrelation import decorrelation_loss
+from pyens.ops.ensemble_conv2d import ensemble_conv2d
 from pyens.ops.ensemble_embedding import ensemble_embedding
 from pyens.ops.ensemble_mlp import ensemble_mlp
 from pyens.ops.ensemble_mlp_loss import ensemble_mlp_loss
@@ -16,6 +17,7 @@ __all__ = [
     "Uncertainty",
     "activation_strength",
     "decorrelation_loss",
+    "ensemble_conv2d",
     "ensemble_embedding",
     "ensemble_mlp",
     "ensemble_mlp_loss",

@@ -2,6 +2,7 @@
 
 from pyens.reference.activation_strength import activation_strength
 from pyens.reference.decorrelation import decorrelation_loss
+from pyens.reference.ensemble_conv2d import ensemble_conv2d
 from pyens.reference.ensemble_embedding import ensemble_embedding
 from pyens.reference.ensemble_mlp import ensemble_mlp
 from pyens.reference.ensemble_mlp_loss import ensemble_mlp_loss
@@ -12,6 +13,7 @@ from pyens.reference.uncertainty import predictive_moments, predictive_uncertain
 __all__ = [
     "activation_strength",
     "decorrelation_loss",
+    "ensemble_conv2d",
     "ensemble_embedding",
     "ensemble_mlp",
     "ensemble_mlp_loss",

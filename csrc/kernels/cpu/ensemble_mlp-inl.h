@@ -9,7 +9,7 @@
 // kBlock inputs in ascending order; the block sums are added in order to the bias. So an output
 // does not depend on batch size, tile, thread, or the members beside it.
 
-#include "kernels/cpu/wide-inl.h"
+#include "kernels/cpu/register_blocks-inl.h"
 #include "kernels/cpu/elementary-inl.h"
 #include "kernels/cpu/activations-inl.h"
 #include "kernels/cpu/ensemble_mlp_common-inl.h"

@@ -4,18 +4,11 @@ namespace pyens::PYENS_ISA::ensemble_mlp {
 
 using ensemble_mlp_cpu::Forward;
 
-constexpr int64_t kBlock = 128;  // of the accumulation contract, in inputs
 // Smaller batches put neurons in the lanes: full lanes beat lanes half empty of examples. Prepacked
 // weights make that pay for longer.
 constexpr int64_t kSmallBatch = 5;
 constexpr int64_t kSmallBatchPrepacked = 10;
 
-#if PYENS_HAS(AVX512)
-constexpr int kVectors = 4;  // 6 x 4 accumulators + 4 inputs + 1 weight of 32 registers
-#else
-constexpr int kVectors = 2;  // 6 x 2 + 2 + 1 of 16
-#endif
-constexpr int kRows = 6;
 template <class Real>
 constexpr int64_t kPanelOf = kVectors * kWideLanes<Real>;
 

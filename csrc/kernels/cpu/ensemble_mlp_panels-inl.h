@@ -8,33 +8,6 @@
 
 namespace pyens::PYENS_ISA::ensemble_mlp {
 
-// One number of each of R rows, `stride` apart. Three rows share a pointer, because p, p + stride and p + 2 stride are
-// addresses that an x86 instruction forms by itself; pointers to all rows would not stay in registers.
-template <class T, int R>
-class RowNumbers {
- public:
-  inline __attribute__((always_inline)) RowNumbers(const T* first, int64_t stride)
-      : stride_(stride) {
-#pragma GCC unroll 3
-    for (int i = 0; i < kPointers; ++i) third_[i] = first + 3 * i * stride;
-  }
-  inline __attribute__((always_inline)) T operator[](int r) const {
-    return third_[r / 3][r % 3 * stride_];
-  }
-  inline __attribute__((always_inline)) void advance(int64_t by) {
-#pragma GCC unroll 3
-    for (int i = 0; i < kPointers; ++i) {
-      third_[i] += by;
-      asm("" : "+r"(third_[i]));  // or the compiler would make a pointer of each row after all
-    }
-  }
-
- private:
-  static constexpr int kPointers = (R + 2) / 3;
-  const T* third_[kPointers];
-  int64_t stride_;
-};
-
 // sum[r][v] <- sum_k w(r, k) x[k] for R rows and NV vectors of examples. w(r, k) is w[r][k], or
 // kTransposed w[k][r].
 template <class A, bool kTransposed, int R, int NV, class V>
@@ -92,29 +65,6 @@ struct ForwardBlock {
     }
   }
 };
-
-// block.run<R, NV, V>(row) for all rows.
-template <int NV, class V, class Block>
-void run_rows(int64_t rows, const Block& block) {
-  // One vector needs 8 chains: two multiply-adds a cycle, each waiting for four.
-  constexpr int64_t kMost = NV == 1 ? 8 : kRows;
-  // Balanced blocks: 50 neurons are 5 blocks of 6 and 4 of 5, never one of 2.
-  const int64_t blocks = (rows + kMost - 1) / kMost;
-  for (int64_t b = 0, row = 0; b < blocks; ++b) {
-    const int64_t count = rows / blocks + (b < rows % blocks);
-    switch (count) {
-      case 8: block.template run<NV == 1 ? 8 : 1, NV, V>(row); break;
-      case 7: block.template run<NV == 1 ? 7 : 1, NV, V>(row); break;
-      case 6: block.template run<6, NV, V>(row); break;
-      case 5: block.template run<5, NV, V>(row); break;
-      case 4: block.template run<4, NV, V>(row); break;
-      case 3: block.template run<3, NV, V>(row); break;
-      case 2: block.template run<2, NV, V>(row); break;
-      default: block.template run<1, NV, V>(row); break;
-    }
-    row += count;
-  }
-}
 
 // block.run<R, NV, V>(row) for all rows, over the vectors that hold the panel's examples.
 template <class A, class Block>

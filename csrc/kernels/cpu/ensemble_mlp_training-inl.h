@@ -19,7 +19,7 @@
 // of at most kMaxGroups groups, the groups in order. So no bit depends on the number of threads, and
 // but for a shared input none on the members beside.
 
-#include "kernels/cpu/wide-inl.h"
+#include "kernels/cpu/register_blocks-inl.h"
 #include "kernels/cpu/elementary-inl.h"
 #include "kernels/cpu/activations-inl.h"
 #include "kernels/cpu/ensemble_mlp_common-inl.h"

@@ -18,8 +18,6 @@
 
 namespace pyens::PYENS_ISA::ensemble_mlp {
 
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 template <class A>
 constexpr int64_t units(int64_t features) {
   return (features + A::kPerUnit - 1) / A::kPerUnit;

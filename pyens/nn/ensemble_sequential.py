@@ -1,0 +1,260 @@
+"""A sequence of layers per member, as convolutional networks are."""
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from pyens.nn import _sequential
+from pyens.nn._members import listed
+from pyens.nn.batch_norm import EnsembleBatchNorm, EnsembleBatchNorm2d
+from pyens.nn.ensemble import Ensemble
+from pyens.nn.ensemble_conv2d import EnsembleConv2d
+from pyens.nn.ensemble_mlp import EnsembleLinear
+from pyens.nn.pooling import EnsembleAvgPool2d, EnsembleMaxPool2d, Flatten
+
+
+class EnsembleSequential(Ensemble):
+    r"""Layers of an ensemble one after the other, as `nn.Sequential` has those of one network.
+
+    Args:
+        modules: `EnsembleConv2d`, `EnsembleLinear`, `EnsembleMLP`, `EnsembleBatchNorm`, `EnsembleBatchNorm2d`
+            and other ensembles, all of one size; `EnsembleMaxPool2d`, `EnsembleAvgPool2d`, `Flatten`; and
+            what treats each number for itself, such as `nn.ReLU` and `nn.Dropout`.
+
+    An `nn.ReLU` and an `EnsembleMaxPool2d` behind an `EnsembleConv2d` are computed within its call, unless
+    one of them has hooks, or windows that are not side by side. Names in the state dict are those of an
+    `nn.Sequential` of the members' layers, so it takes what `torch.func.stack_module_state` gives for layers
+    that have `weight` and `bias`.
+
+    Example:
+        >>> model = EnsembleSequential(
+        ...     EnsembleConv2d(5, 1, 28, 3), nn.ReLU(), EnsembleMaxPool2d(2),
+        ...     EnsembleConv2d(5, 28, 32, 5), nn.ReLU(), EnsembleMaxPool2d(2),
+        ...     Flatten(), EnsembleLinear(5, 512, 10),
+        ... )
+        >>> model(torch.randn(8, 1, 28, 28)).shape
+        torch.Size([5, 8, 10])
+
+    Raises:
+        ValueError: no ensemble among the modules, or ensembles of different sizes; an `nn.Flatten` or a
+            pooling layer of torch.nn, which would take members for examples.
+        TypeError: an argument that is no module.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__()
+        for i, module in enumerate(modules):
+            if not isinstance(module, nn.Module):
+                raise TypeError(
+                    f"EnsembleSequential: modules[{i}]: expected a module, got {type(module).__name__}"
+                )
+            if instead := _INSTEAD.get(type(module)):
+                raise ValueError(
+                    f"EnsembleSequential: modules[{i}]: expected {instead}, which knows of members, "
+                    f"got {module}"
+                )
+            self.add_module(str(i), module)
+        sizes = {part.ensemble_size for part in self.children() if isinstance(part, Ensemble)}
+        if len(sizes) != 1:
+            got = "none" if not sizes else f"ensembles of {', '.join(map(str, sorted(sizes)))} members"
+            raise ValueError(f"EnsembleSequential: modules: expected ensembles of one size, got {got}")
+        (self.ensemble_size,) = sizes
+
+    @classmethod
+    def from_modules(cls, modules: Iterable[nn.Sequential]) -> Self:
+        """An ensemble of copies of trained networks, layer by layer alike.
+
+        Args:
+            modules: `nn.Sequential` (also nested) of `nn.Conv2d`, `nn.Linear`, `nn.BatchNorm2d`,
+                `nn.BatchNorm1d`, `nn.MaxPool2d`, `nn.AvgPool2d`, `nn.Flatten`, `nn.Dropout`, `nn.Identity`
+                and the activations of `EnsembleMLP`.
+
+        Raises:
+            ValueError: any other layer, by name; hooks that run in forward; networks that differ.
+        """
+        members = []
+        for i, module in enumerate(modules := listed(modules)):
+            argument = f"from_modules: modules[{i}]"
+            if not _sequential.is_plain(module, nn.Sequential):
+                raise ValueError(f"{argument}: expected nn.Sequential, got {type(module).__name__}")
+            for container in module.modules():
+                if _sequential.is_plain(container, nn.Sequential):
+                    _sequential.check_hooks(container, argument)
+            members.append(list(_sequential.flatten(module)))
+        lengths = [len(layers) for layers in members]
+        if len(set(lengths)) != 1:
+            raise ValueError(f"from_modules: modules: expected as many layers in each, got {lengths}")
+        new = cls(*(_stacked_layer(place, column) for place, column in enumerate(zip(*members, strict=True))))
+        return new.train(modules[0].training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[B, ...]` (shared by all members) or `[E, B, ...]` -> `[E, B, ...]`."""
+        layers = list(self._modules.values())
+        at = 0
+        while at < len(layers):
+            layer = layers[at]
+            at += 1
+            if _is_bare(layer, EnsembleConv2d):
+                relu, window, count = _behind(layers[at : at + 2])
+                if count > 0:
+                    conv = cast(EnsembleConv2d, layer)
+                    input = conv.convolve(input, "relu" if relu else "identity", window)
+                    at += count
+                    continue
+            input = cast(nn.Module, layer)(input)
+        return input
+
+    def member(self, i: int) -> nn.Sequential:
+        """Member i as an `nn.Sequential` of the layers of torch.nn, with copies of its parameters."""
+        self._check_member(i)
+        layers = [_member_layer(layer, i) for layer in self.children()]
+        return nn.Sequential(*layers).train(self.training)
+
+    @torch.no_grad()
+    def packed(self) -> Self:
+        """The ensemble frozen for inference, in evaluation: a copy without gradients, batch norms folded.
+
+        With scale s = weight / sqrt(running_var + eps) and shift t = bias - running_mean s, a norm right
+        after a convolution or a linear layer makes W <- s W, b <- s b + t of it, in float64, then rounded.
+
+        Raises:
+            ValueError: a batch norm that stands elsewhere, or has no running statistics.
+        """
+        layers: list[nn.Module] = []
+        for i, layer in enumerate(copy.deepcopy(self).eval().children()):
+            if isinstance(layer, (nn.Dropout, nn.Identity)):
+                continue
+            if isinstance(layer, EnsembleBatchNorm):
+                argument = f"packed: layer {i}"
+                before = layers[-1] if layers else None
+                if not _is_bare(before, EnsembleConv2d) and not _is_bare(before, EnsembleLinear):
+                    raise ValueError(
+                        f"{argument}: expected a batch norm right after an EnsembleConv2d or an "
+                        f"EnsembleLinear, got {layer}"
+                    )
+                _sequential.fold_after(before, layer, argument)
+            else:
+                layers.append(layer)
+        return type(self)(*layers).requires_grad_(False).eval()
+
+
+# Layers of torch.nn that take the first dimension, or the first two, for examples and channels.
+_INSTEAD: dict[type[nn.Module], str] = {
+    nn.Flatten: "pyens.nn.Flatten",
+    nn.MaxPool2d: "EnsembleMaxPool2d",
+    nn.AvgPool2d: "EnsembleAvgPool2d",
+    nn.Conv2d: "EnsembleConv2d",
+    nn.Linear: "EnsembleLinear",
+    nn.BatchNorm1d: "EnsembleBatchNorm",
+    nn.BatchNorm2d: "EnsembleBatchNorm2d",
+}
+
+
+def _is_bare(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Whether calling it is no more than its class's own forward."""
+    if module is None or not _sequential.is_plain(module, kind):
+        return False
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _behind(layers: list[nn.Module | None]) -> tuple[bool, tuple[int, int], int]:
+    """Whether a ReLU follows, the window of a maximum that does, and how many layers these are."""
+    relu, window, count = False, (1, 1), 0
+    for layer in layers:
+        if not relu and _is_bare(layer, nn.ReLU):
+            relu = True
+        elif window == (1, 1) and _is_bare(layer, EnsembleMaxPool2d):
+            pool: Any = layer
+            size, stride = _pair(pool.kernel_size), _pair(pool.stride)
+            plain = _pair(pool.padding) == (0, 0) and _pair(pool.dilation) == (1, 1)
+            beside = size == stride and plain and not pool.ceil_mode and not pool.return_indices
+            if not beside or size[0] * size[1] > 255:
+                break
+            window = size
+        else:
+            break
+        count += 1
+    return relu, window, count
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
+
+
+_ENSEMBLES: dict[type[nn.Module], Callable[[Any], Ensemble]] = {
+    nn.Conv2d: EnsembleConv2d.from_modules,
+    nn.Linear: EnsembleLinear.from_modules,
+    nn.BatchNorm2d: EnsembleBatchNorm2d.from_modules,
+    nn.BatchNorm1d: EnsembleBatchNorm.from_modules,
+}
+
+
+def _stacked_layer(place: int, column: tuple[nn.Module, ...]) -> nn.Module:
+    """One layer of an ensemble from that of each member."""
+    first = column[0]
+    for i, layer in enumerate(column):
+        if type(layer) is not type(first):
+            raise ValueError(
+                f"from_modules: modules[{i}]: layer {place}: expected {type(first).__name__} like "
+                f"modules[0], got {type(layer).__name__}"
+            )
+    for kind, stack in _ENSEMBLES.items():
+        if _sequential.is_plain(first, kind):
+            try:
+                return stack(column)
+            except ValueError as error:
+                raise ValueError(str(error).replace("]: ", f"]: layer {place}: ", 1)) from None
+    made = _without_parameters(first)
+    if made is None:
+        kinds = (*(kind.__name__ for kind in _ENSEMBLES), "MaxPool2d", "AvgPool2d", "Flatten", "Dropout")
+        raise ValueError(
+            f"from_modules: modules[0]: layer {place}: expected {', '.join(kinds)}, Identity or an "
+            f"activation of EnsembleMLP, got {first}"
+        )
+    for i, layer in enumerate(column):
+        _sequential.check_hooks(layer, f"from_modules: modules[{i}]: layer {place}")
+        if repr(layer) != repr(first):
+            raise ValueError(
+                f"from_modules: modules[{i}]: layer {place}: expected {first} like modules[0], got {layer}"
+            )
+    return made
+
+
+_MAX = ("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode")
+_AVG = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+
+
+def _without_parameters(layer: nn.Module) -> nn.Module | None:
+    """The same for members side by side; None for what is not known."""
+    any_layer: Any = layer
+    if _sequential.is_plain(layer, nn.MaxPool2d) and not any_layer.return_indices:
+        return EnsembleMaxPool2d(*(getattr(layer, name) for name in _MAX))
+    if _sequential.is_plain(layer, nn.AvgPool2d):
+        return EnsembleAvgPool2d(*(getattr(layer, name) for name in _AVG))
+    if _sequential.is_plain(layer, nn.Flatten) and (any_layer.start_dim, any_layer.end_dim) == (1, -1):
+        return Flatten()
+    known = _sequential.is_plain(layer, nn.Dropout) or _sequential.is_plain(layer, nn.Identity)
+    if known or _sequential.activation_string(layer) is not None:
+        return copy.deepcopy(layer)
+    return None
+
+
+def _member_layer(layer: nn.Module, i: int) -> nn.Module:
+    if isinstance(layer, Ensemble):
+        return layer.member(i)
+    if _sequential.is_plain(layer, EnsembleMaxPool2d):
+        return nn.MaxPool2d(*(getattr(layer, name) for name in _MAX))
+    if _sequential.is_plain(layer, EnsembleAvgPool2d):
+        return nn.AvgPool2d(*(getattr(layer, name) for name in _AVG))
+    if _sequential.is_plain(layer, Flatten):
+        return nn.Flatten()
+    return copy.deepcopy(layer)
