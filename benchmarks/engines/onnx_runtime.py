@@ -22,7 +22,7 @@ def forward(
     options = SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    model = build(form, len(input), weights, biases)
+    model = build(form, input.shape, weights, biases)
     session = InferenceSession(model, options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
     x = np.ascontiguousarray(input.T if form == "transposed" else input)

@@ -27,7 +27,7 @@ def forward(
         "INFERENCE_NUM_THREADS": threads,
         "INFERENCE_PRECISION_HINT": "f32",
     }
-    model = core.read_model(model=build(form, len(input), weights, biases))
+    model = core.read_model(model=build(form, input.shape, weights, biases))
     request = core.compile_model(model, "CPU", settings).create_infer_request()
     x = openvino.Tensor(np.ascontiguousarray(input.T if form == "transposed" else input))
     request.set_input_tensor(x)

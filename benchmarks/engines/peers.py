@@ -42,6 +42,21 @@ def forward_peers(
     return [*found, contestant("jax", "transposed", YNN)]
 
 
+CONVOLUTION_FORMS = {"onnxruntime": ("grouped", "loop"), "openvino": ("grouped", "loop")}
+
+
+def convolution_peers(
+    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], expected: Tensor, threads: int
+) -> list[Contestant]:
+    """The forward pass of convolutions, each with a ReLU and a maximum behind it, and an MLP behind them."""
+    check = agrees_with(expected, input.dtype)
+    return [
+        _contestant(engine, "forward", form, (form, input, weights, biases), threads, check)
+        for engine, forms in CONVOLUTION_FORMS.items()
+        for form in forms
+    ]
+
+
 def gradient_peers(
     problem: TrainingProblem, expected: tuple[Tensor, list[Tensor]], threads: int, *, processes: int = 1
 ) -> list[Contestant]:
