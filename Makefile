@@ -68,9 +68,9 @@ fuzz: $(BUILT) ## the properties again with 5,000 examples each (hours)
 template: $(BUILT) ## build and test the example operation of examples/gain
 	$(PY) -m pytest examples/gain $(ARGS)
 
-BENCHMARKS := ensemble_mlp training networks fit decorrelation uncertainty masksembles activation_strength serving
+BENCHMARKS := ensemble_mlp training ensemble_conv2d networks fit decorrelation uncertainty masksembles activation_strength serving
 # Of the CPU alone, with their options.
-CPU_BENCHMARKS := every_engine:--threads=1 every_engine:--threads=2 cost_curves:--rounds=5 contention:
+CPU_BENCHMARKS := sparse: every_engine:--threads=1 every_engine:--threads=2 cost_curves:--rounds=5 contention:
 
 bench: $(BUILT) $(VENV)/peers ## compare every operation with its peers
 	for run in $(addsuffix :,$(BENCHMARKS)) $(CPU_BENCHMARKS); do \

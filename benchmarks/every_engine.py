@@ -5,7 +5,8 @@
 
 Float32, E 100 and 32-50-20-10-1 unless the row says something else. Engines with threads of their own run in
 processes of their own. In the rows named `cold` every core reads 16 MB before each call, untimed. Targets are
-those of the instruction set in use: on AVX2 some are lower.
+those of the instruction set in use: on AVX2 some are lower. Compilers here are XLA and OpenVINO:
+torch.compile is a peer of benchmarks.ensemble_mlp and benchmarks.training, and would take half an hour more.
 """
 
 from __future__ import annotations
@@ -242,8 +243,6 @@ def step_contestants(shape: Shape, options: harness.Options) -> list[harness.Con
     for name, form in (("baddbmm", baddbmm), ("baddbmm transposed", baddbmm_transposed)):
         made = partial(lambda form: own_leaves(form(problem)), form)
         peers[name] = step_of(made)
-        if options.compile:
-            peers[f"{name}, compiled"] = step_of(made, compile=True)
     return [
         harness.Contestant(STEP_IN_PASS, in_pass, check, ours=True),
         harness.Contestant(STEP, step_of(fused_loss, make=ours), check, ours=True),
@@ -274,4 +273,4 @@ def step_check(problem: TrainingProblem) -> Callable[[Any], None]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(harness.main("every_engine", __doc__, cases, by_threads=True))
+    raise SystemExit(harness.main("every_engine", __doc__, cases, by_threads=True, compiles=False))

@@ -403,6 +403,17 @@ def check_packed() -> Iterator[float]:
     return check(packed, reference.ensemble_mlp, problems(mlp, each=7))
 
 
+def check_sparse() -> Iterator[float]:
+    def some_zero(draw: Draw) -> Problem:
+        problem = mlp(draw)
+        return problem | {"weights": [w.where(draw.uniform(*w.shape) < 0.3, 0) for w in problem["weights"]]}
+
+    def sparse(weights: list[Tensor], **problem: Any) -> Tensor:
+        return ops.ensemble_mlp_sparse(weights=[ops.pack_sparse(w) for w in weights], **problem)
+
+    return check(sparse, reference.ensemble_mlp, problems(some_zero, (torch.float32, torch.float64), 7))
+
+
 def of(
     name: str,
     make: Callable[[Draw], Problem],
@@ -422,6 +433,7 @@ def of_step(name: str, make: Callable[[Draw], Problem]) -> Callable[[], Iterator
 CHECKS: dict[str, Callable[[], Iterator[float]]] = {
     "ensemble_mlp": of("ensemble_mlp", mlp, each=7),
     "ensemble_mlp, packed": check_packed,
+    "ensemble_mlp_sparse": check_sparse,
     "ensemble_mlp, gradients": of("ensemble_mlp", mlp, gradients, FULL, 7),
     "ensemble_mlp, dropout": of("ensemble_mlp", mlp_dropout, each=7),
     "ensemble_mlp, layers": of("ensemble_mlp", mlp_layers, each=7),

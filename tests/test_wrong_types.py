@@ -4,6 +4,7 @@ function and the argument."""
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -184,6 +185,22 @@ CASES = {
         ("bias",),
         {"activation": STRING},
     ),
+    "ops.ensemble_conv2d_sparse": Case(
+        partial(ops.ensemble_conv2d_sparse, weight=ops.pack_sparse(torch.ones(E, 2, 3, 2, 2))),
+        {"input": torch.randn(2, 3, 4, 4), "bias": torch.randn(E, 2)},
+        "ensemble_conv2d_sparse|ensemble_conv2d",
+        ("bias",),
+        {"activation": STRING},
+    ),
+    "ops.ensemble_mlp_sparse": Case(
+        partial(ops.ensemble_mlp_sparse, weights=[ops.pack_sparse(w) for w in WEIGHTS]),
+        {"input": X, "biases": BIASES},
+        "ensemble_mlp_sparse",
+        ("biases",),
+    ),
+    "ops.pack_sparse": Case(
+        ops.pack_sparse, {"weights": WEIGHTS[0], "masks": WEIGHTS[0] > 0}, "pack_sparse", ("masks",)
+    ),
     "ops.ensemble_embedding": Case(
         ops.ensemble_embedding, {"index": INDEX, "weight": TABLES[0]}, "ensemble_embedding"
     ),
@@ -281,6 +298,12 @@ CASES = {
         ),
         {"input": torch.randn(2, 3, 4, 4)},
         "ensemble_conv2d",
+    ),
+    "nn.SparseEnsembleMLP": Case(MLP.sparse(), {"input": X}, "ensemble_mlp_sparse"),
+    "nn.SparseEnsembleConv2d": Case(
+        pyens_nn.EnsembleConv2d(E, 3, 2, 3).sparse(),
+        {"input": torch.randn(2, 3, 4, 4)},
+        "ensemble_conv2d_sparse|ensemble_conv2d",
     ),
     "nn.EnsembleMaxPool2d": Case(
         pyens_nn.EnsembleMaxPool2d(2), {"input": torch.randn(2, 3, 4, 4)}, "EnsembleMaxPool2d", any_dtype=True
@@ -510,7 +533,7 @@ CASES = {
 }
 # What is no function of tensors: named tuples, constants, and what builds or changes modules.
 NOT_CALLED_WITH_TENSORS = {
-    "ops": {"ActivationStrength", "Moments", "Uncertainty"},
+    "ops": {"ActivationStrength", "Moments", "SparseRows", "Uncertainty"},
     "nn": {"Residual", "fold_batchnorm", "insert_masksembles_", "set_mask_mode_"},  # or by torch's modules
     "metrics": {
         "BrierDecomposition",
@@ -730,7 +753,7 @@ class Stranger:
         return str(func)
 
 
-OPERATIONS = [name for name in CASES if name.startswith("ops.")]
+OPERATIONS = [name for name in CASES if name.startswith("ops.") and name != "ops.pack_sparse"]
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

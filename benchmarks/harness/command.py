@@ -28,12 +28,14 @@ def main(
     argv: Sequence[str] | None = None,
     *,
     by_threads: bool = False,
+    compiles: bool = True,
     picture: Callable[[Report, Path], None] = plot,
     remarks: Callable[[Report], list[str]] = lambda _: [],
 ) -> int:
     """Run the benchmark `benchmark` as the command line asks. 1 if one of ours was excluded, else 0.
 
-    `by_threads`: the results of each number of threads have files of their own. `picture` draws the report,
+    `by_threads`: the results of each number of threads have files of their own. `compiles`: whether there are
+    contestants that torch.compile makes. `picture` draws the report,
     and `remarks` says what there is to say about all cases together.
     """
     parser = argparse.ArgumentParser(
@@ -70,7 +72,8 @@ def main(
         command = [sys.executable, "-m", f"benchmarks.{benchmark}", *(sys.argv[1:] if argv is None else argv)]
         return subprocess.call(command, env={**os.environ, **caps})
 
-    part = "-quick" if arguments.quick else "-part" if arguments.cases or arguments.no_compile else ""
+    less = arguments.cases or (arguments.no_compile and compiles)
+    part = "-quick" if arguments.quick else "-part" if less else ""
     if arguments.precision == "tf32" and (arguments.device, arguments.dtype) != ("cuda", "float32"):
         parser.error("--precision tf32: is for --device cuda and --dtype float32")
     number = arguments.dtype if arguments.precision == "ieee" else arguments.precision
@@ -93,7 +96,7 @@ def main(
         rounds=arguments.rounds or (2 if arguments.quick else ROUNDS[arguments.device]),
         seed=arguments.seed,
         quick=arguments.quick,
-        compile=not (arguments.no_compile or arguments.quick),
+        compile=compiles and not (arguments.no_compile or arguments.quick),
         precision=arguments.precision,
         isa=arguments.isa,
     )

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/sparse_rows.h"
 #include "kernels/types.h"
 
 namespace pyens {
@@ -54,15 +55,19 @@ struct EnsembleConv2dParams {
       input;  // [B, C, H, W] (member stride 0) or [E, B, C, H, W]; an image lies in one piece
   int64_t input_member_stride, input_image_stride;
   const void* weight;  // Real [E, O, C, kernel height, kernel width], contiguous
-  const void* bias;    // Real [E, O], contiguous, or nullptr
-  void* output;        // [E, B, O, height, width], contiguous
+  // Forward only: `weight` are the values of these rows [E, O], of C x kernel inputs. nullptr: all weights are there.
+  const SparseRows* sparse;
+  const void* bias;  // Real [E, O], contiguous, or nullptr
+  void* output;      // [E, B, O, height, width], contiguous
   // For each output which pixel of its window it is, or 255 where the ReLU cut it off: what a backward pass of the
-  // same process reads. [E, chosen_tiles, O, height, width, lanes], or nullptr.
+  // same process reads. [E, chosen_images, O, height, width] bytes, or nullptr; how the images of a member lie in it is
+  // the instruction set's own.
   uint8_t* chosen;
 };
-template <class Int>
-Int chosen_tiles(const Int& batch, int64_t lanes) {
-  return (batch + (lanes - 1)) / lanes;
+constexpr int64_t kMostLanes = 16;
+template <class Int>  // int64_t, or torch's symbolic sizes
+Int chosen_images(const Int& batch) {
+  return (batch + (kMostLanes - 1)) / kMostLanes * kMostLanes;
 }
 
 struct EnsembleConv2dGradients {
@@ -76,8 +81,6 @@ struct EnsembleConv2dGradients {
 // The caller splits [0, items) among its threads as it likes and gives each call scratch of its own, 64-byte
 // aligned: no split changes a bit of the output.
 namespace ensemble_conv2d_cpu {
-int64_t lanes(DType dtype);  // images that lie side by side
-
 int64_t work_items(const EnsembleConv2dParams& params);
 int64_t grain_size(const EnsembleConv2dParams& params);
 size_t scratch_bytes(const EnsembleConv2dParams& params);

@@ -10,6 +10,7 @@
 #include "kernels/activation_strength.h"
 #include "kernels/activations.h"
 #include "kernels/optimizers.h"
+#include "kernels/sparse_rows.h"
 #include "kernels/types.h"
 
 namespace pyens {
@@ -22,7 +23,9 @@ namespace pyens {
 struct MLPWeight {
   const void* data;  // [E, out, in]
   int64_t member_stride, row_stride;
-  DType format;  // of its elements, row by row; int8 and sparse rows will be further formats
+  DType format;  // of its elements, row by row; int8 will be a further format
+  // CPU, forward only, float32 and float64: `data` are the values of these rows. nullptr: all weights are there.
+  const SparseRows* sparse = nullptr;
 };
 struct MLPBias {
   const void* data;  // [E, out], or nullptr

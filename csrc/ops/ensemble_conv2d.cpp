@@ -3,6 +3,7 @@
 //   ensemble_conv2d           the outputs
 //   ensemble_conv2d_choosing  and which pixel of its window each of them is, which a backward pass reads
 //   ensemble_conv2d_backward  the gradients of those tensors that need one: [input, weight, bias]
+//   ensemble_conv2d_sparse    the outputs, of weights of which few are kept
 //
 // A kernel of its own on the CPU. Elsewhere, and for second derivatives, it is composed of torch's operations: the
 // members are groups of one convolution.
@@ -15,6 +16,7 @@
 #include "ops/checks.h"
 #include "ops/launch.h"
 #include "ops/operation.h"
+#include "ops/sparse_rows.h"
 
 namespace pyens {
 namespace {
@@ -30,6 +32,7 @@ using NeedsGrad = c10::List<bool>;
 constexpr char kOp[] = "ensemble_conv2d";
 constexpr char kChoosing[] = "ensemble_conv2d_choosing";
 constexpr char kBackward[] = "ensemble_conv2d_backward";
+constexpr char kSparse[] = "ensemble_conv2d_sparse";
 
 // --- arguments -------------------------------------------------------------------------------------
 
@@ -111,14 +114,13 @@ Tensor output_like(const Tensor& input, const Tensor& weight, const OutputSize& 
       input.options());
 }
 
-// [E, tiles, O, height, width, lanes]; none where every output is a sum.
+// [E, images, O, height, width]; none where every output is a sum. The same on every processor, because compiled code
+// may outlive its process.
 c10::SymDimVector chosen_shape(const Conv2d& conv, const Tensor& input, const Tensor& weight,
                                const OutputSize& size) {
   if (!conv.chooses()) return {0};
-  const int64_t lanes = ensemble_conv2d_cpu::lanes(kernel_dtype(input.scalar_type()));
-  return {weight.sym_size(0), chosen_tiles(input.sym_size(-4), lanes),
-          weight.sym_size(1), size.height,
-          size.width,         lanes};
+  return {weight.sym_size(0), chosen_images(input.sym_size(-4)), weight.sym_size(1), size.height,
+          size.width};
 }
 
 Tensor chosen_like(const Conv2d& conv, const Tensor& input, const Tensor& weight,
@@ -143,11 +145,12 @@ struct Conv2dCall {
   EnsembleConv2dParams params{};
   Tensor input, weight, bias;  // what the kernel reads
 
+  // `sparse`: of the weight the sizes alone are asked for.
   Conv2dCall(Conv2d conv, const Tensor& given, const Tensor& given_weight,
-             const OptionalTensor& given_bias) {
+             const OptionalTensor& given_bias, bool sparse = false) {
     const at::ScalarType real = accumulation_type(given.scalar_type());
     input = with_whole_images(given);
-    weight = given_weight.to(real).contiguous();
+    weight = sparse ? given_weight : given_weight.to(real).contiguous();
     conv.channels = weight.size(2);
     conv.out_channels = weight.size(1);
     conv.kernel = {weight.size(3), weight.size(4)};
@@ -166,19 +169,24 @@ struct Conv2dCall {
   }
 };
 
+void run(EnsembleConv2dParams& p, Tensor& output) {
+  expect_pages(output);
+  p.output = output.mutable_data_ptr();
+  launch_cpu(ensemble_conv2d_cpu::work_items(p), ensemble_conv2d_cpu::grain_size(p),
+             ensemble_conv2d_cpu::scratch_bytes(p), [&](int64_t begin, int64_t end, void* scratch) {
+               ensemble_conv2d_cpu::run(p, begin, end, scratch);
+             });
+}
+
 Tensor run(const Conv2d& conv, const Tensor& input, const Tensor& weight,
            const OptionalTensor& bias, const OutputSize& size, const Tensor& chosen) {
   Tensor output = output_like(input, weight, size);
   if (output.numel() == 0) return output;
   Conv2dCall call(conv, input, weight, bias);
-  EnsembleConv2dParams& p = call.params;
-  expect_pages(output);
-  p.output = output.mutable_data_ptr();
-  if (chosen.defined() && chosen.numel() > 0) p.chosen = chosen.mutable_data_ptr<uint8_t>();
-  launch_cpu(ensemble_conv2d_cpu::work_items(p), ensemble_conv2d_cpu::grain_size(p),
-             ensemble_conv2d_cpu::scratch_bytes(p), [&](int64_t begin, int64_t end, void* scratch) {
-               ensemble_conv2d_cpu::run(p, begin, end, scratch);
-             });
+  if (chosen.defined() && chosen.numel() > 0) {
+    call.params.chosen = chosen.mutable_data_ptr<uint8_t>();
+  }
+  run(call.params, output);
   return output;
 }
 
@@ -205,6 +213,8 @@ std::tuple<Tensor, Tensor> ensemble_conv2d_choosing(const Tensor& input, const T
   const Conv2d conv = parse_conv(stride, padding, dilation, activation, max_pool);
   const OutputSize size = check_conv2d(conv, input, weight, bias);
   const Tensor chosen = chosen_like(conv, input, weight, size);
+  // What no image has a place in is the same in every call.
+  if (input.size(-4) % kMostLanes != 0) chosen.zero_();
   return {run(conv, input, weight, bias, size, chosen), chosen};
 }
 
@@ -214,6 +224,54 @@ std::tuple<Tensor, Tensor> ensemble_conv2d_choosing_meta(
   const Conv2d conv = parse_conv(stride, padding, dilation, activation, max_pool);
   const OutputSize size = check_conv2d(conv, input, weight, bias);
   return {output_like(input, weight, size), chosen_like(conv, input, weight, size)};
+}
+
+// --- sparse weights ------------------------------------------------------------------------------------
+
+// [E, O, C, height, width] of the weight's type and device, without its memory.
+Tensor shape_of(const SparseWeight& w, IntArrayRef kernel) {
+  return at::empty({1}, w.values.options())
+      .expand_symint({w.members(), w.rows(), kernel[0], kernel[1], kernel[2]});
+}
+
+SparseWeight check_sparse(const Tensor& values, const Tensor& columns, const Tensor& starts,
+                          const Tensor& order, IntArrayRef kernel) {
+  PYENS_CHECK_VALUE(kernel.size() == 3 && kernel[0] >= 1 && kernel[1] >= 1 && kernel[2] >= 1 &&
+                        kernel[0] < (1 << 20) && kernel[1] < (1 << 20) && kernel[2] < (1 << 20),
+                    kSparse, "kernel", "[channels, height, width], none of them 0", kernel);
+  const SparseWeight w{values, columns, starts, order, kernel[0] * kernel[1] * kernel[2]};
+  check_sparse_shape(kSparse, w);
+  return w;
+}
+
+Tensor ensemble_conv2d_sparse(const Tensor& input, const Tensor& values, const Tensor& columns,
+                              const Tensor& starts, const Tensor& order, IntArrayRef kernel,
+                              const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
+                              IntArrayRef dilation, std::string_view activation,
+                              IntArrayRef max_pool) {
+  const Conv2d conv = parse_conv(stride, padding, dilation, activation, max_pool);
+  const Tensor v = values.contiguous(), c = columns.contiguous(), s = starts.contiguous(),
+               o = order.contiguous();
+  const SparseWeight w = check_sparse(v, c, s, o, kernel);
+  const Tensor weight = shape_of(w, kernel);
+  Tensor output = output_like(input, weight, check_conv2d(conv, input, weight, bias));
+  const SparseRows rows = checked_rows(kSparse, w);
+  if (output.numel() == 0) return output;
+  Conv2dCall call(conv, input, weight, bias, /*sparse=*/true);
+  call.params.weight = v.const_data_ptr();
+  call.params.sparse = &rows;
+  run(call.params, output);
+  return output;
+}
+
+Tensor ensemble_conv2d_sparse_meta(const Tensor& input, const Tensor& values, const Tensor& columns,
+                                   const Tensor& starts, const Tensor& order, IntArrayRef kernel,
+                                   const OptionalTensor& bias, IntArrayRef stride,
+                                   IntArrayRef padding, IntArrayRef dilation,
+                                   std::string_view activation, IntArrayRef max_pool) {
+  const Conv2d conv = parse_conv(stride, padding, dilation, activation, max_pool);
+  const Tensor weight = shape_of(check_sparse(values, columns, starts, order, kernel), kernel);
+  return output_like(input, weight, check_conv2d(conv, input, weight, bias));
 }
 
 // --- backward ----------------------------------------------------------------------------------------
@@ -495,6 +553,13 @@ TORCH_LIBRARY_FRAGMENT(pyens, m) {
       .meta<ensemble_conv2d_meta>()
       .autograd<ensemble_conv2d_autograd>()
       .autocast<ensemble_conv2d_autocast>();
+  Operation(m,
+            "ensemble_conv2d_sparse(Tensor input, Tensor values, Tensor columns, Tensor starts,"
+            " Tensor order, int[] kernel, Tensor? bias" +
+                options + ") -> Tensor")
+      .cpu<ensemble_conv2d_sparse>()
+      .meta<ensemble_conv2d_sparse_meta>()
+      .not_differentiable();
   Operation(m, "ensemble_conv2d_choosing(Tensor input, Tensor weight, Tensor? bias" + options +
                    ") -> (Tensor output, Tensor chosen)")
       .cpu<ensemble_conv2d_choosing>()

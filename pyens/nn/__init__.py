@@ -13,6 +13,7 @@ from pyens.nn.masksembles import Masksembles1D, Masksembles2D, Masksembles3D
 from pyens.nn.mc_dropout import mc_dropout
 from pyens.nn.pooling import EnsembleAvgPool2d, EnsembleMaxPool2d, Flatten
 from pyens.nn.residual import Residual
+from pyens.nn.sparse import SparseEnsembleConv2d, SparseEnsembleMLP
 from pyens.nn.tabular import TabularEnsemble
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "Masksembles3D",
     "PackedEnsembleMLP",
     "Residual",
+    "SparseEnsembleConv2d",
+    "SparseEnsembleMLP",
     "TabularEnsemble",
     "fold_batchnorm",
     "forward_tiled",

@@ -31,6 +31,7 @@ from pyens.reference.ensemble_mlp import residual_layers
 
 if TYPE_CHECKING:
     from pyens.nn.ensemble_mlp import PackedEnsembleMLP
+    from pyens.nn.sparse import SparseEnsembleMLP
 
 _NO_NORMS: Norms = ((), ())
 # What `layer_options` makes its own of, beside the activation: assigned, it is made anew.
@@ -319,6 +320,21 @@ class StackedMLP(Members):
                 name: t.mT if name.endswith("weight") and t.dim() > 2 else t for name, t in params.items()
             }
         super().load_stacked(params)
+
+    def sparse(self, masks: Sequence[Tensor] | None = None) -> "SparseEnsembleMLP":
+        """The ensemble frozen with the weights that are not zero; see `SparseEnsembleMLP`.
+
+        Args:
+            masks: bool, one for each layer and of its weights' shape, which to keep; None: those that are not
+                zero, as after `torch.nn.utils.prune`.
+
+        Raises:
+            ValueError: norms or residuals; masks of another shape.
+            TypeError: 16-bit weights; masks that are not bool.
+        """
+        from pyens.nn.sparse import SparseEnsembleMLP
+
+        return SparseEnsembleMLP(self, masks)
 
     def packed(self) -> "PackedEnsembleMLP":
         """A frozen copy for inference that is faster for small batches. See `PackedEnsembleMLP`."""

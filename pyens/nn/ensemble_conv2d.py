@@ -1,7 +1,7 @@
 """Convolutions per member."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from pyens.nn import _sequential
 from pyens.nn._members import Members, draw_linear, listed
 from pyens.nn.ensemble import parameters_of
 from pyens.ops.ensemble_conv2d import ensemble_conv2d
+
+if TYPE_CHECKING:
+    from pyens.nn.sparse import SparseEnsembleConv2d
 
 Size = int | tuple[int, int]
 
@@ -138,6 +141,12 @@ class EnsembleConv2d(Members):
             activation=activation,
             max_pool=max_pool,
         )
+
+    def sparse(self, masks: Tensor | None = None) -> "SparseEnsembleConv2d":
+        """The ensemble frozen with the weights that are not zero, or that `masks`, bool like them, keeps."""
+        from pyens.nn.sparse import SparseEnsembleConv2d
+
+        return SparseEnsembleConv2d(self, masks)
 
     def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Weight `[E, O, C, height, width]` and bias `[E, O]`, each in a list; no bias: an empty one."""

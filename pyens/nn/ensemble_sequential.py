@@ -15,6 +15,7 @@ from pyens.nn.ensemble import Ensemble
 from pyens.nn.ensemble_conv2d import EnsembleConv2d
 from pyens.nn.ensemble_mlp import EnsembleLinear
 from pyens.nn.pooling import EnsembleAvgPool2d, EnsembleMaxPool2d, Flatten
+from pyens.nn.sparse import SparseEnsembleConv2d
 
 
 class EnsembleSequential(Ensemble):
@@ -98,10 +99,10 @@ class EnsembleSequential(Ensemble):
         while at < len(layers):
             layer = layers[at]
             at += 1
-            if _is_bare(layer, EnsembleConv2d):
+            if _is_bare(layer, EnsembleConv2d) or _is_bare(layer, SparseEnsembleConv2d):
                 relu, window, count = _behind(layers[at : at + 2])
                 if count > 0:
-                    conv = cast(EnsembleConv2d, layer)
+                    conv = cast(EnsembleConv2d | SparseEnsembleConv2d, layer)
                     input = conv.convolve(input, "relu" if relu else "identity", window)
                     at += count
                     continue
@@ -140,6 +141,25 @@ class EnsembleSequential(Ensemble):
             else:
                 layers.append(layer)
         return type(self)(*layers).requires_grad_(False).eval()
+
+    def sparse(self) -> Self:
+        """The ensemble frozen with the weights that are not zero, as after `torch.nn.utils.prune`.
+
+        Batch norms are folded first, as `packed` does, and leave zeros zero.
+
+        Raises:
+            ValueError: an ensemble in it that has no sparse form; and as `packed`.
+        """
+        layers: list[nn.Module] = []
+        for i, layer in enumerate(self.packed().children()):
+            freeze = getattr(layer, "sparse", None) if isinstance(layer, Ensemble) else None
+            if isinstance(layer, Ensemble) and not callable(freeze):
+                raise ValueError(
+                    f"sparse: layer {i}: expected EnsembleConv2d, EnsembleLinear or EnsembleMLP, "
+                    f"got {type(layer).__name__}"
+                )
+            layers.append(freeze() if callable(freeze) else layer)
+        return type(self)(*layers).eval()
 
 
 # Layers of torch.nn that take the first dimension, or the first two, for examples and channels.

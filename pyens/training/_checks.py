@@ -57,7 +57,7 @@ def optimizers(made: Any, model: nn.Module) -> list[torch.optim.Optimizer]:
     sparse = {
         id(p)
         for module in model.modules()
-        if getattr(module, "sparse", False)
+        if getattr(module, "sparse", None) is True
         for p in module.parameters(recurse=False)
     }
     seen: set[int] = set()
@@ -141,7 +141,7 @@ def dense(model: nn.Module, clip_norm: float | None, clip_value: float | None) -
         if value is None:
             continue
         for module in model.modules():
-            if getattr(module, "sparse", False):
+            if getattr(module, "sparse", None) is True:
                 kind = type(module).__name__
                 raise ValueError(f"fit: {argument}: expected dense gradients, got those of a sparse {kind}")
 

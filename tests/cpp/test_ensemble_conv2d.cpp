@@ -81,8 +81,7 @@ struct Problem {
     std::vector<T> output(size(members * batch * features()), static_cast<T>(99));
     p.output = output.data();
     if (chosen) {
-      const int64_t lanes = kernel::lanes(p.dtype);
-      chosen->assign(size(members * pyens::chosen_tiles(batch, lanes) * features() * lanes), 77);
+      chosen->assign(size(members * pyens::chosen_images(batch) * features()), 77);
       p.chosen = chosen->data();
     }
     for (int64_t i = 0; i < kernel::work_items(p); i += step) {

@@ -14,6 +14,7 @@
 // taps in ascending order, the block sums added in order to the bias. So both mappings give the same bits.
 
 #include "kernels/cpu/register_blocks-inl.h"
+#include "kernels/cpu/sparse_rows-inl.h"
 
 namespace pyens::PYENS_ISA::ensemble_conv2d {
 
@@ -246,12 +247,17 @@ struct PixelBlock {
   void run(int64_t row) const {
     V sum[R][NV];
     tap_products<R, NV>(w + row * w_stride, w_stride, x, offset, k_count, sum);
+    finish<R, NV>(NextRows{row}, sum);
+  }
+
+  template <int R, int NV, class Rows, class V>
+  inline __attribute__((always_inline)) void finish(const Rows& row, V (&sum)[R][NV]) const {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         const V before =
-            first ? broadcast<V>(bias[row + r]) : load<V>(z + (row + r) * z_row + v * z_vector);
+            first ? broadcast<V>(bias[row(r)]) : load<V>(z + row(r) * z_row + v * z_vector);
         sum[r][v] = before + sum[r][v];
       }
     }
@@ -261,19 +267,18 @@ struct PixelBlock {
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
-        store(z + (row + r) * z_row + v * z_vector, at_least(low, sum[r][v]));
+        store(z + row(r) * z_row + v * z_vector, at_least(low, sum[r][v]));
       }
     }
   }
 
-  template <int R, int NV, class V>
-  void store_chosen(int64_t row, const V (&value)[R][NV]) const {
+  template <int R, int NV, class Rows, class V>
+  void store_chosen(const Rows& row, const V (&value)[R][NV]) const {
     using Ints = WideInts<Real>;
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < NV; ++v) {
         const Ints which = value[r][v] <= V{} ? Ints{} + kNothing : Ints{};
-        store(chosen + (row + r) * z_row + v * z_vector,
-              __builtin_convertvector(which, Bytes<Real>));
+        store(chosen + row(r) * z_row + v * z_vector, __builtin_convertvector(which, Bytes<Real>));
       }
     }
   }
@@ -300,15 +305,20 @@ struct WindowBlock {
 
   template <int R, int NV, class V>
   void run(int64_t row) const {
-    constexpr int N = lanes_of<V>();
     V sum[R][NV];
     tap_products<R, NV>(w + row * w_stride, w_stride, x, offset, k_count, sum);
+    finish<R, NV>(NextRows{row}, sum);
+  }
+
+  template <int R, int NV, class Rows, class V>
+  inline __attribute__((always_inline)) void finish(const Rows& row, V (&sum)[R][NV]) const {
+    constexpr int N = lanes_of<V>();
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         const V before =
-            first ? broadcast<V>(bias[row + r]) : load<V>(z + ((row + r) * kVectors + v) * N);
+            first ? broadcast<V>(bias[row(r)]) : load<V>(z + (row(r) * kVectors + v) * N);
         sum[r][v] = before + sum[r][v];
       }
     }
@@ -316,7 +326,7 @@ struct WindowBlock {
     const V low = broadcast<V>(last && relu ? 0 : -std::numeric_limits<Real>::infinity());
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      Real* const to = output + (row + r) * output_row;
+      Real* const to = output + row(r) * output_row;
       V best = sum[r][0];
       if (pixel > 0) best = larger(load<V>(to), best);
 #pragma GCC unroll 4
@@ -325,11 +335,11 @@ struct WindowBlock {
     }
   }
 
-  template <int R, int NV, class V>
-  void choose(int64_t row, const V (&sum)[R][NV]) const {
+  template <int R, int NV, class Rows, class V>
+  void choose(const Rows& row, const V (&sum)[R][NV]) const {
     using Ints = WideInts<Real>;
     for (int r = 0; r < R; ++r) {
-      const int64_t at = (row + r) * output_row;
+      const int64_t at = row(r) * output_row;
       V best = sum[r][0];
       Ints which = Ints{} + static_cast<int>(pixel);
       if (pixel > 0) {
@@ -364,6 +374,36 @@ void run_vectors(int64_t vectors, int64_t rows, const Block& block) {
   if (vectors == 2) return run_rows<2, V>(rows, block);
   run_rows<1, V>(rows, block);
 }
+
+// Where a tap of a block lies.
+struct TapOffset {
+  const int64_t* offset;
+  inline __attribute__((always_inline)) int64_t operator()(uint8_t tap) const {
+    return offset[tap];
+  }
+};
+
+// A member's block of taps, from tap k on, whose weights are all there or sparse.
+template <class Real>
+struct Taps {
+  const EnsembleConv2dParams& p;
+  int64_t member;
+
+  template <class Block>
+  void run(int64_t vectors, int64_t k, const int64_t* offset, Block& block) const {
+    using V = Wide<Real>;
+    const int64_t taps = p.conv.taps(), rows = p.conv.out_channels;
+    const auto* weight = static_cast<const Real*>(p.weight);
+    if (p.sparse) {
+      const SparseBlock<Real> kept(*p.sparse, weight, member, k / kBlock, sparse_blocks(taps),
+                                   rows);
+      return run_sparse_vectors<V>(vectors, kept, block.x, TapOffset{offset + k}, block);
+    }
+    block.w = weight + member * rows * taps + k, block.w_stride = taps;
+    block.offset = offset + k, block.k_count = std::min(kBlock, taps - k);
+    run_vectors<V>(vectors, rows, block);
+  }
+};
 
 // Numbers in scratch, one array after the other; with nullptr they are counted.
 class Memory {
@@ -437,10 +477,10 @@ int64_t tiles(const EnsembleConv2dParams& p) {
 
 // For each vector of pixels of images in the lanes: all taps of all output channels.
 template <class Real>
-void convolve_lanes(const EnsembleConv2dParams& p, const Real* weight, const Scratch<Real>& s,
+void convolve_lanes(const EnsembleConv2dParams& p, int64_t member, const Scratch<Real>& s,
                     uint8_t* chosen) {
-  using V = Wide<Real>;
-  constexpr int64_t N = lanes_of<V>();
+  constexpr int64_t N = kWideLanes<Real>;
+  const Taps<Real> of_member{p, member};
   const Conv2d& c = p.conv;
   const int64_t taps = c.taps(), window = c.window.pixels(), outputs = s.at.output.pixels();
   const Real lowest = -std::numeric_limits<Real>::infinity();
@@ -456,8 +496,6 @@ void convolve_lanes(const EnsembleConv2dParams& p, const Real* weight, const Scr
       const int64_t at = pixel / window * N;
       if (last && window > 1) {
         WindowBlock<Real> block{};
-        block.w = weight + k, block.w_stride = taps;
-        block.offset = s.offset + k, block.k_count = taps - k;
         std::copy(x, x + vectors, block.x);
         block.z = s.sums;
         block.bias = s.bias;
@@ -467,12 +505,10 @@ void convolve_lanes(const EnsembleConv2dParams& p, const Real* weight, const Scr
         block.last = vectors == left;
         block.output = s.output + at, block.output_row = outputs * N;
         block.chosen = chosen ? chosen + at : nullptr;
-        run_vectors<V>(vectors, c.out_channels, block);
+        of_member.run(vectors, k, s.offset, block);
         continue;
       }
       PixelBlock<Real> block{};
-      block.w = weight + k, block.w_stride = taps;
-      block.offset = s.offset + k, block.k_count = std::min(kBlock, taps - k);
       std::copy(x, x + vectors, block.x);
       block.z = window > 1 ? s.sums : s.output + at;
       block.z_row = (window > 1 ? kVectors : outputs) * N, block.z_vector = N;
@@ -480,7 +516,7 @@ void convolve_lanes(const EnsembleConv2dParams& p, const Real* weight, const Scr
       block.first = k == 0;
       block.floor = last && c.relu ? 0 : lowest;
       block.chosen = last && chosen ? chosen + at : nullptr;
-      run_vectors<V>(vectors, c.out_channels, block);
+      of_member.run(vectors, k, s.offset, block);
     }
     pixel += vectors;
   }
@@ -488,10 +524,11 @@ void convolve_lanes(const EnsembleConv2dParams& p, const Real* weight, const Scr
 
 // Pixels of one image in the lanes: z over a whole span of a plane, between whose rows lies what is not read.
 template <class Elem, class Real>
-void convolve_pixels(const EnsembleConv2dParams& p, const Real* weight, const Scratch<Real>& s,
+void convolve_pixels(const EnsembleConv2dParams& p, int64_t member, const Scratch<Real>& s,
                      Elem* output) {
   using V = Wide<Real>;
   constexpr int64_t N = lanes_of<V>();
+  const Taps<Real> of_member{p, member};
   const Conv2d& c = p.conv;
   const int64_t taps = c.taps(), all = (s.at.span() + N - 1) / N;
   const Real lowest = -std::numeric_limits<Real>::infinity();
@@ -499,15 +536,13 @@ void convolve_pixels(const EnsembleConv2dParams& p, const Real* weight, const Sc
     const int64_t vectors = std::min<int64_t>(kVectors, all - first);
     for (int64_t k = 0; k < taps; k += kBlock) {
       PixelBlock<Real> block{};
-      block.w = weight + k, block.w_stride = taps;
-      block.offset = s.offset + k, block.k_count = std::min(kBlock, taps - k);
       for (int64_t v = 0; v < vectors; ++v) block.x[v] = s.planes + (first + v) * N;
       block.z = s.output + first * N;
       block.z_row = all * N, block.z_vector = N;
       block.bias = s.bias;
       block.first = k == 0;
       block.floor = k + kBlock >= taps && c.relu ? 0 : lowest;
-      run_vectors<V>(vectors, c.out_channels, block);
+      of_member.run(vectors, k, s.offset, block);
     }
   }
   const ImageSize size = s.at.output, window = c.window;
@@ -538,8 +573,13 @@ void convolve_pixels(const EnsembleConv2dParams& p, const Real* weight, const Sc
   }
 }
 
-inline int64_t chosen_of_tile(const Conv2d& c, int64_t lanes) {
-  return c.out_channels * c.output().pixels() * lanes;
+// Of one tile of a member, or nullptr.
+template <class Real>
+uint8_t* chosen_of_tile(const EnsembleConv2dParams& p, int64_t member, int64_t tile) {
+  static_assert(kMostLanes % kWideLanes<Real> == 0, "whole tiles");
+  const int64_t features = p.conv.out_channels * p.conv.output().pixels();
+  const int64_t images = member * chosen_images(p.batch) + tile * kWideLanes<Real>;
+  return p.chosen ? p.chosen + images * features : nullptr;
 }
 
 template <class T, class Real>
@@ -554,7 +594,6 @@ size_t scratch_bytes(const EnsembleConv2dParams& p) {
 
 template <class T, class Real>
 void run(const EnsembleConv2dParams& p, int64_t begin, int64_t end, void* memory) {
-  constexpr int64_t N = kWideLanes<Real>;
   const Scratch<Real> s(p, memory);
   const Conv2d& c = p.conv;
   const int64_t images = images_of_item<Real>(p), features = c.out_channels * s.at.output.pixels();
@@ -577,15 +616,12 @@ void run(const EnsembleConv2dParams& p, int64_t begin, int64_t end, void* memory
       const auto* bias = static_cast<const Real*>(p.bias) + m * c.out_channels;
       std::copy(bias, bias + c.out_channels, s.bias);
     }
-    const auto* weight = static_cast<const Real*>(p.weight) + m * c.out_channels * c.taps();
     T* const output = static_cast<T*>(p.output) + (m * p.batch + first) * features;
     if (s.by_pixel) {
-      convolve_pixels(p, weight, s, output);
+      convolve_pixels(p, m, s, output);
       continue;
     }
-    uint8_t* const chosen =
-        p.chosen ? p.chosen + (m * tiles<Real>(p) + tile) * chosen_of_tile(c, N) : nullptr;
-    convolve_lanes(p, weight, s, chosen);
+    convolve_lanes(p, m, s, chosen_of_tile<Real>(p, m, tile));
     lanes_to_rows(s.output, features, std::min(images, p.batch - first), output, features);
   }
 }

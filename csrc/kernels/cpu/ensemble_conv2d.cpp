@@ -8,7 +8,6 @@ namespace pyens {
 namespace {
 
 struct Functions {
-  int64_t lanes;
   int64_t (*work_items)(const EnsembleConv2dParams&);
   size_t (*scratch_bytes)(const EnsembleConv2dParams&);
   void (*run)(const EnsembleConv2dParams&, int64_t begin, int64_t end, void* scratch);
@@ -42,8 +41,6 @@ double multiply_adds(const EnsembleConv2dParams& p) {
 }  // namespace
 
 namespace ensemble_conv2d_cpu {
-
-int64_t lanes(DType dtype) { return functions(dtype).lanes; }
 
 int64_t work_items(const EnsembleConv2dParams& p) { return functions(p.dtype).work_items(p); }
 

@@ -394,8 +394,7 @@ void backward_span(const EnsembleConv2dParams& p, const EnsembleConv2dGradients&
   const int64_t last_tile = std::min(first_tile + s.tiles_per_span, s.tiles);
   for (int64_t tile = first_tile; tile < last_tile; ++tile) {
     const int64_t first = tile * N, count = std::min(N, p.batch - first);
-    const uint8_t* const chosen =
-        p.chosen ? p.chosen + (m * s.tiles + tile) * chosen_of_tile(c, N) : nullptr;
+    const uint8_t* const chosen = chosen_of_tile<Real>(p, m, tile);
     const auto* above = static_cast<const T*>(g.output) + (m * p.batch + first) * features;
     if (g.input) {
       gradient_to_lanes(c, scratch.at, above, count, chosen, 0, c.out_channels, scratch.gradient);
@@ -488,8 +487,8 @@ void finish_backward(const EnsembleConv2dParams& p, const EnsembleConv2dGradient
 }
 
 template <class T, class Real>
-constexpr Functions kFunctions = {
-    kWideLanes<Real>,       work_items<T, Real>,   scratch_bytes<T, Real>,  run<T, Real>,
-    plan_backward<T, Real>, run_backward<T, Real>, finish_backward<T, Real>};
+constexpr Functions kFunctions = {work_items<T, Real>,   scratch_bytes<T, Real>,
+                                  run<T, Real>,          plan_backward<T, Real>,
+                                  run_backward<T, Real>, finish_backward<T, Real>};
 
 }  // namespace pyens::PYENS_ISA::ensemble_conv2d

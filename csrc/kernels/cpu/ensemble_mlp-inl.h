@@ -10,6 +10,7 @@
 // does not depend on batch size, tile, thread, or the members beside it.
 
 #include "kernels/cpu/register_blocks-inl.h"
+#include "kernels/cpu/sparse_rows-inl.h"
 #include "kernels/cpu/elementary-inl.h"
 #include "kernels/cpu/activations-inl.h"
 #include "kernels/cpu/ensemble_mlp_common-inl.h"

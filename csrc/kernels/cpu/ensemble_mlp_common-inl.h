@@ -50,8 +50,8 @@ int64_t tile_size(const EnsembleMLPParams& p) {
 }
 
 inline bool small_batch(const Forward& p) {
-  // Dropout, norms, residuals and sums to keep are written with examples in the lanes.
-  return !p.dropout.any() && !p.kept && !p.rich() &&
+  // Dropout, norms, residuals, sums to keep and sparse rows are written with examples in the lanes.
+  return !p.dropout.any() && !p.kept && !p.rich() && !p.layers[0].weight.sparse &&
          p.batch < (p.prepacked ? kSmallBatchPrepacked : kSmallBatch);
 }
 

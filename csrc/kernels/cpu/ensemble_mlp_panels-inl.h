@@ -128,6 +128,61 @@ void from_panels(const typename A::Real* panels, int64_t examples, int64_t out,
   }
 }
 
+// What becomes of the sums of a block of inputs for some rows, as in ForwardBlock.
+template <class Real>
+struct SparseSums {
+  Real* z;
+  const Real* bias;
+  bool first;
+  Real floor;
+
+  template <int R, int NV, class V>
+  inline __attribute__((always_inline)) void finish(const ListedRows& row, V (&sum)[R][NV]) const {
+    const V low = broadcast<V>(floor);
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+      Real* const out = z + row(r) * kPanelOf<Real>;
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        Real* const at = out + v * lanes_of<V>();
+        const V base = first ? broadcast<V>(bias[row(r)]) : load<V>(at);
+        store(at, at_least(low, base + sum[r][v]));
+      }
+    }
+  }
+};
+
+template <class Real>
+struct PanelOffset {
+  inline __attribute__((always_inline)) int64_t operator()(uint8_t column) const {
+    return column * kPanelOf<Real>;
+  }
+};
+
+// forward_layer of a layer whose weights are sparse.
+template <class A>
+void sparse_layer(const MLPLayer& layer, int64_t member, int64_t examples,
+                  const typename A::Real* x, typename A::Real* z, typename A::Real* bias) {
+  using Real = typename A::Real;
+  using V = WideOf<A>;
+  constexpr int64_t P = kPanel<A>, N = lanes_of<V>();
+  const int64_t blocks = sparse_blocks(layer.in);
+  load_bias<A>(layer, member, bias);
+  for (int64_t panel = 0; panel * P < examples; ++panel) {
+    const int64_t vectors = (std::min(P, examples - panel * P) + N - 1) / N;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const Real* at[kVectors];
+      for (int v = 0; v < kVectors; ++v) at[v] = x + (panel * layer.in + b * kBlock) * P + v * N;
+      const SparseBlock<Real> block(*layer.weight.sparse,
+                                    static_cast<const Real*>(layer.weight.data), member, b, blocks,
+                                    layer.out);
+      const SparseSums<Real> sums{z + panel * layer.out * P, bias, b == 0,
+                                  relu_floor<Real>(layer, b + 1 == blocks)};
+      run_sparse_vectors<V>(vectors, block, at, PanelOffset<Real>{}, sums);
+    }
+  }
+}
+
 // z <- W x + b of one layer over one tile, and its ReLU if it has one.
 template <class A>
 void forward_layer(const MLPLayer& layer, int64_t member, int64_t examples,
@@ -135,6 +190,9 @@ void forward_layer(const MLPLayer& layer, int64_t member, int64_t examples,
                    typename A::Real* bias) {
   using Real = typename A::Real;
   constexpr int64_t P = kPanel<A>;
+  if constexpr (A::kDirect) {
+    if (layer.weight.sparse) return sparse_layer<A>(layer, member, examples, x, z, bias);
+  }
   const int64_t unit_count = units<A>(layer.in);
   load_bias<A>(layer, member, bias);
   for (int64_t row = 0; row < layer.out; row += kNeuronBlock) {

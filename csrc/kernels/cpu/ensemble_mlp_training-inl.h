@@ -20,6 +20,7 @@
 // but for a shared input none on the members beside.
 
 #include "kernels/cpu/register_blocks-inl.h"
+#include "kernels/cpu/sparse_rows-inl.h"
 #include "kernels/cpu/elementary-inl.h"
 #include "kernels/cpu/activations-inl.h"
 #include "kernels/cpu/ensemble_mlp_common-inl.h"

@@ -77,11 +77,17 @@ struct TrainingSchedule {
     const bool shared = t.grad_input && t.sum_grad_input;
     group_members = shared ? (p.ensemble_size + kMaxGroups - 1) / kMaxGroups : 1;
     groups = (p.ensemble_size + group_members - 1) / group_members;
-    // Used when groups alone would leave threads idle. It costs memory and changes no bit.
-    constexpr int64_t kMostBytes = int64_t{1} << 29;
-    by_span = t.threads > 1 && spans > 1 && groups < 4 * t.threads &&
-              spans * p.ensemble_size * member_gradients <
-                  kMostBytes / static_cast<int64_t>(sizeof(Real));
+    // Where members alone would leave threads idle for longer than sums of each span cost: some 12 bytes for each
+    // weight against 6 multiply-adds for each weight and example. It changes no bit.
+    constexpr double kMostBytes = 1 << 29, kRecycledBytes = 32 << 20;  // beyond: fresh pages
+    const int64_t rounds = (groups + t.threads - 1) / std::max(t.threads, 1);
+    const double busy = static_cast<double>(groups) / static_cast<double>(rounds * t.threads);
+    const double bytes = static_cast<double>(spans * p.ensemble_size * member_gradients) *
+                         static_cast<double>(sizeof(Real));
+    const double cost = 20 * static_cast<double>(spans) / static_cast<double>(p.batch) *
+                        (bytes > kRecycledBytes ? 3 : 1);
+    by_span = t.threads > 1 && spans > 1 && groups < 4 * t.threads && 1 - busy > cost &&
+              bytes < kMostBytes;
     // With work enough for all threads, weights pass once for several blocks. (A norm's sums are of a whole tile.)
     if (!by_span && tiles_per_span == 1 && !p.rich() && block < largest_tile) {
       tile = block * (largest_tile / block);

@@ -1,0 +1,202 @@
+"""Ensembles frozen with those of their weights that are not zero."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pyens._types import Activation
+from pyens.nn._buffers import BufferList
+from pyens.nn.ensemble import Ensemble, Indices
+from pyens.nn.ensemble_conv2d import EnsembleConv2d, Size
+from pyens.nn.ensemble_mlp import EnsembleMLP
+from pyens.ops.sparse import SparseRows, ensemble_conv2d_sparse, ensemble_mlp_sparse, pack_sparse
+
+
+class SparseWeight(nn.Module):
+    """The kept weights of a layer as buffers: those of `pyens.ops.sparse.SparseRows`.
+
+    A state dict with another number of weights loads too, if the layer has the same shape.
+    """
+
+    values: Tensor
+    columns: Tensor
+    starts: Tensor
+    order: Tensor
+
+    def __init__(self, rows: SparseRows) -> None:
+        super().__init__()
+        self.row_shape = rows.row_shape
+        for name in ("values", "columns", "starts", "order"):
+            self.register_buffer(name, getattr(rows, name))
+
+    def rows(self) -> SparseRows:
+        buffers: dict[str, Any] = self._buffers
+        return SparseRows(
+            buffers["values"], buffers["columns"], buffers["starts"], buffers["order"], self.row_shape
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any, **options: Any
+    ) -> None:
+        for name in ("values", "columns"):
+            given, own = state_dict.get(prefix + name), getattr(self, name)
+            if isinstance(given, Tensor) and given.dim() == 1 and given.shape != own.shape:
+                setattr(self, name, own.new_empty(given.shape))
+        super()._load_from_state_dict(state_dict, prefix, *arguments, **options)
+
+    def extra_repr(self) -> str:
+        members, rows, *_ = self.rows().shape
+        dense = members * rows * int(torch.tensor(self.row_shape).prod())
+        return f"{list(self.rows().shape)}, {len(self.values)} of {dense} weights"
+
+
+class SparseEnsembleMLP(Ensemble):
+    """An `EnsembleMLP` frozen with the weights that are not zero: one multiply-add for each of them.
+
+    Outputs are, bit for bit, those of the ensemble it was made of, where all is finite. In the state dict a
+    layer has `layers.{l}.values`, `.columns`, `.starts` and `.order` (see `pyens.ops.sparse.SparseRows`), and
+    `biases.{l}`. There are no parameters: it does not train. On the CPU, in float32 and float64.
+
+    Norms and residuals are refused, dropout is left out. Made by `EnsembleMLP.sparse()` and
+    `EnsembleLinear.sparse()`.
+    """
+
+    def __init__(self, ensemble: Any, masks: Sequence[Tensor] | None = None) -> None:
+        super().__init__()
+        unknown = {"norm": ensemble.norm is not None, "residual": ensemble.residual is not False}
+        for name, there_is in unknown.items():
+            if there_is:
+                raise ValueError(
+                    f"sparse: ensemble: expected no {name}, which sparse layers do not have, got "
+                    f"{ensemble.config()[name]}"
+                )
+        weights, biases = ensemble.stacked()
+        if masks is not None and len(masks) != len(weights):
+            raise ValueError(
+                f"sparse: masks: expected one for each of the {len(weights)} layers, got {len(masks)}"
+            )
+        each = [None] * len(weights) if masks is None else masks
+        rows = [pack_sparse(w.detach(), m) for w, m in zip(weights, each, strict=True)]
+        self.ensemble_size = ensemble.ensemble_size
+        self.activation: Activation | tuple[Activation, ...] = ensemble.activation
+        self.output_activation = ensemble.output_activation
+        self.layers = nn.ModuleList(map(SparseWeight, rows))
+        self.biases = BufferList(biases)
+        self.eval()
+
+    def _rows(self) -> list[SparseRows]:
+        layers: Any = self.layers
+        return [layer.rows() for layer in layers]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[B, in_features]` (shared by all members) or `[E, B, in_features]` -> `[E, B, out_features]`."""
+        return ensemble_mlp_sparse(
+            input,
+            self._rows(),
+            list(self.biases.buffers()),
+            activation=self.activation,
+            output_activation=self.output_activation,
+        )
+
+    def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Weights with their zeros, and biases."""
+        return [rows.dense() for rows in self._rows()], list(self.biases.buffers())
+
+    def dense(self) -> EnsembleMLP:
+        """An `EnsembleMLP` with the same weights, and zeros."""
+        weights, biases = self.stacked()
+        model = EnsembleMLP.from_parameters(
+            weights,
+            [bias.clone() for bias in biases],
+            activation=self.activation,
+            output_activation=self.output_activation,
+        )
+        return model.train(self.training)
+
+    def select(self, indices: Indices) -> "SparseEnsembleMLP":
+        masks = [_kept(rows) for rows in self._rows()]
+        dense = self.dense().select(indices)
+        chosen = torch.arange(self.ensemble_size)[_index(indices)]
+        return SparseEnsembleMLP(dense, [mask[chosen] for mask in masks])
+
+    def member(self, i: int) -> nn.Module:
+        """Member i as an `nn.Sequential` with its zeros."""
+        return self.dense().member(i)
+
+
+class SparseEnsembleConv2d(Ensemble):
+    """An `EnsembleConv2d` frozen with the weights that are not zero, as `SparseEnsembleMLP` is.
+
+    Buffers `weight.values`, `.columns`, `.starts`, `.order`, and `bias`. Made by `EnsembleConv2d.sparse()`.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, ensemble: EnsembleConv2d, masks: Tensor | None = None) -> None:
+        super().__init__()
+        ((weight,), biases) = ensemble.stacked()
+        self.ensemble_size = ensemble.ensemble_size
+        self.stride, self.padding, self.dilation = ensemble.stride, ensemble.padding, ensemble.dilation
+        self.weight = SparseWeight(pack_sparse(weight.detach(), masks))
+        self.register_buffer("bias", biases[0].detach().clone() if biases else None)
+        self.eval()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Images `[B, C, H, W]` (shared by all members) or `[E, B, C, H, W]` -> `[E, B, O, H', W']`."""
+        return self.convolve(input)
+
+    def convolve(
+        self, input: Tensor, activation: Literal["identity", "relu"] = "identity", max_pool: Size = 1
+    ) -> Tensor:
+        """`forward`, then what `pyens.ops.ensemble_conv2d` does behind it."""
+        return ensemble_conv2d_sparse(
+            input,
+            self.weight.rows(),
+            self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            activation=activation,
+            max_pool=max_pool,
+        )
+
+    def dense(self) -> EnsembleConv2d:
+        """An `EnsembleConv2d` with the same weights, and zeros."""
+        weight = self.weight.rows().dense()
+        members, out, inputs, *kernel = weight.shape
+        new = EnsembleConv2d(
+            members,
+            inputs,
+            out,
+            (kernel[0], kernel[1]),
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.bias is not None,
+            device="meta",
+            dtype=weight.dtype,
+        )
+        new.weight = nn.Parameter(weight)
+        new.bias = None if self.bias is None else nn.Parameter(self.bias.clone())
+        return new.train(self.training)
+
+    def select(self, indices: Indices) -> "SparseEnsembleConv2d":
+        mask = _kept(self.weight.rows())
+        chosen = torch.arange(self.ensemble_size)[_index(indices)]
+        return SparseEnsembleConv2d(self.dense().select(indices), mask[chosen])
+
+    def member(self, i: int) -> nn.Conv2d:
+        """Member i as an `nn.Conv2d` with its zeros."""
+        return self.dense().member(i)
+
+
+def _kept(rows: SparseRows) -> Tensor:
+    """bool: which weights are kept."""
+    return rows._replace(values=torch.ones_like(rows.values)).dense() != 0
+
+
+def _index(indices: Indices) -> Any:
+    """What `select` has accepted, as an index."""
+    return indices if isinstance(indices, slice) else torch.as_tensor(indices)
