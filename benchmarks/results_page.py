@@ -62,15 +62,15 @@ SECTIONS = {
     "contention-cpu-float32-threads2": ("Contention, two threads", CONTENTION, ""),
     "ensemble_conv2d-cpu-float32": (
         "Convolutional members",
-        "The network of the compressed ensembles: 3 × 3 × 28, max pool, 5 × 5 × 32, max pool, dense 10. Peers: a "
-        "loop over members, also with channels last, one convolution in groups, these compiled; forward ONNX "
-        "Runtime and OpenVINO too.",
+        "The network of the compressed ensembles: 3 × 3 × 28, max pool, 5 × 5 × 32, max pool, dense 10. "
+        "Peers: a loop over members, also with channels last, one convolution in groups, these compiled; "
+        "forward ONNX Runtime and OpenVINO too.",
         "A single image has its pixels in the lanes forward, and one lane of sixteen in training.",
     ),
     "sparse-cpu-float32": (
         "Sparse members",
-        "Against the same network with its zeros. Peers: torch's CSR matrices, and the dense network in JAX, ONNX "
-        "Runtime and OpenVINO.",
+        "Against the same network with its zeros. Peers: torch's CSR matrices, and the dense network in JAX, "
+        "ONNX Runtime and OpenVINO.",
         "At 95 % zeros a row keeps six weights of a block of 128: its sums, read and written in L2 for each "
         "block, take longer than they do.",
     ),

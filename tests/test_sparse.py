@@ -372,6 +372,22 @@ def test_torchs_pruning():
     assert torch.equal(sparse(x), model(x)) and len(sparse.layers[0].values) == E * 7 * 5
 
 
+def test_a_pruned_convolutional_network():
+    model = EnsembleSequential(
+        EnsembleConv2d(E, 1, 6, 3), nn.ReLU(), EnsembleMaxPool2d(2), Flatten(), EnsembleLinear(E, 54, 4)
+    )
+    x = torch.randn(20, 1, 8, 8)
+    layers = list(model.children())
+    for layer in (layers[0], layers[4]):
+        nn.utils.prune.l1_unstructured(layer, "weight", 0.9)
+    want = model(x)
+    with torch.no_grad():
+        assert torch.equal(model.packed()(x), want) and torch.equal(model.sparse()(x), want)
+    kept = sum(len(b) for name, b in model.sparse().named_buffers() if name.endswith("values"))
+    assert kept == sum(int(layer.weight_mask.sum()) for layer in (layers[0], layers[4]))
+    assert torch.equal(model(x), want)  # nothing of it has changed
+
+
 @pytest.mark.parametrize("norm", [False, True])
 def test_a_convolutional_network_frozen(norm):
     model = EnsembleSequential(

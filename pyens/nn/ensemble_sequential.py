@@ -126,20 +126,22 @@ class EnsembleSequential(Ensemble):
             ValueError: a batch norm that stands elsewhere, or has no running statistics.
         """
         layers: list[nn.Module] = []
-        for i, layer in enumerate(copy.deepcopy(self).eval().children()):
-            if isinstance(layer, (nn.Dropout, nn.Identity)):
-                continue
+        for i, layer in enumerate(self.children()):
             if isinstance(layer, EnsembleBatchNorm):
                 argument = f"packed: layer {i}"
                 before = layers[-1] if layers else None
-                if not _is_bare(before, EnsembleConv2d) and not _is_bare(before, EnsembleLinear):
+                if not isinstance(before, (EnsembleConv2d, EnsembleLinear)):
                     raise ValueError(
                         f"{argument}: expected a batch norm right after an EnsembleConv2d or an "
                         f"EnsembleLinear, got {layer}"
                     )
-                _sequential.fold_after(before, layer, argument)
-            else:
-                layers.append(layer)
+                _sequential.fold_after(before, layer.select(slice(None)).eval(), argument)
+            elif isinstance(layer, (EnsembleConv2d, EnsembleLinear)):
+                layers.append(_plain(layer))
+            elif isinstance(layer, Ensemble):
+                layers.append(layer.select(slice(None)))
+            elif not isinstance(layer, (nn.Dropout, nn.Identity)):
+                layers.append(copy.deepcopy(layer))
         return type(self)(*layers).requires_grad_(False).eval()
 
     def sparse(self) -> Self:
@@ -172,6 +174,16 @@ _INSTEAD: dict[type[nn.Module], str] = {
     nn.BatchNorm1d: "EnsembleBatchNorm",
     nn.BatchNorm2d: "EnsembleBatchNorm2d",
 }
+
+
+def _plain(layer: EnsembleConv2d | EnsembleLinear) -> EnsembleConv2d | EnsembleLinear:
+    """A copy with the weights as they are now, also where pruning or weight norm compute them."""
+    kind = EnsembleConv2d if isinstance(layer, EnsembleConv2d) else EnsembleLinear
+    (weight,), biases = layer.stacked()
+    new = kind(**layer.config(), device="meta", dtype=weight.dtype)
+    new.weight = nn.Parameter(weight.detach().clone())
+    new.bias = nn.Parameter(biases[0].detach().clone()) if biases else None
+    return new
 
 
 def _is_bare(module: nn.Module | None, kind: type[nn.Module]) -> bool:
