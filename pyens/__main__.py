@@ -414,6 +414,18 @@ def check_sparse() -> Iterator[float]:
     return check(sparse, reference.ensemble_mlp, problems(some_zero, (torch.float32, torch.float64), 7))
 
 
+def check_sparse_images() -> Iterator[float]:
+    def some_zero(draw: Draw) -> Problem:
+        problem = pooled_images(draw)
+        weight = problem["weight"]
+        return problem | {"weight": weight.where(draw.uniform(*weight.shape) < 0.3, 0)}
+
+    def sparse(weight: Tensor, **problem: Any) -> Tensor:
+        return ops.ensemble_conv2d_sparse(weight=ops.pack_sparse(weight), **problem)
+
+    return check(sparse, reference.ensemble_conv2d, problems(some_zero, (torch.float32, torch.float64), 4))
+
+
 def of(
     name: str,
     make: Callable[[Draw], Problem],
@@ -434,6 +446,7 @@ CHECKS: dict[str, Callable[[], Iterator[float]]] = {
     "ensemble_mlp": of("ensemble_mlp", mlp, each=7),
     "ensemble_mlp, packed": check_packed,
     "ensemble_mlp_sparse": check_sparse,
+    "ensemble_conv2d_sparse": check_sparse_images,
     "ensemble_mlp, gradients": of("ensemble_mlp", mlp, gradients, FULL, 7),
     "ensemble_mlp, dropout": of("ensemble_mlp", mlp_dropout, each=7),
     "ensemble_mlp, layers": of("ensemble_mlp", mlp_layers, each=7),

@@ -55,7 +55,7 @@ struct EnsembleConv2dParams {
       input;  // [B, C, H, W] (member stride 0) or [E, B, C, H, W]; an image lies in one piece
   int64_t input_member_stride, input_image_stride;
   const void* weight;  // Real [E, O, C, kernel height, kernel width], contiguous
-  // Forward only: `weight` are the values of these rows [E, O], of C x kernel inputs. nullptr: all weights are there.
+  // Forward only, in the place of the weight: rows [E, O] of C x kernel inputs. nullptr: all weights are there.
   const SparseRows* sparse;
   const void* bias;  // Real [E, O], contiguous, or nullptr
   void* output;      // [E, B, O, height, width], contiguous

@@ -24,9 +24,12 @@ struct MLPWeight {
   const void* data;  // [E, out, in]
   int64_t member_stride, row_stride;
   DType format;  // of its elements, row by row; int8 will be a further format
-  // CPU, forward only, float32 and float64: `data` are the values of these rows. nullptr: all weights are there.
-  const SparseRows* sparse = nullptr;
 };
+// On the CPU, forward only, in float32 and float64: a row stride that says that `data` is the SparseRows of the layer.
+constexpr int64_t kSparseStride = -1;
+inline const SparseRows* sparse_rows(const MLPWeight& weight) {
+  return weight.row_stride == kSparseStride ? static_cast<const SparseRows*>(weight.data) : nullptr;
+}
 struct MLPBias {
   const void* data;  // [E, out], or nullptr
   int64_t member_stride;

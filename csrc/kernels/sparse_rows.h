@@ -7,7 +7,7 @@
 //   order    [E, blocks, rows]       the row that the n-th is
 //   columns  [numbers]               which input of the block a weight is of
 //
-// The weights themselves are `values` [numbers], block after block of each member.
+//   values   [numbers], Real         the weights, member after member, block after block
 #pragma once
 
 #include <cstdint>
@@ -17,6 +17,7 @@ namespace pyens {
 constexpr int64_t kSparseBlock = 128;
 
 struct SparseRows {
+  const void* values;
   const int32_t *starts, *order;
   const uint8_t* columns;
 };

@@ -258,7 +258,6 @@ Tensor ensemble_conv2d_sparse(const Tensor& input, const Tensor& values, const T
   const SparseRows rows = checked_rows(kSparse, w);
   if (output.numel() == 0) return output;
   Conv2dCall call(conv, input, weight, bias, /*sparse=*/true);
-  call.params.weight = v.const_data_ptr();
   call.params.sparse = &rows;
   run(call.params, output);
   return output;

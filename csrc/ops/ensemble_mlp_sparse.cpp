@@ -89,9 +89,9 @@ Tensor ensemble_mlp_sparse(const Tensor& input, TensorList values, TensorList co
     MLPLayer& layer = layers[l];
     layer.in = in_features[l];
     layer.out = w.order.size(2);
-    layer.weight.data = w.values.const_data_ptr();
+    layer.weight.data = &rows[l];
+    layer.weight.row_stride = kSparseStride;
     layer.weight.format = kernel_dtype(w.values.scalar_type());
-    layer.weight.sparse = &rows[l];
     layer.activation = given[l].activation;
     if (biases.empty() || biases[l].size(1) == 0) continue;
     const Tensor& bias = with_contiguous_rows(biases[l], copies);

@@ -57,8 +57,8 @@ inline void check_sparse_shape(const char* op, const SparseWeight& w) {
 inline SparseRows checked_rows(const char* op, const SparseWeight& w) {
   const int64_t blocks = w.order.size(1), rows = w.order.size(2), numbers = w.values.size(0);
   const int64_t inputs = w.inputs.expect_int();
-  const SparseRows sparse{w.starts.const_data_ptr<int32_t>(), w.order.const_data_ptr<int32_t>(),
-                          w.columns.const_data_ptr<uint8_t>()};
+  const SparseRows sparse{w.values.const_data_ptr(), w.starts.const_data_ptr<int32_t>(),
+                          w.order.const_data_ptr<int32_t>(), w.columns.const_data_ptr<uint8_t>()};
   std::vector<char> seen(static_cast<size_t>(rows));
   for (int64_t i = 0; i < w.order.size(0) * blocks; ++i) {
     const int32_t* const starts = sparse.starts + i * (rows + 1);

@@ -75,7 +75,9 @@ struct Packed {
       }
     }
   }
-  pyens::SparseRows rows() const { return {starts.data(), order.data(), columns.data()}; }
+  pyens::SparseRows rows() const {
+    return {values.data(), starts.data(), order.data(), columns.data()};
+  }
 };
 
 template <class T>
@@ -137,8 +139,8 @@ void check_mlp(int64_t members, int64_t batch, std::vector<int64_t> widths, doub
   p.input_row_stride = widths[0];
   const auto dense = run<T>(p, widths.back(), 1);
   for (size_t l = 0; l < layers.size(); ++l) {
-    layers[l].weight.data = packed[l].values.data();
-    layers[l].weight.sparse = &rows[l];
+    layers[l].weight.data = &rows[l];
+    layers[l].weight.row_stride = pyens::kSparseStride;
   }
   expect_same("ensemble MLP", run<T>(p, widths.back(), 1), dense);
   expect_same("ensemble MLP, in one", run<T>(p, widths.back(), 1000), dense);
@@ -172,7 +174,7 @@ void check_convolution(int64_t batch, const pyens::Conv2d& conv, double kept) {
   p.weight = weights.data();
   p.bias = bias.data();
   const auto dense = run<T>(p);
-  p.weight = packed.values.data();
+  p.weight = nullptr;
   p.sparse = &rows;
   expect_same("convolution", run<T>(p), dense);
 }

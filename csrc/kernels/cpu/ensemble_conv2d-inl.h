@@ -61,15 +61,14 @@ struct Layout {
 
 // Of each tap, in the order of the weights.
 inline void fill_offsets(const Conv2d& c, const Layout& at, int64_t lanes, int64_t* offset) {
-  for (int64_t channel = 0; channel < c.channels; ++channel) {
-    for (int64_t i = 0; i < c.kernel.height; ++i) {
-      for (int64_t j = 0; j < c.kernel.width; ++j) {
-        *offset++ = (channel * at.channel + at.row(c, i * c.dilation.height) +
-                     at.column(c, j * c.dilation.width)) *
-                    lanes;
-      }
+  int64_t* next = offset;
+  for (int64_t i = 0; i < c.kernel.height; ++i) {
+    for (int64_t j = 0; j < c.kernel.width; ++j) {
+      *next++ = (at.row(c, i * c.dilation.height) + at.column(c, j * c.dilation.width)) * lanes;
     }
   }
+  const int64_t kernel = c.kernel.pixels();
+  for (int64_t k = kernel; k < c.taps(); ++k) offset[k] = offset[k - kernel] + at.channel * lanes;
 }
 
 // Of each pixel that is convolved and read: row by row, or window by window.
@@ -122,17 +121,19 @@ void images_to_lanes(const Conv2d& c, const Layout& at, const int64_t* column, c
 template <class Elem, class Real>
 void image_to_planes(const Conv2d& c, const Layout& at, const int64_t* column, const Elem* image,
                      Real* planes) {
-  for (int64_t row = 0; row < c.channels * c.image.height; ++row) {
-    const int64_t y = row % c.image.height + c.padding.height;
-    Real* const to = planes + row / c.image.height * at.channel + at.row(c, y);
-    const Elem* const from = image + row * c.image.width;
-    if (c.stride.width == 1) {
-      for (int64_t x = 0; x < c.image.width; ++x) {
-        to[c.padding.width + x] = static_cast<Real>(to_float(from[x]));
-      }
-    } else {
-      for (int64_t x = 0; x < c.image.width; ++x) {
-        to[column[x]] = static_cast<Real>(to_float(from[x]));
+  for (int64_t y = 0; y < c.image.height; ++y) {
+    const int64_t row = at.row(c, y + c.padding.height);
+    for (int64_t channel = 0; channel < c.channels; ++channel) {
+      Real* const to = planes + channel * at.channel + row;
+      const Elem* const from = image + (channel * c.image.height + y) * c.image.width;
+      if (c.stride.width == 1) {
+        for (int64_t x = 0; x < c.image.width; ++x) {
+          to[c.padding.width + x] = static_cast<Real>(to_float(from[x]));
+        }
+      } else {
+        for (int64_t x = 0; x < c.image.width; ++x) {
+          to[column[x]] = static_cast<Real>(to_float(from[x]));
+        }
       }
     }
   }
@@ -393,13 +394,12 @@ struct Taps {
   void run(int64_t vectors, int64_t k, const int64_t* offset, Block& block) const {
     using V = Wide<Real>;
     const int64_t taps = p.conv.taps(), rows = p.conv.out_channels;
-    const auto* weight = static_cast<const Real*>(p.weight);
     if (p.sparse) {
-      const SparseBlock<Real> kept(*p.sparse, weight, member, k / kBlock, sparse_blocks(taps),
-                                   rows);
+      const SparseBlock<Real> kept(*p.sparse, member, k / kBlock, sparse_blocks(taps), rows);
       return run_sparse_vectors<V>(vectors, kept, block.x, TapOffset{offset + k}, block);
     }
-    block.w = weight + member * rows * taps + k, block.w_stride = taps;
+    block.w = static_cast<const Real*>(p.weight) + member * rows * taps + k;
+    block.w_stride = taps;
     block.offset = offset + k, block.k_count = std::min(kBlock, taps - k);
     run_vectors<V>(vectors, rows, block);
   }
@@ -453,14 +453,15 @@ struct Scratch {
     column = m.take<int64_t>(c.image.width);
     // A vector of pixels may begin at the last one.
     planes = m.zeros<Real>(at.image_numbers(c) * lanes + N);
-    output =
-        m.take<Real>(c.out_channels * (by_pixel ? round_up(at.span(), N) : at.output.pixels() * N));
+    const int64_t of_channel = by_pixel ? round_up(at.span(), N) : at.output.pixels() * N;
+    // Rows of windows are read in whole vectors, two at a time.
+    output = m.take<Real>(c.out_channels * of_channel + 2 * N);
     sums = m.take<Real>(c.out_channels * kVectors * N);
     bias = m.zeros<Real>(c.out_channels);
     bytes = m.bytes();
     if (!memory) return;
     fill_offsets(c, at, lanes, offset);
-    fill_bases(c, at, lanes, base);
+    if (!by_pixel) fill_bases(c, at, lanes, base);
     fill_columns(c, at, lanes, column);
   }
 };
@@ -522,6 +523,59 @@ void convolve_lanes(const EnsembleConv2dParams& p, int64_t member, const Scratch
   }
 }
 
+// Numbers 0, 2, 4 .. of two vectors, or 1, 3, 5 ..
+template <int F, class V>
+inline __attribute__((always_inline)) V every_second(V a, V b) {
+  constexpr int N = lanes_of<V>();
+  if constexpr (N == 16) {
+    return PYENS_SHUFFLE(a, b, F, F + 2, F + 4, F + 6, F + 8, F + 10, F + 12, F + 14, F + 16,
+                         F + 18, F + 20, F + 22, F + 24, F + 26, F + 28, F + 30);
+  } else if constexpr (N == 8) {
+    return PYENS_SHUFFLE(a, b, F, F + 2, F + 4, F + 6, F + 8, F + 10, F + 12, F + 14);
+  } else if constexpr (N == 4) {
+    return PYENS_SHUFFLE(a, b, F, F + 2, F + 4, F + 6);
+  } else {
+    return PYENS_SHUFFLE(a, b, F, F + 2);
+  }
+}
+
+// The first pixels, or the second ones, of windows of one or two pixels side by side.
+template <class Real>
+inline __attribute__((always_inline)) Wide<Real> first_of_windows(const Real* row, int64_t width) {
+  using V = Wide<Real>;
+  return width == 1 ? load<V>(row) : every_second<0>(load<V>(row), load<V>(row + lanes_of<V>()));
+}
+template <class Real>
+inline __attribute__((always_inline)) Wide<Real> second_of_windows(const Real* row) {
+  using V = Wide<Real>;
+  return every_second<1>(load<V>(row), load<V>(row + lanes_of<V>()));
+}
+
+template <class Real, class Elem>
+inline __attribute__((always_inline)) void store_some(Elem* to, Wide<Real> v, int64_t n) {
+  if constexpr (std::is_same_v<Real, Elem>) {
+    store_lanes(to, v, 0, n);
+  } else {
+    store_wide_first<Real>(to, v, n);
+  }
+}
+
+// The maxima of a row of windows of any width.
+template <class Elem, class Real>
+void maximum_of_row(const Real* row, int64_t pitch, ImageSize window, int64_t width, Elem* output) {
+  for (int64_t x = 0; x < width; ++x, row += window.width) {
+    Real best = row[0];
+    for (int64_t i = 0; i < window.height; ++i) {
+      for (int64_t j = 0; j < window.width; ++j) {
+        const Real value = row[i * pitch + j];
+        const bool takes = (value > best) || (value != value);
+        best = takes ? value : best;
+      }
+    }
+    store_some<Real>(output + x, broadcast<Wide<Real>>(best), 1);
+  }
+}
+
 // Pixels of one image in the lanes: z over a whole span of a plane, between whose rows lies what is not read.
 template <class Elem, class Real>
 void convolve_pixels(const EnsembleConv2dParams& p, int64_t member, const Scratch<Real>& s,
@@ -548,26 +602,21 @@ void convolve_pixels(const EnsembleConv2dParams& p, int64_t member, const Scratc
   const ImageSize size = s.at.output, window = c.window;
   for (int64_t o = 0; o < c.out_channels; ++o) {
     for (int64_t y = 0; y < size.height; ++y, output += size.width) {
-      Real* const row = s.output + o * all * N + s.at.base(y * window.height, 0);
-      // The rows of the windows into the first of them, then the columns.
-      for (int64_t i = 1; i < window.height; ++i) {
-        for (int64_t x = 0; x < size.width * window.width; x += N) {
-          const int64_t n = std::min(N, size.width * window.width - x);
-          const V more = load_lanes(row + i * s.at.pitch + x, n);
-          store_lanes(row + x, larger(load_lanes(row + x, n), more), 0, n);
-        }
-      }
-      for (int64_t x = 0; window.width > 1 && x < size.width; ++x) {
-        Real best = row[x * window.width];
-        for (int64_t j = 1; j < window.width; ++j) {
-          const Real value = row[x * window.width + j];
-          if (value > best || value != value) best = value;
-        }
-        row[x] = best;
+      const Real* const row = s.output + o * all * N + s.at.base(y * window.height, 0);
+      if (window.width > 2) {
+        maximum_of_row(row, s.at.pitch, window, size.width, output);
+        continue;
       }
       for (int64_t x = 0; x < size.width; x += N) {
-        const int64_t n = std::min(N, size.width - x);
-        store_wide_first<Real>(output + x, load_lanes(row + x, n), n);
+        const Real* const from = row + x * window.width;
+        V best = first_of_windows(from, window.width);
+        if (window.width == 2) best = larger(best, second_of_windows(from));
+        for (int64_t i = 1; i < window.height; ++i) {
+          const Real* const below = from + i * s.at.pitch;
+          best = larger(best, first_of_windows(below, window.width));
+          if (window.width == 2) best = larger(best, second_of_windows(below));
+        }
+        store_some<Real>(output + x, best, std::min(N, size.width - x));
       }
     }
   }

@@ -51,7 +51,7 @@ int64_t tile_size(const EnsembleMLPParams& p) {
 
 inline bool small_batch(const Forward& p) {
   // Dropout, norms, residuals, sums to keep and sparse rows are written with examples in the lanes.
-  return !p.dropout.any() && !p.kept && !p.rich() && !p.layers[0].weight.sparse &&
+  return !p.dropout.any() && !p.kept && !p.rich() && !sparse_rows(p.layers[0].weight) &&
          p.batch < (p.prepacked ? kSmallBatchPrepacked : kSmallBatch);
 }
 

@@ -173,9 +173,7 @@ void sparse_layer(const MLPLayer& layer, int64_t member, int64_t examples,
     for (int64_t b = 0; b < blocks; ++b) {
       const Real* at[kVectors];
       for (int v = 0; v < kVectors; ++v) at[v] = x + (panel * layer.in + b * kBlock) * P + v * N;
-      const SparseBlock<Real> block(*layer.weight.sparse,
-                                    static_cast<const Real*>(layer.weight.data), member, b, blocks,
-                                    layer.out);
+      const SparseBlock<Real> block(*sparse_rows(layer.weight), member, b, blocks, layer.out);
       const SparseSums<Real> sums{z + panel * layer.out * P, bias, b == 0,
                                   relu_floor<Real>(layer, b + 1 == blocks)};
       run_sparse_vectors<V>(vectors, block, at, PanelOffset<Real>{}, sums);
@@ -191,7 +189,7 @@ void forward_layer(const MLPLayer& layer, int64_t member, int64_t examples,
   using Real = typename A::Real;
   constexpr int64_t P = kPanel<A>;
   if constexpr (A::kDirect) {
-    if (layer.weight.sparse) return sparse_layer<A>(layer, member, examples, x, z, bias);
+    if (sparse_rows(layer.weight)) return sparse_layer<A>(layer, member, examples, x, z, bias);
   }
   const int64_t unit_count = units<A>(layer.in);
   load_bias<A>(layer, member, bias);

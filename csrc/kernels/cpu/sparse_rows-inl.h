@@ -18,10 +18,10 @@ struct SparseBlock {
   const uint8_t* columns;
   const int32_t *starts, *order;
 
-  SparseBlock(const SparseRows& sparse, const Real* all_values, int64_t member, int64_t block,
-              int64_t blocks, int64_t row_count)
+  SparseBlock(const SparseRows& sparse, int64_t member, int64_t block, int64_t blocks,
+              int64_t row_count)
       : rows(row_count),
-        values(all_values),
+        values(static_cast<const Real*>(sparse.values)),
         columns(sparse.columns),
         starts(sparse.starts + (member * blocks + block) * (row_count + 1)),
         order(sparse.order + (member * blocks + block) * row_count) {}
