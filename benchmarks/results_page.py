@@ -22,11 +22,11 @@ ENGINES = (
     "`*, ynn` is JAX with YNNPACK's products. Before each call of a row named cold every core reads 16 MB."
 )
 SHARED_MACHINE = (
-    "An Intel Xeon whose cores others used too: in between it gave a core 95 % of the peak, or 60 %. Shares of "
-    "the peak are of the whole one; in quiet moments the forward pass of wide layers runs at 147–158 GF/s of "
-    "170, beside others at 100. OpenVINO's products of wide layers lose less there. Two members "
-    "784-1200-1200-10 on two threads were summed up block by block in 38 MB of fresh pages; they no longer are "
-    "(not measured again)."
+    "An Intel Xeon whose cores others used too: in between it gave a core 95 % of the peak, or 60 %. Shares "
+    "of the peak are of the whole one; in quiet moments the forward pass of wide layers runs at 147–158 GF/s "
+    "of 170, beside others at 100. OpenVINO's products of wide layers lose less there. Two members "
+    "784-1200-1200-10 on two threads were summed up block by block in 38 MB of fresh pages; they no longer "
+    "are (not measured again)."
 )
 CURVES = (
     "The time of a member against ensemble size, batch size, width and depth. A step between neighbours is "
