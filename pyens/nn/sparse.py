@@ -11,11 +11,11 @@ from pyens.nn._buffers import BufferList
 from pyens.nn.ensemble import Ensemble, Indices
 from pyens.nn.ensemble_conv2d import EnsembleConv2d, Size
 from pyens.nn.ensemble_mlp import EnsembleMLP
-from pyens.ops.sparse import SparseRows, ensemble_conv2d_sparse, ensemble_mlp_sparse, pack_sparse
+from pyens.ops.sparse_rows import SparseRows, ensemble_conv2d_sparse, ensemble_mlp_sparse, pack_sparse
 
 
 class SparseWeight(nn.Module):
-    """The kept weights of a layer as buffers: those of `pyens.ops.sparse.SparseRows`.
+    """The kept weights of a layer as buffers: those of `pyens.ops.SparseRows`.
 
     A state dict with another number of weights loads too, if the layer has the same shape.
     """
@@ -56,7 +56,7 @@ class SparseEnsembleMLP(Ensemble):
     """An `EnsembleMLP` frozen with the weights that are not zero: one multiply-add for each of them.
 
     Outputs are, bit for bit, those of the ensemble it was made of, where all is finite. In the state dict a
-    layer has `layers.{l}.values`, `.columns`, `.starts` and `.order` (see `pyens.ops.sparse.SparseRows`), and
+    layer has `layers.{l}.values`, `.columns`, `.starts` and `.order` (see `pyens.ops.SparseRows`), and
     `biases.{l}`. There are no parameters: it does not train. On the CPU, in float32 and float64.
 
     Norms and residuals are refused, dropout is left out. Made by `EnsembleMLP.sparse()` and

@@ -9,7 +9,7 @@ from pyens.ops.ensemble_mlp import ensemble_mlp
 from pyens.ops.ensemble_mlp_loss import ensemble_mlp_loss
 from pyens.ops.mask_channels import mask_channels
 from pyens.ops.masked_mlp import masked_mlp, masked_mlp_loss
-from pyens.ops.sparse import SparseRows, ensemble_conv2d_sparse, ensemble_mlp_sparse, pack_sparse
+from pyens.ops.sparse_rows import SparseRows, ensemble_conv2d_sparse, ensemble_mlp_sparse, pack_sparse
 from pyens.ops.uncertainty import predictive_moments, predictive_uncertainty
 
 __all__ = [
