@@ -276,6 +276,20 @@ def test_packed_folds_batch_norms():
         front.packed()
 
 
+def test_a_subclass_stays_what_it_is():
+    class Doubled(EnsembleConv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    model = EnsembleSequential(Doubled(E, 1, 4, 3), nn.ReLU(), EnsembleMaxPool2d(2)).eval()
+    x = torch.randn(5, 1, 8, 8)
+    assert torch.equal(model.packed()(x), model(x))
+    with pytest.raises(ValueError, match=r"sparse: layer 0: expected EnsembleConv2d.*got Doubled"):
+        model.sparse()
+    with pytest.raises(ValueError, match="right after an EnsembleConv2d"):
+        EnsembleSequential(Doubled(E, 1, 4, 3), EnsembleBatchNorm2d(E, 4)).packed()
+
+
 def test_select_seeds_and_saving():
     model = EnsembleSequential(
         EnsembleConv2d(E, 1, 4, 3), nn.ReLU(), Flatten(), EnsembleLinear(E, 4 * 6 * 6, 2)

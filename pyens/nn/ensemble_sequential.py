@@ -130,14 +130,14 @@ class EnsembleSequential(Ensemble):
             if isinstance(layer, EnsembleBatchNorm):
                 argument = f"packed: layer {i}"
                 before = layers[-1] if layers else None
-                if not isinstance(before, (EnsembleConv2d, EnsembleLinear)):
+                if before is None or not _has_plain_weights(before):
                     raise ValueError(
                         f"{argument}: expected a batch norm right after an EnsembleConv2d or an "
                         f"EnsembleLinear, got {layer}"
                     )
                 _sequential.fold_after(before, layer.select(slice(None)).eval(), argument)
-            elif isinstance(layer, (EnsembleConv2d, EnsembleLinear)):
-                layers.append(_plain(layer))
+            elif _has_plain_weights(layer):
+                layers.append(_plain(cast(EnsembleConv2d | EnsembleLinear, layer)))
             elif isinstance(layer, Ensemble):
                 layers.append(layer.select(slice(None)))
             elif not isinstance(layer, (nn.Dropout, nn.Identity)):
@@ -155,7 +155,8 @@ class EnsembleSequential(Ensemble):
         layers: list[nn.Module] = []
         for i, layer in enumerate(self.packed().children()):
             freeze = getattr(layer, "sparse", None) if isinstance(layer, Ensemble) else None
-            if isinstance(layer, Ensemble) and not callable(freeze):
+            changed = isinstance(layer, (EnsembleConv2d, EnsembleLinear)) and not _has_plain_weights(layer)
+            if changed or (isinstance(layer, Ensemble) and not callable(freeze)):
                 raise ValueError(
                     f"sparse: layer {i}: expected EnsembleConv2d, EnsembleLinear or EnsembleMLP, "
                     f"got {type(layer).__name__}"
@@ -174,6 +175,10 @@ _INSTEAD: dict[type[nn.Module], str] = {
     nn.BatchNorm1d: "EnsembleBatchNorm",
     nn.BatchNorm2d: "EnsembleBatchNorm2d",
 }
+
+
+def _has_plain_weights(layer: nn.Module) -> bool:
+    return _sequential.is_plain(layer, EnsembleConv2d) or _sequential.is_plain(layer, EnsembleLinear)
 
 
 def _plain(layer: EnsembleConv2d | EnsembleLinear) -> EnsembleConv2d | EnsembleLinear:
