@@ -108,6 +108,18 @@ def test_bits_are_those_of_the_dense_network(batch, kept, dtype):
         torch.testing.assert_close(got.double(), exact, rtol=1e-3, atol=1e-3)
 
 
+def test_the_references():
+    weights, biases = network([130, 9, 2], 0.3, torch.float64)
+    x, rows = torch.randn(7, 130, dtype=torch.float64), [pack_sparse(w) for w in weights]
+    for activation in ("relu", "gelu"):
+        want = pyens.reference.ensemble_mlp_sparse(x, rows, biases, activation=activation)
+        torch.testing.assert_close(ensemble_mlp_sparse(x, rows, biases, activation=activation), want)
+    x, weight = torch.randn(5, 3, 7, 6, dtype=torch.float64), pruned(E, 4, 3, 2, 3, kept=0.4).double()
+    options = {"stride": (2, 1), "padding": 1, "activation": "relu", "max_pool": 2}
+    want = pyens.reference.ensemble_conv2d_sparse(x, pack_sparse(weight), **options)
+    torch.testing.assert_close(ensemble_conv2d_sparse(x, pack_sparse(weight), **options), want)
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu", "tanh", "elu(0.5)"])
 def test_activations(activation):
     weights, biases = network([20, 30, 10, 3], 0.2)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyens import _kinds
 from pyens.ops._call import operation
+from pyens.ops.ensemble_conv2d import pair
 
 BLOCK = 128  # inputs, of csrc/kernels/sparse_rows.h
 
@@ -126,7 +127,7 @@ def ensemble_mlp_sparse(
             range.
         NotImplementedError: another device; a gradient that is asked for.
 
-    Reference: `pyens.reference.ensemble_mlp` of `SparseRows.dense`.
+    Reference in `pyens.reference.ensemble_mlp_sparse`: the dense network of `SparseRows.dense`.
     """
     _check_rows("ensemble_mlp_sparse", weights)
     return _ensemble_mlp_sparse(
@@ -155,8 +156,6 @@ def ensemble_conv2d_sparse(
 ) -> Tensor:
     """`pyens.ops.ensemble_conv2d` of weights of which few are kept, as `ensemble_mlp_sparse` has them."""
     _check_rows("ensemble_conv2d_sparse", [weight])
-    pairs = ([n, n] if isinstance(n, int) else n for n in (stride, padding, dilation, max_pool))
-    strides, paddings, dilations, window = pairs
     return _ensemble_conv2d_sparse(
         input,
         weight.values,
@@ -165,11 +164,11 @@ def ensemble_conv2d_sparse(
         weight.order,
         list(weight.row_shape),
         bias,
-        strides,
-        paddings,
-        dilations,
+        pair(stride),
+        pair(padding),
+        pair(dilation),
         activation,
-        window,
+        pair(max_pool),
     )
 
 

@@ -8,15 +8,18 @@ from pyens.reference.ensemble_mlp import ensemble_mlp
 from pyens.reference.ensemble_mlp_loss import ensemble_mlp_loss
 from pyens.reference.mask_channels import mask_channels
 from pyens.reference.masked_mlp import masked_mlp, masked_mlp_loss
+from pyens.reference.sparse_rows import ensemble_conv2d_sparse, ensemble_mlp_sparse
 from pyens.reference.uncertainty import predictive_moments, predictive_uncertainty
 
 __all__ = [
     "activation_strength",
     "decorrelation_loss",
     "ensemble_conv2d",
+    "ensemble_conv2d_sparse",
     "ensemble_embedding",
     "ensemble_mlp",
     "ensemble_mlp_loss",
+    "ensemble_mlp_sparse",
     "mask_channels",
     "masked_mlp",
     "masked_mlp_loss",

@@ -51,11 +51,11 @@ struct BackwardScratch {
   // [out_channels][gradient_plane][lanes]. Where only weights and biases are asked for, of kChannels alone: in L2.
   Real* gradient;
   Real* member;  // weights and biases: over one of several spans
-  int64_t*
-      gradient_offset;  // of the image gradient: for each plane of a channel [output channel, tap of that plane]
-  Real* weight;  // for each plane [channel][output channel, tap]
-  Real* image;   // planes of the images' gradients
-  Real* zeros;   // in the place of a bias
+  // Of the image gradient, for each plane of a channel: [tap, output channel], and weights [channel][tap, output channel].
+  int64_t* gradient_offset;
+  Real* weight;
+  Real* image;  // planes of the images' gradients
+  Real* zeros;  // in the place of a bias
   size_t bytes;
 
   BackwardScratch(const EnsembleConv2dParams& p, const EnsembleConv2dGradients& g, void* memory)
