@@ -1,4 +1,4 @@
-"""Specification of the operations on `pyens.ops.SparseRows`: the dense ones, with the zeros of the weights."""
+"""Specification of the operations on `pyens.ops.SparseRows`: the dense ones, of weights with their zeros."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
