@@ -1,5 +1,6 @@
 """pyens.ops.ensemble_mlp_loss against its reference in float64: values, weights, and the same bits."""
 
+import copy
 import itertools
 import random
 from collections.abc import Callable
@@ -470,7 +471,7 @@ def test_nan_and_inf_as_in_torch(device, activation, loss, smoothing, dtype):
     large = 1e200 if dtype == torch.float64 else torch.finfo(dtype).max  # its square overflows
     for value in (float("inf"), -float("inf"), float("nan"), large, -large):
         for place in ("input", "target", "weights", "biases", "last weights", "last biases"):
-            arguments = cast(clean, dtype, device)
+            arguments = copy.deepcopy(clean)
             if place == "target":
                 if loss in CLASSES:
                     continue
@@ -490,6 +491,12 @@ def test_nan_and_inf_as_in_torch(device, activation, loss, smoothing, dtype):
                 right = (kinds == kind_of(a)) | (kinds == kind_of(b.to(ours.dtype)))
                 if abs(value) == large:  # where torch has overflowed, ours may later or not
                     right |= ~a.isfinite() & ~ours.isnan()
+                    # The loss of one example, at the largest number itself, may round to either side of it.
+                    right |= ours.isinf() & (
+                        b.abs() * clean["target"].numel() > 0.999 * torch.finfo(dtype).max
+                    )
+                if activation == "hardswish":  # times Inf: at -1.5 its slope is 0, or the rounding of a third
+                    right |= ~a.isfinite() & ~ours.isfinite()
                 assert right.all(), (value, place, i, ours[~right], a[~right], b[~right])
                 assert torch.equal(ours[0], clean_results[i][0])  # of the other member
 
