@@ -81,6 +81,14 @@ SECTIONS = {
         "At 95 % zeros a row keeps six weights of a block of 128: its sums, read and written in L2 for each "
         "block, take longer than they do.",
     ),
+    "int8-cpu-float32": (
+        "Members in bytes",
+        "Against the same network in float32. Peers: a loop over members with torch's own int8 operations, "
+        "and the network of float32 in JAX, ONNX Runtime and OpenVINO.",
+        "torch's operations take the matrix units (AMX) of a processor that has them, which ours do not. A "
+        "single image is bound by how its pixels become bytes and its weights units.",
+    ),
+    "int8-cpu-float32-avx2": ("Members in bytes, capped to AVX2", "The same without VNNI.", ""),
     "networks-cpu-float32": (
         "Networks of public projects",
         "Whole update steps with Adam's fused step. Peers: the project's own way to put its members "

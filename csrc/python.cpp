@@ -157,6 +157,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
              IntArrayRef)>(m, "ensemble_conv2d_sparse");
   def<Tensor(const Tensor&, TensorList, TensorList, TensorList, TensorList, IntArrayRef, TensorList,
              string_view, string_view)>(m, "ensemble_mlp_sparse");
+  def<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+             const Tensor&, const OptionalTensor&, IntArrayRef, IntArrayRef, IntArrayRef,
+             string_view, IntArrayRef)>(m, "ensemble_conv2d_int8");
+  def<Tensor(const Tensor&, TensorList, TensorList, TensorList, TensorList, TensorList, TensorList,
+             string_view, string_view)>(m, "ensemble_mlp_int8");
   def<Three(const Tensor&, TensorList, TensorList, const Tensor&, const Tensor&, string_view,
             bool)>(m, "activation_strength");
   def<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>(m, "mask_channels");

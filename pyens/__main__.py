@@ -426,6 +426,40 @@ def check_sparse_images() -> Iterator[float]:
     return check(sparse, reference.ensemble_conv2d, problems(some_zero, (torch.float32, torch.float64), 4))
 
 
+def bytes_of(draw: Draw, weights: Tensor) -> ops.Int8Weight:
+    """Those weights in bytes, inputs of some range and zero point."""
+    scales = 0.01 + 0.03 * draw.uniform(len(weights))
+    return ops.pack_int8(weights, scales, draw.index(256, len(weights)).to(torch.uint8))
+
+
+def check_bits(ours: Operation, theirs: Operation, problems: Iterator[Problem]) -> Iterator[float]:
+    """Whole numbers, and what is rounded alike: no error, or any."""
+    for problem in problems:
+        yield 0.0 if torch.equal(ours(**problem), theirs(**problem)) else math.inf
+
+
+def check_int8() -> Iterator[float]:
+    def in_bytes(draw: Draw) -> Problem:
+        problem = mlp(draw)
+        activation = ("relu", "leaky_relu", "identity")[draw.number % 3]
+        weights = [bytes_of(draw, w) for w in problem["weights"]]
+        return problem | {"weights": weights, "activation": activation}
+
+    return check_bits(
+        ops.ensemble_mlp_int8, reference.ensemble_mlp_int8, problems(in_bytes, (torch.float32,), 14)
+    )
+
+
+def check_int8_images() -> Iterator[float]:
+    def in_bytes(draw: Draw) -> Problem:
+        problem = pooled_images(draw)
+        return problem | {"weight": bytes_of(draw, problem["weight"])}
+
+    return check_bits(
+        ops.ensemble_conv2d_int8, reference.ensemble_conv2d_int8, problems(in_bytes, (torch.float32,), 8)
+    )
+
+
 def of(
     name: str,
     make: Callable[[Draw], Problem],
@@ -447,6 +481,8 @@ CHECKS: dict[str, Callable[[], Iterator[float]]] = {
     "ensemble_mlp, packed": check_packed,
     "ensemble_mlp_sparse": check_sparse,
     "ensemble_conv2d_sparse": check_sparse_images,
+    "ensemble_mlp_int8": check_int8,
+    "ensemble_conv2d_int8": check_int8_images,
     "ensemble_mlp, gradients": of("ensemble_mlp", mlp, gradients, FULL, 7),
     "ensemble_mlp, dropout": of("ensemble_mlp", mlp_dropout, each=7),
     "ensemble_mlp, layers": of("ensemble_mlp", mlp_layers, each=7),

@@ -311,6 +311,26 @@ def convolution_cases() -> Iterator[tuple[str, list[Tensor]]]:
             yield f"{name} forward", [torch.ops.pyens.ensemble_conv2d(x, weight, bias, *options)]
 
 
+def int8_cases() -> Iterator[tuple[str, list[Tensor]]]:
+    def in_bytes(draw: Numbers, *shape: int) -> ops.Int8Weight:
+        scales, zeros = draw.integers(40, shape[0]) / 1024 + 0.01, draw.integers(256, shape[0])
+        return ops.pack_int8(draw(*shape, dtype=torch.float32), scales, zeros.to(torch.uint8))
+
+    for activation, batch, own in itertools.product(("relu", "gelu"), (1, 9, 70), (False, True)):
+        draw = Numbers("int8", activation, batch, own)
+        weights = [in_bytes(draw, 3, 21, 13), in_bytes(draw, 3, 5, 21)]
+        biases = [draw(3, 21, dtype=torch.float32), draw(3, 5, dtype=torch.float32)]
+        x = draw(*([3] * own), batch, 13, dtype=torch.float32)
+        name = f"int8 {activation} B{batch}{' own' * own}"
+        yield name, [ops.ensemble_mlp_int8(x, weights, biases, activation=activation)]
+    for channels, batch in itertools.product((1, 6), (1, 9, 35)):
+        draw = Numbers("int8 conv2d", channels, batch)
+        weight = in_bytes(draw, 3, 7, channels, 3, 5)
+        x, bias = draw(batch, channels, 9, 12, dtype=torch.float32), draw(3, 7, dtype=torch.float32)
+        output = ops.ensemble_conv2d_int8(x, weight, bias, padding=1, activation="relu", max_pool=2)
+        yield f"int8 conv2d C{channels} B{batch}", [output]
+
+
 def embedding_cases() -> Iterator[tuple[str, list[Tensor]]]:
     for (kind, dtype), batch, own in itertools.product(DTYPES.items(), (1, 70, 300), (False, True)):
         name = f"{kind} B{batch}{' own' * own}"
@@ -407,6 +427,7 @@ def cases() -> Iterator[tuple[str, list[Tensor]]]:
     yield from mask_cases()
     yield from embedding_cases()
     yield from convolution_cases()
+    yield from int8_cases()
     yield from member_cases()
     yield from optimizer_cases()
     yield from clip_cases()

@@ -21,7 +21,8 @@ def same_bits(a, b) -> bool:
 
 def test_every_operation_is_here():
     public = {name for name in ops.__all__ if name.islower()}  # the rest are types
-    on_the_cpu_alone = {"ensemble_mlp_sparse", "ensemble_conv2d_sparse", "pack_sparse"}
+    formats = ("sparse", "int8")
+    on_the_cpu_alone = {f"{op}_{f}" for op in ("ensemble_mlp", "ensemble_conv2d", "pack") for f in formats}
     assert {name.partition(",")[0] for name in NAMES} == public - on_the_cpu_alone
     for name, run in operations(torch.float32, "cpu").items():
         assert all(t.count_nonzero() > 0 and not t.isnan().any() for t in run()), name

@@ -77,7 +77,7 @@ def test_masks_say_what_is_kept():
         (
             (torch.zeros(2, 3, 4).half(),),
             TypeError,
-            "weights: expected float32 or float64, got",
+            "weights: expected float32, float64 or int8, got",
         ),
         (([1.0],), TypeError, "weights: expected a tensor"),
         ((torch.zeros(2, 3, 4), torch.ones(2, 3, 4)), TypeError, "masks: expected bool"),

@@ -77,6 +77,10 @@ class Case:
     called: dict[str, str] = field(default_factory=dict)  # patterns of arguments that errors call differently
 
 
+def in_bytes(weights: torch.Tensor) -> ops.Int8Weight:
+    return ops.pack_int8(weights, torch.ones(E), torch.zeros(E, dtype=torch.uint8))
+
+
 def positional(call: Callable[..., Any]) -> Callable[..., Any]:
     """`call` with the arguments by position, for those that take `*inputs`."""
     return lambda **arguments: call(*arguments.values())
@@ -201,6 +205,28 @@ CASES = {
     "ops.pack_sparse": Case(
         ops.pack_sparse, {"weights": WEIGHTS[0], "masks": WEIGHTS[0] > 0}, "pack_sparse", ("masks",)
     ),
+    "ops.ensemble_conv2d_int8": Case(
+        partial(ops.ensemble_conv2d_int8, weight=in_bytes(torch.ones(E, 2, 3, 2, 2))),
+        {"input": torch.randn(2, 3, 4, 4), "bias": torch.randn(E, 2)},
+        "ensemble_conv2d_int8|ensemble_conv2d",
+        ("bias",),
+        {"activation": STRING},
+    ),
+    "ops.ensemble_mlp_int8": Case(
+        partial(ops.ensemble_mlp_int8, weights=[in_bytes(w) for w in WEIGHTS]),
+        {"input": X, "biases": BIASES},
+        "ensemble_mlp_int8",
+        ("biases",),
+    ),
+    "ops.pack_int8": Case(
+        ops.pack_int8,
+        {
+            "weights": WEIGHTS[0],
+            "input_scale": torch.ones(E),
+            "input_zero_point": torch.zeros(E, dtype=torch.uint8),
+        },
+        "pack_int8",
+    ),
     "ops.ensemble_embedding": Case(
         ops.ensemble_embedding, {"index": INDEX, "weight": TABLES[0]}, "ensemble_embedding"
     ),
@@ -304,6 +330,12 @@ CASES = {
         pyens_nn.EnsembleConv2d(E, 3, 2, 3).sparse(),
         {"input": torch.randn(2, 3, 4, 4)},
         "ensemble_conv2d_sparse|ensemble_conv2d",
+    ),
+    "nn.Int8EnsembleMLP": Case(MLP.quantize(X), {"input": X}, "ensemble_mlp_int8"),
+    "nn.Int8EnsembleConv2d": Case(
+        pyens_nn.EnsembleConv2d(E, 3, 2, 3).quantize(torch.randn(2, 3, 4, 4)),
+        {"input": torch.randn(2, 3, 4, 4)},
+        "ensemble_conv2d_int8|ensemble_conv2d",
     ),
     "nn.EnsembleMaxPool2d": Case(
         pyens_nn.EnsembleMaxPool2d(2), {"input": torch.randn(2, 3, 4, 4)}, "EnsembleMaxPool2d", any_dtype=True
@@ -533,7 +565,7 @@ CASES = {
 }
 # What is no function of tensors: named tuples, constants, and what builds or changes modules.
 NOT_CALLED_WITH_TENSORS = {
-    "ops": {"ActivationStrength", "Moments", "SparseRows", "Uncertainty"},
+    "ops": {"ActivationStrength", "Int8Weight", "Moments", "SparseRows", "Uncertainty"},
     "nn": {"Residual", "fold_batchnorm", "insert_masksembles_", "set_mask_mode_"},  # or by torch's modules
     "metrics": {
         "BrierDecomposition",
@@ -753,7 +785,7 @@ class Stranger:
         return str(func)
 
 
-OPERATIONS = [name for name in CASES if name.startswith("ops.") and name != "ops.pack_sparse"]
+OPERATIONS = [name for name in CASES if name.startswith("ops.") and not name.startswith("ops.pack")]
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/int8.h"
 #include "kernels/sparse_rows.h"
 #include "kernels/types.h"
 
@@ -43,6 +44,10 @@ struct Conv2d {
   }
   // Whether a backward pass has to know which pixel of a window the output is, or that it is none of them.
   bool chooses() const { return relu || window.pixels() > 1; }
+  // Of one image.
+  double multiply_adds() const {
+    return static_cast<double>(out_channels * convolved().pixels() * taps());
+  }
 };
 constexpr int64_t kLargestWindow = 255;  // pixels
 
@@ -57,8 +62,9 @@ struct EnsembleConv2dParams {
   const void* weight;  // Real [E, O, C, kernel height, kernel width], contiguous
   // Forward only, in the place of the weight: rows [E, O] of C x kernel inputs. nullptr: all weights are there.
   const SparseRows* sparse;
-  const void* bias;  // Real [E, O], contiguous, or nullptr
-  void* output;      // [E, B, O, height, width], contiguous
+  const Int8Weight* int8;  // likewise, of float32 and for ensemble_conv2d_int8_cpu
+  const void* bias;        // Real [E, O], contiguous, or nullptr
+  void* output;            // [E, B, O, height, width], contiguous
   // For each output which pixel of its window it is, or 255 where the ReLU cut it off: what a backward pass of the
   // same process reads. [E, chosen_images, O, height, width] bytes, or nullptr; how the images of a member lie in it is
   // the instruction set's own.
@@ -98,5 +104,13 @@ void run_backward(const EnsembleConv2dParams& params, const EnsembleConv2dGradie
 void finish_backward(const EnsembleConv2dParams& params, const EnsembleConv2dGradients& gradients,
                      int64_t begin, int64_t end);
 }  // namespace ensemble_conv2d_cpu
+
+// On weights in bytes. All outputs of an image with a NaN are NaN.
+namespace ensemble_conv2d_int8_cpu {
+int64_t work_items(const EnsembleConv2dParams& params);
+int64_t grain_size(const EnsembleConv2dParams& params);
+size_t scratch_bytes(const EnsembleConv2dParams& params);
+void run(const EnsembleConv2dParams& params, int64_t begin, int64_t end, void* scratch);
+}  // namespace ensemble_conv2d_int8_cpu
 
 }  // namespace pyens

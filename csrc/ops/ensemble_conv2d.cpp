@@ -4,6 +4,7 @@
 //   ensemble_conv2d_choosing  and which pixel of its window each of them is, which a backward pass reads
 //   ensemble_conv2d_backward  the gradients of those tensors that need one: [input, weight, bias]
 //   ensemble_conv2d_sparse    the outputs, of weights of which few are kept
+//   ensemble_conv2d_int8      the outputs, of weights in bytes
 //
 // A kernel of its own on the CPU. Elsewhere, and for second derivatives, it is composed of torch's operations: the
 // members are groups of one convolution.
@@ -14,6 +15,7 @@
 
 #include "kernels/ensemble_conv2d.h"
 #include "ops/checks.h"
+#include "ops/int8.h"
 #include "ops/launch.h"
 #include "ops/operation.h"
 #include "ops/sparse_rows.h"
@@ -33,6 +35,7 @@ constexpr char kOp[] = "ensemble_conv2d";
 constexpr char kChoosing[] = "ensemble_conv2d_choosing";
 constexpr char kBackward[] = "ensemble_conv2d_backward";
 constexpr char kSparse[] = "ensemble_conv2d_sparse";
+constexpr char kInt8[] = "ensemble_conv2d_int8";
 
 // --- arguments -------------------------------------------------------------------------------------
 
@@ -145,12 +148,12 @@ struct Conv2dCall {
   EnsembleConv2dParams params{};
   Tensor input, weight, bias;  // what the kernel reads
 
-  // `sparse`: of the weight the sizes alone are asked for.
+  // `sizes_alone`: of the weight nothing else is asked for.
   Conv2dCall(Conv2d conv, const Tensor& given, const Tensor& given_weight,
-             const OptionalTensor& given_bias, bool sparse = false) {
+             const OptionalTensor& given_bias, bool sizes_alone = false) {
     const at::ScalarType real = accumulation_type(given.scalar_type());
     input = with_whole_images(given);
-    weight = sparse ? given_weight : given_weight.to(real).contiguous();
+    weight = sizes_alone ? given_weight : given_weight.to(real).contiguous();
     conv.channels = weight.size(2);
     conv.out_channels = weight.size(1);
     conv.kernel = {weight.size(3), weight.size(4)};
@@ -257,7 +260,7 @@ Tensor ensemble_conv2d_sparse(const Tensor& input, const Tensor& values, const T
   Tensor output = output_like(input, weight, check_conv2d(conv, input, weight, bias));
   const SparseRows rows = checked_rows(kSparse, w);
   if (output.numel() == 0) return output;
-  Conv2dCall call(conv, input, weight, bias, /*sparse=*/true);
+  Conv2dCall call(conv, input, weight, bias, /*sizes_alone=*/true);
   call.params.sparse = &rows;
   run(call.params, output);
   return output;
@@ -270,6 +273,49 @@ Tensor ensemble_conv2d_sparse_meta(const Tensor& input, const Tensor& values, co
                                    std::string_view activation, IntArrayRef max_pool) {
   const Conv2d conv = parse_conv(stride, padding, dilation, activation, max_pool);
   const Tensor weight = shape_of(check_sparse(values, columns, starts, order, kernel), kernel);
+  return output_like(input, weight, check_conv2d(conv, input, weight, bias));
+}
+
+// --- weights in bytes ----------------------------------------------------------------------------------
+
+// [E, O, C, height, width] of float32, without its memory.
+Tensor check_int8_weight(const Int8Tensors& w) {
+  check_int8(kInt8, w, 5, "[E, O, C, height, width]");
+  return at::empty({1}, w.scale.options()).expand_symint(w.values.sym_sizes());
+}
+
+Tensor ensemble_conv2d_int8(const Tensor& input, const Tensor& values, const Tensor& scale,
+                            const Tensor& offset, const Tensor& input_scale,
+                            const Tensor& input_zero_point, const OptionalTensor& bias,
+                            IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                            std::string_view activation, IntArrayRef max_pool) {
+  const Conv2d conv = parse_conv(stride, padding, dilation, activation, max_pool);
+  const Tensor v = values.contiguous(), s = scale.contiguous(), o = offset.contiguous(),
+               of_input = input_scale.contiguous(), zero = input_zero_point.contiguous();
+  const Int8Tensors tensors{v, s, o, of_input, zero};
+  const Tensor weight = check_int8_weight(tensors);
+  Tensor output = output_like(input, weight, check_conv2d(conv, input, weight, bias));
+  if (output.numel() == 0) return output;
+  Conv2dCall call(conv, input, weight, bias, /*sizes_alone=*/true);
+  const Int8Weight bytes = int8_weight(tensors);
+  EnsembleConv2dParams& p = call.params;
+  p.int8 = &bytes;
+  p.output = output.mutable_data_ptr();
+  launch_cpu(ensemble_conv2d_int8_cpu::work_items(p), ensemble_conv2d_int8_cpu::grain_size(p),
+             ensemble_conv2d_int8_cpu::scratch_bytes(p),
+             [&](int64_t begin, int64_t end, void* scratch) {
+               ensemble_conv2d_int8_cpu::run(p, begin, end, scratch);
+             });
+  return output;
+}
+
+Tensor ensemble_conv2d_int8_meta(const Tensor& input, const Tensor& values, const Tensor& scale,
+                                 const Tensor& offset, const Tensor& input_scale,
+                                 const Tensor& input_zero_point, const OptionalTensor& bias,
+                                 IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                                 std::string_view activation, IntArrayRef max_pool) {
+  const Conv2d conv = parse_conv(stride, padding, dilation, activation, max_pool);
+  const Tensor weight = check_int8_weight({values, scale, offset, input_scale, input_zero_point});
   return output_like(input, weight, check_conv2d(conv, input, weight, bias));
 }
 
@@ -558,6 +604,13 @@ TORCH_LIBRARY_FRAGMENT(pyens, m) {
                 options + ") -> Tensor")
       .cpu<ensemble_conv2d_sparse>()
       .meta<ensemble_conv2d_sparse_meta>()
+      .not_differentiable();
+  Operation(m,
+            "ensemble_conv2d_int8(Tensor input, Tensor values, Tensor scale, Tensor offset,"
+            " Tensor input_scale, Tensor input_zero_point, Tensor? bias" +
+                options + ") -> Tensor")
+      .cpu<ensemble_conv2d_int8>()
+      .meta<ensemble_conv2d_int8_meta>()
       .not_differentiable();
   Operation(m, "ensemble_conv2d_choosing(Tensor input, Tensor weight, Tensor? bias" + options +
                    ") -> (Tensor output, Tensor chosen)")

@@ -6,6 +6,7 @@ from pyens.nn.ensemble_conv2d import EnsembleConv2d
 from pyens.nn.ensemble_embedding import EnsembleEmbedding
 from pyens.nn.ensemble_mlp import EnsembleLinear, EnsembleMLP, PackedEnsembleMLP
 from pyens.nn.ensemble_sequential import EnsembleSequential
+from pyens.nn.int8 import Int8EnsembleConv2d, Int8EnsembleMLP
 from pyens.nn.masked_conv import MaskedConv2d
 from pyens.nn.masked_mlp import MaskedMLP
 from pyens.nn.masked_networks import forward_tiled, insert_masksembles_, set_mask_mode_
@@ -28,6 +29,8 @@ __all__ = [
     "EnsembleMaxPool2d",
     "EnsembleSequential",
     "Flatten",
+    "Int8EnsembleConv2d",
+    "Int8EnsembleMLP",
     "MaskedConv2d",
     "MaskedMLP",
     "Masksembles1D",

@@ -1,6 +1,6 @@
 """What the ensembles of linear layers and of MLPs share: how they are called, drawn and taken apart."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import index
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from pyens.reference.ensemble_mlp import residual_layers
 
 if TYPE_CHECKING:
     from pyens.nn.ensemble_mlp import PackedEnsembleMLP
+    from pyens.nn.int8 import Int8EnsembleMLP
     from pyens.nn.sparse import SparseEnsembleMLP
 
 _NO_NORMS: Norms = ((), ())
@@ -335,6 +336,30 @@ class StackedMLP(Members):
         from pyens.nn.sparse import SparseEnsembleMLP
 
         return SparseEnsembleMLP(self, masks)
+
+    def quantize(
+        self,
+        data: Tensor | Iterable[Tensor],
+        *,
+        observer: Callable[[], Any] | None = None,
+        sparse: bool = False,
+    ) -> "Int8EnsembleMLP":
+        """The ensemble frozen with its weights in bytes; see `Int8EnsembleMLP`.
+
+        Args:
+            data: what the ranges of the layers' inputs are found from: inputs, or several batches of them.
+            observer: makes what finds the range of one layer of one member, as the observers of
+                `torch.ao.quantization` and `torchao` do; None: the smallest and largest number, a
+                `MinMaxObserver`.
+            sparse: whether the state dict leaves the weights out that are zero.
+
+        Raises:
+            ValueError: norms or residuals; data that is empty, or not finite.
+            TypeError: weights of another dtype than float32.
+        """
+        from pyens.nn.int8 import Int8EnsembleMLP
+
+        return Int8EnsembleMLP(self, data, observer=observer, sparse=sparse)
 
     def packed(self) -> "PackedEnsembleMLP":
         """A frozen copy for inference that is faster for small batches. See `PackedEnsembleMLP`."""

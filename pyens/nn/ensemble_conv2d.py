@@ -1,6 +1,6 @@
 """Convolutions per member."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from pyens.nn.ensemble import parameters_of
 from pyens.ops.ensemble_conv2d import ensemble_conv2d
 
 if TYPE_CHECKING:
+    from pyens.nn.int8 import Int8EnsembleConv2d
     from pyens.nn.sparse import SparseEnsembleConv2d
 
 Size = int | tuple[int, int]
@@ -147,6 +148,18 @@ class EnsembleConv2d(Members):
         from pyens.nn.sparse import SparseEnsembleConv2d
 
         return SparseEnsembleConv2d(self, masks)
+
+    def quantize(
+        self,
+        data: Tensor | Iterable[Tensor],
+        *,
+        observer: Callable[[], Any] | None = None,
+        sparse: bool = False,
+    ) -> "Int8EnsembleConv2d":
+        """The ensemble frozen with its weights in bytes, as by `EnsembleMLP.quantize`; `data` are images."""
+        from pyens.nn.int8 import Int8EnsembleConv2d
+
+        return Int8EnsembleConv2d(self, data, observer=observer, sparse=sparse)
 
     def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Weight `[E, O, C, height, width]` and bias `[E, O]`, each in a list; no bias: an empty one."""

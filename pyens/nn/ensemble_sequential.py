@@ -14,6 +14,7 @@ from pyens.nn.batch_norm import EnsembleBatchNorm, EnsembleBatchNorm2d
 from pyens.nn.ensemble import Ensemble
 from pyens.nn.ensemble_conv2d import EnsembleConv2d
 from pyens.nn.ensemble_mlp import EnsembleLinear
+from pyens.nn.int8 import Int8EnsembleConv2d, calibration_data
 from pyens.nn.pooling import EnsembleAvgPool2d, EnsembleMaxPool2d, Flatten
 from pyens.nn.sparse import SparseEnsembleConv2d
 
@@ -99,10 +100,10 @@ class EnsembleSequential(Ensemble):
         while at < len(layers):
             layer = layers[at]
             at += 1
-            if _is_bare(layer, EnsembleConv2d) or _is_bare(layer, SparseEnsembleConv2d):
+            if any(_is_bare(layer, kind) for kind in _CONVOLUTIONS):
                 relu, window, count = _behind(layers[at : at + 2])
                 if count > 0:
-                    conv = cast(EnsembleConv2d | SparseEnsembleConv2d, layer)
+                    conv = cast(EnsembleConv2d | SparseEnsembleConv2d | Int8EnsembleConv2d, layer)
                     input = conv.convolve(input, "relu" if relu else "identity", window)
                     at += count
                     continue
@@ -154,14 +155,33 @@ class EnsembleSequential(Ensemble):
         """
         layers: list[nn.Module] = []
         for i, layer in enumerate(self.packed().children()):
-            freeze = getattr(layer, "sparse", None) if isinstance(layer, Ensemble) else None
-            changed = isinstance(layer, (EnsembleConv2d, EnsembleLinear)) and not _has_plain_weights(layer)
-            if changed or (isinstance(layer, Ensemble) and not callable(freeze)):
-                raise ValueError(
-                    f"sparse: layer {i}: expected EnsembleConv2d, EnsembleLinear or EnsembleMLP, "
-                    f"got {type(layer).__name__}"
-                )
-            layers.append(freeze() if callable(freeze) else layer)
+            freeze = _freezer("sparse", i, layer)
+            layers.append(layer if freeze is None else freeze())
+        return type(self)(*layers).eval()
+
+    @torch.no_grad()
+    def quantize(
+        self,
+        data: Tensor | Iterable[Tensor],
+        *,
+        observer: Callable[[], Any] | None = None,
+        sparse: bool = False,
+    ) -> Self:
+        """The ensemble frozen with weights in bytes, layer by layer as `EnsembleMLP.quantize` does it.
+
+        Batch norms are folded first, as `packed` does. Between the layers are numbers of float32.
+
+        Raises:
+            ValueError: an ensemble in it that has no form in bytes; and as `packed` and
+                `EnsembleMLP.quantize`.
+        """
+        batches = calibration_data(data)
+        layers: list[nn.Module] = []
+        for i, layer in enumerate(frozen := list(self.packed().children())):
+            freeze = _freezer("quantize", i, layer)
+            layers.append(layer if freeze is None else freeze(batches, observer=observer, sparse=sparse))
+            if i + 1 < len(frozen):
+                batches = [layer(batch) for batch in batches]
         return type(self)(*layers).eval()
 
 
@@ -177,8 +197,25 @@ _INSTEAD: dict[type[nn.Module], str] = {
 }
 
 
+_CONVOLUTIONS = (EnsembleConv2d, SparseEnsembleConv2d, Int8EnsembleConv2d)
+
+
 def _has_plain_weights(layer: nn.Module) -> bool:
     return _sequential.is_plain(layer, EnsembleConv2d) or _sequential.is_plain(layer, EnsembleLinear)
+
+
+def _freezer(name: str, i: int, layer: nn.Module) -> Callable[..., Any] | None:
+    """The method of that name of a layer that is an ensemble; None for what has no parameters."""
+    if not isinstance(layer, Ensemble):
+        return None
+    freeze: Callable[..., Any] | None = getattr(layer, name, None)
+    changed = isinstance(layer, (EnsembleConv2d, EnsembleLinear)) and not _has_plain_weights(layer)
+    if changed or not callable(freeze):
+        raise ValueError(
+            f"{name}: layer {i}: expected EnsembleConv2d, EnsembleLinear or EnsembleMLP, "
+            f"got {type(layer).__name__}"
+        )
+    return freeze
 
 
 def _plain(layer: EnsembleConv2d | EnsembleLinear) -> EnsembleConv2d | EnsembleLinear:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pyens._types import Activation
 from pyens.nn._buffers import BufferList
-from pyens.nn.ensemble import Ensemble, Indices
+from pyens.nn.ensemble import Ensemble, Indices, chosen_members
 from pyens.nn.ensemble_conv2d import EnsembleConv2d, Size
 from pyens.nn.ensemble_mlp import EnsembleMLP
 from pyens.ops.sparse_rows import SparseRows, ensemble_conv2d_sparse, ensemble_mlp_sparse, pack_sparse
@@ -40,9 +40,11 @@ class SparseWeight(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any, **options: Any
     ) -> None:
+        starts = state_dict.get(prefix + "starts")
+        fits = isinstance(starts, Tensor) and starts.shape == self.starts.shape
         for name in ("values", "columns"):
             given, own = state_dict.get(prefix + name), getattr(self, name)
-            if isinstance(given, Tensor) and given.dim() == 1 and given.shape != own.shape:
+            if fits and isinstance(given, Tensor) and given.dim() == 1 and given.shape != own.shape:
                 setattr(self, name, own.new_empty(given.shape))
         super()._load_from_state_dict(state_dict, prefix, *arguments, **options)
 
@@ -65,13 +67,7 @@ class SparseEnsembleMLP(Ensemble):
 
     def __init__(self, ensemble: Any, masks: Sequence[Tensor] | None = None) -> None:
         super().__init__()
-        unknown = {"norm": ensemble.norm is not None, "residual": ensemble.residual is not False}
-        for name, there_is in unknown.items():
-            if there_is:
-                raise ValueError(
-                    f"sparse: ensemble: expected no {name}, which sparse layers do not have, got "
-                    f"{ensemble.config()[name]}"
-                )
+        check_plain("sparse", ensemble)
         weights, biases = ensemble.stacked()
         if masks is not None and len(masks) != len(weights):
             raise ValueError(
@@ -118,7 +114,7 @@ class SparseEnsembleMLP(Ensemble):
     def select(self, indices: Indices) -> "SparseEnsembleMLP":
         masks = [_kept(rows) for rows in self._rows()]
         dense = self.dense().select(indices)
-        chosen = torch.arange(self.ensemble_size)[_index(indices)]
+        chosen = chosen_members(self.ensemble_size, indices)
         return SparseEnsembleMLP(dense, [mask[chosen] for mask in masks])
 
     def member(self, i: int) -> nn.Module:
@@ -184,7 +180,7 @@ class SparseEnsembleConv2d(Ensemble):
 
     def select(self, indices: Indices) -> "SparseEnsembleConv2d":
         mask = _kept(self.weight.rows())
-        chosen = torch.arange(self.ensemble_size)[_index(indices)]
+        chosen = chosen_members(self.ensemble_size, indices)
         return SparseEnsembleConv2d(self.dense().select(indices), mask[chosen])
 
     def member(self, i: int) -> nn.Conv2d:
@@ -192,11 +188,16 @@ class SparseEnsembleConv2d(Ensemble):
         return self.dense().member(i)
 
 
+def check_plain(function: str, ensemble: Any) -> None:
+    """Refuses an MLP with more between its layers than an activation and dropout."""
+    for name, there_is in {"norm": ensemble.norm, "residual": ensemble.residual}.items():
+        if there_is is not None and there_is is not False:
+            raise ValueError(
+                f"{function}: ensemble: expected no {name}, which such layers do not have, got "
+                f"{ensemble.config()[name]}"
+            )
+
+
 def _kept(rows: SparseRows) -> Tensor:
     """bool: which weights are kept."""
     return rows._replace(values=torch.ones_like(rows.values)).dense() != 0
-
-
-def _index(indices: Indices) -> Any:
-    """What `select` has accepted, as an index."""
-    return indices if isinstance(indices, slice) else torch.as_tensor(indices)

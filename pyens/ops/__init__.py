@@ -7,6 +7,7 @@ from pyens.ops.ensemble_conv2d import ensemble_conv2d
 from pyens.ops.ensemble_embedding import ensemble_embedding
 from pyens.ops.ensemble_mlp import ensemble_mlp
 from pyens.ops.ensemble_mlp_loss import ensemble_mlp_loss
+from pyens.ops.int8 import Int8Weight, ensemble_conv2d_int8, ensemble_mlp_int8, pack_int8
 from pyens.ops.mask_channels import mask_channels
 from pyens.ops.masked_mlp import masked_mlp, masked_mlp_loss
 from pyens.ops.sparse_rows import SparseRows, ensemble_conv2d_sparse, ensemble_mlp_sparse, pack_sparse
@@ -14,20 +15,24 @@ from pyens.ops.uncertainty import predictive_moments, predictive_uncertainty
 
 __all__ = [
     "ActivationStrength",
+    "Int8Weight",
     "Moments",
     "SparseRows",
     "Uncertainty",
     "activation_strength",
     "decorrelation_loss",
     "ensemble_conv2d",
+    "ensemble_conv2d_int8",
     "ensemble_conv2d_sparse",
     "ensemble_embedding",
     "ensemble_mlp",
+    "ensemble_mlp_int8",
     "ensemble_mlp_loss",
     "ensemble_mlp_sparse",
     "mask_channels",
     "masked_mlp",
     "masked_mlp_loss",
+    "pack_int8",
     "pack_sparse",
     "predictive_moments",
     "predictive_uncertainty",

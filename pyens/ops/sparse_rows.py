@@ -49,7 +49,8 @@ def pack_sparse(weights: Tensor, masks: Tensor | None = None) -> SparseRows:
     """The weights of a layer that are not zero, or of which `masks` says so.
 
     Args:
-        weights: `[E, out, in]`, or of a convolution `[E, O, C, h, w]`; float32 or float64.
+        weights: `[E, out, in]`, or of a convolution `[E, O, C, h, w]`; float32 or float64; or int8, for
+            storage.
         masks: bool of that shape, which weights to keep, zeros among them too; None: those that are not zero.
             A row, and a member, may keep nothing: it is its bias alone.
 
@@ -61,8 +62,8 @@ def pack_sparse(weights: Tensor, masks: Tensor | None = None) -> SparseRows:
         ValueError: another shape; masks of another one; 2^31 weights or more.
     """
     _kinds.check_tensor("pack_sparse", "weights", weights)
-    if weights.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"pack_sparse: weights: expected float32 or float64, got {weights.dtype}")
+    if weights.dtype not in (torch.float32, torch.float64, torch.int8):
+        raise TypeError(f"pack_sparse: weights: expected float32, float64 or int8, got {weights.dtype}")
     if weights.dim() not in (3, 5) or weights.numel() == 0:
         raise ValueError(
             "pack_sparse: weights: expected [E, out, in] or [E, O, C, h, w], none of them 0, "

@@ -64,6 +64,20 @@ class Chosen {
 #define PYENS_VARIANTS(op, functions) {kBase, PYENS_BY_DTYPE(base, op, functions)}
 #endif
 
+// op::functions of a kernel on bytes, which takes its place under float32.
+#if defined(__x86_64__)
+#define PYENS_INT8_VARIANTS(op, functions)                                           \
+  {kAvx512Vnni, {&avx512_vnni::op::functions}}, {kAvx512, {&avx512::op::functions}}, \
+      {kAvxVnni, {&avx_vnni::op::functions}}, {kAvx2, {&avx2::op::functions}}, {     \
+    kBase, { &base::op::functions }                                                  \
+  }
+#else
+#define PYENS_INT8_VARIANTS(op, functions) \
+  {                                        \
+    kBase, { &base::op::functions }        \
+  }
+#endif
+
 // How many of `items` a thread should have at least, if `worth` units of work, of `total` in all, take
 // as long as waking it.
 inline int64_t items_worth_a_thread(double worth, double total, int64_t items) {

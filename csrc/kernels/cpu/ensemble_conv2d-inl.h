@@ -390,6 +390,8 @@ struct Taps {
   const EnsembleConv2dParams& p;
   int64_t member;
 
+  int64_t count() const { return p.conv.taps(); }
+  int64_t step() const { return kBlock; }
   template <class Block>
   void run(int64_t vectors, int64_t k, const int64_t* offset, Block& block) const {
     using V = Wide<Real>;
@@ -442,17 +444,18 @@ struct Scratch {
   Real* bias;    // zeros where there is none
   size_t bytes;
 
-  Scratch(const EnsembleConv2dParams& p, void* memory) : at(p.conv) {
+  // `reads`: the convolution with the taps that are read one by one.
+  Scratch(const EnsembleConv2dParams& p, const Conv2d& reads, void* memory) : at(p.conv) {
     constexpr int64_t N = kWideLanes<Real>;
     const Conv2d& c = p.conv;
     by_pixel = p.batch < kFewImages<Real> && !p.chosen;
     const int64_t lanes = by_pixel ? 1 : N;
     Memory m(memory);
-    offset = m.take<int64_t>(c.taps());
+    offset = m.take<int64_t>(reads.taps());
     base = m.take<int64_t>(at.output.pixels() * c.window.pixels());
     column = m.take<int64_t>(c.image.width);
     // A vector of pixels may begin at the last one.
-    planes = m.zeros<Real>(at.image_numbers(c) * lanes + N);
+    planes = m.zeros<Real>(at.image_numbers(reads) * lanes + N);
     const int64_t of_channel = by_pixel ? round_up(at.span(), N) : at.output.pixels() * N;
     // Rows of windows are read in whole vectors, two at a time.
     output = m.take<Real>(c.out_channels * of_channel + 2 * N);
@@ -460,7 +463,7 @@ struct Scratch {
     bias = m.zeros<Real>(c.out_channels);
     bytes = m.bytes();
     if (!memory) return;
-    fill_offsets(c, at, lanes, offset);
+    fill_offsets(reads, at, lanes, offset);
     if (!by_pixel) fill_bases(c, at, lanes, base);
     fill_columns(c, at, lanes, column);
   }
@@ -477,13 +480,13 @@ int64_t tiles(const EnsembleConv2dParams& p) {
 }
 
 // For each vector of pixels of images in the lanes: all taps of all output channels.
-template <class Real>
-void convolve_lanes(const EnsembleConv2dParams& p, int64_t member, const Scratch<Real>& s,
-                    uint8_t* chosen) {
+template <class Real, class OfMember>
+void convolve_lanes(const EnsembleConv2dParams& p, const OfMember& of_member,
+                    const Scratch<Real>& s, uint8_t* chosen) {
   constexpr int64_t N = kWideLanes<Real>;
-  const Taps<Real> of_member{p, member};
   const Conv2d& c = p.conv;
-  const int64_t taps = c.taps(), window = c.window.pixels(), outputs = s.at.output.pixels();
+  const int64_t taps = of_member.count(), step = of_member.step();
+  const int64_t window = c.window.pixels(), outputs = s.at.output.pixels();
   const Real lowest = -std::numeric_limits<Real>::infinity();
   for (int64_t pixel = 0; pixel < outputs * window;) {
     // Neighbours, but no further than their window.
@@ -492,8 +495,8 @@ void convolve_lanes(const EnsembleConv2dParams& p, int64_t member, const Scratch
     const int64_t vectors = std::min<int64_t>(kVectors, left);
     const Real* x[kVectors];
     for (int64_t v = 0; v < vectors; ++v) x[v] = s.planes + s.base[pixel + v];
-    for (int64_t k = 0; k < taps; k += kBlock) {
-      const bool last = k + kBlock >= taps;
+    for (int64_t k = 0; k < taps; k += step) {
+      const bool last = k + step >= taps;
       const int64_t at = pixel / window * N;
       if (last && window > 1) {
         WindowBlock<Real> block{};
@@ -577,25 +580,25 @@ void maximum_of_row(const Real* row, int64_t pitch, ImageSize window, int64_t wi
 }
 
 // Pixels of one image in the lanes: z over a whole span of a plane, between whose rows lies what is not read.
-template <class Elem, class Real>
-void convolve_pixels(const EnsembleConv2dParams& p, int64_t member, const Scratch<Real>& s,
-                     Elem* output) {
+template <class Elem, class Real, class OfMember>
+void convolve_pixels(const EnsembleConv2dParams& p, const OfMember& of_member,
+                     const Scratch<Real>& s, Elem* output) {
   using V = Wide<Real>;
   constexpr int64_t N = lanes_of<V>();
-  const Taps<Real> of_member{p, member};
   const Conv2d& c = p.conv;
-  const int64_t taps = c.taps(), all = (s.at.span() + N - 1) / N;
+  const int64_t taps = of_member.count(), step = of_member.step();
+  const int64_t all = (s.at.span() + N - 1) / N;
   const Real lowest = -std::numeric_limits<Real>::infinity();
   for (int64_t first = 0; first < all; first += kVectors) {
     const int64_t vectors = std::min<int64_t>(kVectors, all - first);
-    for (int64_t k = 0; k < taps; k += kBlock) {
+    for (int64_t k = 0; k < taps; k += step) {
       PixelBlock<Real> block{};
       for (int64_t v = 0; v < vectors; ++v) block.x[v] = s.planes + (first + v) * N;
       block.z = s.output + first * N;
       block.z_row = all * N, block.z_vector = N;
       block.bias = s.bias;
       block.first = k == 0;
-      block.floor = k + kBlock >= taps && c.relu ? 0 : lowest;
+      block.floor = k + step >= taps && c.relu ? 0 : lowest;
       of_member.run(vectors, k, s.offset, block);
     }
   }
@@ -638,12 +641,12 @@ int64_t work_items(const EnsembleConv2dParams& p) {
 
 template <class T, class Real>
 size_t scratch_bytes(const EnsembleConv2dParams& p) {
-  return Scratch<Real>(p, nullptr).bytes;
+  return Scratch<Real>(p, p.conv, nullptr).bytes;
 }
 
 template <class T, class Real>
 void run(const EnsembleConv2dParams& p, int64_t begin, int64_t end, void* memory) {
-  const Scratch<Real> s(p, memory);
+  const Scratch<Real> s(p, p.conv, memory);
   const Conv2d& c = p.conv;
   const int64_t images = images_of_item<Real>(p), features = c.out_channels * s.at.output.pixels();
   // Members run fastest: shared images are copied once.
@@ -667,14 +670,12 @@ void run(const EnsembleConv2dParams& p, int64_t begin, int64_t end, void* memory
     }
     T* const output = static_cast<T*>(p.output) + (m * p.batch + first) * features;
     if (s.by_pixel) {
-      convolve_pixels(p, m, s, output);
+      convolve_pixels(p, Taps<Real>{p, m}, s, output);
       continue;
     }
-    convolve_lanes(p, m, s, chosen_of_tile<Real>(p, m, tile));
+    convolve_lanes(p, Taps<Real>{p, m}, s, chosen_of_tile<Real>(p, m, tile));
     lanes_to_rows(s.output, features, std::min(images, p.batch - first), output, features);
   }
 }
 
 }  // namespace pyens::PYENS_ISA::ensemble_conv2d
-
-#include "kernels/cpu/ensemble_conv2d_gradients-inl.h"

@@ -1,4 +1,5 @@
-// Chooses the instruction set and the element type of the convolution; the work is in ensemble_conv2d-inl.h.
+// Chooses the instruction set and the element type of the convolution; the work is in ensemble_conv2d-inl.h and
+// ensemble_conv2d_gradients-inl.h.
 
 #include "kernels/ensemble_conv2d.h"
 
@@ -22,7 +23,7 @@ struct Functions {
 }  // namespace
 }  // namespace pyens
 
-#define PYENS_KERNEL_SOURCE "kernels/cpu/ensemble_conv2d-inl.h"
+#define PYENS_KERNEL_SOURCE "kernels/cpu/ensemble_conv2d_gradients-inl.h"
 #include "kernels/cpu/foreach_isa.h"
 
 namespace pyens {
@@ -34,8 +35,7 @@ const Functions& functions(DType dtype) {
 }
 
 double multiply_adds(const EnsembleConv2dParams& p) {
-  const int64_t of_image = p.conv.out_channels * p.conv.convolved().pixels() * p.conv.taps();
-  return static_cast<double>(p.ensemble_size * p.batch) * static_cast<double>(of_image);
+  return static_cast<double>(p.ensemble_size * p.batch) * p.conv.multiply_adds();
 }
 
 }  // namespace

@@ -13,6 +13,8 @@
 // tile, the lanes in a tree, the tiles of a span in order, the (at most kMaxSpans) spans in order; a bias likewise. An
 // image gradient: as the outputs, over taps and the output channels of each.
 
+#include "kernels/cpu/ensemble_conv2d-inl.h"
+
 namespace pyens::PYENS_ISA::ensemble_conv2d {
 
 constexpr int64_t kMaxSpans = 16;

@@ -1,0 +1,315 @@
+"""Ensembles frozen with their weights in bytes."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from pyens import _kinds
+from pyens._types import Activation
+from pyens.nn._buffers import BufferList, Derived
+from pyens.nn.ensemble import Ensemble, Indices, chosen_members
+from pyens.nn.ensemble_conv2d import EnsembleConv2d, Size
+from pyens.nn.ensemble_mlp import EnsembleMLP
+from pyens.nn.sparse import SparseWeight, check_plain
+from pyens.ops.ensemble_mlp import ensemble_mlp
+from pyens.ops.int8 import Int8Weight, ensemble_conv2d_int8, ensemble_mlp_int8, pack_int8
+from pyens.ops.sparse_rows import pack_sparse
+
+Observer = Callable[[], Any]
+
+
+class Int8Layer(Derived):
+    """The weights of a layer in bytes as buffers: those of `pyens.ops.Int8Weight`.
+
+    `sparse`: the state dict has `values.values`, `.columns`, `.starts` and `.order` (see
+    `pyens.ops.SparseRows`) in the place of `values`, two bytes for each weight that is not zero. In memory
+    there are all of them too.
+    """
+
+    scale: Tensor
+    offset: Tensor
+    input_scale: Tensor
+    input_zero_point: Tensor
+
+    def __init__(self, weight: Int8Weight, sparse: bool) -> None:
+        super().__init__()
+        if sparse:
+            self.values = SparseWeight(pack_sparse(weight.values))
+        else:
+            self.register_buffer("values", weight.values)
+        for name in ("scale", "offset", "input_scale", "input_zero_point"):
+            self.register_buffer(name, getattr(weight, name))
+        self._derive_and_follow()
+
+    @property
+    def sparse(self) -> bool:
+        return isinstance(self.values, SparseWeight)
+
+    def _derive(self) -> None:
+        values: Any = self.values
+        self._derived = values.rows().dense() if self.sparse else None
+
+    def weight(self) -> Int8Weight:
+        values: Any = self._derived if self.sparse else self.values
+        return Int8Weight(values, self.scale, self.offset, self.input_scale, self.input_zero_point)
+
+    def extra_repr(self) -> str:
+        weight = self.weight()
+        sparse = f", {int(weight.values.count_nonzero())} of them not zero" if self.sparse else ""
+        return f"{list(weight.shape)}, {weight.values.numel()} weights{sparse}"
+
+
+class Int8EnsembleMLP(Ensemble):
+    """An `EnsembleMLP` frozen with its weights in bytes, whose layers' inputs become bytes too.
+
+    A quarter of the memory, and with the processor's instructions for bytes (VNNI) several times the speed;
+    see `pyens.ops.ensemble_mlp_int8` for what is computed. Inputs and outputs are float32. In the state dict
+    a layer has `layers.{l}.values`, `.scale`, `.offset`, `.input_scale` and `.input_zero_point`, and
+    `biases.{l}`. There are no parameters: it does not train. On the CPU.
+
+    Norms and residuals are refused, dropout is left out. Made by `EnsembleMLP.quantize()` and
+    `EnsembleLinear.quantize()`, which say what the arguments are.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        ensemble: Any,
+        data: Tensor | Iterable[Tensor],
+        *,
+        observer: Observer | None = None,
+        sparse: bool = False,
+    ) -> None:
+        super().__init__()
+        check_plain("quantize", ensemble)
+        weights, biases = ensemble.stacked()
+        check_float32("quantize", weights)
+        self.ensemble_size = ensemble.ensemble_size
+        self.activation: Activation | tuple[Activation, ...] = ensemble.activation
+        self.output_activation = ensemble.output_activation
+        hidden = self.activation
+        activations = [hidden] * (len(weights) - 1) if isinstance(hidden, str) else list(hidden)
+        batches = calibration_data(data)
+        layers = []
+        for i, weight in enumerate(weights):
+            scale, zero_point = observe(batches, self.ensemble_size, 2, observer)
+            layers.append(Int8Layer(pack_int8(weight.detach(), scale, zero_point), sparse))
+            if i + 1 < len(weights):
+                bias = [biases[i]] if len(biases) > 0 else None
+                batches = [
+                    ensemble_mlp(batch, [weight], bias, output_activation=activations[i]) for batch in batches
+                ]
+        self.layers = nn.ModuleList(layers)
+        self.biases = BufferList(biases)
+        check_finite_biases("quantize", self.biases.buffers())
+        self.eval()
+
+    def _weights(self) -> list[Int8Weight]:
+        layers: Any = self.layers
+        return [layer.weight() for layer in layers]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[B, in_features]` (shared by all members) or `[E, B, in_features]` -> `[E, B, out_features]`."""
+        return ensemble_mlp_int8(
+            input,
+            self._weights(),
+            list(self.biases.buffers()),
+            activation=self.activation,
+            output_activation=self.output_activation,
+        )
+
+    def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Weights as float32, and biases."""
+        return [weight.dense() for weight in self._weights()], list(self.biases.buffers())
+
+    def dense(self) -> EnsembleMLP:
+        """An `EnsembleMLP` with the same weights, whose inputs stay as they are."""
+        weights, biases = self.stacked()
+        model = EnsembleMLP.from_parameters(
+            weights,
+            [bias.clone() for bias in biases],
+            activation=self.activation,
+            output_activation=self.output_activation,
+        )
+        return model.train(self.training)
+
+    def select(self, indices: Indices) -> "Int8EnsembleMLP":
+        chosen = chosen_members(self.ensemble_size, indices)
+        new = Int8EnsembleMLP.__new__(Int8EnsembleMLP)
+        Ensemble.__init__(new)
+        new.ensemble_size = len(chosen)
+        new.activation, new.output_activation = self.activation, self.output_activation
+        layers = cast(list[Int8Layer], list(self.layers))
+        new.layers = nn.ModuleList(_layer_of(layer, chosen) for layer in layers)
+        new.biases = BufferList([bias[chosen] for bias in self.biases.buffers()])
+        return new.train(self.training)
+
+    def member(self, i: int) -> nn.Module:
+        """Member i as an `nn.Sequential` of float32, whose inputs stay as they are."""
+        return self.dense().member(i)
+
+
+class Int8EnsembleConv2d(Ensemble):
+    """An `EnsembleConv2d` frozen with its weights in bytes, as `Int8EnsembleMLP` is.
+
+    Buffers `weight.values`, `.scale`, `.offset`, `.input_scale`, `.input_zero_point`, and `bias`. Made by
+    `EnsembleConv2d.quantize()`.
+    """
+
+    bias: Tensor | None
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        ensemble: EnsembleConv2d,
+        data: Tensor | Iterable[Tensor],
+        *,
+        observer: Observer | None = None,
+        sparse: bool = False,
+    ) -> None:
+        super().__init__()
+        ((weight,), biases) = ensemble.stacked()
+        check_float32("quantize", [weight])
+        check_finite_biases("quantize", biases)
+        scale, zero_point = observe(calibration_data(data), ensemble.ensemble_size, 4, observer)
+        self.ensemble_size = ensemble.ensemble_size
+        self.stride, self.padding, self.dilation = ensemble.stride, ensemble.padding, ensemble.dilation
+        self.weight = Int8Layer(pack_int8(weight.detach(), scale, zero_point), sparse)
+        self.register_buffer("bias", biases[0].detach().clone() if biases else None)
+        self.eval()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Images `[B, C, H, W]` (shared by all members) or `[E, B, C, H, W]` -> `[E, B, O, H', W']`."""
+        return self.convolve(input)
+
+    def convolve(
+        self, input: Tensor, activation: Literal["identity", "relu"] = "identity", max_pool: Size = 1
+    ) -> Tensor:
+        """`forward`, then what `pyens.ops.ensemble_conv2d` does behind it."""
+        return ensemble_conv2d_int8(
+            input,
+            self.weight.weight(),
+            self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            activation=activation,
+            max_pool=max_pool,
+        )
+
+    def dense(self) -> EnsembleConv2d:
+        """An `EnsembleConv2d` with the same weights, whose inputs stay as they are."""
+        weight = self.weight.weight().dense()
+        members, out, inputs, *kernel = weight.shape
+        new = EnsembleConv2d(
+            members,
+            inputs,
+            out,
+            (kernel[0], kernel[1]),
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.bias is not None,
+            device="meta",
+        )
+        new.weight = nn.Parameter(weight)
+        new.bias = None if self.bias is None else nn.Parameter(self.bias.clone())
+        return new.train(self.training)
+
+    def select(self, indices: Indices) -> "Int8EnsembleConv2d":
+        chosen = chosen_members(self.ensemble_size, indices)
+        new = Int8EnsembleConv2d.__new__(Int8EnsembleConv2d)
+        Ensemble.__init__(new)
+        new.ensemble_size = len(chosen)
+        new.stride, new.padding, new.dilation = self.stride, self.padding, self.dilation
+        new.weight = _layer_of(self.weight, chosen)
+        new.register_buffer("bias", None if self.bias is None else self.bias[chosen])
+        return new.train(self.training)
+
+    def member(self, i: int) -> nn.Conv2d:
+        """Member i as an `nn.Conv2d` of float32, whose inputs stay as they are."""
+        return self.dense().member(i)
+
+
+# --- calibration ---------------------------------------------------------------------------------------
+
+
+def calibration_data(data: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """The batches that ranges are found from: float32, finite, at least one example."""
+    batches = [data] if isinstance(data, Tensor) else list(data)
+    for i, batch in enumerate(batches):
+        name = "data" if isinstance(data, Tensor) else f"data[{i}]"
+        _kinds.check_tensor("quantize", name, batch)
+        if batch.dtype != torch.float32:
+            raise TypeError(f"quantize: {name}: expected float32, got {batch.dtype}")
+        if not batch.isfinite().all():
+            raise ValueError(f"quantize: {name}: expected finite numbers, got NaN or Inf")
+    if sum(batch.numel() for batch in batches) == 0:
+        raise ValueError("quantize: data: expected at least one example, got none")
+    return [batch for batch in batches if batch.numel() > 0]
+
+
+def observe(
+    batches: Sequence[Tensor], members: int, dims: int, observer: Observer | None
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point, both `[E]`, of a layer's inputs, of `dims` dimensions where they are shared."""
+    for batch in batches:
+        own = batch.dim() == dims + 1 and len(batch) == members
+        if batch.dim() != dims and not own:
+            raise ValueError(
+                f"quantize: data: expected {dims} dimensions, or {dims + 1} with {members} members first, "
+                f"got shape {list(batch.shape)}"
+            )
+        if not batch.isfinite().all():
+            raise ValueError(
+                "quantize: data: expected numbers that stay finite in all layers, got NaN or Inf"
+            )
+    shared = all(batch.dim() == dims for batch in batches)
+    found = []
+    for m in range(1 if shared else members):
+        observed = _least_and_largest() if observer is None else observer()
+        least, largest = getattr(observed, "quant_min", 0), getattr(observed, "quant_max", 255)
+        if (least, largest) != (0, 255):
+            raise ValueError(
+                "quantize: observer: expected one of bytes from 0 to 255 (dtype torch.uint8), got "
+                f"{observed} of {least} to {largest}"
+            )
+        for batch in batches:
+            observed(batch if batch.dim() == dims else batch[m])
+        scale, zero_point = observed.calculate_qparams()
+        one = scale.numel() == 1 and zero_point.numel() == 1
+        if not one or not 0 <= int(zero_point) <= 255:
+            raise ValueError(
+                "quantize: observer: expected one scale and a zero point from 0 to 255, got "
+                f"{scale} and {zero_point}"
+            )
+        found.append((scale.float().reshape(()), zero_point.to(torch.uint8).reshape(())))
+    scales, zero_points = (torch.stack(column) for column in zip(*found, strict=True))
+    return scales.expand(members).contiguous(), zero_points.expand(members).contiguous()
+
+
+def _least_and_largest() -> Any:
+    from torch.ao.quantization import MinMaxObserver
+
+    return MinMaxObserver(dtype=torch.uint8, eps=torch.finfo(torch.float32).tiny)
+
+
+def check_float32(function: str, weights: Sequence[Tensor]) -> None:
+    for weight in weights:
+        if weight.dtype != torch.float32:
+            raise TypeError(f"{function}: ensemble: expected weights of float32, got {weight.dtype}")
+
+
+def check_finite_biases(function: str, biases: Iterable[Tensor]) -> None:
+    for bias in biases:
+        if not bias.isfinite().all():
+            raise ValueError(f"{function}: ensemble: expected finite biases, got NaN or Inf")
+
+
+# --- members -------------------------------------------------------------------------------------------
+
+
+def _layer_of(layer: Int8Layer, chosen: Tensor) -> Int8Layer:
+    return Int8Layer(Int8Weight(*(tensor[chosen] for tensor in layer.weight())), layer.sparse)
