@@ -9,8 +9,9 @@ Modules, each imported on first use:
     pyens.training    whole training runs            pyens.optim      optimizers that keep members apart
     pyens.losses      losses over members            pyens.metrics    measures of quality
     pyens.decisions   acting on uncertainty          pyens.variation  members' disagreement from one model
-    pyens.masks       masks of Masksembles           pyens.adapters   other libraries' layouts
-    pyens.data        data sets                      pyens.plots      pictures
+    pyens.masks       masks of Masksembles           pyens.compress   pruning, and sizes
+    pyens.data        data sets                      pyens.adapters   other libraries' layouts
+    pyens.plots       pictures
     pyens.ops         the operations                 pyens.reference  the same in plain PyTorch
 """
 
@@ -23,10 +24,23 @@ from pyens._version import __version__
 from pyens.nn import Ensemble, EnsembleEmbedding, EnsembleLinear, EnsembleMLP
 
 if TYPE_CHECKING:  # who checks types does not see what `__getattr__` imports
-    from pyens import adapters, data, decisions, losses, masks, metrics, optim, plots, training, variation  # noqa: F401
+    from pyens import (  # noqa: F401
+        adapters,
+        compress,
+        data,
+        decisions,
+        losses,
+        masks,
+        metrics,
+        optim,
+        plots,
+        training,
+        variation,
+    )
 
 _MODULES = (
     "adapters",
+    "compress",
     "data",
     "decisions",
     "losses",

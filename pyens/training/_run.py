@@ -525,6 +525,7 @@ class Run:
                 if self.callbacks:
                     self.step, self.step_loss = step, losses
                     self._call("on_step_end", seen)
+                trainer.end_step()
         self.rates.append(trainer.learning_rate)
         trainer.end_epoch(self.epoch)
         self._add_up(done)

@@ -29,7 +29,7 @@ class Callback:
         """Before the first epoch, also of a run that is taken up again."""
 
     def on_step_end(self, progress: Progress) -> None:
-        """After each step of the optimizer."""
+        """After each step of the optimizer, before the moving average of weights takes it in."""
 
     def on_epoch_end(self, progress: Progress) -> None:
         """After an epoch, its validation, and the departure of those who stop."""

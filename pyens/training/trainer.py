@@ -244,6 +244,7 @@ class Trainer:
         drawn = self.draw(" of step", self._steps, 1)[0]
         with torch.enable_grad(), training_mode(self.model, True):
             losses = self.step_on(batch, sample_weight, drawn, int(own_data))
+            self.end_step()
         self._steps += 1
         return losses
 
@@ -323,9 +324,12 @@ class Trainer:
         if self.schedule == "step":
             for scheduler in self.schedulers:
                 scheduler.step()
+        return total
+
+    def end_step(self) -> None:
+        """What follows a step and those who look at it: the moving average."""
         if self.ema is not None:
             self._add_to_averages(1 - self.ema)
-        return total
 
     def end_epoch(self, epoch: int) -> None:
         """What follows the last step of an epoch: schedules of epochs, and the average of epochs."""
