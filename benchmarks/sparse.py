@@ -1,12 +1,14 @@
 """Members that keep few of their weights: against their own dense form, and against what else there is.
 
 784-1200-1200-10 of five members and 1024 examples, and the network of benchmarks.ensemble_conv2d, with 75, 90
-and 95 % of the weights zero. Peers: a loop over members with torch's CSR matrices (weights times a batch in
-columns); the dense network in JAX, ONNX Runtime and OpenVINO. The targets are for float32 on two CPU threads.
+and 95 % of the weights zero; five such networks at 95 % against one dense one, of any engine. Peers: a loop
+over members with torch's CSR matrices (weights times a batch in columns); the dense network in JAX, ONNX
+Runtime and OpenVINO. The targets are for float32 on two CPU threads.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,6 +21,7 @@ from benchmarks.peers import Problem, mlp_flops
 from pyens.nn import EnsembleMLP, EnsembleSequential
 
 SPARSE, DENSE = "pyens sparse()", "pyens, dense"
+SMALL, BYTES = "pyens sparse(), all", "pyens quantize(), all"
 MLP_TARGETS = {75: 1.8, 90: 5.0, 95: 9.0}
 CONVOLUTION_TARGETS = {75: 1.5, 90: None, 95: 4.0}
 
@@ -53,6 +56,14 @@ def cases(options: harness.Options) -> list[harness.Case]:
                 targets=target(ratio),
             )
         )
+    made.append(
+        harness.Case(
+            "five-for-one",
+            f"{images[0]} members, 95 % zeros, against one dense: B {images[1]}, two convolutions, a layer",
+            lambda: five_for_one(images, options),
+            targets=(harness.Target(SMALL, 1.0),) if with_targets else (),
+        )
+    )
     return made
 
 
@@ -126,6 +137,42 @@ def image_contestants(
         harness.Contestant(SPARSE, lambda: ours(EnsembleSequential.sparse), check, ours=True),
         harness.Contestant(DENSE, lambda: ours(EnsembleSequential.packed), check, ours=True),
         *convolution_peers(images, weights, biases, expected, options.threads),
+    ]
+
+
+def five_for_one(shape: tuple[int, int, int], options: harness.Options) -> list[harness.Contestant]:
+    """Each checked against its own network: the ensemble with few weights, the first member with all."""
+    problem = Images.random(*shape, options)
+    dense = Images(problem.images, problem.target, copy.deepcopy(problem.members[:1]))
+    with torch.no_grad():
+        for member in problem.members:
+            for parameter in member.parameters():
+                if parameter.dim() > 1:
+                    parameter.copy_(pruned(parameter.unsqueeze(0), 0.95)[0])
+    images, expected, of_one = problem.images, problem.expected(), dense.expected()
+    model = EnsembleSequential.from_modules(problem.members)
+    small, quantized = model.sparse(), model.quantize(images)
+    one = EnsembleSequential.from_modules(dense.members).packed()
+    (network,) = dense.members
+
+    def in_torch() -> Tensor:
+        with torch.inference_mode():
+            return network(images).unsqueeze(0)
+
+    check = harness.agrees_with(of_one, options.dtype)
+    return [
+        harness.Contestant(
+            SMALL, lambda: lambda: small(images), harness.agrees_with(expected, options.dtype), ours=True
+        ),
+        harness.Contestant(
+            BYTES,
+            lambda: lambda: quantized(images),
+            harness.agrees_with(expected, options.dtype, rms=0.1),
+            ours=True,
+        ),
+        harness.Contestant("pyens, one dense", lambda: lambda: one(images), check, ours=True),
+        harness.Contestant("torch, one dense", lambda: in_torch, check),
+        *convolution_peers(images, *dense.layers(), of_one, options.threads),
     ]
 
 

@@ -702,6 +702,109 @@ def test_what_has_no_form_in_bytes_is_refused_by_name():
         EnsembleMLP(E, 4, [4, 4], 1, residual=True).quantize(torch.randn(5, 4))
 
 
+def test_under_autocast():
+    model, x = EnsembleMLP(E, 20, [30], 4), torch.randn(40, 20)
+    images = network_of_images(False).eval()
+    pixels = torch.randn(30, 1, 14, 14)
+    want, many = model.quantize(x), images.quantize(pixels)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, gots = model.quantize(x), images.quantize(pixels)
+        low = nn.Linear(20, 20)(x)
+        assert torch.equal(got(low), want(low.float())) and torch.equal(
+            gots(pixels.bfloat16()), many(pixels.bfloat16().float())
+        )
+        sparse = model.sparse()
+        assert torch.equal(sparse(low), sparse(low.float()))
+        assert torch.equal(images.sparse()(pixels.bfloat16()), images.sparse()(pixels.bfloat16().float()))
+    for a, b in ((got, want), (gots, many)):
+        assert all(torch.equal(a.state_dict()[name], t) for name, t in b.state_dict().items())
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_numbers_stay_float32(sparse):
+    model = EnsembleMLP(E, 20, [30], 4).quantize(torch.randn(40, 20), sparse=sparse)
+    x = torch.randn(5, 20)
+    want = model(x)
+    for cast in (nn.Module.double, nn.Module.half, nn.Module.bfloat16, lambda m: m.to(torch.float16)):
+        assert torch.equal(cast(copy.deepcopy(model))(x), want)
+    sequence = EnsembleSequential(EnsembleLinear(E, 20, 4)).quantize(x).double()
+    assert sequence(x).dtype == torch.float32
+    assert copy.deepcopy(model).to("meta")._buffers == {}
+
+
+def test_bytes_that_are_left_out_may_change():
+    model = EnsembleLinear(E, 20, 4).quantize(torch.randn(40, 20), sparse=True)
+    x = torch.randn(5, 20)
+    layer = model.layers[0]
+    before, name = model(x), "layers.0.values.values"
+    zeros = torch.zeros_like(layer.values.values)
+    want = ensemble_mlp_int8(
+        x,
+        [layer.weight()._replace(values=torch.zeros(E, 4, 20, dtype=torch.int8))],
+        list(model.biases.buffers()),
+    )
+    replaced = torch.func.functional_call(model, dict(model.named_buffers()) | {name: zeros}, (x,))
+    assert torch.equal(replaced, want) and torch.equal(model(x), before)
+    with torch.no_grad():
+        layer.values.values.zero_()
+    assert torch.equal(model(x), want)
+    with torch.inference_mode():
+        assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize("wrong", ["order", "columns", "starts"])
+def test_rows_that_are_none_are_refused(wrong):
+    model = EnsembleLinear(E, 20, 4).quantize(torch.randn(40, 20), sparse=True)
+    state = copy.deepcopy(model.state_dict())
+    changed = state[f"layers.0.values.{wrong}"]
+    changed.fill_({"order": 0, "columns": 255, "starts": 7}[wrong])
+    if wrong == "starts":
+        changed[0, 0, 0] = 99999
+    model.load_state_dict(state)
+    with pytest.raises(ValueError, match=f"SparseRows: {wrong}: expected"):
+        model(torch.randn(5, 20))
+
+
+def test_sparse_layers_of_other_shapes_are_refused():
+    pairs = [
+        (
+            EnsembleLinear(E, 100, 4).quantize(torch.randn(5, 100), sparse=True),
+            EnsembleLinear(E, 20, 4).quantize(torch.randn(5, 20), sparse=True),
+        ),
+        (EnsembleLinear(E, 100, 4).sparse(), EnsembleLinear(E, 20, 4).sparse()),
+        (EnsembleConv2d(E, 4, 5, 3).sparse(), EnsembleConv2d(E, 1, 5, 6).sparse()),
+    ]
+    for one, other in pairs:
+        for a, b in ((one, other), (other, one)):
+            with pytest.raises(RuntimeError, match=r"size mismatch for .*: weights of shape"):
+                a.load_state_dict(b.state_dict())
+
+
+def test_one_row_and_no_hidden_layer():
+    model = EnsembleMLP(E, 20, [], 3, activation=[])
+    x = torch.randn(9, 20)
+    for frozen in (model.quantize(x), model.sparse()):
+        assert torch.equal(frozen(x[0]), frozen(x)[:, 0])
+    with pytest.raises(ValueError, match="activation"):
+        ensemble_mlp_int8(torch.zeros(7, 4), [GOOD, LAST], activation=[])
+
+
+def test_calibration_data_stays_as_it_is():
+    model = EnsembleSequential(
+        nn.ReLU(inplace=True), EnsembleLinear(E, 6, 4), nn.ReLU(inplace=True), EnsembleLinear(E, 4, 2)
+    )
+    data = torch.randn(9, 6)
+    before = data.clone()
+    model.quantize(data)
+    assert torch.equal(data, before)
+    linear = EnsembleLinear(E, 6, 4)
+    with pytest.raises(TypeError, match="observer: expected a function that makes one"):
+        linear.quantize(data, observer=MinMaxObserver())
+    wide = torch.tensor([[3e38, -3e38] * 3])
+    with pytest.raises(ValueError, match="data: expected a range that float32 holds"):
+        linear.quantize(wide)
+
+
 def test_no_member_learns():
     quantized = EnsembleMLP(E, 6, [8], 2).quantize(torch.randn(9, 6))
     x = torch.randn(4, 6, requires_grad=True)

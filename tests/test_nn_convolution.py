@@ -14,6 +14,7 @@ from pyens.nn import (
     EnsembleConv2d,
     EnsembleLinear,
     EnsembleMaxPool2d,
+    EnsembleMLP,
     EnsembleSequential,
     Flatten,
 )
@@ -284,10 +285,150 @@ def test_a_subclass_stays_what_it_is():
     model = EnsembleSequential(Doubled(E, 1, 4, 3), nn.ReLU(), EnsembleMaxPool2d(2)).eval()
     x = torch.randn(5, 1, 8, 8)
     assert torch.equal(model.packed()(x), model(x))
-    with pytest.raises(ValueError, match=r"sparse: layer 0: expected EnsembleConv2d.*got Doubled"):
-        model.sparse()
+    layer = next(model.children())
+    for freeze in (model.sparse, lambda: model.quantize(x), layer.sparse, lambda: layer.quantize(x)):
+        with pytest.raises(ValueError, match=r"got Doubled with a forward of its own"):
+            freeze()
     with pytest.raises(ValueError, match="right after an EnsembleConv2d"):
         EnsembleSequential(Doubled(E, 1, 4, 3), EnsembleBatchNorm2d(E, 4)).packed()
+
+
+class Scaled(EnsembleMLP):
+    def forward(self, input: Tensor, **options) -> Tensor:
+        return 10 * super().forward(input, **options)
+
+
+@pytest.mark.parametrize("freeze", ["packed", "sparse", "quantize"])
+def test_what_a_class_or_a_hook_computes_is_kept_or_refused(freeze):
+    x = torch.randn(30, 20)
+
+    def frozen(model):
+        return getattr(model, freeze)(*([x] if freeze == "quantize" else []))
+
+    with pytest.raises(ValueError, match="got Scaled with a forward of its own"):
+        frozen(Scaled(E, 20, [8], 3))
+    sequence = EnsembleSequential(Scaled(E, 20, [8], 3)).eval()
+    if freeze == "packed":
+        assert torch.equal(frozen(sequence)(x), sequence(x))
+    else:
+        with pytest.raises(ValueError, match=r"layer 0.*got Scaled with a forward of its own"):
+            frozen(sequence)
+    layer = EnsembleLinear(E, 20, 20)
+    layer.register_forward_hook(lambda module, inputs, output: 3 * output)
+    for model in (layer, EnsembleSequential(layer)):
+        with pytest.raises(
+            ValueError, match="expected modules without hooks of forward, got some on EnsembleLinear"
+        ):
+            frozen(model)
+
+
+def test_a_layer_used_twice_counts_twice():
+    relu, pool = nn.ReLU(), EnsembleMaxPool2d(2)
+    model = EnsembleSequential(
+        EnsembleConv2d(E, 1, 4, 3, padding=1),
+        relu,
+        pool,
+        EnsembleConv2d(E, 4, 4, 3, padding=1),
+        relu,
+        pool,
+        Flatten(),
+        tied := EnsembleLinear(E, 64, 64),
+        relu,
+        tied,
+    ).eval()
+    x = torch.randn(20, 1, 16, 16)
+    with torch.no_grad():
+        want = model(x)
+        assert torch.equal(model.packed()(x), want) and torch.equal(model.sparse()(x), want)
+        assert (model.quantize(x)(x) - want).square().mean() < 0.01 * want.square().mean()
+        for m, member in enumerate(model.to_modules()):
+            torch.testing.assert_close(member(x), want[m])
+        assert torch.equal(model.select([1])(x), want[1:2])
+
+
+def test_sequences_in_a_sequence_are_frozen_too():
+    inner = EnsembleSequential(EnsembleConv2d(E, 1, 4, 3), EnsembleBatchNorm2d(E, 4), nn.ReLU())
+    model = EnsembleSequential(inner, nn.Sequential(Flatten(), EnsembleLinear(E, 144, 5)), nn.ReLU()).eval()
+    for module in model.modules():
+        if isinstance(module, EnsembleBatchNorm2d):
+            module.running_var.uniform_(0.5, 2)
+    x = torch.randn(9, 1, 8, 8)
+    with torch.no_grad():
+        want = model(x)
+        packed = model.packed()
+        assert not any(isinstance(module, EnsembleBatchNorm2d) for module in packed.modules())
+        torch.testing.assert_close(packed(x), want)
+        assert torch.equal(model.sparse()(x), packed(x))
+        small = model.quantize(x)
+        assert not list(small.parameters())
+        assert (small(x) - want).square().mean() < 0.01 * want.square().mean()
+        torch.testing.assert_close(model.member(1)(x), want[1])
+    inner.register_forward_hook(lambda module, inputs, output: output)
+    with pytest.raises(ValueError, match="packed: layer 0: expected modules without forward hooks"):
+        model.packed()
+
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = EnsembleLinear(E, 6, 6)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input + self.linear(input)
+
+
+def test_ensembles_in_other_modules_are_refused_by_name():
+    model = EnsembleSequential(EnsembleLinear(E, 6, 6), Wrapped())
+    assert model(torch.randn(4, 6)).shape == (E, 4, 6)
+    for freeze in (
+        model.packed,
+        model.sparse,
+        lambda: model.quantize(torch.randn(4, 6)),
+        lambda: model.member(0),
+    ):
+        with pytest.raises(
+            ValueError, match=r"layer 1: expected layers, .* got a Wrapped with a EnsembleLinear"
+        ):
+            freeze()
+
+
+def test_a_class_with_a_constructor_of_its_own():
+    class Net(EnsembleSequential):
+        def __init__(self, members: int, width: int = 8):
+            super().__init__(EnsembleLinear(members, 20, width), nn.ReLU(), EnsembleLinear(members, width, 3))
+
+    model, x = Net(E), torch.randn(9, 20)
+    with torch.no_grad():
+        assert torch.equal(model.packed()(x), model(x)) and torch.equal(model.sparse()(x), model(x))
+
+    class Other(Net):
+        def forward(self, input: Tensor) -> Tensor:
+            return -super().forward(input)
+
+    with pytest.raises(ValueError, match="forward of EnsembleSequential alone, got Other"):
+        Other(E).packed()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Upsample(scale_factor=2),
+        nn.Dropout2d(0.5),
+        nn.Softmax(1),
+        nn.BatchNorm3d(2),
+        nn.AdaptiveAvgPool2d(2),
+        nn.GroupNorm(2, 4),
+        nn.ReflectionPad2d(1),
+        nn.Sequential(nn.ReLU(), nn.Flatten()),
+        nn.PixelShuffle(2),
+    ],
+    ids=str,
+)
+def test_layers_that_would_mix_members_are_refused(layer):
+    with pytest.raises(
+        ValueError, match=r"EnsembleSequential: modules\[1\]: expected .* which knows of members"
+    ):
+        EnsembleSequential(EnsembleConv2d(E, 1, 4, 3), layer)
 
 
 def test_select_seeds_and_saving():

@@ -67,7 +67,12 @@ def test_sources_and_the_citation_are_in_the_list_of_references():
     references = (root / "docs" / "references.md").read_text(encoding="utf-8")
     names = set(re.findall(r'^\| "(.+?)" \|', references, re.M))
     assert len(names) == 6
-    others = {"The MovieLens Datasets: History and Context", "Fair scores for ensemble forecasts"}
+    others = {
+        "The MovieLens Datasets: History and Context",
+        "Fair scores for ensemble forecasts",
+        "SNIP: Single-shot network pruning based on connection sensitivity",
+        "To prune, or not to prune",
+    }
     found = set()
     for path in (root / "pyens").rglob("*.py"):
         text = re.sub(r"\s+", " ", path.read_text(encoding="utf-8"))

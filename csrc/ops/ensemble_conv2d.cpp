@@ -39,29 +39,29 @@ constexpr char kInt8[] = "ensemble_conv2d_int8";
 
 // --- arguments -------------------------------------------------------------------------------------
 
-ImageSize parse_size(const char* argument, IntArrayRef sizes, int64_t least) {
+ImageSize parse_size(const char* op, const char* argument, IntArrayRef sizes, int64_t least) {
   constexpr int64_t kMost = int64_t{1} << 31;
-  PYENS_CHECK_VALUE(sizes.size() == 2, kOp, argument, "two integers", sizes.size());
+  PYENS_CHECK_VALUE(sizes.size() == 2, op, argument, "two integers", sizes.size());
   for (const int64_t size : sizes) {
-    PYENS_CHECK_VALUE(size >= least && size < kMost, kOp, argument,
+    PYENS_CHECK_VALUE(size >= least && size < kMost, op, argument,
                       c10::str("from ", least, " to ", kMost - 1), size);
   }
   return {sizes[0], sizes[1]};
 }
 
 // All but the sizes of tensors.
-Conv2d parse_conv(IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+Conv2d parse_conv(const char* op, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                   std::string_view activation, IntArrayRef max_pool) {
   Conv2d conv{};
-  conv.stride = parse_size("stride", stride, 1);
-  conv.padding = parse_size("padding", padding, 0);
-  conv.dilation = parse_size("dilation", dilation, 1);
-  conv.window = parse_size("max_pool", max_pool, 1);
+  conv.stride = parse_size(op, "stride", stride, 1);
+  conv.padding = parse_size(op, "padding", padding, 0);
+  conv.dilation = parse_size(op, "dilation", dilation, 1);
+  conv.window = parse_size(op, "max_pool", max_pool, 1);
   PYENS_CHECK_VALUE(conv.window.height <= kLargestWindow && conv.window.width <= kLargestWindow &&
                         conv.window.pixels() <= kLargestWindow,
-                    kOp, "max_pool", c10::str("a window of up to ", kLargestWindow, " pixels"),
+                    op, "max_pool", c10::str("a window of up to ", kLargestWindow, " pixels"),
                     conv.window.height, " x ", conv.window.width);
-  PYENS_CHECK_VALUE(activation == "relu" || activation == "identity", kOp, "activation",
+  PYENS_CHECK_VALUE(activation == "relu" || activation == "identity", op, "activation",
                     "relu or identity", '"', activation, '"');
   conv.relu = activation == "relu";
   return conv;
@@ -71,37 +71,37 @@ struct OutputSize {
   SymInt height, width;
 };
 
-OutputSize check_conv2d(const Conv2d& conv, const Tensor& input, const Tensor& weight,
-                        const OptionalTensor& bias) {
-  PYENS_CHECK_TYPE(is_kernel_dtype(weight.scalar_type()), kOp, "weight",
+OutputSize check_conv2d(const char* op, const Conv2d& conv, const Tensor& input,
+                        const Tensor& weight, const OptionalTensor& bias) {
+  PYENS_CHECK_TYPE(is_kernel_dtype(weight.scalar_type()), op, "weight",
                    "float32, float64, bfloat16 or float16", weight.scalar_type());
-  PYENS_CHECK_VALUE(weight.dim() == 5 && weight.sym_numel() >= 1, kOp, "weight",
+  PYENS_CHECK_VALUE(weight.dim() == 5 && weight.sym_numel() >= 1, op, "weight",
                     "[E, O, C, height, width], none of them 0", "shape ", weight.sym_sizes());
   const SymInt &members = weight.sym_size(0), &channels = weight.sym_size(2);
-  check_same_kind(kOp, {"input"}, input, {"weight"}, weight);
+  check_same_kind(op, {"input"}, input, {"weight"}, weight);
   const int64_t dim = input.dim();
   PYENS_CHECK_VALUE(
       (dim == 4 || (dim == 5 && input.sym_size(0) == members)) && input.sym_size(-3) == channels,
-      kOp, "input",
+      op, "input",
       c10::str("[B, ", channels, ", H, W] or [", members, ", B, ", channels, ", H, W]"), "shape ",
       input.sym_sizes());
   if (bias) {
-    check_same_kind(kOp, {"bias"}, *bias, {"weight"}, weight);
+    check_same_kind(op, {"bias"}, *bias, {"weight"}, weight);
     PYENS_CHECK_VALUE(
         bias->dim() == 2 && bias->sym_size(0) == members && bias->sym_size(1) == weight.sym_size(1),
-        kOp, "bias", c10::str("[", members, ", ", weight.sym_size(1), "]"), "shape ",
+        op, "bias", c10::str("[", members, ", ", weight.sym_size(1), "]"), "shape ",
         bias->sym_sizes());
   }
   const auto along = [&](int64_t axis, int64_t stride, int64_t padding, int64_t dilation,
                          int64_t window) -> SymInt {
     const SymInt size = input.sym_size(axis), kernel = weight.sym_size(axis);
     const SymInt reach = (kernel - 1) * dilation + 1;
-    PYENS_CHECK_VALUE(size >= 1 && size + 2 * padding >= reach, kOp, "input",
+    PYENS_CHECK_VALUE(size >= 1 && size + 2 * padding >= reach, op, "input",
                       c10::str("an image that a kernel of ", kernel, " with dilation ", dilation,
                                " fits into, padded by ", padding),
                       "shape ", input.sym_sizes());
     const SymInt all = Conv2d::positions(size, kernel, stride, padding, dilation);
-    PYENS_CHECK_VALUE(all >= window, kOp, "max_pool",
+    PYENS_CHECK_VALUE(all >= window, op, "max_pool",
                       c10::str("a window that the ", all, " outputs of the convolution hold"),
                       window, " for an input of shape ", input.sym_sizes());
     return all / window;
@@ -196,16 +196,16 @@ Tensor run(const Conv2d& conv, const Tensor& input, const Tensor& weight,
 Tensor ensemble_conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                        IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                        std::string_view activation, IntArrayRef max_pool) {
-  const Conv2d conv = parse_conv(stride, padding, dilation, activation, max_pool);
-  const OutputSize size = check_conv2d(conv, input, weight, bias);
+  const Conv2d conv = parse_conv(kOp, stride, padding, dilation, activation, max_pool);
+  const OutputSize size = check_conv2d(kOp, conv, input, weight, bias);
   return run(conv, input, weight, bias, size, {});
 }
 
 Tensor ensemble_conv2d_meta(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                             IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                             std::string_view activation, IntArrayRef max_pool) {
-  const Conv2d conv = parse_conv(stride, padding, dilation, activation, max_pool);
-  return output_like(input, weight, check_conv2d(conv, input, weight, bias));
+  const Conv2d conv = parse_conv(kOp, stride, padding, dilation, activation, max_pool);
+  return output_like(input, weight, check_conv2d(kOp, conv, input, weight, bias));
 }
 
 std::tuple<Tensor, Tensor> ensemble_conv2d_choosing(const Tensor& input, const Tensor& weight,
@@ -213,8 +213,8 @@ std::tuple<Tensor, Tensor> ensemble_conv2d_choosing(const Tensor& input, const T
                                                     IntArrayRef padding, IntArrayRef dilation,
                                                     std::string_view activation,
                                                     IntArrayRef max_pool) {
-  const Conv2d conv = parse_conv(stride, padding, dilation, activation, max_pool);
-  const OutputSize size = check_conv2d(conv, input, weight, bias);
+  const Conv2d conv = parse_conv(kOp, stride, padding, dilation, activation, max_pool);
+  const OutputSize size = check_conv2d(kOp, conv, input, weight, bias);
   const Tensor chosen = chosen_like(conv, input, weight, size);
   // What no image has a place in is the same in every call.
   if (input.size(-4) % kMostLanes != 0) chosen.zero_();
@@ -224,8 +224,8 @@ std::tuple<Tensor, Tensor> ensemble_conv2d_choosing(const Tensor& input, const T
 std::tuple<Tensor, Tensor> ensemble_conv2d_choosing_meta(
     const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
     IntArrayRef padding, IntArrayRef dilation, std::string_view activation, IntArrayRef max_pool) {
-  const Conv2d conv = parse_conv(stride, padding, dilation, activation, max_pool);
-  const OutputSize size = check_conv2d(conv, input, weight, bias);
+  const Conv2d conv = parse_conv(kOp, stride, padding, dilation, activation, max_pool);
+  const OutputSize size = check_conv2d(kOp, conv, input, weight, bias);
   return {output_like(input, weight, size), chosen_like(conv, input, weight, size)};
 }
 
@@ -252,12 +252,12 @@ Tensor ensemble_conv2d_sparse(const Tensor& input, const Tensor& values, const T
                               const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
                               IntArrayRef dilation, std::string_view activation,
                               IntArrayRef max_pool) {
-  const Conv2d conv = parse_conv(stride, padding, dilation, activation, max_pool);
+  const Conv2d conv = parse_conv(kSparse, stride, padding, dilation, activation, max_pool);
   const Tensor v = values.contiguous(), c = columns.contiguous(), s = starts.contiguous(),
                o = order.contiguous();
   const SparseWeight w = check_sparse(v, c, s, o, kernel);
   const Tensor weight = shape_of(w, kernel);
-  Tensor output = output_like(input, weight, check_conv2d(conv, input, weight, bias));
+  Tensor output = output_like(input, weight, check_conv2d(kSparse, conv, input, weight, bias));
   const SparseRows rows = checked_rows(kSparse, w);
   if (output.numel() == 0) return output;
   Conv2dCall call(conv, input, weight, bias, /*sizes_alone=*/true);
@@ -271,9 +271,9 @@ Tensor ensemble_conv2d_sparse_meta(const Tensor& input, const Tensor& values, co
                                    const OptionalTensor& bias, IntArrayRef stride,
                                    IntArrayRef padding, IntArrayRef dilation,
                                    std::string_view activation, IntArrayRef max_pool) {
-  const Conv2d conv = parse_conv(stride, padding, dilation, activation, max_pool);
+  const Conv2d conv = parse_conv(kSparse, stride, padding, dilation, activation, max_pool);
   const Tensor weight = shape_of(check_sparse(values, columns, starts, order, kernel), kernel);
-  return output_like(input, weight, check_conv2d(conv, input, weight, bias));
+  return output_like(input, weight, check_conv2d(kSparse, conv, input, weight, bias));
 }
 
 // --- weights in bytes ----------------------------------------------------------------------------------
@@ -289,12 +289,12 @@ Tensor ensemble_conv2d_int8(const Tensor& input, const Tensor& values, const Ten
                             const Tensor& input_zero_point, const OptionalTensor& bias,
                             IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                             std::string_view activation, IntArrayRef max_pool) {
-  const Conv2d conv = parse_conv(stride, padding, dilation, activation, max_pool);
+  const Conv2d conv = parse_conv(kInt8, stride, padding, dilation, activation, max_pool);
   const Tensor v = values.contiguous(), s = scale.contiguous(), o = offset.contiguous(),
                of_input = input_scale.contiguous(), zero = input_zero_point.contiguous();
   const Int8Tensors tensors{v, s, o, of_input, zero};
   const Tensor weight = check_int8_weight(tensors);
-  Tensor output = output_like(input, weight, check_conv2d(conv, input, weight, bias));
+  Tensor output = output_like(input, weight, check_conv2d(kInt8, conv, input, weight, bias));
   if (output.numel() == 0) return output;
   Conv2dCall call(conv, input, weight, bias, /*sizes_alone=*/true);
   const Int8Weight bytes = int8_weight(tensors);
@@ -314,16 +314,40 @@ Tensor ensemble_conv2d_int8_meta(const Tensor& input, const Tensor& values, cons
                                  const Tensor& input_zero_point, const OptionalTensor& bias,
                                  IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                                  std::string_view activation, IntArrayRef max_pool) {
-  const Conv2d conv = parse_conv(stride, padding, dilation, activation, max_pool);
+  const Conv2d conv = parse_conv(kInt8, stride, padding, dilation, activation, max_pool);
   const Tensor weight = check_int8_weight({values, scale, offset, input_scale, input_zero_point});
-  return output_like(input, weight, check_conv2d(conv, input, weight, bias));
+  return output_like(input, weight, check_conv2d(kInt8, conv, input, weight, bias));
+}
+
+// Under autocast both compute in the dtype of their weights.
+Tensor ensemble_conv2d_sparse_autocast(const Tensor& input, const Tensor& values,
+                                       const Tensor& columns, const Tensor& starts,
+                                       const Tensor& order, IntArrayRef kernel,
+                                       const OptionalTensor& bias, IntArrayRef stride,
+                                       IntArrayRef padding, IntArrayRef dilation,
+                                       std::string_view activation, IntArrayRef max_pool) {
+  const Autocast cast(input);
+  const Tensor x = input.is_floating_point() ? input.to(values.scalar_type()) : input;
+  return call<ensemble_conv2d_sparse, kSparse>(x, values, columns, starts, order, kernel, bias,
+                                               stride, padding, dilation, activation, max_pool);
+}
+
+Tensor ensemble_conv2d_int8_autocast(const Tensor& input, const Tensor& values, const Tensor& scale,
+                                     const Tensor& offset, const Tensor& input_scale,
+                                     const Tensor& input_zero_point, const OptionalTensor& bias,
+                                     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                                     std::string_view activation, IntArrayRef max_pool) {
+  const Autocast cast(input);
+  return call<ensemble_conv2d_int8, kInt8>(cast.float32(input), values, scale, offset, input_scale,
+                                           input_zero_point, bias, stride, padding, dilation,
+                                           activation, max_pool);
 }
 
 // --- backward ----------------------------------------------------------------------------------------
 
 void check_backward(const Conv2d& conv, const Tensor& grad, const Tensor& input,
                     const Tensor& weight, const Tensor& chosen, const NeedsGrad& needs_grad) {
-  const OutputSize size = check_conv2d(conv, input, weight, std::nullopt);
+  const OutputSize size = check_conv2d(kOp, conv, input, weight, std::nullopt);
   check_same_kind(kOp, {"grad"}, grad, {"weight"}, weight);
   const SymInt expected[] = {weight.sym_size(0), input.sym_size(-4), weight.sym_size(1),
                              size.height, size.width};
@@ -343,7 +367,7 @@ std::vector<Tensor> ensemble_conv2d_backward(const Tensor& grad, const Tensor& i
                                              IntArrayRef stride, IntArrayRef padding,
                                              IntArrayRef dilation, std::string_view activation,
                                              IntArrayRef max_pool, NeedsGrad needs_grad) {
-  const Conv2d conv = parse_conv(stride, padding, dilation, activation, max_pool);
+  const Conv2d conv = parse_conv(kOp, stride, padding, dilation, activation, max_pool);
   check_backward(conv, grad, input, weight, chosen, needs_grad);
   const at::ScalarType dtype = input.scalar_type();
   const auto real = input.options().dtype(accumulation_type(dtype));
@@ -400,7 +424,7 @@ std::vector<Tensor> ensemble_conv2d_backward_meta(const Tensor& grad, const Tens
                                                   IntArrayRef stride, IntArrayRef padding,
                                                   IntArrayRef dilation, std::string_view activation,
                                                   IntArrayRef max_pool, NeedsGrad needs_grad) {
-  const Conv2d conv = parse_conv(stride, padding, dilation, activation, max_pool);
+  const Conv2d conv = parse_conv(kOp, stride, padding, dilation, activation, max_pool);
   check_backward(conv, grad, input, weight, chosen, needs_grad);
   std::vector<Tensor> gradients;
   if (needs_grad[0]) gradients.push_back(at::empty_symint(input.sym_sizes(), input.options()));
@@ -457,8 +481,8 @@ struct Grouped {
 Tensor composed(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                 IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                 std::string_view activation, IntArrayRef max_pool) {
-  const Conv2d conv = parse_conv(stride, padding, dilation, activation, max_pool);
-  check_conv2d(conv, input, weight, bias);
+  const Conv2d conv = parse_conv(kOp, stride, padding, dilation, activation, max_pool);
+  check_conv2d(kOp, conv, input, weight, bias);
   const Grouped one(input, weight);
   const OptionalTensor flat = bias ? OptionalTensor(Grouped::joined(*bias)) : std::nullopt;
   Tensor output = at::conv2d(one.input, one.weight, flat, stride, padding, dilation, one.groups);
@@ -544,8 +568,8 @@ class EnsembleConv2dFunction : public torch::autograd::Function<EnsembleConv2dFu
     const auto gradients =
         at::GradMode::is_enabled() || is_batched(grads[0])  // create_graph, or within vmap
             ? composed_backward(grads[0], input, weight, bias,
-                                parse_conv(stride, padding, dilation, activation, max_pool), stride,
-                                padding, dilation, max_pool, needs_grad)
+                                parse_conv(kOp, stride, padding, dilation, activation, max_pool),
+                                stride, padding, dilation, max_pool, needs_grad)
             : call<ensemble_conv2d_backward, kBackward>(grads[0], input, weight, chosen, stride,
                                                         padding, dilation, activation, max_pool,
                                                         needs_grad);
@@ -604,6 +628,7 @@ TORCH_LIBRARY_FRAGMENT(pyens, m) {
                 options + ") -> Tensor")
       .cpu<ensemble_conv2d_sparse>()
       .meta<ensemble_conv2d_sparse_meta>()
+      .autocast<ensemble_conv2d_sparse_autocast>()
       .not_differentiable();
   Operation(m,
             "ensemble_conv2d_int8(Tensor input, Tensor values, Tensor scale, Tensor offset,"
@@ -611,6 +636,7 @@ TORCH_LIBRARY_FRAGMENT(pyens, m) {
                 options + ") -> Tensor")
       .cpu<ensemble_conv2d_int8>()
       .meta<ensemble_conv2d_int8_meta>()
+      .autocast<ensemble_conv2d_int8_autocast>()
       .not_differentiable();
   Operation(m, "ensemble_conv2d_choosing(Tensor input, Tensor weight, Tensor? bias" + options +
                    ") -> (Tensor output, Tensor chosen)")

@@ -122,6 +122,15 @@ Tensor ensemble_mlp_int8_meta(const Tensor& input, TensorList values, TensorList
   return output_like(input, values);
 }
 
+Tensor ensemble_mlp_int8_autocast(const Tensor& input, TensorList values, TensorList scale,
+                                  TensorList offset, TensorList input_scale,
+                                  TensorList input_zero_point, TensorList biases,
+                                  std::string_view activation, std::string_view output_activation) {
+  const Autocast cast(input);
+  return call<ensemble_mlp_int8, kOp>(cast.float32(input), values, scale, offset, input_scale,
+                                      input_zero_point, biases, activation, output_activation);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(pyens, m) {
@@ -131,6 +140,7 @@ TORCH_LIBRARY_FRAGMENT(pyens, m) {
             " str output_activation) -> Tensor")
       .cpu<ensemble_mlp_int8>()
       .meta<ensemble_mlp_int8_meta>()
+      .autocast<ensemble_mlp_int8_autocast>()
       .not_differentiable();
 }
 

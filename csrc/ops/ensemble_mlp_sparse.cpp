@@ -124,6 +124,18 @@ Tensor ensemble_mlp_sparse_meta(const Tensor& input, TensorList values, TensorLi
   return output_like(input, starts, order);
 }
 
+// In the dtype of the weights.
+Tensor ensemble_mlp_sparse_autocast(const Tensor& input, TensorList values, TensorList columns,
+                                    TensorList starts, TensorList order, IntArrayRef in_features,
+                                    TensorList biases, std::string_view activation,
+                                    std::string_view output_activation) {
+  const Autocast cast(input);
+  const bool lowered = input.is_floating_point() && !values.empty();
+  return call<ensemble_mlp_sparse, kOp>(lowered ? input.to(values[0].scalar_type()) : input, values,
+                                        columns, starts, order, in_features, biases, activation,
+                                        output_activation);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(pyens, m) {
@@ -133,6 +145,7 @@ TORCH_LIBRARY_FRAGMENT(pyens, m) {
             " str output_activation) -> Tensor")
       .cpu<ensemble_mlp_sparse>()
       .meta<ensemble_mlp_sparse_meta>()
+      .autocast<ensemble_mlp_sparse_autocast>()
       .not_differentiable();
 }
 

@@ -6,6 +6,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from pyens.nn.residual import Residual
 from pyens.reference.activations import MODULES, PARAMETERS, activation_module
@@ -46,6 +49,22 @@ def check_hooks(module: nn.Module, argument: str) -> None:
     ):
         if hooks:
             raise ValueError(f"{argument}: expected modules without {name}, got them on {module}")
+
+
+def check_unchanged(function: str, ensemble: nn.Module, *kinds: type[nn.Module]) -> None:
+    """Refuses what computes something else than its parameters and one of these classes say."""
+    if not any(is_plain(ensemble, kind) for kind in kinds):
+        raise ValueError(
+            f"{function}: ensemble: expected one that computes what its class in pyens does, "
+            f"got {type(ensemble).__name__} with a forward of its own"
+        )
+    hooks = [*ensemble._forward_hooks.values(), *ensemble._forward_pre_hooks.values()]
+    others = [hook for hook in hooks if not isinstance(hook, (BasePruningMethod, SpectralNorm, WeightNorm))]
+    if others:
+        raise ValueError(
+            f"{function}: ensemble: expected modules without hooks of forward, got some on "
+            f"{type(ensemble).__name__}"
+        )
 
 
 def flatten(module: nn.Module) -> Iterator[nn.Module]:

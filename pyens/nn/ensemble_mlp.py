@@ -500,6 +500,7 @@ class PackedEnsembleMLP(Derived, StackedMLP):
 
     def __init__(self, ensemble: StackedMLP) -> None:
         super().__init__()
+        _sequential.check_unchanged("packed", ensemble, StackedMLP, PackedEnsembleMLP)
         weights, biases = ensemble.stacked()
         for name, has in (
             ("norm", ensemble.norm is not None),

@@ -1,7 +1,7 @@
 """A sequence of layers per member, as convolutional networks are."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -10,11 +10,12 @@ from typing_extensions import Self
 
 from pyens.nn import _sequential
 from pyens.nn._members import listed
+from pyens.nn._stacked_mlp import StackedMLP
 from pyens.nn.batch_norm import EnsembleBatchNorm, EnsembleBatchNorm2d
 from pyens.nn.ensemble import Ensemble
 from pyens.nn.ensemble_conv2d import EnsembleConv2d
-from pyens.nn.ensemble_mlp import EnsembleLinear
-from pyens.nn.int8 import Int8EnsembleConv2d, calibration_data
+from pyens.nn.ensemble_mlp import EnsembleLinear, PackedEnsembleMLP
+from pyens.nn.int8 import Int8EnsembleConv2d, as_they_are, calibration_data
 from pyens.nn.pooling import EnsembleAvgPool2d, EnsembleMaxPool2d, Flatten
 from pyens.nn.sparse import SparseEnsembleConv2d
 
@@ -54,11 +55,12 @@ class EnsembleSequential(Ensemble):
                 raise TypeError(
                     f"EnsembleSequential: modules[{i}]: expected a module, got {type(module).__name__}"
                 )
-            if instead := _INSTEAD.get(type(module)):
-                raise ValueError(
-                    f"EnsembleSequential: modules[{i}]: expected {instead}, which knows of members, "
-                    f"got {module}"
-                )
+            for part in _sequential.flatten(module):
+                if instead := _instead(part):
+                    raise ValueError(
+                        f"EnsembleSequential: modules[{i}]: expected {instead}, which knows of members, "
+                        f"got {part}"
+                    )
             self.add_module(str(i), module)
         sizes = {part.ensemble_size for part in self.children() if isinstance(part, Ensemble)}
         if len(sizes) != 1:
@@ -113,23 +115,39 @@ class EnsembleSequential(Ensemble):
     def member(self, i: int) -> nn.Sequential:
         """Member i as an `nn.Sequential` of the layers of torch.nn, with copies of its parameters."""
         self._check_member(i)
-        layers = [_member_layer(layer, i) for layer in self.children()]
+        layers = [_member_layer(layer, i) for layer in self._layers("member")]
         return nn.Sequential(*layers).train(self.training)
 
+    def _layers(self, function: str) -> list[nn.Module]:
+        """The layers in their order, one that is used twice twice, those of plain sequences in it one by one.
+
+        Raises:
+            ValueError: a forward of its own; hooks on a sequence; an ensemble within another kind of module.
+        """
+        if not _sequential.is_plain(self, EnsembleSequential):
+            raise ValueError(
+                f"{function}: expected a class that leaves the forward of EnsembleSequential alone, "
+                f"got {type(self).__name__}"
+            )
+        return list(_flat(function, self))
+
     @torch.no_grad()
-    def packed(self) -> Self:
+    def packed(self) -> "EnsembleSequential":
         """The ensemble frozen for inference, in evaluation: a copy without gradients, batch norms folded.
+
+        The layers of sequences in it follow each other in one.
 
         With scale s = weight / sqrt(running_var + eps) and shift t = bias - running_mean s, a norm right
         after a convolution or a linear layer makes W <- s W, b <- s b + t of it, in float64, then rounded.
 
         Raises:
-            ValueError: a batch norm that stands elsewhere, or has no running statistics.
+            ValueError: a batch norm that stands elsewhere, or has no running statistics; a class, or a layer
+                with weights, with a forward of its own, or hooks; an ensemble within another kind of module.
         """
         layers: list[nn.Module] = []
-        for i, layer in enumerate(self.children()):
+        for i, layer in enumerate(self._layers("packed")):
+            argument = f"packed: layer {i}"
             if isinstance(layer, EnsembleBatchNorm):
-                argument = f"packed: layer {i}"
                 before = layers[-1] if layers else None
                 if before is None or not _has_plain_weights(before):
                     raise ValueError(
@@ -138,14 +156,15 @@ class EnsembleSequential(Ensemble):
                     )
                 _sequential.fold_after(before, layer.select(slice(None)).eval(), argument)
             elif _has_plain_weights(layer):
+                _sequential.check_unchanged(argument, layer, EnsembleConv2d, EnsembleLinear)
                 layers.append(_plain(cast(EnsembleConv2d | EnsembleLinear, layer)))
             elif isinstance(layer, Ensemble):
                 layers.append(layer.select(slice(None)))
             elif not isinstance(layer, (nn.Dropout, nn.Identity)):
                 layers.append(copy.deepcopy(layer))
-        return type(self)(*layers).requires_grad_(False).eval()
+        return EnsembleSequential(*layers).requires_grad_(False).eval()
 
-    def sparse(self) -> Self:
+    def sparse(self) -> "EnsembleSequential":
         """The ensemble frozen with the weights that are not zero, as after `torch.nn.utils.prune`.
 
         Batch norms are folded first, as `packed` does, and leave zeros zero.
@@ -157,7 +176,7 @@ class EnsembleSequential(Ensemble):
         for i, layer in enumerate(self.packed().children()):
             freeze = _freezer("sparse", i, layer)
             layers.append(layer if freeze is None else freeze())
-        return type(self)(*layers).eval()
+        return EnsembleSequential(*layers).eval()
 
     @torch.no_grad()
     def quantize(
@@ -166,7 +185,7 @@ class EnsembleSequential(Ensemble):
         *,
         observer: Callable[[], Any] | None = None,
         sparse: bool = False,
-    ) -> Self:
+    ) -> "EnsembleSequential":
         """The ensemble frozen with weights in bytes, layer by layer as `EnsembleMLP.quantize` does it.
 
         Batch norms are folded first, as `packed` does. Between the layers are numbers of float32.
@@ -175,14 +194,32 @@ class EnsembleSequential(Ensemble):
             ValueError: an ensemble in it that has no form in bytes; and as `packed` and
                 `EnsembleMLP.quantize`.
         """
-        batches = calibration_data(data)
+        batches = [batch.clone() for batch in calibration_data(data)]  # which layers in place may change
         layers: list[nn.Module] = []
         for i, layer in enumerate(frozen := list(self.packed().children())):
             freeze = _freezer("quantize", i, layer)
             layers.append(layer if freeze is None else freeze(batches, observer=observer, sparse=sparse))
             if i + 1 < len(frozen):
-                batches = [layer(batch) for batch in batches]
-        return type(self)(*layers).eval()
+                with as_they_are():
+                    batches = [layer(batch) for batch in batches]
+        return EnsembleSequential(*layers).eval()
+
+
+def _flat(function: str, sequence: nn.Module) -> Iterator[nn.Module]:
+    for name, layer in sequence._modules.items():
+        if layer is None:
+            continue
+        if _sequential.is_plain(layer, nn.Sequential) or _sequential.is_plain(layer, EnsembleSequential):
+            _sequential.check_hooks(layer, f"{function}: layer {name}")
+            yield from _flat(function, layer)
+            continue
+        inside = [part for part in layer.modules() if part is not layer and isinstance(part, Ensemble)]
+        if inside and not isinstance(layer, Ensemble):
+            raise ValueError(
+                f"{function}: layer {name}: expected layers, and sequences of them, got a "
+                f"{type(layer).__name__} with a {type(inside[0]).__name__} in it"
+            )
+        yield layer
 
 
 # Layers of torch.nn that take the first dimension, or the first two, for examples and channels.
@@ -200,6 +237,37 @@ _INSTEAD: dict[type[nn.Module], str] = {
 _CONVOLUTIONS = (EnsembleConv2d, SparseEnsembleConv2d, Int8EnsembleConv2d)
 
 
+# What else of torch.nn does: the modules of these files, and some others.
+_OF_IMAGES = (
+    "batchnorm",
+    "channelshuffle",
+    "conv",
+    "fold",
+    "instancenorm",
+    "padding",
+    "pixelshuffle",
+    "pooling",
+)
+_BY_CHANNEL = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout, nn.GroupNorm)
+_BY_PLACE = (nn.LocalResponseNorm, nn.CrossMapLRN2d, nn.Softmax2d, nn.Unflatten)
+
+
+def _instead(layer: nn.Module) -> str | None:
+    """What a layer of torch.nn would have to be, if it does not treat each number for itself."""
+    kind = type(layer)
+    if kind in _INSTEAD:
+        return _INSTEAD[kind]
+    package, _, file = kind.__module__.rpartition(".")
+    if package == "torch.nn.modules" and file in (*_OF_IMAGES, "upsampling"):
+        return "a layer"
+    if kind in _BY_CHANNEL or kind in _BY_PLACE:
+        return "a layer"
+    dim = getattr(layer, "dim", -1)
+    if kind in (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.GLU) and (dim is None or dim >= 0):
+        return f"{kind.__name__} with a dim counted from the end"
+    return None
+
+
 def _has_plain_weights(layer: nn.Module) -> bool:
     return _sequential.is_plain(layer, EnsembleConv2d) or _sequential.is_plain(layer, EnsembleLinear)
 
@@ -209,8 +277,10 @@ def _freezer(name: str, i: int, layer: nn.Module) -> Callable[..., Any] | None:
     if not isinstance(layer, Ensemble):
         return None
     freeze: Callable[..., Any] | None = getattr(layer, name, None)
-    changed = isinstance(layer, (EnsembleConv2d, EnsembleLinear)) and not _has_plain_weights(layer)
-    if changed or not callable(freeze):
+    if isinstance(layer, (EnsembleConv2d, StackedMLP)):
+        known = (EnsembleConv2d, StackedMLP, PackedEnsembleMLP)
+        _sequential.check_unchanged(f"{name}: layer {i}", layer, *known)
+    if not callable(freeze):
         raise ValueError(
             f"{name}: layer {i}: expected EnsembleConv2d, EnsembleLinear or EnsembleMLP, "
             f"got {type(layer).__name__}"

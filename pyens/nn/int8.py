@@ -1,14 +1,18 @@
 """Ensembles frozen with their weights in bytes."""
 
+import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from pyens import _kinds
 from pyens._types import Activation
-from pyens.nn._buffers import BufferList, Derived
+from pyens.nn._buffers import BufferList
+from pyens.nn._sequential import check_unchanged
 from pyens.nn.ensemble import Ensemble, Indices, chosen_members
 from pyens.nn.ensemble_conv2d import EnsembleConv2d, Size
 from pyens.nn.ensemble_mlp import EnsembleMLP
@@ -20,12 +24,25 @@ from pyens.ops.sparse_rows import pack_sparse
 Observer = Callable[[], Any]
 
 
-class Int8Layer(Derived):
+class KeepsFloat32(nn.Module):
+    """A module whose numbers stay float32 under `double()`, `half()` and `to(dtype)`."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in list(self.named_buffers()):
+            if buffer.dtype != before[name].dtype:
+                place, _, own = name.rpartition(".")
+                setattr(self.get_submodule(place), own, before[name].to(buffer.device))
+        return self
+
+
+class Int8Layer(nn.Module):
     """The weights of a layer in bytes as buffers: those of `pyens.ops.Int8Weight`.
 
-    `sparse`: the state dict has `values.values`, `.columns`, `.starts` and `.order` (see
+    `sparse`: the state dict has `values.values`, `.columns`, `.starts`, `.order` and `.shape` (see
     `pyens.ops.SparseRows`) in the place of `values`, two bytes for each weight that is not zero. In memory
-    there are all of them too.
+    there are all of them too, made anew where those have changed.
     """
 
     scale: Tensor
@@ -41,27 +58,44 @@ class Int8Layer(Derived):
             self.register_buffer("values", weight.values)
         for name in ("scale", "offset", "input_scale", "input_zero_point"):
             self.register_buffer(name, getattr(weight, name))
-        self._derive_and_follow()
+        self._dense: tuple[list[Tensor], list[int], Tensor] | None = None  # made of what, and what it is
 
     @property
     def sparse(self) -> bool:
         return isinstance(self.values, SparseWeight)
 
-    def _derive(self) -> None:
+    def _whole_values(self) -> Tensor:
+        """All bytes of the weights, of those that are kept."""
+        if self._dense is not None and torch.compiler.is_compiling():
+            return self._dense[2]
         values: Any = self.values
-        self._derived = values.rows().dense() if self.sparse else None
+        rows = values.rows()
+        tensors = list(rows[:4])
+        versions = [0 if t.is_inference() else t._version for t in tensors]
+        if self._dense is not None:
+            of, then, whole = self._dense
+            if then == versions and all(map(operator.is_, of, tensors)):
+                return whole
+        self._dense = tensors, versions, rows.dense()
+        return self._dense[2]
 
     def weight(self) -> Int8Weight:
-        values: Any = self._derived if self.sparse else self.values
+        values: Any = self._whole_values() if self.sparse else self.values
         return Int8Weight(values, self.scale, self.offset, self.input_scale, self.input_zero_point)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_dense": None}
+
     def extra_repr(self) -> str:
-        weight = self.weight()
-        sparse = f", {int(weight.values.count_nonzero())} of them not zero" if self.sparse else ""
-        return f"{list(weight.shape)}, {weight.values.numel()} weights{sparse}"
+        values: Any = self.values
+        if not self.sparse:
+            return f"{list(values.shape)}, {values.numel()} weights"
+        shape = values.rows().shape
+        kept = len(values.values)
+        return f"{list(shape)}, {math.prod(shape)} weights, {kept} of them not zero"
 
 
-class Int8EnsembleMLP(Ensemble):
+class Int8EnsembleMLP(KeepsFloat32, Ensemble):
     """An `EnsembleMLP` frozen with its weights in bytes, whose layers' inputs become bytes too.
 
     A quarter of the memory, and with the processor's instructions for bytes (VNNI) several times the speed;
@@ -98,9 +132,11 @@ class Int8EnsembleMLP(Ensemble):
             layers.append(Int8Layer(pack_int8(weight.detach(), scale, zero_point), sparse))
             if i + 1 < len(weights):
                 bias = [biases[i]] if len(biases) > 0 else None
-                batches = [
-                    ensemble_mlp(batch, [weight], bias, output_activation=activations[i]) for batch in batches
-                ]
+                with as_they_are():
+                    batches = [
+                        ensemble_mlp(batch, [weight], bias, output_activation=activations[i])
+                        for batch in batches
+                    ]
         self.layers = nn.ModuleList(layers)
         self.biases = BufferList(biases)
         check_finite_biases("quantize", self.biases.buffers())
@@ -111,7 +147,13 @@ class Int8EnsembleMLP(Ensemble):
         return [layer.weight() for layer in layers]
 
     def forward(self, input: Tensor) -> Tensor:
-        """`[B, in_features]` (shared by all members) or `[E, B, in_features]` -> `[E, B, out_features]`."""
+        """`[B, in_features]` (shared by all members) or `[E, B, in_features]` -> `[E, B, out_features]`.
+
+        One row `[in_features]` gives `[E, out_features]`.
+        """
+        if isinstance(input, Tensor) and input.dim() == 1:
+            output: Tensor = self(input.unsqueeze(0))
+            return output.squeeze(1)
         return ensemble_mlp_int8(
             input,
             self._weights(),
@@ -151,7 +193,7 @@ class Int8EnsembleMLP(Ensemble):
         return self.dense().member(i)
 
 
-class Int8EnsembleConv2d(Ensemble):
+class Int8EnsembleConv2d(KeepsFloat32, Ensemble):
     """An `EnsembleConv2d` frozen with its weights in bytes, as `Int8EnsembleMLP` is.
 
     Buffers `weight.values`, `.scale`, `.offset`, `.input_scale`, `.input_zero_point`, and `bias`. Made by
@@ -170,6 +212,7 @@ class Int8EnsembleConv2d(Ensemble):
         sparse: bool = False,
     ) -> None:
         super().__init__()
+        check_unchanged("quantize", ensemble, EnsembleConv2d)
         ((weight,), biases) = ensemble.stacked()
         check_float32("quantize", [weight])
         check_finite_biases("quantize", biases)
@@ -251,6 +294,11 @@ def calibration_data(data: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return [batch for batch in batches if batch.numel() > 0]
 
 
+def as_they_are() -> torch.autocast:
+    """Where nothing is computed in another dtype than that of the weights."""
+    return torch.autocast("cpu", enabled=False)
+
+
 def observe(
     batches: Sequence[Tensor], members: int, dims: int, observer: Observer | None
 ) -> tuple[Tensor, Tensor]:
@@ -266,6 +314,11 @@ def observe(
             raise ValueError(
                 "quantize: data: expected numbers that stay finite in all layers, got NaN or Inf"
             )
+    if isinstance(observer, nn.Module):
+        raise TypeError(
+            "quantize: observer: expected a function that makes one, such as its class, got "
+            f"{type(observer).__name__}"
+        )
     shared = all(batch.dim() == dims for batch in batches)
     found = []
     for m in range(1 if shared else members):
@@ -285,6 +338,8 @@ def observe(
                 "quantize: observer: expected one scale and a zero point from 0 to 255, got "
                 f"{scale} and {zero_point}"
             )
+        if not scale.isfinite().all():
+            raise ValueError("quantize: data: expected a range that float32 holds, got a larger one")
         found.append((scale.float().reshape(()), zero_point.to(torch.uint8).reshape(())))
     scales, zero_points = (torch.stack(column) for column in zip(*found, strict=True))
     return scales.expand(members).contiguous(), zero_points.expand(members).contiguous()

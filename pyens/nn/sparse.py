@@ -8,14 +8,16 @@ from torch import Tensor, nn
 
 from pyens._types import Activation
 from pyens.nn._buffers import BufferList
+from pyens.nn._sequential import check_unchanged
+from pyens.nn._stacked_mlp import StackedMLP
 from pyens.nn.ensemble import Ensemble, Indices, chosen_members
 from pyens.nn.ensemble_conv2d import EnsembleConv2d, Size
-from pyens.nn.ensemble_mlp import EnsembleMLP
+from pyens.nn.ensemble_mlp import EnsembleMLP, PackedEnsembleMLP
 from pyens.ops.sparse_rows import SparseRows, ensemble_conv2d_sparse, ensemble_mlp_sparse, pack_sparse
 
 
 class SparseWeight(nn.Module):
-    """The kept weights of a layer as buffers: those of `pyens.ops.SparseRows`.
+    """The kept weights of a layer as buffers: those of `pyens.ops.SparseRows`, and `shape`, int64.
 
     A state dict with another number of weights loads too, if the layer has the same shape.
     """
@@ -24,10 +26,12 @@ class SparseWeight(nn.Module):
     columns: Tensor
     starts: Tensor
     order: Tensor
+    shape: Tensor
 
     def __init__(self, rows: SparseRows) -> None:
         super().__init__()
         self.row_shape = rows.row_shape
+        self.register_buffer("shape", torch.tensor(rows.shape))
         for name in ("values", "columns", "starts", "order"):
             self.register_buffer(name, getattr(rows, name))
 
@@ -40,8 +44,15 @@ class SparseWeight(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any, **options: Any
     ) -> None:
-        starts = state_dict.get(prefix + "starts")
-        fits = isinstance(starts, Tensor) and starts.shape == self.starts.shape
+        shape = state_dict.get(prefix + "shape")
+        fits = isinstance(shape, Tensor) and shape.tolist() == list(self.rows().shape)
+        if isinstance(shape, Tensor) and not fits:
+            errors: list[str] = arguments[-1]
+            errors.append(
+                f"size mismatch for {prefix[:-1]}: weights of shape {shape.tolist()} in the state dict, "
+                f"{list(self.rows().shape)} here"
+            )
+            return
         for name in ("values", "columns"):
             given, own = state_dict.get(prefix + name), getattr(self, name)
             if fits and isinstance(given, Tensor) and given.dim() == 1 and given.shape != own.shape:
@@ -58,8 +69,9 @@ class SparseEnsembleMLP(Ensemble):
     """An `EnsembleMLP` frozen with the weights that are not zero: one multiply-add for each of them.
 
     Outputs are, bit for bit, those of the ensemble it was made of, where all is finite. In the state dict a
-    layer has `layers.{l}.values`, `.columns`, `.starts` and `.order` (see `pyens.ops.SparseRows`), and
-    `biases.{l}`. There are no parameters: it does not train. On the CPU, in float32 and float64.
+    layer has `layers.{l}.values`, `.columns`, `.starts`, `.order` (see `pyens.ops.SparseRows`) and
+    `.shape`, and `biases.{l}`. There are no parameters: it does not train. On the CPU, in float32 and
+    float64.
 
     Norms and residuals are refused, dropout is left out. Made by `EnsembleMLP.sparse()` and
     `EnsembleLinear.sparse()`.
@@ -87,7 +99,13 @@ class SparseEnsembleMLP(Ensemble):
         return [layer.rows() for layer in layers]
 
     def forward(self, input: Tensor) -> Tensor:
-        """`[B, in_features]` (shared by all members) or `[E, B, in_features]` -> `[E, B, out_features]`."""
+        """`[B, in_features]` (shared by all members) or `[E, B, in_features]` -> `[E, B, out_features]`.
+
+        One row `[in_features]` gives `[E, out_features]`.
+        """
+        if isinstance(input, Tensor) and input.dim() == 1:
+            output: Tensor = self(input.unsqueeze(0))
+            return output.squeeze(1)
         return ensemble_mlp_sparse(
             input,
             self._rows(),
@@ -125,13 +143,15 @@ class SparseEnsembleMLP(Ensemble):
 class SparseEnsembleConv2d(Ensemble):
     """An `EnsembleConv2d` frozen with the weights that are not zero, as `SparseEnsembleMLP` is.
 
-    Buffers `weight.values`, `.columns`, `.starts`, `.order`, and `bias`. Made by `EnsembleConv2d.sparse()`.
+    Buffers `weight.values`, `.columns`, `.starts`, `.order`, `.shape`, and `bias`. Made by
+    `EnsembleConv2d.sparse()`.
     """
 
     bias: Tensor | None
 
     def __init__(self, ensemble: EnsembleConv2d, masks: Tensor | None = None) -> None:
         super().__init__()
+        check_unchanged("sparse", ensemble, EnsembleConv2d)
         ((weight,), biases) = ensemble.stacked()
         self.ensemble_size = ensemble.ensemble_size
         self.stride, self.padding, self.dilation = ensemble.stride, ensemble.padding, ensemble.dilation
@@ -189,7 +209,8 @@ class SparseEnsembleConv2d(Ensemble):
 
 
 def check_plain(function: str, ensemble: Any) -> None:
-    """Refuses an MLP with more between its layers than an activation and dropout."""
+    """Refuses an MLP with more between its layers than an activation and dropout, or that computes more."""
+    check_unchanged(function, ensemble, StackedMLP, PackedEnsembleMLP)
     for name, there_is in {"norm": ensemble.norm, "residual": ensemble.residual}.items():
         if there_is is not None and there_is is not False:
             raise ValueError(

@@ -9,6 +9,7 @@ from torch import Tensor
 from pyens import _kinds
 from pyens.ops._call import operation
 from pyens.ops.ensemble_conv2d import pair
+from pyens.ops.sparse_rows import hidden_names
 
 
 class Int8Weight(NamedTuple):
@@ -127,7 +128,8 @@ def ensemble_mlp_int8(
 
     Raises:
         ValueError, TypeError: shapes, dtypes and devices that do not fit.
-        NotImplementedError: another device; a gradient that is asked for.
+        NotImplementedError: another device.
+        RuntimeError: a gradient that is asked for, when it is computed.
 
     Reference in `pyens.reference.ensemble_mlp_int8`.
     """
@@ -136,7 +138,7 @@ def ensemble_mlp_int8(
         input,
         *_columns(weights),
         () if biases is None else biases,
-        activation if isinstance(activation, str) else ", ".join(activation),
+        hidden_names(activation, len(weights)),
         output_activation,
     )
 

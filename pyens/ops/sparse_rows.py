@@ -32,8 +32,13 @@ class SparseRows(NamedTuple):
         return (self.order.shape[0], self.order.shape[2], *self.row_shape)
 
     def dense(self) -> Tensor:
-        """The weights with their zeros."""
+        """The weights with their zeros.
+
+        Raises:
+            ValueError: starts, rows or columns out of range.
+        """
         members, blocks, rows = self.order.shape
+        self._check()
         inputs = int(torch.tensor(self.row_shape).prod())
         counts = self.starts.diff().long().flatten()
         weights = self.values.new_zeros(members, rows, blocks * BLOCK)
@@ -42,6 +47,27 @@ class SparseRows(NamedTuple):
         row = self.order.flatten()[place].long()
         weights[member, row, block * BLOCK + self.columns.long()] = self.values
         return weights[:, :, :inputs].reshape(self.shape)
+
+    def _check(self) -> None:
+        """What the operations look at too, who would read and write out of range."""
+        blocks, rows = self.order.shape[1:]
+        inputs, numbers = int(torch.tensor(self.row_shape).prod()), len(self.values)
+        ends = torch.cat([self.starts[..., :1].new_zeros(1), self.starts[..., -1].flatten()])
+        if (self.starts.diff() < 0).any() or (self.starts < 0).any() or int(ends.max()) > numbers:
+            raise ValueError(
+                f"SparseRows: starts: expected ascending within the {numbers} values, got others"
+            )
+        if not torch.equal(
+            self.order.sort(-1).values, torch.arange(rows).to(self.order).expand_as(self.order)
+        ):
+            raise ValueError(f"SparseRows: order: expected each row from 0 to {rows - 1} once, got others")
+        for block in range(blocks):
+            most = min(BLOCK, inputs - block * BLOCK)
+            for begin, end in zip(self.starts[:, block, 0], self.starts[:, block, -1], strict=True):
+                if (self.columns[begin:end] >= most).any():
+                    raise ValueError(
+                        f"SparseRows: columns: expected below {most} in block {block}, got others"
+                    )
 
 
 @torch.no_grad()
@@ -126,7 +152,8 @@ def ensemble_mlp_sparse(
     Raises:
         ValueError, TypeError: shapes, dtypes and devices that do not fit; rows, columns and starts out of
             range.
-        NotImplementedError: another device; a gradient that is asked for.
+        NotImplementedError: another device.
+        RuntimeError: a gradient that is asked for, when it is computed.
 
     Reference in `pyens.reference.ensemble_mlp_sparse`: the dense network of `SparseRows.dense`.
     """
@@ -139,7 +166,7 @@ def ensemble_mlp_sparse(
         [w.order for w in weights],
         [w.row_shape[0] if len(w.row_shape) == 1 else -1 for w in weights],
         () if biases is None else biases,
-        activation if isinstance(activation, str) else ", ".join(activation),
+        hidden_names(activation, len(weights)),
         output_activation,
     )
 
@@ -171,6 +198,12 @@ def ensemble_conv2d_sparse(
         activation,
         pair(max_pool),
     )
+
+
+def hidden_names(activation: str | Sequence[str], layers: int) -> str:
+    """As the dispatcher takes them; of one layer there are none."""
+    names = activation if isinstance(activation, str) else ", ".join(activation)
+    return "relu" if layers == 1 and names == "" else names
 
 
 def _check_rows(op: str, weights: Sequence[SparseRows]) -> None:
