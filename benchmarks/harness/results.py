@@ -66,13 +66,17 @@ class Result:
             if not t.excluded and (ours is None or (t.ours == ours and not t.yardstick))
         ]
 
+    def peers(self) -> list[Timing]:
+        """Who ours are held against: none that took another instruction set than the rest were held to."""
+        return [t for t in self.timed(ours=False) if not t.uncapped]
+
     def best_peer(self) -> Timing | None:
-        return min(self.timed(ours=False), key=lambda t: t.median, default=None)
+        return min(self.peers(), key=lambda t: t.median, default=None)
 
     def speedup(self, name: str, against: Sequence[str] = ()) -> float | None:
         """Median over rounds of (best peer's time / this one's time); None if there is nothing to compare."""
         mine = next((t for t in self.timed() if t.name == name), None)
-        peers = [t for t in self.timed() if t.name in against] if against else self.timed(ours=False)
+        peers = [t for t in self.timed() if t.name in against] if against else self.peers()
         if mine is None or not peers:
             return None
         best = [min(round_) for round_ in zip(*(t.seconds for t in peers), strict=True)]
