@@ -23,6 +23,21 @@ from pyens import _kinds
 from pyens.nn import Ensemble, EnsembleConv2d, EnsembleLinear, EnsembleMLP
 from pyens.training import Callback, History, Progress, fit
 
+__all__ = [
+    "KeepMasks",
+    "apply_masks",
+    "compressed_size",
+    "iterative_pruning",
+    "magnitude_scores",
+    "make_masks",
+    "masks_of",
+    "polynomial_schedule",
+    "prunable_weights",
+    "random_scores",
+    "snip_scores",
+    "sparsity_of",
+]
+
 Masks = dict[str, Tensor]  # bool [E, ...] of each weight's shape, by its name: which are kept
 Scores = Mapping[str, Tensor]  # [E, ...] likewise: the least are pruned first
 Scope = Literal["layer", "global"]
