@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,10 @@ from typing_extensions import Self
 from pyens import _kinds
 from pyens._types import Activation
 from pyens.nn._buffers import BufferList
+from pyens.nn._frozen import FrozenConv2d, FrozenMLP
 from pyens.nn._sequential import check_unchanged
 from pyens.nn.ensemble import Ensemble, Indices, chosen_members
-from pyens.nn.ensemble_conv2d import EnsembleConv2d, Size
-from pyens.nn.ensemble_mlp import EnsembleMLP
+from pyens.nn.ensemble_conv2d import EnsembleConv2d
 from pyens.nn.sparse import SparseWeight, check_plain
 from pyens.ops.ensemble_mlp import ensemble_mlp
 from pyens.ops.int8 import Int8Weight, ensemble_conv2d_int8, ensemble_mlp_int8, pack_int8
@@ -95,7 +95,7 @@ class Int8Layer(nn.Module):
         return f"{list(shape)}, {math.prod(shape)} weights, {kept} of them not zero"
 
 
-class Int8EnsembleMLP(KeepsFloat32, Ensemble):
+class Int8EnsembleMLP(KeepsFloat32, FrozenMLP):
     """An `EnsembleMLP` frozen with its weights in bytes, whose layers' inputs become bytes too.
 
     A quarter of the memory, and with the processor's instructions for bytes (VNNI) several times the speed;
@@ -106,6 +106,8 @@ class Int8EnsembleMLP(KeepsFloat32, Ensemble):
     Norms and residuals are refused, dropout is left out. Made by `EnsembleMLP.quantize()` and
     `EnsembleLinear.quantize()`, which say what the arguments are.
     """
+
+    _operation = staticmethod(ensemble_mlp_int8)
 
     @torch.no_grad()
     def __init__(
@@ -146,37 +148,6 @@ class Int8EnsembleMLP(KeepsFloat32, Ensemble):
         layers: Any = self.layers
         return [layer.weight() for layer in layers]
 
-    def forward(self, input: Tensor) -> Tensor:
-        """`[B, in_features]` (shared by all members) or `[E, B, in_features]` -> `[E, B, out_features]`.
-
-        One row `[in_features]` gives `[E, out_features]`.
-        """
-        if isinstance(input, Tensor) and input.dim() == 1:
-            output: Tensor = self(input.unsqueeze(0))
-            return output.squeeze(1)
-        return ensemble_mlp_int8(
-            input,
-            self._weights(),
-            list(self.biases.buffers()),
-            activation=self.activation,
-            output_activation=self.output_activation,
-        )
-
-    def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Weights as float32, and biases."""
-        return [weight.dense() for weight in self._weights()], list(self.biases.buffers())
-
-    def dense(self) -> EnsembleMLP:
-        """An `EnsembleMLP` with the same weights, whose inputs stay as they are."""
-        weights, biases = self.stacked()
-        model = EnsembleMLP.from_parameters(
-            weights,
-            [bias.clone() for bias in biases],
-            activation=self.activation,
-            output_activation=self.output_activation,
-        )
-        return model.train(self.training)
-
     def select(self, indices: Indices) -> "Int8EnsembleMLP":
         chosen = chosen_members(self.ensemble_size, indices)
         new = Int8EnsembleMLP.__new__(Int8EnsembleMLP)
@@ -188,19 +159,15 @@ class Int8EnsembleMLP(KeepsFloat32, Ensemble):
         new.biases = BufferList([bias[chosen] for bias in self.biases.buffers()])
         return new.train(self.training)
 
-    def member(self, i: int) -> nn.Module:
-        """Member i as an `nn.Sequential` of float32, whose inputs stay as they are."""
-        return self.dense().member(i)
 
-
-class Int8EnsembleConv2d(KeepsFloat32, Ensemble):
+class Int8EnsembleConv2d(KeepsFloat32, FrozenConv2d):
     """An `EnsembleConv2d` frozen with its weights in bytes, as `Int8EnsembleMLP` is.
 
     Buffers `weight.values`, `.scale`, `.offset`, `.input_scale`, `.input_zero_point`, and `bias`. Made by
     `EnsembleConv2d.quantize()`.
     """
 
-    bias: Tensor | None
+    _operation = staticmethod(ensemble_conv2d_int8)
 
     @torch.no_grad()
     def __init__(
@@ -223,43 +190,8 @@ class Int8EnsembleConv2d(KeepsFloat32, Ensemble):
         self.register_buffer("bias", biases[0].detach().clone() if biases else None)
         self.eval()
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Images `[B, C, H, W]` (shared by all members) or `[E, B, C, H, W]` -> `[E, B, O, H', W']`."""
-        return self.convolve(input)
-
-    def convolve(
-        self, input: Tensor, activation: Literal["identity", "relu"] = "identity", max_pool: Size = 1
-    ) -> Tensor:
-        """`forward`, then what `pyens.ops.ensemble_conv2d` does behind it."""
-        return ensemble_conv2d_int8(
-            input,
-            self.weight.weight(),
-            self.bias,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            activation=activation,
-            max_pool=max_pool,
-        )
-
-    def dense(self) -> EnsembleConv2d:
-        """An `EnsembleConv2d` with the same weights, whose inputs stay as they are."""
-        weight = self.weight.weight().dense()
-        members, out, inputs, *kernel = weight.shape
-        new = EnsembleConv2d(
-            members,
-            inputs,
-            out,
-            (kernel[0], kernel[1]),
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.bias is not None,
-            device="meta",
-        )
-        new.weight = nn.Parameter(weight)
-        new.bias = None if self.bias is None else nn.Parameter(self.bias.clone())
-        return new.train(self.training)
+    def _weight(self) -> Int8Weight:
+        return self.weight.weight()
 
     def select(self, indices: Indices) -> "Int8EnsembleConv2d":
         chosen = chosen_members(self.ensemble_size, indices)
@@ -270,10 +202,6 @@ class Int8EnsembleConv2d(KeepsFloat32, Ensemble):
         new.weight = _layer_of(self.weight, chosen)
         new.register_buffer("bias", None if self.bias is None else self.bias[chosen])
         return new.train(self.training)
-
-    def member(self, i: int) -> nn.Conv2d:
-        """Member i as an `nn.Conv2d` of float32, whose inputs stay as they are."""
-        return self.dense().member(i)
 
 
 # --- calibration ---------------------------------------------------------------------------------------

@@ -1,18 +1,19 @@
 """Ensembles frozen with those of their weights that are not zero."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyens._types import Activation
 from pyens.nn._buffers import BufferList
+from pyens.nn._frozen import FrozenConv2d, FrozenMLP
 from pyens.nn._sequential import check_unchanged
 from pyens.nn._stacked_mlp import StackedMLP
-from pyens.nn.ensemble import Ensemble, Indices, chosen_members
-from pyens.nn.ensemble_conv2d import EnsembleConv2d, Size
-from pyens.nn.ensemble_mlp import EnsembleMLP, PackedEnsembleMLP
+from pyens.nn.ensemble import Indices, chosen_members
+from pyens.nn.ensemble_conv2d import EnsembleConv2d
+from pyens.nn.ensemble_mlp import PackedEnsembleMLP
 from pyens.ops.sparse_rows import SparseRows, ensemble_conv2d_sparse, ensemble_mlp_sparse, pack_sparse
 
 
@@ -65,7 +66,7 @@ class SparseWeight(nn.Module):
         return f"{list(self.rows().shape)}, {len(self.values)} of {dense} weights"
 
 
-class SparseEnsembleMLP(Ensemble):
+class SparseEnsembleMLP(FrozenMLP):
     """An `EnsembleMLP` frozen with the weights that are not zero: one multiply-add for each of them.
 
     Outputs are, bit for bit, those of the ensemble it was made of, where all is finite. In the state dict a
@@ -76,6 +77,8 @@ class SparseEnsembleMLP(Ensemble):
     Norms and residuals are refused, dropout is left out. Made by `EnsembleMLP.sparse()` and
     `EnsembleLinear.sparse()`.
     """
+
+    _operation = staticmethod(ensemble_mlp_sparse)
 
     def __init__(self, ensemble: Any, masks: Sequence[Tensor] | None = None) -> None:
         super().__init__()
@@ -94,60 +97,25 @@ class SparseEnsembleMLP(Ensemble):
         self.biases = BufferList(biases)
         self.eval()
 
-    def _rows(self) -> list[SparseRows]:
+    def _weights(self) -> list[SparseRows]:
         layers: Any = self.layers
         return [layer.rows() for layer in layers]
 
-    def forward(self, input: Tensor) -> Tensor:
-        """`[B, in_features]` (shared by all members) or `[E, B, in_features]` -> `[E, B, out_features]`.
-
-        One row `[in_features]` gives `[E, out_features]`.
-        """
-        if isinstance(input, Tensor) and input.dim() == 1:
-            output: Tensor = self(input.unsqueeze(0))
-            return output.squeeze(1)
-        return ensemble_mlp_sparse(
-            input,
-            self._rows(),
-            list(self.biases.buffers()),
-            activation=self.activation,
-            output_activation=self.output_activation,
-        )
-
-    def stacked(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Weights with their zeros, and biases."""
-        return [rows.dense() for rows in self._rows()], list(self.biases.buffers())
-
-    def dense(self) -> EnsembleMLP:
-        """An `EnsembleMLP` with the same weights, and zeros."""
-        weights, biases = self.stacked()
-        model = EnsembleMLP.from_parameters(
-            weights,
-            [bias.clone() for bias in biases],
-            activation=self.activation,
-            output_activation=self.output_activation,
-        )
-        return model.train(self.training)
-
     def select(self, indices: Indices) -> "SparseEnsembleMLP":
-        masks = [_kept(rows) for rows in self._rows()]
+        masks = [_kept(rows) for rows in self._weights()]
         dense = self.dense().select(indices)
         chosen = chosen_members(self.ensemble_size, indices)
         return SparseEnsembleMLP(dense, [mask[chosen] for mask in masks])
 
-    def member(self, i: int) -> nn.Module:
-        """Member i as an `nn.Sequential` with its zeros."""
-        return self.dense().member(i)
 
-
-class SparseEnsembleConv2d(Ensemble):
+class SparseEnsembleConv2d(FrozenConv2d):
     """An `EnsembleConv2d` frozen with the weights that are not zero, as `SparseEnsembleMLP` is.
 
     Buffers `weight.values`, `.columns`, `.starts`, `.order`, `.shape`, and `bias`. Made by
     `EnsembleConv2d.sparse()`.
     """
 
-    bias: Tensor | None
+    _operation = staticmethod(ensemble_conv2d_sparse)
 
     def __init__(self, ensemble: EnsembleConv2d, masks: Tensor | None = None) -> None:
         super().__init__()
@@ -159,53 +127,13 @@ class SparseEnsembleConv2d(Ensemble):
         self.register_buffer("bias", biases[0].detach().clone() if biases else None)
         self.eval()
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Images `[B, C, H, W]` (shared by all members) or `[E, B, C, H, W]` -> `[E, B, O, H', W']`."""
-        return self.convolve(input)
-
-    def convolve(
-        self, input: Tensor, activation: Literal["identity", "relu"] = "identity", max_pool: Size = 1
-    ) -> Tensor:
-        """`forward`, then what `pyens.ops.ensemble_conv2d` does behind it."""
-        return ensemble_conv2d_sparse(
-            input,
-            self.weight.rows(),
-            self.bias,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            activation=activation,
-            max_pool=max_pool,
-        )
-
-    def dense(self) -> EnsembleConv2d:
-        """An `EnsembleConv2d` with the same weights, and zeros."""
-        weight = self.weight.rows().dense()
-        members, out, inputs, *kernel = weight.shape
-        new = EnsembleConv2d(
-            members,
-            inputs,
-            out,
-            (kernel[0], kernel[1]),
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.bias is not None,
-            device="meta",
-            dtype=weight.dtype,
-        )
-        new.weight = nn.Parameter(weight)
-        new.bias = None if self.bias is None else nn.Parameter(self.bias.clone())
-        return new.train(self.training)
+    def _weight(self) -> SparseRows:
+        return self.weight.rows()
 
     def select(self, indices: Indices) -> "SparseEnsembleConv2d":
         mask = _kept(self.weight.rows())
         chosen = chosen_members(self.ensemble_size, indices)
         return SparseEnsembleConv2d(self.dense().select(indices), mask[chosen])
-
-    def member(self, i: int) -> nn.Conv2d:
-        """Member i as an `nn.Conv2d` with its zeros."""
-        return self.dense().member(i)
 
 
 def check_plain(function: str, ensemble: Any) -> None:
