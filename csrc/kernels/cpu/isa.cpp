@@ -42,9 +42,12 @@ CpuFeatures choose() {
   const CpuFeatures processor = processor_features();
   const char* cap = std::getenv("PYENS_CPU_CAPABILITY");
   if (cap == nullptr || *cap == '\0') return processor;
+  // What it names, and all before it: a processor may have AVX-VNNI and no AVX-512.
+  CpuFeatures allowed = 0;
   std::string names;
   for (const CpuCapability& capability : kCapabilities) {
-    if (std::string(cap) == capability.name) return processor & capability.features;
+    allowed |= capability.features;
+    if (std::string(cap) == capability.name) return processor & allowed;
     names += std::string(names.empty() ? "" : ", ") + capability.name;
   }
   throw std::invalid_argument("PYENS_CPU_CAPABILITY: expected one of " + names + ", got " + cap);
