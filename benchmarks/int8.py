@@ -70,18 +70,24 @@ def mlp_contestants(
     layers = [layer.weight() for layer in quantized.layers]
 
     def torch_int8() -> harness.Run:
-        members = [
-            [linear_of(layer, problem.biases[i], m, x.shape[0]) for i, layer in enumerate(layers)]
-            for m in range(problem.ensemble_size)
-        ]
+        following = [*layers[1:], None]
 
-        def member(m: int) -> Tensor:
-            hidden = bytes_of(x, layers[0], m)
-            for i, linear in enumerate(members[m]):
-                hidden = linear(hidden, layers[i + 1] if i + 1 < len(layers) else None)
-            return hidden
+        def member(m: int) -> Callable[[], Tensor]:
+            first = bytes_of(layers[0], m)
+            linears = [
+                linear_of(layer, problem.biases[i], m, len(x), following[i]) for i, layer in enumerate(layers)
+            ]
 
-        return lambda: torch.stack([member(m) for m in range(problem.ensemble_size)])
+            def forward() -> Tensor:
+                hidden = first(x)
+                for linear in linears:
+                    hidden = linear(hidden)
+                return hidden
+
+            return forward
+
+        members = [member(m) for m in range(problem.ensemble_size)]
+        return lambda: torch.stack([forward() for forward in members])
 
     nearly = harness.agrees_with(expected, options.dtype, rms=RMS)
     return [
@@ -110,13 +116,14 @@ def image_contestants(shape: tuple[int, int, int], options: harness.Options) -> 
                 convolution_of(of_layers[i], biases[i], m, of_layers[i + 1], size)
                 for i, size in enumerate(sizes_of(problem))
             ]
-            linear = linear_of(of_layers[2], biases[2], m, len(images))
+            linear = linear_of(of_layers[2], biases[2], m, len(images), None)
+            first = bytes_of(of_layers[0], m)
 
             def forward() -> Tensor:
-                hidden = bytes_of(images, of_layers[0], m)
+                hidden = first(images)
                 for convolution in convolutions:
                     hidden = maximum(convolution(hidden))
-                return linear(hidden.flatten(1), None)
+                return linear(hidden.flatten(1))
 
             return forward
 
@@ -149,10 +156,11 @@ def scale_of(layer: Int8Weight, m: int) -> tuple[float, int]:
     return layer.input_scale[m].item(), int(layer.input_zero_point[m])
 
 
-def bytes_of(x: Tensor, layer: Int8Weight, m: int) -> Tensor:
+def bytes_of(layer: Int8Weight, m: int) -> Callable[[Tensor], Tensor]:
     import torch.ao.quantization.fx._decomposed  # registers the operation
 
-    return torch.ops.quantized_decomposed.quantize_per_tensor(x, *scale_of(layer, m), 0, 255, torch.uint8)
+    by = scale_of(layer, m)
+    return lambda x: torch.ops.quantized_decomposed.quantize_per_tensor(x, *by, 0, 255, torch.uint8)
 
 
 def after(following: Int8Weight | None, m: int) -> tuple[float, int, torch.dtype, str]:
@@ -164,18 +172,16 @@ def after(following: Int8Weight | None, m: int) -> tuple[float, int, torch.dtype
     )
 
 
-def linear_of(layer: Int8Weight, bias: Tensor, m: int, rows: int) -> Callable[..., Tensor]:
-    values = layer.values[m]
+def linear_of(
+    layer: Int8Weight, bias: Tensor, m: int, rows: int, following: Int8Weight | None
+) -> Callable[[Tensor], Tensor]:
+    values, own = layer.values[m], bias[m]
     packed = torch.ops.onednn.qlinear_prepack(values, [rows, values.shape[1]])
     scale, zero = layer.scale[m], torch.zeros(len(values), dtype=torch.int)
-
-    def linear(x: Tensor, following: Int8Weight | None) -> Tensor:
-        to, point, dtype, activation = after(following, m)
-        return torch.ops.onednn.qlinear_pointwise(
-            x, *scale_of(layer, m), packed, scale, zero, bias[m], to, point, dtype, activation, [], ""
-        )
-
-    return linear
+    by, (to, point, dtype, activation) = scale_of(layer, m), after(following, m)
+    return lambda x: torch.ops.onednn.qlinear_pointwise(
+        x, *by, packed, scale, zero, own, to, point, dtype, activation, [], ""
+    )
 
 
 def sizes_of(problem: Images) -> list[list[int]]:
@@ -191,10 +197,11 @@ def convolution_of(
 ) -> Callable[[Tensor], Tensor]:
     scale, zero = layer.scale[m], torch.zeros(layer.values.shape[1], dtype=torch.int)
     where: list[list[int] | int] = [[1, 1], [0, 0], [1, 1], 1]  # stride, padding, dilation, groups
-    packed = torch.ops.onednn.qconv_prepack(layer.values[m], scale, *scale_of(layer, m), *where, shape)
+    by, own = scale_of(layer, m), bias[m]
+    packed = torch.ops.onednn.qconv_prepack(layer.values[m], scale, *by, *where, shape)
     to, point, dtype, activation = after(following, m)
     return lambda x: torch.ops.onednn.qconv2d_pointwise(
-        x, *scale_of(layer, m), packed, scale, zero, bias[m], *where, to, point, dtype, activation, [], None
+        x, *by, packed, scale, zero, own, *where, to, point, dtype, activation, [], None
     )
 
 
