@@ -23,7 +23,7 @@ ENGINES = (
 )
 CAPPED = (
     "An Intel Xeon held to AVX2, whose cores others used too: wide layers ran at 50 GF/s or at 78 of 85 from "
-    "one minute to the next, so shares of the peak say little. On an AMD of AVX2 alone they ran at 81 %. "
+    "one minute to the next, so shares of the peak say little. "
     "JAX and ONNX Runtime take AVX-512 all the same, and ours are not held against them."
 )
 SHARED_MACHINE = (

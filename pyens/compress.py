@@ -47,15 +47,15 @@ def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights of the linear layers and convolutions in a model, `[E, ...]`, by their names; no biases.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none; one that is no parameter, as after `torch.nn.utils.prune`.
     """
     found = {}
     for place, module in model.named_modules():
         if isinstance(module, (EnsembleLinear, EnsembleConv2d)):
             found[f"{place}.weight".lstrip(".")] = module.weight
         elif isinstance(module, EnsembleMLP):
-            for name, weight in module.weights.named_parameters():
-                found[f"{place}.weights.{name}".lstrip(".")] = weight
+            for i in range(len(module.weights)):
+                found[f"{place}.weights.{i}".lstrip(".")] = module.weights[i]
     parameters = dict(model.named_parameters())
     changed = [name for name in found if name not in parameters]
     if changed:

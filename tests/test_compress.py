@@ -149,6 +149,16 @@ def test_refuses_masks_that_do_not_fit():
         compress.magnitude_scores(model)
 
 
+def test_weights_that_pruning_computes_are_refused():
+    model = EnsembleMLP(E, 4, [5], 2)
+    prune.l1_unstructured(model.weights, "0", 0.5)
+    with pytest.raises(ValueError, match=r"got weights\.0, which something computes"):
+        compress.magnitude_scores(model)
+    prune.remove(model.weights, "0")
+    masks = compress.masks_of(model)
+    assert sorted(masks) == ["weights.0", "weights.1"] and int(masks["weights.0"].sum()) == E * 20 // 2
+
+
 # --- training --------------------------------------------------------------------------------------------
 
 OPTIMIZERS = {

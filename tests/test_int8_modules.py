@@ -237,6 +237,31 @@ def test_bytes_that_are_left_out_may_change():
         assert torch.equal(model(x), want)
 
 
+def test_compiled_with_bytes_left_out():
+    first, second = (EnsembleLinear(E, 20, 4).quantize(torch.randn(40, 20), sparse=True) for _ in range(2))
+    x = torch.randn(5, 20)
+    compiled = torch.compile(first, fullgraph=True)
+    assert torch.equal(compiled(x), first(x))
+    first.load_state_dict(second.state_dict())
+    want = second(x)
+    assert torch.equal(first(x), want) and torch.equal(compiled(x), want)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_members_left_in_place(sparse):
+    x, pixels = torch.randn(9, 20), torch.randn(9, 1, 14, 14)
+    for model, given in (
+        (EnsembleMLP(E, 20, [8], 4).quantize(x, sparse=sparse), x),
+        (network_of_images(False).eval().quantize(pixels, sparse=sparse), pixels),
+    ):
+        want = model(given)[[2, 0]]
+        assert torch.equal(model.select_([2, 0])(given), want) and model.ensemble_size == 2
+        assert torch.equal(copy.deepcopy(model)(given), want)
+        other = model.select([0, 1])
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(other(given), want)
+
+
 @pytest.mark.parametrize("wrong", ["order", "columns", "starts"])
 def test_rows_that_are_none_are_refused(wrong):
     model = EnsembleLinear(E, 20, 4).quantize(torch.randn(40, 20), sparse=True)

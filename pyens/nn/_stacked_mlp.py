@@ -348,6 +348,8 @@ class StackedMLP(Members):
 
         Args:
             data: what the ranges of the layers' inputs are found from: inputs, or several batches of them.
+                A range reaches from 0 on, in 255 steps: inputs far from it (years, 1e6 ± 1) must be centred
+                first.
             observer: makes what finds the range of one layer of one member, as the observers of
                 `torch.ao.quantization` and `torchao` do; None: the smallest and largest number, a
                 `MinMaxObserver`.

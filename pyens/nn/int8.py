@@ -58,7 +58,11 @@ class Int8Layer(nn.Module):
             self.register_buffer("values", weight.values)
         for name in ("scale", "offset", "input_scale", "input_zero_point"):
             self.register_buffer(name, getattr(weight, name))
-        self._dense: tuple[list[Tensor], list[int], Tensor] | None = None  # made of what, and what it is
+        # Made of what, in which state, and what it is. Compiled code does not look: it is told by the hook.
+        self._dense: tuple[list[Tensor], list[int], Tensor] | None = None
+        if sparse:
+            self._whole_values()
+            self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
     @property
     def sparse(self) -> bool:
@@ -93,6 +97,11 @@ class Int8Layer(nn.Module):
         shape = values.rows().shape
         kept = len(values.values)
         return f"{list(shape)}, {math.prod(shape)} weights, {kept} of them not zero"
+
+
+# Not a lambda, which could not be pickled.
+def _forget(layer: Int8Layer, incompatible_keys: Any) -> None:
+    layer._dense = None
 
 
 class Int8EnsembleMLP(KeepsFloat32, FrozenMLP):
