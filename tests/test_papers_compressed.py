@@ -47,9 +47,9 @@ def test_quick_run(folder, monkeypatch, capsys):
         assert 0 <= tables[level]["accuracy"] <= 1 and 0 < tables[level]["entropy other"] <= 2.31
         assert tables[f"{level}, one"]["disagreement other"] == pytest.approx(0, abs=1e-9)
     open_rows = saved["open0"]
-    assert len(open_rows) == 9 and open_rows["deep ensemble"]["member epochs"] == 5
+    assert len(open_rows) == 11 and open_rows["deep ensemble"]["member epochs"] == 5
     page = (output / "compressed-quick.md").read_text()
-    assert page.count("\n| ") >= len(levels) * 2 + 4 + 4 + 9 and "one dense member" in page
+    assert page.count("\n| ") >= len(levels) * 2 + 4 + 4 + 11 and "one dense member" in page
     # Again: nothing is trained anew, and nothing changes.
     assert compressed.main(command) == 0
     again = json.loads((output / "compressed-quick.json").read_text())
