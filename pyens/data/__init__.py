@@ -1,5 +1,6 @@
 """Data sets as plain tensors: bundled ones, the user's own files, and made-up ones."""
 
+from pyens.data.clicks import Clicks, ClickStream
 from pyens.data.criteo import Criteo, load_criteo
 from pyens.data.digits import Digits, Split, load_digits
 from pyens.data.idx import Mnist, load_idx, load_mnist, read_idx
@@ -8,6 +9,8 @@ from pyens.data.table import Rows, Table
 from pyens.data.uci import Uci, load_uci
 
 __all__ = [
+    "ClickStream",
+    "Clicks",
     "Criteo",
     "Digits",
     "Mnist",

@@ -19,7 +19,7 @@ def combine(outputs: Tensor, weights: Tensor | None = None, *, space: Space = "p
 
     What comes back are logits of the combined prediction in both cases, so that `F.cross_entropy` or
     `F.binary_cross_entropy_with_logits` takes them and `softmax` or `sigmoid` gives p, without underflow: in
-    probability ``log p`` for K labels and ``log p/(1-p)`` for a binary logit.
+    probability ``log p`` for K labels and ``log p/(1-p)`` for a binary logit (no K, or K = 1).
 
     Args:
         outputs: logits of the components: ``[J, B]`` (binary), ``[J, B, K]`` or ``[M, J, B, K]``.
@@ -40,19 +40,18 @@ def combine(outputs: Tensor, weights: Tensor | None = None, *, space: Space = "p
     Source: "Anti-Distillation", section 2 and Figure 1.
     """
     _checks.choice("combine", "space", space, "probability", "logit")
-    binary = outputs.ndim == 2
-    z = outputs[..., None] if binary else outputs  # [..., J, B, K]
+    z = outputs[..., None] if outputs.ndim == 2 else outputs  # [..., J, B, K]
     g = _weights(weights, z)
     if space == "logit":
         combined = (g * z).sum(-3)
     else:
         # A weight of 0 is left out, with gradient 0: log 0 would make it NaN.
         log_g = torch.where(g == 0, 1, g).log().masked_fill(g == 0, -torch.inf)
-        if binary:
+        if z.shape[-1] == 1:
             combined = (F.logsigmoid(z) + log_g).logsumexp(-3) - (F.logsigmoid(-z) + log_g).logsumexp(-3)
         else:
             combined = (z.log_softmax(-1) + log_g).logsumexp(-3)
-    return combined.squeeze(-1) if binary else combined
+    return combined.squeeze(-1) if outputs.ndim == 2 else combined
 
 
 class Gate(nn.Module):

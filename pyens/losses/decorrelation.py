@@ -147,8 +147,8 @@ class RunningDecorrelationLoss(nn.Module):
         momentum: α in (0, 1]; 1 is the decorrelation loss without memory.
         reduction: ``"sum"`` over labels or ``"none"``.
 
-    The estimate ``[K, J, J]`` (or ``[J, J]``, ``[M, K, J, J]``) and the number of batches are in the
-    `state_dict`.
+    The estimate ``[K, J, J]`` (or ``[J, J]``, ``[M, K, J, J]``) and the number of batches (of several models
+    ``[M]``) are in the `state_dict`.
 
     Raises:
         TypeError, ValueError: for arguments that are not as above.
@@ -158,6 +158,7 @@ class RunningDecorrelationLoss(nn.Module):
 
     estimate: Tensor
     batches: Tensor
+    member_buffers: tuple[str, ...] = ()  # what is of the models, if there are several: see Ensemble
 
     def __init__(
         self,
@@ -186,8 +187,10 @@ class RunningDecorrelationLoss(nn.Module):
         self.kind, self.momentum, self.reduction = kind, momentum, reduction
         leading = [size for size in (num_models, num_labels) if size is not None]
         shape = [*leading, num_components, num_components]
+        self.member_buffers = ("estimate", "batches") if num_models is not None else ()
         self.register_buffer("estimate", torch.zeros(shape, device=device, dtype=dtype))
-        self.register_buffer("batches", torch.zeros((), dtype=torch.int64, device=device))
+        batches = torch.zeros([] if num_models is None else [num_models], dtype=torch.int64, device=device)
+        self.register_buffer("batches", batches)
 
     def forward(self, outputs: Tensor) -> Tensor:
         """The loss of outputs ``[J, B]``, ``[J, B, K]`` or ``[M, J, B, K]``."""
@@ -213,6 +216,8 @@ def _running(outputs: Tensor, state: RunningDecorrelationLoss) -> Tensor:
         return reduce_labels(_below_diagonal(products), outputs, state.reduction)
     old = state.estimate.to(products.dtype)
     first = state.batches == 0
+    if first.dim():  # of each model
+        first = first.view(-1, *[1] * (products.dim() - 1))
     estimate = torch.where(first, products, old + state.momentum * (products - old))
     if state.training:
         with torch.no_grad():

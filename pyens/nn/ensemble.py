@@ -63,7 +63,7 @@ class Ensemble(nn.Module):
             keeps and stops all of them together.
         member_buffers: names of the class's own buffers `[E, ...]` that belong to the members as parameters
             do, such as running statistics: `select` takes the rows of the chosen ones, and `fit` keeps them
-            with the weights of the best epoch.
+            with the weights of the best epoch. Another module in it may have such an attribute too.
     """
 
     ensemble_size: int
@@ -137,6 +137,15 @@ class Ensemble(nn.Module):
         check_values(output, target, loss, sample_weight, of_loss)
         of_examples = example_losses if reduction == "none" else mean_losses
         return of_examples(lambda output: output, output, target, loss, sample_weight, **of_loss)
+
+    def loss_terms(self, *batch: Any, **options: Any) -> dict[str, Tensor]:
+        """What `loss` is the sum of, each `[E]`, by name; here `loss` itself.
+
+        A class whose members learn from more than one thing defines this. `fit` calls it in the place of
+        `loss`, also with a `loss` that is a function, and keeps the terms apart in its history. Of micro
+        batches, the first term is taken to be a mean over rows by weight, the others one by rows.
+        """
+        return {"loss": self.loss(*batch, **options)}
 
     def without_left_out(self, inputs: Sequence[Any], sample_weight: Tensor) -> list[Any]:
         """What `forward` is given instead of its arguments where rows have weight 0, whatever is in them.
@@ -314,7 +323,7 @@ class Ensemble(nn.Module):
                     masks.add(masked)
             for name, buffer in module._buffers.items():
                 shape = [] if buffer is None else list(buffer.shape)
-                if buffer is not None and isinstance(module, Ensemble) and name in module.member_buffers:
+                if buffer is not None and name in member_buffers_of(module):
                     copies[id(buffer)] = buffer[members.to(buffer.device)]
                     continue
                 # Of one member there is nothing to leave out.
@@ -361,10 +370,15 @@ def member_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What training changes, by name: all parameters, then the `member_buffers` of every ensemble."""
     yield from model.named_parameters()
     for place, module in model.named_modules():
-        if isinstance(module, Ensemble):
-            for name in module.member_buffers:
-                if (buffer := module._buffers.get(name)) is not None:
-                    yield f"{place}.{name}".lstrip("."), buffer
+        for name in member_buffers_of(module):
+            if (buffer := module._buffers.get(name)) is not None:
+                yield f"{place}.{name}".lstrip("."), buffer
+
+
+def member_buffers_of(module: nn.Module) -> tuple[str, ...]:
+    """The names in its `member_buffers`: of an ensemble, or of a module that has some of an ensemble's."""
+    names: tuple[str, ...] = getattr(module, "member_buffers", ())
+    return names
 
 
 def _walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

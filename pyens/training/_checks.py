@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyens._kinds import check_number, check_tensor
-from pyens.nn import Ensemble, EnsembleBatchNorm
+from pyens.nn import ComponentModels, Ensemble, EnsembleBatchNorm
 from pyens.nn._stacked_mlp import StackedMLP
 from pyens.optim import InPass
 from pyens.training.randomness import Randomness
@@ -117,10 +117,16 @@ def model(model: nn.Module) -> int:
 def statistics(
     model: nn.Module, rows: int, batch_size: int, micro_batch_size: int | None, left_out: bool
 ) -> None:
-    """Refuses rows that `EnsembleBatchNorm` cannot compute its statistics from."""
-    if not any(isinstance(module, EnsembleBatchNorm) for module in model.modules()):
+    """Refuses rows that what is computed over a batch cannot be computed from."""
+    kinds = {
+        type(module)
+        for module in model.modules()
+        if isinstance(module, EnsembleBatchNorm)
+        or (isinstance(module, ComponentModels) and module.strength is not None)
+    }
+    if not kinds:
         return
-    if left_out:
+    if left_out and any(issubclass(kind, EnsembleBatchNorm) for kind in kinds):
         raise ValueError(
             "fit: model: expected no EnsembleBatchNorm where members leave rows out (bootstrap, jackknife, a "
             "sample_weight of 0): such rows would enter its statistics as zeros, got one"
@@ -130,9 +136,9 @@ def statistics(
         sizes |= {min(micro_batch_size, size) for size in sizes} | {size % micro_batch_size for size in sizes}
     if 1 in sizes:
         raise ValueError(
-            "fit: batch_size: expected batches, and parts of them, of 2 or more rows for EnsembleBatchNorm, "
-            f"got one of 1 row ({rows} training rows, batch_size {batch_size}, "
-            f"micro_batch_size {micro_batch_size})"
+            "fit: batch_size: expected batches, and parts of them, of 2 or more rows for "
+            f"{', '.join(sorted(kind.__name__ for kind in kinds))}, got one of 1 row ({rows} training rows, "
+            f"batch_size {batch_size}, micro_batch_size {micro_batch_size})"
         )
 
 

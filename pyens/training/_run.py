@@ -186,6 +186,7 @@ class Run:
                     f"fit: data: expected rows that {type(model).__name__}.loss takes, got tensors of shapes "
                     f"{shapes}{more}, of whose first row alone it says: {error}"
                 ) from error
+            self.term_names = list(trainer.terms)
             if self.metrics:
                 self._measure()
         trainer.begin()
@@ -314,6 +315,7 @@ class Run:
         self.epoch, self.current, self.step = 0, -1, -1
         self.losses: list[np.ndarray] = []  # of each epoch [2, E]: train, validation
         self.metric_values: list[np.ndarray] = []  # of each epoch [metrics, E]
+        self.term_values: list[np.ndarray] = []  # of each epoch [2, terms, E]: train, validation
         self.seconds: list[float] = []  # of each epoch
         self.rates: list[float] = []  # of each epoch, of the optimizer's first group
         self.best = np.full(members, np.inf)  # of what is monitored, its sign such that lower is better
@@ -349,6 +351,7 @@ class Run:
         self.current = self.epoch - 1
         self.losses = list(saved["losses"].numpy())
         self.metric_values = list(saved["metrics"].numpy())
+        self.term_values = list(self._saved_terms(saved).numpy())
         self.seconds, self.rates = list(saved["seconds"]), list(saved["rates"])
         self.best, self.best_epoch = saved["best"].numpy(), saved["best_epoch"].numpy()
         self.status = saved["status"].numpy()
@@ -391,11 +394,13 @@ class Run:
         for name, shape, dtype in (
             ("losses", (epoch, 2, members), torch.float64),
             ("metrics", (epoch, len(self.metrics), members), torch.float64),
+            ("terms", (epoch, 2, len(self.term_names), members), torch.float64),
             ("best", (members,), torch.float64),
             ("best_epoch", (members,), torch.int64),
             ("status", (members,), torch.int64),
         ):
-            _require(saved[name].shape == shape and saved[name].dtype == dtype, f"{name} of another form")
+            found = self._saved_terms(saved) if name == "terms" else saved[name]
+            _require(found.shape == shape and found.dtype == dtype, f"{name} of another form")
         _require(((saved["status"] >= 0) & (saved["status"] < len(STATUS))).all(), "an unknown status")
         _require(((best_epoch >= -1) & (best_epoch < epoch)).all(), "a best epoch that has not been")
         groups = {"kept": best_epoch >= 0}
@@ -415,6 +420,12 @@ class Run:
         self.trainer.check_state(saved["trainer"])
         _require(len(saved["callbacks"]) == len(self._remembering()), "other callbacks")
 
+    def _saved_terms(self, saved: dict[str, Any]) -> Tensor:
+        """Files that are older than terms are have none."""
+        none = torch.empty(saved["epoch"], 2, 0, len(saved["status"]), dtype=torch.float64)
+        found: Tensor = saved.get("terms", none)
+        return found
+
     def state(self) -> dict[str, Any]:
         """What `start` takes."""
         return {
@@ -422,6 +433,7 @@ class Run:
             "active": self.active,
             "losses": torch.from_numpy(np.stack(self.losses)),
             "metrics": torch.from_numpy(np.stack(self.metric_values)),
+            "terms": torch.from_numpy(np.stack(self.term_values)),
             "seconds": self.seconds,
             "rates": self.rates,
             "best": torch.from_numpy(self.best),
@@ -440,6 +452,7 @@ class Run:
         train, validation = np.reshape(self.losses[:epochs], (epochs, 2, members)).swapaxes(0, 1)
         shape = epochs, len(self.metrics), members
         values = np.reshape(self.metric_values[:epochs], shape).swapaxes(0, 1)
+        of_terms = np.reshape(self.term_values[:epochs], (epochs, 2, len(self.term_names), members))
         return History(
             train,
             validation,
@@ -451,6 +464,11 @@ class Run:
             np.array(self.left_out) if self.left_out else np.full(members, -2),
             self._weighed(),
             dict(zip(self.metric_names, values, strict=True)),
+            {
+                f"{part}_{name}": of_terms[:, p, t]
+                for t, name in enumerate(self.term_names)
+                for p, part in enumerate(("train", "validation"))
+            },
         )
 
     def _weighed(self) -> np.ndarray | None:
@@ -505,8 +523,8 @@ class Run:
         if trainer.mask_mode != "tiled" and order.dim() == 2:
             order = order[0]  # all masks are one model, whose batch they share out
         drawn = trainer.draw("", self.epoch, self.steps)
-        self.sums = np.zeros((2, len(members)))  # of losses by weight, and of weights
-        done: list[tuple[Tensor, Tensor | int]] = []  # losses and weights of the last steps
+        self.sums = np.zeros((len(self.term_names) + 2, len(members)))  # by weight, and of weights (the last)
+        done: list[tuple[list[Tensor], Tensor | int]] = []  # losses, terms and weights of the last steps
         with training_mode(self.model, True):
             for step, rows in enumerate(order.split(self.batch_size, dim=-1)):
                 weights = self._weights(rows)
@@ -518,7 +536,8 @@ class Run:
                     axis=max(rows.dim() - 1, self.axis),
                 )
                 counts = trainer.counts(batch[-1], weights)
-                done.append((losses, rows.shape[-1] if counts is None else row_sums(counts)))
+                share = rows.shape[-1] if counts is None else row_sums(counts)
+                done.append(([losses, *trainer.terms.values()], share))
                 if len(done) == 1024:
                     self._add_up(done)
                 advance()
@@ -529,14 +548,15 @@ class Run:
         self.rates.append(trainer.learning_rate)
         trainer.end_epoch(self.epoch)
         self._add_up(done)
-        self.train_loss = self.sums[0] / self.sums[1]
+        self.train_loss, *self.train_terms = self.sums[:-1] / self.sums[-1]
 
-    def _add_up(self, done: list[tuple[Tensor, Tensor | int]]) -> None:
+    def _add_up(self, done: list[tuple[list[Tensor], Tensor | int]]) -> None:
         """Adds these steps to `sums`, one after the other; in one go, for a step is short."""
-        losses = torch.stack([of_step for of_step, _ in done]).double().cpu().numpy()
+        each = torch.stack([of_one for of_step, _ in done for of_one in of_step]).double().cpu().numpy()
+        losses = each.reshape(len(done), -1, each.shape[-1])
         weights = [share.double().cpu().numpy() if isinstance(share, Tensor) else share for _, share in done]
         for of_step, share in zip(losses, weights, strict=True):
-            self.sums += np.stack([of_step * share, np.broadcast_to(share, of_step.shape)])
+            self.sums += np.stack([*(of_step * share), np.broadcast_to(share, of_step.shape[1:])])
         done.clear()
 
     def end_epoch(self) -> None:
@@ -545,10 +565,16 @@ class Run:
         losses = np.full((2, members), np.nan)
         losses[0, active] = self.train_loss
         values = np.full((len(self.metrics), members), np.nan)
+        terms = np.full((2, len(self.term_names), members), np.nan)
+        if self.term_names:
+            terms[0][:, active] = self.train_terms
         healthy = np.isfinite(self.train_loss) & self._finite()
         with torch.no_grad(), self.trainer.averaged():
             if self.validation_rows > 0:
-                losses[1, active] = watched = self._validate()
+                watched, *of_terms = self._validate()
+                losses[1, active] = watched
+                if self.term_names:
+                    terms[1][:, active] = of_terms
                 healthy &= np.isfinite(watched)
                 if self.metrics:
                     values[:, active] = self._measure()
@@ -565,6 +591,7 @@ class Run:
                 self.best[active[improved]] = watched[improved]
             self.losses.append(losses)
             self.metric_values.append(values)
+            self.term_values.append(terms)
             self.best_epoch[active[improved]] = self.epoch
             self._keep(improved)
         self.status[active[~healthy]] = DIVERGED
@@ -608,6 +635,7 @@ class Run:
         """Losses and metrics of the last epoch, over the members that trained in it."""
         texts = []
         shown = dict(zip(("train", "validation"), self.losses[-1], strict=True))
+        shown |= zip(self.term_names, self.term_values[-1][0], strict=True)
         shown |= zip(self.metric_names, self.metric_values[-1], strict=True)
         for name, values in shown.items():
             values = values[np.isfinite(values)]
@@ -616,8 +644,10 @@ class Run:
         return ", ".join([*texts, f"{len(self.active)} members"])
 
     def _validate(self) -> np.ndarray:
-        """Each member's mean loss over the validation rows, float64."""
-        total, weighed = torch.zeros(2, len(self.active), dtype=torch.float64)
+        """Each member's mean loss over the validation rows, and its terms, float64 `[1 + terms, active]`."""
+        members = len(self.active)
+        total = torch.zeros(1 + len(self.term_names), members, dtype=torch.float64)
+        weighed = torch.zeros(members, dtype=torch.float64)
         weight = self._own_validation_weight()
         with training_mode(self.model, False):
             for rows in torch.arange(self.validation_rows, device=self.device).split(self.batch_size):
@@ -626,7 +656,7 @@ class Run:
                 losses = self.trainer.losses(batch, weight=own)
                 counts = self.trainer.counts(batch[-1], own)
                 share = len(rows) if counts is None else counts.sum(-1).cpu()
-                total += losses.double().cpu() * share
+                total += torch.stack([losses, *self.trainer.terms.values()]).double().cpu() * share
                 weighed += share
         means: np.ndarray = (total / weighed).numpy()
         return means

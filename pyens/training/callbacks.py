@@ -91,6 +91,11 @@ class Progress:
         return {name: values[-1][i].copy() for i, name in enumerate(names)} if values else {}
 
     @property
+    def terms(self) -> Mapping[str, np.ndarray]:
+        """float64 `[E]` each, of the last whole epoch: what losses are the sum of, see `History.terms`."""
+        return {name: values[-1].copy() for name, values in self.history.terms.items() if len(values)}
+
+    @property
     def best_epoch(self) -> np.ndarray:
         """int64 `[E]`: whose weights each member would end with; -1: those before the first epoch."""
         best: np.ndarray = self._run.best_epoch.copy()

@@ -36,6 +36,8 @@ class History:
     left_out: np.ndarray  # int64 [E], the group that each member left out; -2: none
     weighed: np.ndarray | None  # bool [E, N] or [N], whether a row had a weight above 0; None: all had
     metrics: Mapping[str, np.ndarray] = field(default_factory=dict)  # float64 [epochs, E], after the epoch
+    # What the losses are the sum of, if there are several terms: "train_label", "validation_label", ...
+    terms: Mapping[str, np.ndarray] = field(default_factory=dict)  # float64 [epochs, E]
 
     def __repr__(self) -> str:
         counts = {status: self.status.count(status) for status in STATUS if status in self.status}
@@ -75,13 +77,15 @@ class History:
             self.left_out[[i]],
             self.weighed[[i]] if self.weighed is not None and self.weighed.ndim == 2 else self.weighed,
             {name: values[:epochs, [i]] for name, values in self.metrics.items()},
+            {name: values[:epochs, [i]] for name, values in self.terms.items()},
         )
 
     def to_csv(self, path: str | Path) -> None:
         """Writes a line per epoch and member that trained in it, atomically."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        columns = {"train_loss": self.train_loss, "validation_loss": self.validation_loss, **self.metrics}
+        columns = {"train_loss": self.train_loss, "validation_loss": self.validation_loss}
+        columns |= {**self.terms, **self.metrics}
         writer.writerow(["epoch", "member", *columns])
         for epoch, member in zip(*np.nonzero(~np.isnan(self.train_loss)), strict=True):
             values = [float(column[epoch, member]) for column in columns.values()]

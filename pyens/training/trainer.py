@@ -141,6 +141,14 @@ class Trainer:
         self.real = torch.float64 if double else torch.float32  # of weights and losses
         self.loss_options = self._own_options(loss_options)
         self.history: History | None = None
+        # What the last losses were the sum of, where they are of more than one term: name -> [E].
+        self.terms: dict[str, Tensor] = {}
+        self._has_terms = type(model).loss_terms is not Ensemble.loss_terms
+        if self._has_terms and penalty is not None:
+            raise ValueError(
+                f"fit: penalty: expected None for a {type(model).__name__}, whose loss has terms of its own, "
+                f"got {_checks.name_of(penalty)}"
+            )
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
         self.optimizers: list[torch.optim.Optimizer] = []
         self._in_pass: InPass | None = None  # the one optimizer, if its steps are made in the pass
@@ -275,12 +283,14 @@ class Trainer:
     ) -> Tensor:
         """Each member's loss `[E]` times `share`, with what `penalty` adds, times `share_of_rows`."""
         with self._precision():
-            loss = self.loss
-            if isinstance(loss, str) and penalty is None:
+            loss, self.terms = self.loss, {}
+            if self._has_terms or (isinstance(loss, str) and penalty is None):
                 options |= self._loss_options() | {"loss": loss, "sample_weight": weight}
-                losses: Tensor = self.model.loss(*batch, **options)  # type: ignore[arg-type]
+                name, *others = terms = self.model.loss_terms(*batch, **options)
+                losses = terms[name]
                 # Where each row has met one mask, a loss of the model, which is every member's.
-                return (losses.expand(len(self.members)) if losses.dim() == 0 else losses) * share
+                losses = (losses.expand(len(self.members)) if losses.dim() == 0 else losses) * share
+                return self._sum_of({name: losses} | {n: terms[n] * share_of_rows for n in others})
             *inputs, target = batch
             if weight is not None:
                 inputs = self.model.without_left_out(inputs, weight)
@@ -300,8 +310,17 @@ class Trainer:
                     f"fit: penalty: expected [{members}] or one number, got {_form(added)} from "
                     f"{_checks.name_of(penalty)}"
                 )
-            own = added / members if added.dim() == 0 else added  # of one number, each its share
-            return losses + own * share_of_rows
+            own = (added / members).expand(members) if added.dim() == 0 else added  # of one, each its share
+            return self._sum_of({"loss": losses, "penalty": own * share_of_rows})
+
+    def _sum_of(self, terms: dict[str, Tensor]) -> Tensor:
+        """The sum of terms `[E]`, which are kept where there are several."""
+        total, *others = terms.values()
+        if others:
+            self.terms = {name: term.detach() for name, term in terms.items()}
+            for term in others:
+                total = total + term
+        return total
 
     def outputs(self, inputs: Sequence[Tensor | None]) -> Tensor:
         """`[E, B, K]` in evaluation, without a gradient."""
@@ -557,12 +576,15 @@ class Trainer:
     ) -> Tensor:
         """Losses, gradients, clipping and the optimizers' steps, one after the other."""
         total: Tensor | None = None
+        terms: dict[str, Tensor] = {}
         for part, own, options in self._parts(batch, axis, weight, drawn):
             losses = self.losses(part, weight=own, penalty=self.penalty, **options)
             loss = losses.sum()
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             total = losses.detach() if total is None else total + losses.detach()
+            terms = {name: terms[name] + t if name in terms else t for name, t in self.terms.items()}
         assert total is not None
+        self.terms = terms
         self._clip()
         for optimizer in self.optimizers:
             if self.scaler is None:
