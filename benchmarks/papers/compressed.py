@@ -380,8 +380,9 @@ def page(results: Results, suffix: str) -> str:
             "",
             "Members that are pruned before they are trained, and members out of one trained model: five "
             "copies, each with masks and an order of the data of its own, or all with the mask of the "
-            "smallest weights, trained on for five epochs. Last, the pruning of the table above, and the same "
-            "with the smallest weights of the whole network. Weights of float32; cost in epochs of one member.",
+            "smallest weights, trained on for five epochs. Last, the pruning of the table above, and the "
+            "same with the smallest weights of the whole network. Weights of float32; cost in epochs of one "
+            "member.",
             "",
             *table(
                 results,

@@ -374,7 +374,7 @@ std::vector<Tensor> ensemble_conv2d_backward(const Tensor& grad, const Tensor& i
   const int64_t members = weight.size(0), batch = input.size(-4);
   std::vector<Tensor> gradients;
   const auto ask = [&](bool needed, IntArrayRef shape) {
-    if (needed) gradients.push_back(at::empty(shape, real));
+    if (needed) gradients.push_back(expect_pages(at::empty(shape, real)));
     return needed ? gradients.back() : Tensor();
   };
   const Tensor of_input =

@@ -205,8 +205,8 @@ Tensor gather(const char* op, const Tensor& categorical, TensorList tables,
     params.numeric_row_stride = x.stride(-2);
     params.num_features += params.numeric_features;
   }
-  Tensor features =
-      at::empty({params.ensemble_size, params.batch, params.num_features}, tables[0].options());
+  Tensor features = expect_pages(
+      at::empty({params.ensemble_size, params.batch, params.num_features}, tables[0].options()));
   params.features = features.mutable_data_ptr();
   if (features.is_cuda()) {
     launch_cuda(op, features,
@@ -279,7 +279,7 @@ std::vector<Tensor> scatter(const char* op, const Tensor& grad, const Tensor& ca
           .run(op, grads.back());
       continue;
     }
-    grads.push_back(at::empty({members, num_embeddings[t], dims[t]}, read.options()));
+    grads.push_back(expect_pages(at::empty({members, num_embeddings[t], dims[t]}, read.options())));
     EmbeddingTable entry{};
     entry.grad = grads.back().mutable_data_ptr();
     entry.index = categorical.const_data_ptr<int64_t>() + position * categorical.stride(-1);

@@ -481,7 +481,7 @@ TrainingCall::TrainingCall(const char* op, const Network& network, const MLPOpti
   gradients = for_each_needed(op, network, needs_grad, [&](const Tensor& of) {
     c10::DimVector sizes(of.sizes());
     if (&of != &network.input) sizes[0] = params.ensemble_size;
-    return params.batch == 0 ? at::zeros(sizes, real) : at::empty(sizes, real);
+    return params.batch == 0 ? at::zeros(sizes, real) : expect_pages(at::empty(sizes, real));
   });
   auto next = gradients.begin();
   size_t position = 0;

@@ -29,18 +29,17 @@ inline const at::Tensor& with_contiguous_rows(const at::Tensor& tensor,
 // Before a kernel writes all of a new tensor. From this size on the C library gets its memory from the system each
 // time, whose pages of 4 KiB, zeroed one by one on first touch, take several times as long as the writing: asks for
 // huge ones. What lies in whole huge pages is the tensor's own, so no memory is lost.
-inline void expect_pages(const at::Tensor& output) {
+inline at::Tensor expect_pages(at::Tensor output) {
 #if defined(__linux__)
   constexpr uintptr_t kMapped = 32 << 20, kHuge = 2 << 20;
-  if (!output.is_cpu() || output.nbytes() < kMapped) return;
+  if (!output.is_cpu() || output.nbytes() < kMapped) return output;
   const auto begin = reinterpret_cast<uintptr_t>(output.const_data_ptr());
   const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge;
   const uintptr_t end = (begin + output.nbytes()) / kHuge * kHuge;
   // Advice, which a system may not take.
   madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#else
-  (void)output;
 #endif
+  return output;
 }
 
 // run(begin, end, scratch) for disjoint ranges that cover [0, items).

@@ -103,7 +103,7 @@ Tensor masked_weights(const Tensor& weight, const OptionalTensor& rows,
   const Tensor w = weight.contiguous();
   const MaskedWeightsCall call(num_masks, w.size(0), w.size(1), rows, columns);
   const MaskedWeightsParams& p = call.params;
-  Tensor output = at::empty({num_masks, p.kept_rows, p.kept_columns}, w.options());
+  Tensor output = expect_pages(at::empty({num_masks, p.kept_rows, p.kept_columns}, w.options()));
   void* to = output.mutable_data_ptr();
   if (w.is_cuda()) {
     launch_cuda(kOp, w, [&](void* stream) {

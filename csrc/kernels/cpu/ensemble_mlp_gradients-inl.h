@@ -19,9 +19,11 @@ struct InputGradientBlock {
   Real scale;
   bool cuts;  // dropout and cuts_off: slopes of 0 are selected, not multiplied
   const Real* example_weight;
+  Ahead* ahead;  // nullptr: nothing to ask for
 
   template <int R, int NV, class V>
   void run(int64_t row) const {
+    if (ahead) ahead->ask();
     V sum[R][NV];
     panel_products<A, true, R, NV>(w + row, w_stride, x, k_count, sum);
 #pragma GCC unroll 8
@@ -54,11 +56,21 @@ void input_gradient(const EnsembleMLPParams& p, int64_t l, int64_t member, int64
   const bool below = l > 0 && !p.layers[l - 1].rich();
   const bool relu = below && slope_shows(p.layers[l - 1]);
   const double rate = l > 0 ? p.dropout.of(member, l - 1) : 0;
-  const int64_t unit_count = units<A>(layer.out);
+  const int64_t unit_count = units<A>(layer.out), panels = (examples + P - 1) / P;
   for (int64_t row = 0; row < layer.in; row += kBlock) {
     const int64_t rows = std::min(kBlock, layer.in - row);
     for (int64_t k = 0; k < unit_count; k += kBlockUnits<A>) {
+      const int64_t out = (k + kBlockUnits<A>)*A::kPerUnit;
+      const int64_t next = out < layer.out ? row : row + rows;
+      const int64_t next_out = next == row ? out : 0;
+      Ahead ahead;
+      if (next < layer.in && is_far<A>(layer)) {
+        ahead = weights_ahead<A>(layer, p.parameters_of(member), next_out,
+                                 std::min(kBlock, layer.out - next_out), next,
+                                 std::min(kBlock, layer.in - next), row_blocks(rows) * panels);
+      }
       InputGradientBlock<A> block;
+      block.ahead = ahead.at ? &ahead : nullptr;
       block.k_count = std::min(kBlockUnits<A>, unit_count - k);
       block.w = A::column_block(layer, p.parameters_of(member), k, block.k_count, row, rows,
                                 examples >= kOften, weights, &block.w_stride);
@@ -187,11 +199,17 @@ struct RowProducts {
   int64_t z_stride;
   Columns<Real> columns;
   bool first;
+  bool far = false;  // z comes from beyond L2: asks for the next rows of it
 
   template <int R, int NV, class /*V*/>
   void run(int64_t row) const {
     constexpr int N = lanes_of<V>();
     constexpr int64_t P = kPanelOf<Real>;
+    if (far) {
+      for (int r = R; r < 2 * R; ++r) {
+        for (int v = 0; v < NV; ++v) __builtin_prefetch(z + (row + r) * z_stride + v * N, 1, 3);
+      }
+    }
     V sum[R][NV];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -317,6 +335,7 @@ void weight_gradient(const TrainingSchedule<A>& s, int64_t batch, bool first_lay
       products.z_stride = in;
       products.columns = columns;
       products.first = first && b == 0;
+      products.far = b == 0 && out * in * static_cast<int64_t>(sizeof(Real)) >= kFarBytes;
       if (has_rows) {
         products.x = rows + b * row_stride + columns.first;
         products.x_stride = row_stride;

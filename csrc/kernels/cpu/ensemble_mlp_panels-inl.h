@@ -48,9 +48,11 @@ struct ForwardBlock {
   const Real* bias;
   bool first;
   Real floor;
+  Ahead* ahead;  // nullptr: nothing to ask for
 
   template <int R, int NV, class V>
   void run(int64_t row) const {
+    if (ahead) ahead->ask();
     V sum[R][NV];
     panel_products<A, false, R, NV>(w + row * w_stride, w_stride, x, k_count, sum);
     const V low = broadcast<V>(floor);
@@ -192,12 +194,22 @@ void forward_layer(const MLPLayer& layer, int64_t member, int64_t examples,
     if (sparse_rows(layer.weight)) return sparse_layer<A>(layer, member, examples, x, z, bias);
   }
   const int64_t unit_count = units<A>(layer.in);
+  const int64_t panels = (examples + P - 1) / P;
   load_bias<A>(layer, member, bias);
   for (int64_t row = 0; row < layer.out; row += kNeuronBlock) {
     const int64_t rows = std::min(kNeuronBlock, layer.out - row);
     for (int64_t k = 0; k < unit_count; k += kBlockUnits<A>) {
       const int64_t k_count = std::min(kBlockUnits<A>, unit_count - k);
+      const int64_t next = k + k_count < unit_count ? row : row + rows;
+      const int64_t column = next == row ? (k + k_count) * A::kPerUnit : 0;
+      Ahead ahead;
+      if (next < layer.out && is_far<A>(layer)) {
+        ahead =
+            weights_ahead<A>(layer, member, next, std::min(kNeuronBlock, layer.out - next), column,
+                             std::min(kBlock, layer.in - column), row_blocks(rows) * panels);
+      }
       ForwardBlock<A> block;
+      block.ahead = ahead.at ? &ahead : nullptr;
       block.w = A::weight_block(layer, member, row, rows, k, k_count, examples >= kOften, weights,
                                 &block.w_stride);
       block.k_count = k_count;

@@ -42,6 +42,39 @@ class RowNumbers {
   int64_t stride_;
 };
 
+// Memory that is read next, of rows `stride` bytes apart, asked for in L2 some lines at a time while registers are
+// busy with what is there. Rows of weights are short pieces on many pages, which no prefetcher of a processor
+// follows.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t stride = 0, row_bytes = 0, rows = 0;
+  int64_t lines = 0;  // at a time
+
+  Ahead() = default;
+  // In `times` calls of ask.
+  Ahead(const void* first, int64_t row_stride, int64_t bytes, int64_t count, int64_t times)
+      : at(static_cast<const char*>(first)),
+        stride(row_stride),
+        row_bytes(bytes),
+        rows(count),
+        lines(((bytes + kLine - 1) / kLine * count + times - 1) / times) {}
+
+  void ask() {
+    for (int64_t i = 0; i < lines && rows > 0; ++i) {
+      __builtin_prefetch(at + done_, 0, 2);
+      done_ += kLine;
+      if (done_ >= row_bytes) done_ = 0, at += stride, --rows;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  int64_t done_ = 0;
+};
+
+// Blocks that run_rows makes of so many rows, with two vectors or more.
+inline int64_t row_blocks(int64_t rows) { return (rows + kRows - 1) / kRows; }
+
 // block.run<R, NV, V>(row) for all rows.
 template <int NV, class V, class Block>
 void run_rows(int64_t rows, const Block& block) {

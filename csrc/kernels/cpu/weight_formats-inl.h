@@ -36,6 +36,23 @@ const typename A::Elem* weight_row(const MLPLayer& layer, int64_t member, int64_
 template <class Real>
 constexpr int64_t kRowsApart = 1024 / static_cast<int64_t>(sizeof(Real));
 
+// From this size on a layer's weights come from beyond L2, as good as once a pass.
+constexpr int64_t kFarBytes = int64_t{512} << 10;
+
+template <class A>
+bool is_far(const MLPLayer& layer) {
+  return layer.out * layer.in * static_cast<int64_t>(sizeof(typename A::Elem)) >= kFarBytes;
+}
+
+// Rows x columns of a layer's weights, to be asked for in so many calls.
+template <class A>
+Ahead weights_ahead(const MLPLayer& layer, int64_t member, int64_t row, int64_t rows,
+                    int64_t column, int64_t columns, int64_t times) {
+  constexpr auto kBytes = static_cast<int64_t>(sizeof(typename A::Elem));
+  return {weight_row<A>(layer, member, row) + column, layer.weight.row_stride * kBytes,
+          columns * kBytes, rows, times};
+}
+
 // A block as a copy in scratch, rows of kBlockUnits.
 template <class A>
 const typename A::Real* converted_block(const MLPLayer& layer, int64_t member, int64_t row,
