@@ -240,9 +240,27 @@ class ComponentModels(Ensemble):
             check_values(output, target, loss, weight, options)
             return mean_losses(lambda x: x, output, target, loss, weight, **options)
 
-        losses = []
-        for j, output in enumerate(outputs.unbind(1)):
-            losses.append(mean(output, shares if self.rows_of is None or shares is None else shares[..., j]))
+        if self.rows_of is not None and shares is not None:
+            losses = [mean(output, shares[..., j]) for j, output in enumerate(outputs.unbind(1))]
+        elif isinstance(loss, str):  # of all components at once
+            check_values(outputs[:, 0], target, loss, shares, options)
+            count = len(self.components)
+            dims = 1 if loss == "cross_entropy" else 2
+            own = {
+                name: _for_each(value, 2, count) if name != "quantiles" else value
+                for name, value in options.items()
+            }
+            mean_of_each = mean_losses(
+                lambda x: x,
+                outputs.flatten(0, 1),
+                _for_each(target, dims + 1, count),
+                loss,
+                _for_each(shares, 2, count),
+                **own,
+            )
+            losses = list(mean_of_each.view(-1, count).unbind(1))
+        else:
+            losses = [mean(output, shares) for output in outputs.unbind(1)]
         terms = {"label": _sum(losses)}
         if self.strength is not None:
             present = None if shares is None else shares != 0
@@ -438,6 +456,12 @@ def _seeded(part: Ensemble, place: int, given: dict[str, Tensor]) -> dict[str, A
     if not given or not part.dropout:
         return {}
     return {"dropout_seeds": given["dropout_seeds"] ^ ((place + 2) * 0xD1342543DE82EF95 % 2**62)}
+
+
+def _for_each(value: Any, dims: int, components: int) -> Any:
+    """What has so many dimensions is of the models, and becomes that of their components, `[M J, ...]`."""
+    of_models = isinstance(value, Tensor) and value.dim() == dims
+    return value.repeat_interleave(components, 0) if of_models else value
 
 
 def _sum(losses: Sequence[Tensor]) -> Tensor:

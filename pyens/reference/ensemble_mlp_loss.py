@@ -143,6 +143,9 @@ def mean_losses(
     **options: Unpack[LossOptions],
 ) -> Tensor:
     """The mean loss `[E]` of each member, whose outputs `[E, B, O]` are run(input)."""
+    if sample_weight is None and options.get("class_weight") is None:
+        losses, _ = _losses(run, input, target, loss, None, options)
+        return row_sums(losses) / max(losses.shape[-1], 1)
     weight = torch.ones_like(input[..., 0]) if sample_weight is None else sample_weight  # [B] or [E, B]
     of_class = options.get("class_weight")
     if of_class is not None:
@@ -161,7 +164,7 @@ def example_losses(
 ) -> Tensor:
     """The loss of each example times its weight, `[E, B]`."""
     if sample_weight is None:
-        return _losses(run, input, target, loss, torch.ones_like(input[..., 0]), options)[0]
+        return _losses(run, input, target, loss, None, options)[0]
     losses, _ = _losses(run, input, target, loss, sample_weight, options)
     return torch.where(sample_weight != 0, losses, 0) * sample_weight.to(losses.dtype)
 
@@ -171,14 +174,14 @@ def _losses(
     input: Tensor,
     target: Tensor,
     loss: Loss,
-    weight: Tensor,
+    weight: Tensor | None,
     options: Any,
 ) -> tuple[Tensor, Tensor]:
     """The losses of the examples `[E, B]`, and the target, without what is left out."""
-    # Selected, not multiplied by 0: what is left out may be NaN.
-    present = weight != 0
-    input = torch.where(present.unsqueeze(-1), input, 0)
-    target = torch.where(present if loss == "cross_entropy" else present.unsqueeze(-1), target, 0)
+    if weight is not None:  # selected, not multiplied by 0: what is left out may be NaN
+        present = weight != 0
+        input = torch.where(present.unsqueeze(-1), input, 0)
+        target = torch.where(present if loss == "cross_entropy" else present.unsqueeze(-1), target, 0)
     output = run(input)
     if output.dtype != torch.float64:
         output = output.float()
