@@ -97,6 +97,42 @@ def test_a_model_gives_the_bits_that_it_gives_alone():
         assert torch.equal(alone.eval()(x)[0], together.eval()(x)[m])
 
 
+@pytest.mark.parametrize(
+    ("loss", "outputs"), [("bce", 1), ("bce", 3), ("gaussian_nll", 2), ("poisson_nll", 1), ("mse", 3)]
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_no_bit_of_a_gradient_is_the_others_doing(loss, outputs, weighted):
+    # 7 rows: the members' numbers end within a vector.
+    z = 3 * torch.randn(5, 7, outputs, requires_grad=True)
+    y = torch.rand(5, 7, outputs // 2 if loss == "gaussian_nll" else outputs)
+    weight = torch.rand(5, 7) if weighted else None
+
+    class Outputs(pyens.nn.Ensemble):
+        ensemble_size = 5
+        forward = staticmethod(lambda z: z)
+
+    model = Outputs()
+    (whole,) = torch.autograd.grad(model.loss(z, y, loss=loss, sample_weight=weight).sum(), z)
+    model.ensemble_size = 1
+    for m in range(5):
+        own = z[m : m + 1].detach().requires_grad_()
+        losses = model.loss(
+            own, y[m : m + 1], loss=loss, sample_weight=None if weight is None else weight[m : m + 1]
+        )
+        (gradient,) = torch.autograd.grad(losses.sum(), own)
+        assert torch.equal(gradient[0], whole[m])
+    exact = z.detach().double().requires_grad_()
+    expected = pyens.reference.ensemble_mlp_loss(
+        exact,
+        y.double(),
+        [torch.eye(outputs).double().expand(5, -1, -1)],
+        loss=loss,
+        sample_weight=None if weight is None else weight.double(),
+    )
+    (gradient,) = torch.autograd.grad(expected.sum(), exact)
+    torch.testing.assert_close(whole.double(), gradient, rtol=1e-5, atol=1e-7)
+
+
 def test_one_initialisation_for_all_models():
     model = ComponentModels(towers())
     model.reset_parameters([3] * M)

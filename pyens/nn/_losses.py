@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pyens._kinds import check_number, check_tensor
 from pyens._types import Loss
-from pyens.reference.ensemble_mlp_loss import LOSS_OPTIONS
+from pyens.ops.ensemble_mlp_loss import ensemble_mlp_loss
+from pyens.reference.ensemble_mlp_loss import LOSS_OPTIONS, mean_losses
 
 # Of the options that not every loss has: what leaves them out, and which have them.
 OPTIONS: dict[str, tuple[float | None, str]] = {
@@ -170,3 +171,40 @@ def check_values(
         wrong = (target < 0) | (target >= outputs)
         if bool((wrong if weight is None else wrong & (weight != 0)).any()):
             raise ValueError(f"loss: target: expected classes from 0 to {outputs - 1}, got one that is not")
+
+
+def mean_losses_of(
+    output: Tensor, target: Tensor, loss: Loss, weight: Tensor | None = None, **options: Any
+) -> Tensor:
+    """The mean loss `[E]` of outputs `[E, B, O]`: no bit of a member's gradient depends on the others.
+
+    torch's exp, and what is made of it, rounds the last numbers of a tensor, which fill no vector, unlike the
+    rest. So losses that take it of single numbers are computed by the kernel, on top of a layer that changes
+    nothing; the others by the reference.
+    """
+    layer = _as_layer(output, target, loss, weight, options)
+    if layer is None:
+        return mean_losses(lambda x: x, output, target, loss, weight, **options)
+    outputs, targets, weights = layer
+    width = outputs.shape[-1]
+    same = torch.eye(width, dtype=outputs.dtype, device=output.device).expand(len(output), -1, -1)
+    with torch.autocast(output.device.type, enabled=False):
+        return ensemble_mlp_loss(outputs, targets, [same], loss=loss, sample_weight=weights, **options)
+
+
+def _as_layer(
+    output: Tensor, target: Tensor, loss: Loss, weight: Tensor | None, options: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Outputs, target and weights with a row for each number of the target; None: not to be done."""
+    if loss not in ("bce", "gaussian_nll", "poisson_nll") or not _is_readable(output):
+        return None
+    if any(isinstance(value, Tensor) for value in options.values()):
+        return None  # bounds of the log variance of each target
+    if output.dtype != torch.float64:
+        output = output.float()
+    parts = output.chunk(2, -1) if loss == "gaussian_nll" else (output,)
+    columns = parts[0].shape[-1]
+    outputs = torch.stack([part.flatten(1) for part in parts], -1)
+    if weight is not None and columns > 1:
+        weight = weight.repeat_interleave(columns, -1)
+    return outputs, target.to(output.dtype).flatten(-2).unsqueeze(-1), weight

@@ -13,10 +13,10 @@ from pyens._kinds import check_number, check_tensor
 from pyens._types import Decorrelation, Loss, LossReduction, Space
 from pyens.losses import combine, decorrelation_loss
 from pyens.nn._layer_options import Rates
-from pyens.nn._losses import OPTIONS, check_options, check_values
+from pyens.nn._losses import OPTIONS, check_options, check_values, mean_losses_of
 from pyens.nn.ensemble import Ensemble
 from pyens.nn.tabular import TabularEnsemble
-from pyens.reference.ensemble_mlp_loss import LOSSES, mean_losses, row_sums, weighted_mean
+from pyens.reference.ensemble_mlp_loss import LOSSES, row_sums, weighted_mean
 
 # Outputs of the components [M, J, B, K] -> a loss of each model, [M].
 Push = Callable[[Tensor], Tensor]
@@ -238,7 +238,7 @@ class ComponentModels(Ensemble):
             if not isinstance(loss, str):
                 return _reduced(loss(output, target), output, weight)
             check_values(output, target, loss, weight, options)
-            return mean_losses(lambda x: x, output, target, loss, weight, **options)
+            return mean_losses_of(output, target, loss, weight, **options)
 
         if self.rows_of is not None and shares is not None:
             losses = [mean(output, shares[..., j]) for j, output in enumerate(outputs.unbind(1))]
@@ -250,8 +250,7 @@ class ComponentModels(Ensemble):
                 name: _for_each(value, 2, count) if name != "quantiles" else value
                 for name, value in options.items()
             }
-            mean_of_each = mean_losses(
-                lambda x: x,
+            mean_of_each = mean_losses_of(
                 outputs.flatten(0, 1),
                 _for_each(target, dims + 1, count),
                 loss,

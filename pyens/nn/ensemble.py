@@ -21,8 +21,8 @@ from pyens._kinds import check_tensor
 from pyens._types import Activation, Loss, LossReduction, Norm, Residual
 from pyens.nn._buffers import Derived
 from pyens.nn._layer_options import Rates, rates_of
-from pyens.nn._losses import OPTIONS, check_options, check_values
-from pyens.reference.ensemble_mlp_loss import LOSSES, example_losses, mean_losses
+from pyens.nn._losses import OPTIONS, check_options, check_values, mean_losses_of
+from pyens.reference.ensemble_mlp_loss import LOSSES, example_losses
 
 Indices = Sequence[int] | slice | Tensor
 
@@ -135,8 +135,9 @@ class Ensemble(nn.Module):
                 f"got shape {list(output.shape)}"
             )
         check_values(output, target, loss, sample_weight, of_loss)
-        of_examples = example_losses if reduction == "none" else mean_losses
-        return of_examples(lambda output: output, output, target, loss, sample_weight, **of_loss)
+        if reduction == "none":
+            return example_losses(lambda output: output, output, target, loss, sample_weight, **of_loss)
+        return mean_losses_of(output, target, loss, sample_weight, **of_loss)
 
     def loss_terms(self, *batch: Any, **options: Any) -> dict[str, Tensor]:
         """What `loss` is the sum of, each `[E]`, by name; here `loss` itself.

@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from pyens._files import only_writer
 from pyens._types import Bootstrap, Loss, LossOptions, MaskMode
 from pyens.nn import Ensemble, MaskedMLP
-from pyens.nn._losses import OPTIONS, check_options
+from pyens.nn._losses import OPTIONS, check_options, mean_losses_of
 from pyens.nn.ensemble import is_held, member_tensors, renew_accumulator
 from pyens.optim import (
     InPass,
@@ -27,7 +27,7 @@ from pyens.optim import (
     member_options,
     member_state,
 )
-from pyens.reference.ensemble_mlp_loss import LOSSES, mean_losses, row_sums, weighted_mean, weights_of
+from pyens.reference.ensemble_mlp_loss import LOSSES, row_sums, weighted_mean, weights_of
 from pyens.training import _checks
 from pyens.training._run import Run, copy_into, training_mode
 from pyens.training.callbacks import Callback, Progress
@@ -297,7 +297,7 @@ class Trainer:
             output = self.model(*inputs, **options)
             if isinstance(loss, str):
                 assert target is not None
-                losses = mean_losses(lambda x: x, output, target, loss, weight, **self._loss_options())
+                losses = mean_losses_of(output, target, loss, weight, **self._loss_options())
             else:
                 losses = self._reduced(loss(output, target), output, weight)  # type: ignore[arg-type]
             losses = losses * share
