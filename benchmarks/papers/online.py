@@ -547,7 +547,9 @@ def about(section: dict[str, Any]) -> str:
 
 
 def lines(results: Results, suffix: str = "") -> list[str]:
-    """The part of a page that shows these results, for the sections that there are."""
+    """The part of a page that shows these results, for the sections that there are; nothing without any."""
+    if not any(NONE.name in results.section(name) for name in TITLES):
+        return []
     loss, rank, difference = PAPER[DIFFERENCE]
     text = [
         "Models of three towers that begin alike, learn from the same clicks in one pass, each in an order "
