@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import pyens
 from pyens import losses
 from pyens.nn import ComponentModels, TabularEnsemble, initialize_
-from pyens.training import fit
+from pyens.training import Randomness, Trainer, fit
 
 M, J, B, WIDE, K = 3, 2, 24, 5, 4
 
@@ -324,7 +324,7 @@ def test_any_loss_of_the_components(push):
 
 def test_a_loss_that_is_a_function():
     x, y = rows(100)
-    model = ComponentModels(towers(), strength=0.2)
+    model = ComponentModels(towers(), strength=0.2, average="probability")
 
     def of_rows(output, target):
         target = target.expand(output.shape[:2]).flatten()  # [B], or each model's own
@@ -369,8 +369,10 @@ def test_components_with_rows_of_their_own():
     found = model.loss_terms(x, y, loss="cross_entropy")
     z = plain_outputs(model, x)
     own = rows_of(x)
-    label = torch.stack([sum(F.cross_entropy(o[j][own[:, j]], y[own[:, j]]) for j in range(J)) for o in z])
-    torch.testing.assert_close(found["label"], label)
+    parts = [
+        [F.cross_entropy(o[j][own[:, j]], y[own[:, j]], reduction="sum") / B for j in range(J)] for o in z
+    ]
+    torch.testing.assert_close(found["label"], torch.tensor(parts).sum(-1))
     both = own.all(-1)
     assert 0 < both.sum() < B
     torch.testing.assert_close(
@@ -524,7 +526,7 @@ def test_decorrelation_lowers_the_correlation():
         (lambda: ComponentModels(towers(), shared_tables=True), "expected components that are TabularEnsem"),
         (
             lambda: ComponentModels([tabular(), tabular(((9, 3), (5, 2)))], shared_tables=[1]),
-            r"expected tables of one size, 4 x 2 in column 1, got 5 x 2 in components\[1\]",
+            r"expected tables of one size and kind, 4 x 2 .* in column 1, got 5 x 2 .* in components\[1\]",
         ),
         (
             lambda: ComponentModels([tabular(), tabular()], shared_tables=[2]),
@@ -562,7 +564,9 @@ def test_batches_that_are_refused():
         model.loss(x, y, loss="cross_entropy", unknown=1)
     with pytest.raises(ValueError, match=r"outputs .* like those of components"):
         ComponentModels([*towers(1), *towers(1, outputs=K + 1)])(x)
-    with pytest.raises(ValueError, match=r"rows_of: expected \[B, 2\] or"):
+    with pytest.raises(
+        ValueError, match=r"rows_of .*: expected \[24, 2\] or \[3, 24, 2\], got shape \[24, 1\]"
+    ):
         ComponentModels(towers(), rows_of=lambda x: x[:, :1]).loss(x, y, loss="cross_entropy")
     with pytest.raises(ValueError, match=r"decorrelation: expected \[3\] of outputs"):
         ComponentModels(towers(), decorrelation=lambda z: z.sum()).loss(x, y, loss="cross_entropy")
@@ -623,3 +627,261 @@ def test_the_variance_of_the_inputs():
         initialize_(model, seeds=[1, 2])
     conv = initialize_(pyens.nn.EnsembleConv2d(M, 1, 2, 3), torch.nn.init.ones_, input_variance=4.0)
     assert (conv.weight == 2).all()
+
+
+@pytest.mark.parametrize("weighted", [None, "rows", "models", "classes"])
+def test_parts_of_a_batch_add_up(weighted):
+    # All but the decorrelation, which is of a part.
+    torch.manual_seed(0)
+    x, y = torch.randn(16, WIDE, dtype=torch.float64), torch.randint(K, (16,)).sort().values
+    weight = {"rows": torch.linspace(0, 3, 16), "models": torch.rand(M, 16)}.get(weighted)
+    options = {"class_weight": torch.tensor([0.1, 1, 5, 9.0])} if weighted == "classes" else {}
+
+    def gradients(size, **more):
+        gate = pyens.EnsembleMLP(M, WIDE, [4], J, dtype=torch.float64)
+        model = ComponentModels(towers(dtype=torch.float64), strength=None, gate=gate, **more)
+        model.reset_parameters([1, 2, 3])
+        trainer = Trainer(
+            model,
+            loss="cross_entropy",
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
+            micro_batch_size=size,
+            **({} if more else options),
+        )
+        trainer.step(x, y, sample_weight=None if weight is None else weight.double())
+        return [p.grad for p in model.parameters()], trainer.terms
+
+    rows_of = functools.partial(_halves)
+    for more in ({}, {"rows_of": rows_of}):
+        (whole, terms), (parts, of_parts) = gradients(None, **more), gradients(6, **more)
+        for one, other in zip(whole, parts, strict=True):
+            torch.testing.assert_close(one, other)
+        for name in terms:
+            torch.testing.assert_close(terms[name], of_parts[name])
+
+
+def _halves(x):
+    return torch.stack([x[..., 0] > 0, x[..., 0] < 0.5], -1)
+
+
+def test_rows_of_a_component_do_not_depend_on_how_validation_is_cut():
+    x, y = rows(48)
+    found = []
+    for size in (5, 48):
+        model = ComponentModels(towers(), strength=None, rows_of=_halves)
+        model.reset_parameters([1, 2, 3])
+        history = fit(
+            model,
+            (x, y),
+            loss="cross_entropy",
+            epochs=1,
+            batch_size=size,
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
+            validation=(x, y),
+            progress=False,
+        )
+        found.append(history.validation_loss[0])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    # Weights of each model: what is asked is given the inputs as they are.
+    model.loss(x, y, loss="cross_entropy", sample_weight=torch.rand(M, 48))
+
+
+@pytest.mark.parametrize("kind", ["correlation", "covariance", "residue"])
+def test_no_strength_is_no_gradient_however_large_the_outputs(kind):
+    parts = towers()
+    with torch.no_grad():
+        for part in parts:
+            part.weights[1].mul_(1e25)
+    x, y = rows()
+    model = ComponentModels(parts, strength=[0.0, 0.0, 1e-3], decorrelation=kind)
+    model.loss(x, y, loss="cross_entropy").sum().backward()
+    assert all(p.grad[:2].isfinite().all() for p in model.parameters())
+
+
+def test_bits_of_a_probability_that_is_pushed_are_no_others_doing():
+    def gradients(seeds):
+        model = ComponentModels(towers(len(seeds), outputs=1), strength=1.0, on="probability")
+        model.reset_parameters(seeds)
+        model.loss(x, y, loss="bce").sum().backward()
+        return [p.grad[0] for p in model.parameters()]
+
+    for seed in range(40):
+        x, y = 3 * torch.randn(7, WIDE), torch.rand(7, 1)
+        for one, other in zip(gradients([seed]), gradients([seed, 1, 2]), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_strength_that_becomes_no_strength_is_refused():
+    model = ComponentModels(towers(), strength=0.1)
+    x, y = rows()
+    for wrong in (-1.0, float("nan"), float("inf")):
+        model.strength[1] = wrong
+        with pytest.raises(ValueError, match="strength: expected finite numbers from 0"):
+            model.loss(x, y, loss="cross_entropy")
+    model.strength = torch.tensor([0.1])
+    with pytest.raises(ValueError, match=r"strength: expected \[3\], got shape \[1\]"):
+        model.loss(x, y, loss="cross_entropy")
+    for too_much, dtype in ((1e39, torch.float32), (1e-9, torch.float16)):
+        with pytest.raises(ValueError, match=f"numbers from 0 that {dtype} has"):
+            ComponentModels(towers(dtype=dtype), strength=too_much)
+
+
+def test_a_run_of_other_strengths_is_another_run(tmp_path):
+    x, y = rows(60)
+    arguments = {
+        "loss": "cross_entropy",
+        "batch_size": 20,
+        "optimizer": lambda p: torch.optim.SGD(p, lr=0.1),
+        "checkpoint": tmp_path / "run.pt",
+        "randomness": Randomness(init=True),
+        "progress": False,
+    }
+    fit(ComponentModels(towers(), strength=[0.0, 0.5, 0.5]), (x, y), epochs=1, **arguments)
+    with pytest.raises(ValueError, match=r"another run: expected .*strength=\[0.5, 0.0, 0.0\]"):
+        fit(ComponentModels(towers(), strength=[0.5, 0.0, 0.0]), (x, y), epochs=2, **arguments)
+    push = functools.partial(losses.difference_loss, inverse=True)
+    arguments["checkpoint"] = tmp_path / "push.pt"
+    fit(ComponentModels(towers(), decorrelation=push), (x, y), epochs=1, **arguments)
+    push = functools.partial(losses.difference_loss, inverse=True, eps=0.5)
+    with pytest.raises(ValueError, match="another run"):
+        fit(ComponentModels(towers(), decorrelation=push), (x, y), epochs=2, **arguments)
+
+
+def test_a_running_estimate_begins_anew_with_the_weights():
+    x, y = rows(40)
+    model = ComponentModels(
+        towers(), strength=1.0, decorrelation=losses.RunningDecorrelationLoss(J, K, M, momentum=0.3)
+    )
+    found = []
+    for _ in range(2):
+        fit(
+            model,
+            (x, y),
+            loss="cross_entropy",
+            epochs=2,
+            batch_size=8,
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+            randomness=Randomness(init=True),
+            validation=0.0,
+            progress=False,
+        )
+        found.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    estimate = model.decorrelation.estimate.clone()
+    wild = torch.randn(M, J, B, K)
+    wild[1, 0, 0, 0] = torch.inf
+    model.decorrelation.train()(wild)
+    assert torch.equal(model.decorrelation.estimate[1], estimate[1])
+    assert not torch.equal(model.decorrelation.estimate[0], estimate[0])
+    with pytest.raises(ValueError, match="expected a name or a function beside weights of each model"):
+        model.loss(x, y, loss="cross_entropy", sample_weight=torch.ones(M, 40))
+
+
+def test_a_refused_model_leaves_its_components_alone():
+    one, other = tabular(), tabular(((9, 3), (5, 2)))
+    before = list(other.embeddings)
+    with pytest.raises(ValueError, match="tables of one size"):
+        ComponentModels([one, other], shared_tables=True)
+    assert all(a is b for a, b in zip(before, other.embeddings, strict=True))
+    for wrong, error in (
+        ([True, False], "expected columns from 0 to 1, got True"),
+        (None, "expected a bool or a list of columns, got a NoneType"),
+        (1, "expected a bool or a list of columns, got a int"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=error):
+            ComponentModels([tabular(), tabular()], shared_tables=wrong)
+    sparse = TabularEnsemble(M, [(9, 3), (4, 2)], 2, [6], 1, sparse=True)
+    with pytest.raises(ValueError, match=r"one size and kind, 9 x 3 of torch.float32 .* got 9 x 3 of sparse"):
+        ComponentModels([tabular(), sparse], shared_tables=[0])
+
+
+def test_what_a_loss_may_be():
+    model = ComponentModels(towers(outputs=1), strength=0.1)
+    x, y = torch.randn(B, WIDE), torch.randn(B, 1)
+    with pytest.raises(ValueError, match="average: expected 'logit' or 'probability' beside a loss that is"):
+        model.loss(x, y, loss=lambda output, target: (output - target).square().mean(-1))
+    for wrong in (None, ["bce"]):
+        with pytest.raises(TypeError, match="loss: expected a name or a function, got a"):
+            model.loss(x, y, loss=wrong)
+    with pytest.raises(ValueError, match="average: expected 'logit' with loss bce of several columns"):
+        ComponentModels(towers(), strength=None).loss(x, torch.rand(B, K), loss="bce")
+    with pytest.raises(ValueError, match="temperature: expected 1 with ComponentModels that average in prob"):
+        ComponentModels(towers()).loss(x, torch.randint(K, (B,)), loss="cross_entropy", temperature=2.0)
+    with pytest.raises(ValueError, match=r"sample_weight: expected \[24\] or \[3, 24\], got shape \[2, 24\]"):
+        model.loss(x, y.clamp(0, 1), loss="bce", sample_weight=torch.ones(2, B))
+    with pytest.raises(TypeError, match="beside: expected an ensemble, or a list of them, got a int"):
+        ComponentModels(towers(), beside=3)
+    for wrong in (-torch.ones(B, J), torch.full((B, J), torch.nan)):
+        with pytest.raises(ValueError, match=r"rows_of .*: expected finite weights of at least 0"):
+            ComponentModels(towers(), rows_of=lambda x, w=wrong: w).loss(
+                x, torch.randint(K, (B,)), loss="cross_entropy"
+            )
+
+
+def test_terms_of_a_users_class_are_looked_at():
+    class Own(pyens.EnsembleMLP):
+        term = torch.zeros(())
+
+        def loss_terms(self, *batch, **options):
+            return {"loss": self.loss(*batch, **options), "more": type(self).term}
+
+    x, y = rows(40)
+    for wrong, got in ((torch.zeros(()), r"shape \[\]"), (torch.zeros(1), r"shape \[1\]"), (0.5, "a float")):
+        Own.term = wrong
+        with pytest.raises(
+            ValueError, match=rf"expected terms \[3\] from Own.loss_terms, got {got} as 'more'"
+        ):
+            fit(
+                Own(M, WIDE, [6], K),
+                (x, y),
+                loss="cross_entropy",
+                epochs=1,
+                batch_size=8,
+                optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+                progress=False,
+            )
+
+
+def test_a_penalty_does_not_hide_a_target_of_another_shape():
+    with pytest.raises(ValueError, match="target: expected shape"):
+        fit(
+            pyens.EnsembleMLP(M, WIDE, [4], 3),
+            (torch.randn(24, WIDE), torch.randn(24, 1)),
+            loss="mse",
+            epochs=1,
+            batch_size=8,
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+            penalty=lambda output: output.square().mean((1, 2)),
+            progress=False,
+        )
+
+
+def test_functions_without_a_generator_draw_from_the_seeds_too():
+    model = ComponentModels(towers())
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        initialize_(model, lambda t: torch.nn.init.normal_(t, std=0.1), seeds=[1, 2, 3])
+        found.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+    class Wrapped(pyens.nn.Ensemble):
+        def __init__(self):
+            super().__init__()
+            self.ensemble_size = M
+            self.norm_head = pyens.EnsembleLinear(M, WIDE, WIDE)
+            self.models = ComponentModels(towers())
+
+    wrapped = initialize_(Wrapped(), torch.nn.init.ones_, input_variance=4.0)
+    assert (wrapped.norm_head.weight == 2).all()
+    for part in wrapped.models.components:
+        assert (part.weights[0] == 2).all() and (part.weights[1] == 1).all()
+
+
+def test_left_out_components_may_be_anything():
+    z = torch.randn(J, B, K)
+    z[1] = torch.nan
+    weights = torch.tensor([1.0, 0.0])
+    for space in ("probability", "logit"):
+        found = losses.combine(z, weights, space=space)
+        torch.testing.assert_close(found.softmax(-1), z[0].softmax(-1))

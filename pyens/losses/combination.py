@@ -42,15 +42,20 @@ def combine(outputs: Tensor, weights: Tensor | None = None, *, space: Space = "p
     _checks.choice("combine", "space", space, "probability", "logit")
     z = outputs[..., None] if outputs.ndim == 2 else outputs  # [..., J, B, K]
     g = _weights(weights, z)
+    left_out = g == 0  # whatever is there
     if space == "logit":
-        combined = (g * z).sum(-3)
+        combined = torch.where(left_out, 0, g * z).sum(-3)
     else:
-        # A weight of 0 is left out, with gradient 0: log 0 would make it NaN.
-        log_g = torch.where(g == 0, 1, g).log().masked_fill(g == 0, -torch.inf)
+        # A weight of 0 has gradient 0: log 0 would make it NaN.
+        log_g = torch.where(left_out, 1, g).log()
+
+        def average(log_p: Tensor) -> Tensor:
+            return torch.where(left_out, -torch.inf, log_p + log_g).logsumexp(-3)
+
         if z.shape[-1] == 1:
-            combined = (F.logsigmoid(z) + log_g).logsumexp(-3) - (F.logsigmoid(-z) + log_g).logsumexp(-3)
+            combined = average(F.logsigmoid(z)) - average(F.logsigmoid(-z))
         else:
-            combined = (z.log_softmax(-1) + log_g).logsumexp(-3)
+            combined = average(z.log_softmax(-1))
     return combined.squeeze(-1) if outputs.ndim == 2 else combined
 
 

@@ -135,7 +135,8 @@ class RunningDecorrelationLoss(nn.Module):
 
     While training, ``Ĉ ← (1 - α) Ĉ + α C`` with C of the batch (of all of it for the first one), and the
     gradient goes through αC alone: old batches are constants. In evaluation mode the estimate stays as it is
-    and the loss is that of ``(1 - α) Ĉ + α C``. A batch with B = 0 changes nothing.
+    and the loss is that of ``(1 - α) Ĉ + α C``. A batch with B = 0 changes nothing, nor one whose C is not
+    finite; `forget` begins anew.
 
     For small batches, where one C is mostly noise; for large ones the source expects little of it.
 
@@ -197,6 +198,12 @@ class RunningDecorrelationLoss(nn.Module):
         check_outputs("RunningDecorrelationLoss", outputs)
         return _running(outputs, self)
 
+    @torch.no_grad()
+    def forget(self, model: int | None = None) -> None:
+        """Begins anew, for one of several models or all."""
+        for buffer in (self.estimate, self.batches):
+            (buffer if model is None else buffer[model]).zero_()
+
     def extra_repr(self) -> str:
         shape = list(self.estimate.shape)
         return f"estimate={shape}, kind={self.kind!r}, momentum={self.momentum}, reduction={self.reduction!r}"
@@ -221,8 +228,12 @@ def _running(outputs: Tensor, state: RunningDecorrelationLoss) -> Tensor:
     estimate = torch.where(first, products, old + state.momentum * (products - old))
     if state.training:
         with torch.no_grad():
-            state.estimate.copy_(estimate)
-            state.batches.add_(1)
+            # Of a batch that overflows, or has a NaN, nothing is remembered.
+            axes = tuple(range(state.batches.dim(), products.dim()))
+            sound = products.isfinite().all(dim=axes)
+            each = sound.view(*sound.shape, *[1] * len(axes))
+            state.estimate.copy_(torch.where(each, estimate.to(old.dtype), old))
+            state.batches.add_(sound)
     return reduce_labels(_below_diagonal(estimate), outputs, state.reduction)
 
 

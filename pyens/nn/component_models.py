@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from pyens._kinds import check_number, check_tensor
 from pyens._types import Decorrelation, Loss, LossReduction, Space
-from pyens.losses import combine, decorrelation_loss
+from pyens.losses import RunningDecorrelationLoss, combine, decorrelation_loss
 from pyens.nn._layer_options import Rates
 from pyens.nn._losses import OPTIONS, check_options, check_values, mean_losses_of
 from pyens.nn.ensemble import Ensemble
@@ -47,21 +48,29 @@ class ComponentModels(Ensemble):
         on: what is decorrelated, "logit": the outputs as they are, or "probability" of them: the softmax, of
             one output the sigmoid.
         average: how the outputs are combined, in "probability" (they are logits then, of one or of several
-            classes) or in "logit"; the outcome is a logit either way, see `pyens.losses.combine`.
+            classes) or in "logit", also of outputs that are no logits; what comes out is a logit either way,
+            see `pyens.losses.combine`. None: in probability, but a loss that is a function, of which nobody
+            knows what it takes outputs for, has to have it said.
         gate: an ensemble of M members with J outputs, of the same inputs: the combination's weights are
             their softmax. None: even ones.
         beside: what is added to the outputs of the components after they are decorrelated: one ensemble of M
             members for all components, or J of them. A linear part beside a deep one.
         shared_tables: of components that are `TabularEnsemble`: the columns whose embeddings all share, those
             of the first component; True for all columns.
-        rows_of: from the inputs to what each row weighs for each component, `[B, J]` or `[M, B, J]`, where
-            components learn from data of their own. Only rows that all of them learn from are decorrelated.
+        rows_of: from the inputs, as `forward` is given them (`[B, ...]` or, of models with data of their own,
+            `[M, B, ...]`), to what each row weighs for each component, `[B, J]` or `[M, B, J]`: where
+            components learn from data of their own. What a component does not learn from is 0 in its mean
+            over all rows; only rows that all of them learn from are decorrelated. All components read all
+            rows.
 
     Components with optimizers or learning rates of their own: give `fit` a function that makes several, of
     `model.components[j].parameters()`. One initialisation for all models: `reset_parameters([s] * M)`.
 
     Attributes:
-        strength: `[M]`, a buffer; assign to its elements for a schedule. None without decorrelation.
+        strength: `[M]`, a buffer; assign to its elements for a schedule. None without decorrelation. It is in
+            the state dict, `fit` keeps that of a model's best epoch with its weights, and a run goes on from
+            a checkpoint only if it begins with the same. The validation loss has the decorrelation in it:
+            with a schedule, stop early by a metric.
 
     Raises:
         ValueError: no components, or of different numbers of models; a strength that is negative or NaN; a
@@ -80,6 +89,7 @@ class ComponentModels(Ensemble):
     components: Any  # torch does not say what a ModuleList holds
     strength: Tensor | None
     member_buffers = ("strength",)
+    terms_by_rows = ("decorrelation",)
 
     def __init__(
         self,
@@ -88,7 +98,7 @@ class ComponentModels(Ensemble):
         strength: float | Sequence[float] | Tensor | None = 0.1,
         decorrelation: Decorrelation | Push = "correlation",
         on: Space = "logit",
-        average: Space = "probability",
+        average: Space | None = None,
         gate: Ensemble | None = None,
         beside: Ensemble | Sequence[Ensemble] | None = None,
         shared_tables: bool | Sequence[int] = False,
@@ -102,6 +112,9 @@ class ComponentModels(Ensemble):
         if len(components) == 0:
             raise ValueError(f"{name}: components: expected at least one, got none")
         parts = {f"components[{j}]": part for j, part in enumerate(components)}
+        if beside is not None and not isinstance(beside, (Ensemble, Sequence, nn.ModuleList)):
+            kind = type(beside).__name__
+            raise TypeError(f"{name}: beside: expected an ensemble, or a list of them, got a {kind}")
         self.one_beside = isinstance(beside, Ensemble)
         besides = [beside] if isinstance(beside, Ensemble) else list(beside or [])
         if besides and not self.one_beside and len(besides) != len(components):
@@ -119,7 +132,7 @@ class ComponentModels(Ensemble):
                     f"{name}: {argument}: expected the {components[0].ensemble_size} models of "
                     f"components[0], got {part.ensemble_size}"
                 )
-        for argument, space in (("on", on), ("average", average)):
+        for argument, space in (("on", on), ("average", average or "probability")):
             if space not in get_args(Space):
                 raise ValueError(
                     f"{name}: {argument}: expected one of {', '.join(get_args(Space))}, got {space!r}"
@@ -141,10 +154,13 @@ class ComponentModels(Ensemble):
         self.components = nn.ModuleList(components)
         self.gate = gate
         self.beside = nn.ModuleList(besides)
-        self.decorrelation, self.on, self.average, self.rows_of = decorrelation, on, average, rows_of
+        self.decorrelation, self.on, self.rows_of = decorrelation, on, rows_of
+        self.average: Space = average or "probability"
+        self.average_is_said = average is not None
         like = _like(self)
-        own = None if strength is None else _strengths(strength, self.ensemble_size)
-        self.register_buffer("strength", own if own is None else own.to(like))
+        self.register_buffer(
+            "strength", None if strength is None else _strengths(strength, self.ensemble_size, like)
+        )
         _share(self.components, shared_tables)
 
     @property
@@ -199,78 +215,55 @@ class ComponentModels(Ensemble):
                 f"loss: batch: expected what forward takes, then the target, got {len(batch)} arguments"
             )
         *inputs, target = batch
-        named = isinstance(loss, str)
-        if named and loss not in LOSSES:
+        if not isinstance(loss, str) and not callable(loss):
+            raise TypeError(f"loss: loss: expected a name or a function, got a {type(loss).__name__}")
+        if isinstance(loss, str) and loss not in LOSSES:
             raise ValueError(f"loss: loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
         for name in options:
             if name not in OPTIONS:
                 raise TypeError(f"loss: {name}: expected an option of a loss, got another")
         check_options("loss", loss, options)
         check_tensor("loss", "target", target)
+        self._check_average(loss, target, options)
+        self._check_strength()
+        shares = self._shares(inputs, target, loss, options)
         if sample_weight is not None:
             check_tensor("loss", "sample_weight", sample_weight)
+            self._check_weights(sample_weight, target, loss)
             inputs = self.without_left_out(inputs, sample_weight)
-        shares = self._shares(inputs, sample_weight)
-        if named:
-            self._check_average(loss)
-        plain = named and self.strength is None and not self.beside and self.gate is None
-        if plain:  # nothing looks at the outputs: each component's own loss, with its gradient in one pass
+        unseen = self.strength is None and not self.beside and self.gate is None and shares is None
+        if unseen and isinstance(loss, str):  # nothing looks at outputs: losses with gradients in one pass
             losses = []
             for j, component in enumerate(self.components):
                 seeds = {} if dropout_seeds is None else {"dropout_seeds": dropout_seeds}
                 given = _seeded(component, j, seeds) | options
-                share = shares if shares is None or self.rows_of is None else shares[..., j]
-                losses.append(component.loss(*inputs, target, loss=loss, sample_weight=share, **given))
+                own = component.loss(*inputs, target, loss=loss, sample_weight=sample_weight, **given)
+                losses.append(own)
             return {"label": _sum(losses)}
         outputs, signals = self._outputs(inputs, dropout_seeds)
-        if named and loss == "bce" and outputs.shape[-1] > 1 and self.average == "probability":
-            raise ValueError(
-                "ComponentModels: average: expected 'logit' with loss bce of several columns, "
-                "got 'probability'"
-            )
         if self.training and outputs.shape[2] == 1 and self.strength is not None:
             raise ValueError(
                 "loss: batch: expected 2 or more rows in training, which components can be decorrelated "
                 "over, got 1"
             )
-
-        def mean(output: Tensor, weight: Tensor | None) -> Tensor:
-            if not isinstance(loss, str):
-                return _reduced(loss(output, target), output, weight)
-            check_values(output, target, loss, weight, options)
-            return mean_losses_of(output, target, loss, weight, **options)
-
-        if self.rows_of is not None and shares is not None:
-            losses = [mean(output, shares[..., j]) for j, output in enumerate(outputs.unbind(1))]
-        elif isinstance(loss, str):  # of all components at once
-            check_values(outputs[:, 0], target, loss, shares, options)
-            count = len(self.components)
-            dims = 1 if loss == "cross_entropy" else 2
-            own = {
-                name: _for_each(value, 2, count) if name != "quantiles" else value
-                for name, value in options.items()
-            }
-            mean_of_each = mean_losses_of(
-                outputs.flatten(0, 1),
-                _for_each(target, dims + 1, count),
-                loss,
-                _for_each(shares, 2, count),
-                **own,
-            )
-            losses = list(mean_of_each.view(-1, count).unbind(1))
-        else:
-            losses = [mean(output, shares) for output in outputs.unbind(1)]
-        terms = {"label": _sum(losses)}
+        terms = {"label": self._label(outputs, target, loss, sample_weight, shares, options)}
         if self.strength is not None:
-            present = None if shares is None else shares != 0
-            if present is not None and self.rows_of is not None:
-                present = present.all(-1)
+            present = None if sample_weight is None else sample_weight != 0
+            if shares is not None:
+                of_all = (shares != 0).all(-1)
+                present = of_all if present is None else of_all & present
             pushed = self._push(signals, present)
             terms["decorrelation"] = torch.where(self.strength > 0, self.strength * pushed, 0)
         if self.gate is not None:
             combined = self._combined(outputs.detach(), inputs, dropout_seeds)
-            terms["gate"] = mean(combined, sample_weight)
+            terms["gate"] = _mean(combined, target, loss, sample_weight, options)
         return terms
+
+    def draw(self, member: int, generator: torch.Generator | None) -> None:
+        """As the parts do, each shared one as the last that has it; a running estimate begins anew."""
+        super().draw(member, generator)
+        if isinstance(self.decorrelation, RunningDecorrelationLoss):
+            self.decorrelation.forget(member if self.decorrelation.batches.dim() else None)
 
     def without_left_out(self, inputs: Sequence[Any], sample_weight: Tensor) -> list[Any]:
         """As the first component does it."""
@@ -284,7 +277,7 @@ class ComponentModels(Ensemble):
         what = self.decorrelation if isinstance(self.decorrelation, str) else _name_of(self.decorrelation)
         shown: dict[str, Any] = {
             "models": self.ensemble_size,
-            "strength": None if self.strength is None else sorted(set(self.strength.tolist())),
+            "strength": _shown(self.strength),
             "decorrelation": what,
             "on": self.on,
             "average": self.average,
@@ -295,12 +288,89 @@ class ComponentModels(Ensemble):
 
     # --------------------------------------------------------------------------------------------------------
 
-    def _check_average(self, loss: Any) -> None:
-        if self.average == "probability" and loss not in ("bce", "cross_entropy", "soft_cross_entropy"):
+    def _check_average(self, loss: Any, target: Tensor, options: dict[str, Any]) -> None:
+        if not isinstance(loss, str):
+            if not self.average_is_said:
+                raise ValueError(
+                    f"ComponentModels: average: expected 'logit' or 'probability' beside a loss that is a "
+                    f"function, {_name_of(loss)}, got None"
+                )
+            return
+        if self.average != "probability":
+            return
+        if loss not in ("bce", "cross_entropy", "soft_cross_entropy"):
             raise ValueError(
                 f"ComponentModels: average: expected 'logit' with loss {loss}, whose outputs are no logits, "
                 "got 'probability'"
             )
+        if loss == "bce" and target.shape[-1] > 1:
+            raise ValueError(
+                "ComponentModels: average: expected 'logit' with loss bce of several columns, "
+                "got 'probability'"
+            )
+        if options.get("temperature", 1) != 1:
+            raise ValueError(
+                "loss: temperature: expected 1 with ComponentModels that average in probability, got "
+                f"{options['temperature']}"
+            )
+
+    def _check_strength(self) -> None:
+        if self.strength is None or torch.compiler.is_compiling():
+            return
+        if list(self.strength.shape) != [self.ensemble_size]:
+            raise ValueError(
+                f"ComponentModels: strength: expected [{self.ensemble_size}], got shape "
+                f"{list(self.strength.shape)}"
+            )
+        if self.strength.device.type == "cpu" and not bool(_is_strength(self.strength).all()):
+            raise ValueError(
+                f"ComponentModels: strength: expected finite numbers from 0, got {self.strength.tolist()}"
+            )
+
+    def _check_weights(self, weight: Tensor, target: Tensor, loss: Any) -> None:
+        rows = target.shape[0 if target.dim() == 1 else -1 if loss == "cross_entropy" else -2]
+        if list(weight.shape) not in ([rows], [self.ensemble_size, rows]):
+            raise ValueError(
+                f"loss: sample_weight: expected [{rows}] or [{self.ensemble_size}, {rows}], got shape "
+                f"{list(weight.shape)}"
+            )
+
+    def _label(
+        self,
+        outputs: Tensor,
+        target: Tensor,
+        loss: Any,
+        weight: Tensor | None,
+        shares: Tensor | None,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """The sum over components of each one's mean loss, `[M]`."""
+        if shares is not None:
+            whole = torch.ones_like(shares[..., 0]) if weight is None else weight
+            total = row_sums(whole.double())
+            losses = []
+            for j, output in enumerate(outputs.unbind(1)):
+                own = shares[..., j] if weight is None else shares[..., j] * weight
+                part = (row_sums(own.double()) / torch.where(total > 0, total, 1)).to(output.dtype)
+                losses.append(_mean(output, target, loss, own, options) * part)
+            return _sum(losses)
+        if not isinstance(loss, str):
+            return _sum([_mean(output, target, loss, weight, options) for output in outputs.unbind(1)])
+        count = len(self.components)  # all components at once
+        check_values(outputs[:, 0], target, loss, weight, options)  # type: ignore[arg-type]
+        of_models = 2 if loss == "cross_entropy" else 3
+        own_options = {
+            name: value if name == "quantiles" else _for_each(value, 2, count)
+            for name, value in options.items()
+        }
+        losses_of_all = mean_losses_of(
+            outputs.flatten(0, 1),
+            _for_each(target, of_models, count),
+            loss,  # type: ignore[arg-type]
+            _for_each(weight, 2, count),
+            **own_options,
+        )
+        return _sum(list(losses_of_all.view(-1, count).unbind(1)))
 
     def parts(self) -> list[Ensemble]:
         """Components, what stands beside them, and the gate."""
@@ -351,34 +421,50 @@ class ComponentModels(Ensemble):
             weights = gate.softmax(-1).transpose(1, 2)  # [M, J, B]
         return combine(outputs, weights, space=self.average)
 
-    def _shares(self, inputs: Sequence[Any], sample_weight: Tensor | None) -> Tensor | None:
-        """What the rows weigh: `[B]` or `[M, B]`, with `rows_of` `[B, J]` or `[M, B, J]`; None: all alike."""
+    def _shares(
+        self, inputs: Sequence[Any], target: Tensor, loss: Any, options: dict[str, Any]
+    ) -> Tensor | None:
+        """What the rows weigh for each component, `[B, J]` or `[M, B, J]`; None: all alike."""
         if self.rows_of is None:
-            return sample_weight
+            return None
+        if options.get("class_weight") is not None:
+            raise ValueError("loss: class_weight: expected None beside rows_of, got a tensor")
         own = self.rows_of(*inputs)
+        name, count = f"ComponentModels: rows_of ({_name_of(self.rows_of)})", len(self.components)
         check_tensor("ComponentModels", "rows_of", own)
-        if own.dim() not in (2, 3) or own.shape[-1] != len(self.components):
+        rows = target.shape[0 if target.dim() == 1 else -1 if loss == "cross_entropy" else -2]
+        if list(own.shape) not in ([rows, count], [self.ensemble_size, rows, count]):
             raise ValueError(
-                f"ComponentModels: rows_of: expected [B, {len(self.components)}] or [M, B, "
-                f"{len(self.components)}], got shape {list(own.shape)}"
+                f"{name}: expected [{rows}, {count}] or [{self.ensemble_size}, {rows}, {count}], got shape "
+                f"{list(own.shape)}"
             )
-        own = own if own.is_floating_point() else own.to(_like(self).dtype)
-        return own if sample_weight is None else own * sample_weight.unsqueeze(-1)
+        own = own.detach().to(_like(self).dtype)
+        if not torch.compiler.is_compiling() and not bool((own.isfinite() & (own >= 0)).all()):
+            raise ValueError(f"{name}: expected finite weights of at least 0, got one that is not")
+        return own
 
     def _push(self, signals: Tensor, present: Tensor | None) -> Tensor:
         """L of the rows that are present, `[M]`."""
         if self.on == "probability":
-            signals = signals.sigmoid() if signals.shape[-1] == 1 else signals.softmax(-1)
-        if present is None or bool(present.all()):
+            if signals.shape[-1] == 1:  # as a softmax, whose rows torch rounds alike wherever they lie
+                signals = torch.cat([signals, torch.zeros_like(signals)], -1).softmax(-1)[..., :1]
+            else:
+                signals = signals.softmax(-1)
+        assert self.strength is not None
+        off = torch.eq(self.strength, 0)
+        if bool(off.any()):  # or outputs beyond what L can square would reach the gradient
+            signals = torch.where(off.view(-1, 1, 1, 1), 0, signals)
+        if present is None:
             return self._pushed(signals)
         if present.dim() == 1:
-            return self._pushed(signals[:, :, present])
-        if not isinstance(self.decorrelation, str):
-            # A function of all models at once needs as many rows of each: those left out become zeros.
+            return self._pushed(signals if bool(present.all()) else signals[:, :, present])
+        if isinstance(self.decorrelation, nn.Module):
             raise ValueError(
-                "ComponentModels: decorrelation: expected a name where models leave out rows of their own, "
-                f"got {_name_of(self.decorrelation)}"
+                "ComponentModels: decorrelation: expected a name or a function beside weights of each model, "
+                f"which leave it other rows, got a {type(self.decorrelation).__name__}"
             )
+        if bool(present.all()):
+            return self._pushed(signals)
         return torch.cat([self._pushed(signals[m : m + 1, :, rows]) for m, rows in enumerate(present)])
 
     def _pushed(self, signals: Tensor) -> Tensor:
@@ -394,10 +480,13 @@ class ComponentModels(Ensemble):
         return pushed
 
 
-def _strengths(strength: Any, models: int) -> Tensor:
+def _strengths(strength: Any, models: int, like: Tensor) -> Tensor:
     name = "ComponentModels"
     if isinstance(strength, (Tensor, Sequence)) and not isinstance(strength, str):
-        given = torch.as_tensor(strength, dtype=torch.float64)
+        if not isinstance(strength, Tensor):
+            for m, value in enumerate(strength):
+                check_number(name, f"strength[{m}]", value)
+        given = torch.as_tensor(strength, dtype=torch.float64).detach()
         if given.shape not in ((), (models,)):
             raise ValueError(
                 f"{name}: strength: expected one number, or one for each of {models} models, got shape "
@@ -406,9 +495,25 @@ def _strengths(strength: Any, models: int) -> Tensor:
     else:
         check_number(name, "strength", strength)
         given = torch.tensor(float(strength), dtype=torch.float64)
-    if not bool(((given >= 0) & (given < math.inf)).all()):
-        raise ValueError(f"{name}: strength: expected finite numbers from 0, got {given.tolist()}")
-    return given.expand(models).clone()
+    stored = given.to(like.dtype)
+    if not bool(_is_strength(given).all()) or not bool(
+        ((stored > 0) == (given > 0)).all() & stored.isfinite().all()
+    ):
+        raise ValueError(
+            f"{name}: strength: expected finite numbers from 0 that {like.dtype} has, got {given.tolist()}"
+        )
+    return stored.to(like.device).expand(models).clone()
+
+
+def _is_strength(strength: Tensor) -> Tensor:
+    return (strength >= 0) & (strength < math.inf)
+
+
+def _shown(strength: Tensor | None) -> Any:
+    if strength is None or strength.is_meta:
+        return None if strength is None else "on meta"
+    values = strength.tolist()
+    return values[0] if len(set(values)) == 1 else values
 
 
 def _like(model: nn.Module) -> Tensor:
@@ -420,10 +525,12 @@ def _like(model: nn.Module) -> Tensor:
 
 
 def _share(components: Any, columns: bool | Sequence[int]) -> None:
-    """Puts embeddings of the first component into the others."""
+    """Puts embeddings of the first component into the others, once all fit."""
     if columns is False:
         return
     name = "ComponentModels: shared_tables"
+    if columns is not True and (isinstance(columns, (str, bytes)) or not isinstance(columns, Sequence)):
+        raise TypeError(f"{name}: expected a bool or a list of columns, got a {type(columns).__name__}")
     for j, component in enumerate(components):
         if not isinstance(component, TabularEnsemble):
             raise TypeError(
@@ -431,30 +538,39 @@ def _share(components: Any, columns: bool | Sequence[int]) -> None:
                 f"a {type(component).__name__}"
             )
     tables = components[0].embeddings
-    for column in range(len(tables)) if columns is True else columns:
-        if not isinstance(column, int) or not 0 <= column < len(tables):
+    chosen = list(range(len(tables)) if columns is True else columns)
+    for column in chosen:
+        if not isinstance(column, int) or isinstance(column, bool) or not 0 <= column < len(tables):
             raise ValueError(f"{name}: expected columns from 0 to {len(tables) - 1}, got {column!r}")
-        first = tables[column]
+        first = _described(tables[column])
         for j, component in enumerate(components):
             if len(component.embeddings) <= column:
                 raise ValueError(
                     f"{name}: expected column {column} in all components, got components[{j}] with "
                     f"{len(component.embeddings)} columns"
                 )
-            own = component.embeddings[column]
-            if (own.num_embeddings, own.embedding_dim) != (first.num_embeddings, first.embedding_dim):
+            own = _described(component.embeddings[column])
+            if own != first:
                 raise ValueError(
-                    f"{name}: expected tables of one size, {first.num_embeddings} x {first.embedding_dim} "
-                    f"in column {column}, got {own.num_embeddings} x {own.embedding_dim} in components[{j}]"
+                    f"{name}: expected tables of one size and kind, {first} in column {column}, got {own} in "
+                    f"components[{j}]"
                 )
-            component.embeddings[column] = first
+    for column in chosen:
+        for component in components:
+            component.embeddings[column] = tables[column]
+
+
+def _described(table: Any) -> str:
+    kind = "sparse " * table.sparse + str(table.weight.dtype)
+    return f"{table.num_embeddings} x {table.embedding_dim} of {kind}"
 
 
 def _seeded(part: Ensemble, place: int, given: dict[str, Tensor]) -> dict[str, Any]:
     """Seeds of dropout for one part, others than for the rest; none for a part that does not drop."""
     if not given or not part.dropout:
         return {}
-    return {"dropout_seeds": given["dropout_seeds"] ^ ((place + 2) * 0xD1342543DE82EF95 % 2**62)}
+    mixed = (given["dropout_seeds"] ^ ((place + 2) * 0xD1342543DE82EF95 % 2**62)) * 0x27BB2EE687B0B0FD
+    return {"dropout_seeds": mixed & (2**62 - 1)}
 
 
 def _for_each(value: Any, dims: int, components: int) -> Any:
@@ -467,8 +583,14 @@ def _sum(losses: Sequence[Tensor]) -> Tensor:
     return losses[0] if len(losses) == 1 else torch.stack(list(losses)).sum(0)
 
 
-def _reduced(losses: Any, output: Tensor, weight: Tensor | None) -> Tensor:
-    """The mean `[M]` of what a function gives of outputs `[M, B, K]`."""
+def _mean(
+    output: Tensor, target: Tensor, loss: Any, weight: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    """The mean loss `[M]` of outputs `[M, B, K]`."""
+    if isinstance(loss, str):
+        check_values(output, target, loss, weight, options)  # type: ignore[arg-type]
+        return mean_losses_of(output, target, loss, weight, **options)  # type: ignore[arg-type]
+    losses = loss(output, target)
     models, rows = output.shape[:2]
     if isinstance(losses, Tensor) and losses.shape == (models, rows):
         return row_sums(losses) / rows if weight is None else weighted_mean(losses, weight)
@@ -480,4 +602,10 @@ def _reduced(losses: Any, output: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _name_of(function: Any) -> str:
+    if isinstance(function, functools.partial):
+        given = [
+            *map(repr, function.args),
+            *(f"{name}={value!r}" for name, value in function.keywords.items()),
+        ]
+        return f"{_name_of(function.func)}({', '.join(given)})"
     return str(getattr(function, "__qualname__", type(function).__name__))

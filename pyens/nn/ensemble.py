@@ -64,6 +64,8 @@ class Ensemble(nn.Module):
         member_buffers: names of the class's own buffers `[E, ...]` that belong to the members as parameters
             do, such as running statistics: `select` takes the rows of the chosen ones, and `fit` keeps them
             with the weights of the best epoch. Another module in it may have such an attribute too.
+        terms_by_rows: of `loss_terms`, the names of those that are no mean over the rows by their weights: of
+            micro batches, `fit` adds them up by how many rows there are.
     """
 
     ensemble_size: int
@@ -74,6 +76,7 @@ class Ensemble(nn.Module):
     residual: Residual = False
     shares_parameters: bool = False
     member_buffers: tuple[str, ...] = ()
+    terms_by_rows: tuple[str, ...] = ()
 
     def features(self, input: Tensor) -> Tensor:
         """What the members' MLPs take, `[B, I]` or `[E, B, I]`, from the arguments of `forward`."""
@@ -143,8 +146,8 @@ class Ensemble(nn.Module):
         """What `loss` is the sum of, each `[E]`, by name; here `loss` itself.
 
         A class whose members learn from more than one thing defines this. `fit` calls it in the place of
-        `loss`, also with a `loss` that is a function, and keeps the terms apart in its history. Of micro
-        batches, the first term is taken to be a mean over rows by weight, the others one by rows.
+        `loss`, also with a `loss` that is a function, and keeps the terms apart in its history. See
+        `terms_by_rows`.
         """
         return {"loss": self.loss(*batch, **options)}
 

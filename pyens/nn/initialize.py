@@ -39,11 +39,13 @@ def initialize_(
     Args:
         model: an ensemble. Parameters that several of its parts share are drawn once.
         weight: for weights of linear layers `[out, in]` and of convolutions `[out, in, kH, kW]`: is called
-            with that of one member, float32 on the CPU, and with `generator=` if it takes one.
+            with that of one member, float32 on the CPU, and with `generator=` if it takes one; otherwise
+            torch's default generator is seeded for it.
         bias: likewise for biases `[out]`.
         table: likewise for embeddings `[num_embeddings, embedding_dim]`.
         input_variance: s > 0, by which the variance of what reads the inputs is multiplied (its numbers by
-            √s): of the tables, and in parts without tables of the weights of their first layer.
+            √s): of the tables, and in parts without tables of the weights of their first layer, in the order
+            in which they were defined. Of a `ComponentModels` every component is a part.
         seeds: one for each member, which then depends on it alone; None: torch's default generator.
 
     Returns:
@@ -81,24 +83,35 @@ def initialize_(
 def _call(draw: Draw, tensor: Tensor, generator: torch.Generator | None) -> None:
     try:
         draw(tensor, generator=generator)
+        return
     except TypeError as error:
         if "generator" not in str(error):
             raise
-        draw(tensor)  # a constant
+    if generator is None:
+        draw(tensor)
+        return
+    with torch.random.fork_rng(devices=[]):  # it draws from torch's default generator, if it draws at all
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        draw(tensor)
 
 
 def _kinds(model: Ensemble) -> Iterator[tuple[Tensor, str, bool]]:
     """The parameters that may be drawn, their kind, and whether they read the inputs."""
-    if isinstance(model, ComponentModels):  # each of whose parts reads the inputs
-        for part in model.parts():
-            yield from _kinds(part)
-        return
+    inside: set[int] = set()
+    for models in model.modules():
+        if not isinstance(models, ComponentModels):
+            continue
+        for part in models.parts():  # each of which reads the inputs
+            if id(part) not in inside and part is not model:
+                yield from _kinds(part)
+            inside.update(map(id, part.modules()))
     modules = dict(model.named_modules())
     first = not any(isinstance(module, EnsembleEmbedding) for module in modules.values())
     for name, parameter in model.named_parameters():
-        place, _, own = name.rpartition(".")
+        place = name.rpartition(".")[0]
         owner = modules[place]
-        if "norm_" in f"{place}.{own}" or isinstance(owner, EnsembleBatchNorm):
+        of_norm = place.rpartition(".")[2] in ("norm_weights", "norm_biases")
+        if id(owner) in inside or of_norm or isinstance(owner, EnsembleBatchNorm):
             continue
         if isinstance(owner, EnsembleEmbedding):
             yield parameter, "table", True

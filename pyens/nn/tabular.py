@@ -156,7 +156,7 @@ class TabularEnsemble(Ensemble):
         """As `EnsembleMLP` and `EnsembleEmbedding` do; the tables are then multiplied by `embedding_std`."""
         super().draw(member, generator)
         if self.embedding_std != 1:
-            for embedding in self.embeddings:
+            for embedding in dict.fromkeys(self.embeddings):  # columns may share one
                 embedding.weight[member].mul_(self.embedding_std)
 
     def config(self) -> dict[str, Any]:

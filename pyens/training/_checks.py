@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import os
@@ -285,6 +286,12 @@ def jackknife(
 def name_of(function: Any) -> str | None:
     if function is None or isinstance(function, str):
         return function
+    if isinstance(function, functools.partial):
+        given = [
+            *map(repr, function.args),
+            *(f"{name}={value!r}" for name, value in function.keywords.items()),
+        ]
+        return f"{name_of(function.func)}({', '.join(given)})"
     return getattr(function, "__qualname__", type(function).__name__)
 
 

@@ -187,6 +187,11 @@ class Run:
                     f"{shapes}{more}, of whose first row alone it says: {error}"
                 ) from error
             self.term_names = list(trainer.terms)
+            columns = {f"{part}_{name}" for part in ("train", "validation") for name in self.term_names}
+            if taken := columns.intersection(self.metrics):
+                raise ValueError(
+                    f"fit: metrics: expected other names than those of the loss's terms, got {sorted(taken)}"
+                )
             if self.metrics:
                 self._measure()
         trainer.begin()

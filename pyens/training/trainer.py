@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from pyens._files import only_writer
 from pyens._types import Bootstrap, Loss, LossOptions, MaskMode
 from pyens.nn import Ensemble, MaskedMLP
-from pyens.nn._losses import OPTIONS, check_options, mean_losses_of
+from pyens.nn._losses import OPTIONS, check_options, check_values, mean_losses_of
 from pyens.nn.ensemble import is_held, member_tensors, renew_accumulator
 from pyens.optim import (
     InPass,
@@ -286,17 +286,14 @@ class Trainer:
             loss, self.terms = self.loss, {}
             if self._has_terms or (isinstance(loss, str) and penalty is None):
                 options |= self._loss_options() | {"loss": loss, "sample_weight": weight}
-                name, *others = terms = self.model.loss_terms(*batch, **options)
-                losses = terms[name]
-                # Where each row has met one mask, a loss of the model, which is every member's.
-                losses = (losses.expand(len(self.members)) if losses.dim() == 0 else losses) * share
-                return self._sum_of({name: losses} | {n: terms[n] * share_of_rows for n in others})
+                return self._sum_of(self._of_model(batch, share, share_of_rows, options))
             *inputs, target = batch
             if weight is not None:
                 inputs = self.model.without_left_out(inputs, weight)
             output = self.model(*inputs, **options)
             if isinstance(loss, str):
                 assert target is not None
+                check_values(output, target, loss, weight, self._loss_options())
                 losses = mean_losses_of(output, target, loss, weight, **self._loss_options())
             else:
                 losses = self._reduced(loss(output, target), output, weight)  # type: ignore[arg-type]
@@ -312,6 +309,25 @@ class Trainer:
                 )
             own = (added / members).expand(members) if added.dim() == 0 else added  # of one, each its share
             return self._sum_of({"loss": losses, "penalty": own * share_of_rows})
+
+    def _of_model(
+        self, batch: Sequence[Any], share: Any, share_of_rows: float, options: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """The terms of the model's loss, each as a part of a batch counts in it."""
+        model, members = self.model, len(self.members)
+        terms = model.loss_terms(*batch, **options)
+        found = {}
+        for name, term in terms.items():
+            # Where each row has met one mask, a loss of the model, which is every member's.
+            if not self._has_terms and term.dim() == 0:
+                term = term.expand(members)
+            if self._has_terms and (not isinstance(term, Tensor) or term.shape != (members,)):
+                raise ValueError(
+                    f"fit: model: expected terms [{members}] from {type(model).__name__}.loss_terms, got "
+                    f"{_form(term)} as {name!r}"
+                )
+            found[name] = term * (share_of_rows if name in model.terms_by_rows else share)
+        return found
 
     def _sum_of(self, terms: dict[str, Tensor]) -> Tensor:
         """The sum of terms `[E]`, which are kept where there are several."""
