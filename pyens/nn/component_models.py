@@ -155,8 +155,7 @@ class ComponentModels(Ensemble):
         self.gate = gate
         self.beside = nn.ModuleList(besides)
         self.decorrelation, self.on, self.rows_of = decorrelation, on, rows_of
-        self.average: Space = average or "probability"
-        self.average_is_said = average is not None
+        self.average = average
         like = _like(self)
         self.register_buffer(
             "strength", None if strength is None else _strengths(strength, self.ensemble_size, like)
@@ -198,7 +197,7 @@ class ComponentModels(Ensemble):
         dropout_seeds: Tensor | None = None,
         **options: Any,
     ) -> dict[str, Tensor]:
-        """ "label", "decorrelation" and "gate", each `[M]`; see the class.
+        """The terms "label", "decorrelation" and "gate", each `[M]`; see the class.
 
         Args:
             batch: what the components take, then the target: `[B, ...]`, or `[M, B, ...]` for models with
@@ -280,7 +279,7 @@ class ComponentModels(Ensemble):
             "strength": _shown(self.strength),
             "decorrelation": what,
             "on": self.on,
-            "average": self.average,
+            "average": self._space,
         }
         if self.rows_of is not None:
             shown["rows_of"] = _name_of(self.rows_of)
@@ -288,15 +287,19 @@ class ComponentModels(Ensemble):
 
     # --------------------------------------------------------------------------------------------------------
 
+    @property
+    def _space(self) -> Space:
+        return self.average or "probability"
+
     def _check_average(self, loss: Any, target: Tensor, options: dict[str, Any]) -> None:
         if not isinstance(loss, str):
-            if not self.average_is_said:
+            if self.average is None:
                 raise ValueError(
                     f"ComponentModels: average: expected 'logit' or 'probability' beside a loss that is a "
                     f"function, {_name_of(loss)}, got None"
                 )
             return
-        if self.average != "probability":
+        if self.average == "logit":
             return
         if loss not in ("bce", "cross_entropy", "soft_cross_entropy"):
             raise ValueError(
@@ -419,7 +422,7 @@ class ComponentModels(Ensemble):
                     f"ComponentModels: gate: expected outputs {expected}, got shape {list(gate.shape)}"
                 )
             weights = gate.softmax(-1).transpose(1, 2)  # [M, J, B]
-        return combine(outputs, weights, space=self.average)
+        return combine(outputs, weights, space=self._space)
 
     def _shares(
         self, inputs: Sequence[Any], target: Tensor, loss: Any, options: dict[str, Any]
