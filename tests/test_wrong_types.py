@@ -325,6 +325,18 @@ CASES = {
         {"input": torch.randn(2, 3, 4, 4)},
         "ensemble_conv2d",
     ),
+    "nn.ComponentModels": Case(
+        positional(pyens_nn.ComponentModels([MLP, MLP], average="logit")), {"input": X}, "ensemble_mlp"
+    ),
+    "nn.ComponentModels.loss": Case(
+        lambda input, target, sample_weight=None: pyens_nn.ComponentModels([MLP, MLP], average="logit").loss(
+            input, target, loss="mse", sample_weight=sample_weight
+        ),
+        {"input": X, "target": TARGET, "sample_weight": WEIGHT},
+        "ensemble_mlp|loss",
+        optional=("sample_weight",),
+        called={"input": r"input|batch\[0\]"},
+    ),
     "nn.SparseEnsembleMLP": Case(MLP.sparse(), {"input": X}, "ensemble_mlp_sparse"),
     "nn.SparseEnsembleConv2d": Case(
         pyens_nn.EnsembleConv2d(E, 3, 2, 3).sparse(),
@@ -566,7 +578,13 @@ CASES = {
 # What is no function of tensors: named tuples, constants, and what builds or changes modules.
 NOT_CALLED_WITH_TENSORS = {
     "ops": {"ActivationStrength", "Int8Weight", "Moments", "SparseRows", "Uncertainty"},
-    "nn": {"Residual", "fold_batchnorm", "insert_masksembles_", "set_mask_mode_"},  # or by torch's modules
+    "nn": {
+        "Residual",
+        "fold_batchnorm",
+        "initialize_",
+        "insert_masksembles_",
+        "set_mask_mode_",
+    },  # or by torch's modules
     "metrics": {
         "BrierDecomposition",
         "ConfidenceCurve",

@@ -200,9 +200,10 @@ class RunningDecorrelationLoss(nn.Module):
 
     @torch.no_grad()
     def forget(self, model: int | None = None) -> None:
-        """Begins anew, for one of several models or all."""
+        """Begins anew; where there are several models, for one of them or all."""
+        one = model is not None and self.batches.dim() > 0
         for buffer in (self.estimate, self.batches):
-            (buffer if model is None else buffer[model]).zero_()
+            (buffer[model] if one else buffer).zero_()
 
     def extra_repr(self) -> str:
         shape = list(self.estimate.shape)

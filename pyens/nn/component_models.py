@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from pyens._kinds import check_number, check_tensor
 from pyens._types import Decorrelation, Loss, LossReduction, Space
-from pyens.losses import RunningDecorrelationLoss, combine, decorrelation_loss
 from pyens.nn._layer_options import Rates
 from pyens.nn._losses import OPTIONS, check_options, check_values, mean_losses_of
 from pyens.nn.ensemble import Ensemble
@@ -229,6 +228,9 @@ class ComponentModels(Ensemble):
         if sample_weight is not None:
             check_tensor("loss", "sample_weight", sample_weight)
             self._check_weights(sample_weight, target, loss)
+            for i, tensor in enumerate(inputs):
+                if isinstance(tensor, Tensor):
+                    check_tensor("loss", f"batch[{i}]", tensor)
             inputs = self.without_left_out(inputs, sample_weight)
         unseen = self.strength is None and not self.beside and self.gate is None and shares is None
         if unseen and isinstance(loss, str):  # nothing looks at outputs: losses with gradients in one pass
@@ -261,8 +263,9 @@ class ComponentModels(Ensemble):
     def draw(self, member: int, generator: torch.Generator | None) -> None:
         """As the parts do, each shared one as the last that has it; a running estimate begins anew."""
         super().draw(member, generator)
-        if isinstance(self.decorrelation, RunningDecorrelationLoss):
-            self.decorrelation.forget(member if self.decorrelation.batches.dim() else None)
+        forget = getattr(self.decorrelation, "forget", None)  # RunningDecorrelationLoss has it
+        if forget is not None:
+            forget(member)
 
     def without_left_out(self, inputs: Sequence[Any], sample_weight: Tensor) -> list[Any]:
         """As the first component does it."""
@@ -412,6 +415,8 @@ class ComponentModels(Ensemble):
         return torch.stack(whole, 1), together
 
     def _combined(self, outputs: Tensor, inputs: Sequence[Any], dropout_seeds: Tensor | None) -> Tensor:
+        from pyens import losses  # which needs more than a network has to be loaded for
+
         weights = None
         if self.gate is not None:
             given = {} if dropout_seeds is None else {"dropout_seeds": dropout_seeds}
@@ -422,7 +427,7 @@ class ComponentModels(Ensemble):
                     f"ComponentModels: gate: expected outputs {expected}, got shape {list(gate.shape)}"
                 )
             weights = gate.softmax(-1).transpose(1, 2)  # [M, J, B]
-        return combine(outputs, weights, space=self._space)
+        return losses.combine(outputs, weights, space=self._space)
 
     def _shares(
         self, inputs: Sequence[Any], target: Tensor, loss: Any, options: dict[str, Any]
@@ -471,8 +476,10 @@ class ComponentModels(Ensemble):
         return torch.cat([self._pushed(signals[m : m + 1, :, rows]) for m, rows in enumerate(present)])
 
     def _pushed(self, signals: Tensor) -> Tensor:
+        from pyens import losses
+
         if isinstance(self.decorrelation, str):
-            return decorrelation_loss(signals, kind=self.decorrelation)
+            return losses.decorrelation_loss(signals, kind=self.decorrelation)
         pushed = self.decorrelation(signals)
         if not isinstance(pushed, Tensor) or pushed.shape != signals.shape[:1]:
             got = f"shape {list(pushed.shape)}" if isinstance(pushed, Tensor) else type(pushed).__name__
