@@ -1,5 +1,6 @@
 """Arguments that are not of the kind that a function takes: refused by name and shortly."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from operator import index
 from typing import Any
@@ -125,3 +126,13 @@ def _tensor_described(value: Tensor) -> str:
     if value.layout is not torch.strided:
         return f"{value.layout}: to_dense makes a dense one"
     return f"one tensor of shape {list(value.shape)}"
+
+
+def name_of(function: Any) -> str | None:
+    """What a function is called, a partial with its arguments, an object by its class; names stay names."""
+    if function is None or isinstance(function, str):
+        return function
+    if isinstance(function, functools.partial):
+        own = [f"{name}={value!r}" for name, value in function.keywords.items()]
+        return f"{name_of(function.func)}({', '.join([*map(repr, function.args), *own])})"
+    return str(getattr(function, "__qualname__", type(function).__name__))

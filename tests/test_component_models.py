@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import pyens
-from pyens import losses
+from pyens import _files, losses
 from pyens.nn import ComponentModels, TabularEnsemble, initialize_
 from pyens.training import Randomness, Trainer, fit
 
@@ -885,3 +885,35 @@ def test_left_out_components_may_be_anything():
     for space in ("probability", "logit"):
         found = losses.combine(z, weights, space=space)
         torch.testing.assert_close(found.softmax(-1), z[0].softmax(-1))
+
+
+def test_a_checkpoint_from_before_there_were_terms(tmp_path):
+    x, y = rows(60)
+    file = tmp_path / "run.pt"
+
+    def run(epochs):
+        model = pyens.EnsembleMLP(M, WIDE, [8], K, seeds=[1, 2, 3])
+        history = fit(
+            model,
+            (x, y),
+            loss="cross_entropy",
+            epochs=epochs,
+            batch_size=20,
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+            penalty=_squares,
+            checkpoint=file,
+            progress=False,
+        )
+        return history
+
+    run(1)
+    saved = _files.load(file)
+    del saved["state"]["terms"]
+    _files.save(saved, file)
+    history = run(2)
+    terms = history.terms["train_penalty"]
+    assert terms.shape == (2, M) and (terms[0] != terms[0]).all() and (terms[1] > 0).all()
+
+
+def _squares(output):
+    return output.square().mean((1, 2))

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyens._kinds import check_number, check_tensor
+from pyens._kinds import check_number, check_tensor, name_of
 from pyens._types import Loss
 from pyens.ops.ensemble_mlp_loss import ensemble_mlp_loss
-from pyens.reference.ensemble_mlp_loss import LOSS_OPTIONS, mean_losses
+from pyens.reference.ensemble_mlp_loss import LOSS_OPTIONS, mean_losses, row_sums, weighted_mean
 
 # Of the options that not every loss has: what leaves them out, and which have them.
 OPTIONS: dict[str, tuple[float | None, str]] = {
@@ -208,3 +208,18 @@ def _as_layer(
     if weight is not None and columns > 1:
         weight = weight.repeat_interleave(columns, -1)
     return outputs, target.to(output.dtype).flatten(-2).unsqueeze(-1), weight
+
+
+def mean_of_function(
+    argument: str, function: Any, output: Tensor, target: Any, weight: Tensor | None
+) -> Tensor:
+    """The mean `[E]` of what a user's loss makes of outputs: `[E, B]`, or without weights also `[E]`."""
+    losses = function(output, target)
+    members, rows = output.shape[:2]
+    if isinstance(losses, Tensor) and losses.shape == (members, rows):
+        return row_sums(losses) / rows if weight is None else weighted_mean(losses, weight)
+    if isinstance(losses, Tensor) and losses.shape == (members,) and weight is None:
+        return losses
+    form = f"[{members}, {rows}]" + f" or [{members}]" * (weight is None)
+    got = f"shape {list(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+    raise ValueError(f"{argument}: expected {form}, got {got} from {name_of(function)}")

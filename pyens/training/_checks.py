@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 import os
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyens._kinds import check_number, check_tensor
+from pyens._kinds import check_number, check_tensor, name_of
 from pyens.nn import ComponentModels, Ensemble, EnsembleBatchNorm
 from pyens.nn._stacked_mlp import StackedMLP
 from pyens.optim import InPass
@@ -281,18 +280,6 @@ def jackknife(
             f"got {list(chosen)}"
         )
     return groups, chosen
-
-
-def name_of(function: Any) -> str | None:
-    if function is None or isinstance(function, str):
-        return function
-    if isinstance(function, functools.partial):
-        given = [
-            *map(repr, function.args),
-            *(f"{name}={value!r}" for name, value in function.keywords.items()),
-        ]
-        return f"{name_of(function.func)}({', '.join(given)})"
-    return getattr(function, "__qualname__", type(function).__name__)
 
 
 def warn(message: str) -> None:

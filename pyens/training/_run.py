@@ -426,9 +426,9 @@ class Run:
         _require(len(saved["callbacks"]) == len(self._remembering()), "other callbacks")
 
     def _saved_terms(self, saved: dict[str, Any]) -> Tensor:
-        """Files that are older than terms are have none."""
-        none = torch.empty(saved["epoch"], 2, 0, len(saved["status"]), dtype=torch.float64)
-        found: Tensor = saved.get("terms", none)
+        """NaN in files that are older than terms are."""
+        shape = saved["epoch"], 2, len(self.term_names), len(saved["status"])
+        found: Tensor = saved.get("terms", torch.full(shape, math.nan, dtype=torch.float64))
         return found
 
     def state(self) -> dict[str, Any]:

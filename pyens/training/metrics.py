@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyens import metrics
-from pyens.training._checks import name_of
+from pyens._kinds import name_of
 
 # One member's outputs [B, K] and the target -> one number.
 Metric = Callable[[Tensor, Tensor], Any]

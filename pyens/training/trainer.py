@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from pyens._files import only_writer
+from pyens._kinds import name_of
 from pyens._types import Bootstrap, Loss, LossOptions, MaskMode
 from pyens.nn import Ensemble, MaskedMLP
-from pyens.nn._losses import OPTIONS, check_options, check_values, mean_losses_of
+from pyens.nn._losses import OPTIONS, check_options, check_values, mean_losses_of, mean_of_function
 from pyens.nn.ensemble import is_held, member_tensors, renew_accumulator
 from pyens.optim import (
     InPass,
@@ -27,7 +28,7 @@ from pyens.optim import (
     member_options,
     member_state,
 )
-from pyens.reference.ensemble_mlp_loss import LOSSES, row_sums, weighted_mean, weights_of
+from pyens.reference.ensemble_mlp_loss import LOSSES, row_sums, weights_of
 from pyens.training import _checks
 from pyens.training._run import Run, copy_into, training_mode
 from pyens.training.callbacks import Callback, Progress
@@ -147,7 +148,7 @@ class Trainer:
         if self._has_terms and penalty is not None:
             raise ValueError(
                 f"fit: penalty: expected None for a {type(model).__name__}, whose loss has terms of its own, "
-                f"got {_checks.name_of(penalty)}"
+                f"got {name_of(penalty)}"
             )
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -296,7 +297,7 @@ class Trainer:
                 check_values(output, target, loss, weight, self._loss_options())
                 losses = mean_losses_of(output, target, loss, weight, **self._loss_options())
             else:
-                losses = self._reduced(loss(output, target), output, weight)  # type: ignore[arg-type]
+                losses = mean_of_function("fit: loss", loss, output, target, weight)
             losses = losses * share
             if penalty is None:
                 return losses
@@ -305,7 +306,7 @@ class Trainer:
             if not isinstance(added, Tensor) or added.shape not in ((), (members,)):
                 raise ValueError(
                     f"fit: penalty: expected [{members}] or one number, got {_form(added)} from "
-                    f"{_checks.name_of(penalty)}"
+                    f"{name_of(penalty)}"
                 )
             own = (added / members).expand(members) if added.dim() == 0 else added  # of one, each its share
             return self._sum_of({"loss": losses, "penalty": own * share_of_rows})
@@ -429,8 +430,8 @@ class Trainer:
         # Only where there are some: files that are older than they are say nothing of them.
         return ({"loss_options": options} if options else {}) | {
             "model": str(self.model),
-            "loss": _checks.name_of(self.loss),
-            "penalty": _checks.name_of(self.penalty),
+            "loss": name_of(self.loss),
+            "penalty": name_of(self.penalty),
             "temperature": self.loss_options.get("temperature", 1.0),
             "label_smoothing": self.loss_options.get("label_smoothing", 0.0),
             "optimizer": [_described(optimizer) for optimizer in self.optimizers],
@@ -552,15 +553,6 @@ class Trainer:
         counts = weights_of(class_weight, labels, like)
         counts = counts[0] if labels.dim() == 1 and members == 1 else counts
         return counts if weight is None else counts * weight.double()
-
-    def _reduced(self, losses: Any, output: Tensor, weight: Tensor | None) -> Tensor:
-        members, rows = output.shape[:2]
-        form = f"[{members}, {rows}]" + f" or [{members}]" * (weight is None)
-        if isinstance(losses, Tensor) and losses.shape == (members, rows):
-            return row_sums(losses) / rows if weight is None else weighted_mean(losses, weight)
-        if isinstance(losses, Tensor) and losses.shape == (members,) and weight is None:
-            return losses
-        raise ValueError(f"fit: loss: expected {form}, got {_form(losses)} from {_checks.name_of(self.loss)}")
 
     def _parts(
         self, batch: Sequence[Tensor | None], axis: int, weight: Tensor | None, drawn: dict[str, Any]

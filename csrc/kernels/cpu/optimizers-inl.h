@@ -124,8 +124,7 @@ template <class Real>
 struct Before {
   Wide<Real> scale, decay;
   bool scaled, maximize, decays;
-  bool
-      rests;  // a gradient of 0 changes nothing: rows of tables that no example looked up are not even read
+  bool rests;  // a gradient of 0 changes nothing: no more than it is read
 };
 
 template <class V>
