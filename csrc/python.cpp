@@ -167,6 +167,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   def<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>(m, "mask_channels");
   def<Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t)>(
       m, "masked_weights");
+  def<Tensor(const LossOptions&, const Tensor&, const Tensor&, TensorList, TensorList, TensorList,
+             const Tensor&)>(m, "masked_mlp_total_loss");
   def<Tensor(const Tensor&, const Tensor&, bool)>(m, "ensemble_embedding");
   def<Tensor(const Tensor&, TensorList, const OptionalTensor&)>(m, "ensemble_embedding_concat");
   def<Tensor(const Tensor&, string_view, string_view)>(m, "decorrelation_loss");

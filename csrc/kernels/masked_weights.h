@@ -24,9 +24,9 @@ namespace masked_weights_cpu {
 void run(const MaskedWeightsParams& params, size_t element_bytes, const void* weight, void* output,
          int64_t begin, int64_t end);
 
-// Its transpose: adds gathered [N, kept_rows, kept_columns] into weight [rows, columns], masks in
-// order; float32 or float64. Items are [0, rows).
-void run_backward(const MaskedWeightsParams& params, DType dtype, const void* gathered,
+// Its transpose: the sum of gathered [N, kept_rows, kept_columns] over the masks, in order, to
+// weight [rows, columns], or with `add` to what it holds; float32 or float64. Items are [0, rows).
+void run_backward(const MaskedWeightsParams& params, DType dtype, const void* gathered, bool add,
                   void* weight, int64_t begin, int64_t end);
 }  // namespace masked_weights_cpu
 

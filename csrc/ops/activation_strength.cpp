@@ -43,9 +43,9 @@ Strength checked_and_allocated(const Network& network, const Tensor& mean, const
   const auto members = network.members(), batch = network.batch();
   const auto options = network.input.options();
   const auto bits = options.dtype(bitpack ? at::kByte : at::kBool);
-  return {at::empty_symint({members, batch, network.out_features()}, options),
-          at::empty_symint({members, batch, units}, options),
-          at::empty_symint({members, batch, bitpack ? (units + 7) / 8 : units}, bits)};
+  return {empty_result_symint({members, batch, network.out_features()}, options),
+          empty_result_symint({members, batch, units}, options),
+          empty_result_symint({members, batch, bitpack ? (units + 7) / 8 : units}, bits)};
 }
 
 Strength activation_strength(const Tensor& input, TensorList weights, TensorList biases,

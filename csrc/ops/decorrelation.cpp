@@ -179,7 +179,7 @@ Tensor decorrelation_loss_backward(const Tensor& grad, const Tensor& outputs,
   // One component has a loss of 0 whatever it is: 0 times a NaN would not be.
   if (p.components == 1) return at::zeros(outputs.sizes(), outputs.options());
   const Tensor grad_loss = grad.to(accumulation_type(outputs.scalar_type())).contiguous();
-  const Tensor grad_outputs = expect_pages(at::empty(outputs.sizes(), outputs.options()));
+  const Tensor grad_outputs = empty_result(outputs.sizes(), outputs.options());
   p.grad_loss = grad_loss.const_data_ptr();
   p.correlations = const_cast<void*>(correlations.const_data_ptr());
   p.centre = const_cast<void*>(centre.const_data_ptr());

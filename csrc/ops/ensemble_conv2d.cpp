@@ -112,7 +112,7 @@ OutputSize check_conv2d(const char* op, const Conv2d& conv, const Tensor& input,
 }
 
 Tensor output_like(const Tensor& input, const Tensor& weight, const OutputSize& size) {
-  return at::empty_symint(
+  return empty_result_symint(
       {weight.sym_size(0), input.sym_size(-4), weight.sym_size(1), size.height, size.width},
       input.options());
 }
@@ -128,8 +128,8 @@ c10::SymDimVector chosen_shape(const Conv2d& conv, const Tensor& input, const Te
 
 Tensor chosen_like(const Conv2d& conv, const Tensor& input, const Tensor& weight,
                    const OutputSize& size) {
-  return at::empty_symint(chosen_shape(conv, input, weight, size),
-                          input.options().dtype(at::kByte));
+  return empty_result_symint(chosen_shape(conv, input, weight, size),
+                             input.options().dtype(at::kByte));
 }
 
 // --- the kernel --------------------------------------------------------------------------------------
@@ -173,7 +173,6 @@ struct Conv2dCall {
 };
 
 void run(EnsembleConv2dParams& p, Tensor& output) {
-  expect_pages(output);
   p.output = output.mutable_data_ptr();
   launch_cpu(ensemble_conv2d_cpu::work_items(p), ensemble_conv2d_cpu::grain_size(p),
              ensemble_conv2d_cpu::scratch_bytes(p), [&](int64_t begin, int64_t end, void* scratch) {
@@ -374,7 +373,7 @@ std::vector<Tensor> ensemble_conv2d_backward(const Tensor& grad, const Tensor& i
   const int64_t members = weight.size(0), batch = input.size(-4);
   std::vector<Tensor> gradients;
   const auto ask = [&](bool needed, IntArrayRef shape) {
-    if (needed) gradients.push_back(expect_pages(at::empty(shape, real)));
+    if (needed) gradients.push_back(empty_result(shape, real));
     return needed ? gradients.back() : Tensor();
   };
   const Tensor of_input =
@@ -398,7 +397,7 @@ std::vector<Tensor> ensemble_conv2d_backward(const Tensor& grad, const Tensor& i
     g.threads = at::get_num_threads();
     const auto plan = ensemble_conv2d_cpu::plan_backward(p, g);
     const Tensor partial =
-        at::empty({static_cast<int64_t>(plan.partial_bytes)}, input.options().dtype(at::kByte));
+        empty_result({static_cast<int64_t>(plan.partial_bytes)}, input.options().dtype(at::kByte));
     g.partial = partial.mutable_data_ptr();
     launch_cpu(plan.items, plan.grain_size, plan.scratch_bytes,
                [&](int64_t begin, int64_t end, void* scratch) {

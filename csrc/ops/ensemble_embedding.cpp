@@ -205,8 +205,8 @@ Tensor gather(const char* op, const Tensor& categorical, TensorList tables,
     params.numeric_row_stride = x.stride(-2);
     params.num_features += params.numeric_features;
   }
-  Tensor features = expect_pages(
-      at::empty({params.ensemble_size, params.batch, params.num_features}, tables[0].options()));
+  Tensor features =
+      empty_result({params.ensemble_size, params.batch, params.num_features}, tables[0].options());
   params.features = features.mutable_data_ptr();
   if (features.is_cuda()) {
     launch_cuda(op, features,
@@ -265,8 +265,8 @@ std::vector<Tensor> scatter(const char* op, const Tensor& grad, const Tensor& ca
     const int64_t offset = std::accumulate(dims.begin(), dims.begin() + position, int64_t{0});
     if (t == dims.size()) {
       const int64_t features = read.size(2) - offset;
-      grads.push_back(numeric_shared ? at::empty({batch, features}, read.options())
-                                     : at::empty({members, batch, features}, read.options()));
+      grads.push_back(numeric_shared ? empty_result({batch, features}, read.options())
+                                     : empty_result({members, batch, features}, read.options()));
       params.numeric_grad = grads.back().mutable_data_ptr();
       params.numeric_features = features;
       params.numeric_offset = offset;
@@ -279,7 +279,7 @@ std::vector<Tensor> scatter(const char* op, const Tensor& grad, const Tensor& ca
           .run(op, grads.back());
       continue;
     }
-    grads.push_back(expect_pages(at::empty({members, num_embeddings[t], dims[t]}, read.options())));
+    grads.push_back(empty_result({members, num_embeddings[t], dims[t]}, read.options()));
     EmbeddingTable entry{};
     entry.grad = grads.back().mutable_data_ptr();
     entry.index = categorical.const_data_ptr<int64_t>() + position * categorical.stride(-1);
@@ -335,7 +335,7 @@ Tensor sparse_backward_cuda(const Tensor& grad, const Tensor& index, int64_t num
   const Tensor flat_index = sorted.expand({members, batch}).reshape(-1);
   const Tensor of_member = rows.div(std::max<int64_t>(batch, 1), "floor");
   const Tensor indices = at::stack({of_member, flat_index.index_select(0, rows)});
-  const Tensor values = at::empty({rows.size(0), dim}, read.options());
+  const Tensor values = empty_result({rows.size(0), dim}, read.options());
   column.params.rows = rows.const_data_ptr<int64_t>();
   column.params.num_rows = rows.size(0);
   column.run(kOp, values);
@@ -376,7 +376,7 @@ Tensor ensemble_embedding_sparse_backward(const Tensor& grad, const Tensor& inde
     coordinates[r] = rows[r].member;
     coordinates[rows.size() + r] = row_numbers[r];
   }
-  Tensor values = at::empty({nnz, dim}, read.options());
+  Tensor values = empty_result({nnz, dim}, read.options());
   EmbeddingRowSums params{};
   params.dtype = kernel_dtype(read.scalar_type());
   params.num_rows = nnz;

@@ -39,8 +39,8 @@ constexpr int64_t kFewExamples = 8;
 
 Tensor run(ForwardCall& call, const Network& network) {
   const auto& params = call.params;
-  Tensor output = expect_pages(at::empty(
-      {params.ensemble_size, params.batch, call.layers.back().out}, network.input.options()));
+  Tensor output = empty_result({params.ensemble_size, params.batch, call.layers.back().out},
+                               network.input.options());
   call.params.output = output.mutable_data_ptr();
   call.run(kOp, network);
   return output;
@@ -87,8 +87,7 @@ std::tuple<Tensor, Tensor> ensemble_mlp_keeping(const MLPOptions& options, const
   check_mlp(kOp, network, options);
   ForwardCall call(kOp, network, options);
   const auto real = input.options().dtype(accumulation_type(input.scalar_type()));
-  const Tensor kept =
-      expect_pages(at::empty({pyens::kept_elements(call.params, call.params.batch)}, real));
+  const Tensor kept = empty_result({pyens::kept_elements(call.params, call.params.batch)}, real);
   if (kept.numel() > 0) call.params.kept = kept.mutable_data_ptr();
   return {run(call, network), kept};
 }

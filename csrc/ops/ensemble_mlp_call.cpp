@@ -481,7 +481,7 @@ TrainingCall::TrainingCall(const char* op, const Network& network, const MLPOpti
   gradients = for_each_needed(op, network, needs_grad, [&](const Tensor& of) {
     c10::DimVector sizes(of.sizes());
     if (&of != &network.input) sizes[0] = params.ensemble_size;
-    return params.batch == 0 ? at::zeros(sizes, real) : expect_pages(at::empty(sizes, real));
+    return params.batch == 0 ? at::zeros(sizes, real) : empty_result(sizes, real);
   });
   auto next = gradients.begin();
   size_t position = 0;
@@ -519,7 +519,7 @@ void TrainingCall::run_on_cpu(const char* op, const std::function<void()>& accep
   using namespace ensemble_mlp_cpu;
   training.threads = at::get_num_threads();
   const TrainingPlan plan = plan_training(training);
-  const c10::DataPtr partial = c10::GetCPUAllocator()->allocate(plan.partial_bytes);
+  const c10::DataPtr partial = result_allocator()->allocate(plan.partial_bytes);
   training.partial = partial.get();
   if (training.loss != Loss::none) {
     std::atomic<TrainingError> error{TrainingError::none};

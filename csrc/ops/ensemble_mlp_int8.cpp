@@ -67,7 +67,7 @@ void check(const Tensor& input, const Weights& w) {
 }
 
 Tensor output_like(const Tensor& input, TensorList values) {
-  return at::empty_symint(
+  return empty_result_symint(
       {values[0].sym_size(0), input.sym_size(-2), values[values.size() - 1].sym_size(1)},
       input.options());
 }

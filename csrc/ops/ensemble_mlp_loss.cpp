@@ -345,8 +345,24 @@ auto call_with_gradients(const LossOptions& options, const Network& network, con
       network.norm_biases, member_scale, needs_grad);
 }
 
-// Whether they are numbers that lie here and are all 1, as loss.sum().backward() gives.
-bool is_all_ones(const Tensor& grad) { return is_readable(grad) && holds(grad == 1); }
+// What comes from above, [E], as a factor of gradients: of loss.sum() all are 1, and of loss.mean() the same, which as a
+// number takes one pass of whole vectors. One for each member takes a loop for each row of theirs.
+struct Factor {
+  Tensor each;
+  std::optional<double> of_all;
+
+  explicit Factor(const Tensor& grad) : each(grad) {
+    if (!is_readable(grad) || grad.numel() == 0) return;
+    const Tensor first = grad.select(0, 0);
+    if (holds(grad == first)) of_all = first.item<double>();
+  }
+  bool is_one() const { return of_all == 1; }
+  Tensor times(const Tensor& gradient, bool in_place) const {
+    if (of_all) return in_place ? gradient.mul_(*of_all) : gradient * *of_all;
+    const Tensor factor = gradient.dim() == 3 ? each.view({-1, 1, 1}) : each.view({-1, 1});
+    return in_place ? gradient.mul_(factor) : gradient * factor;
+  }
+};
 
 class EnsembleMLPLossFunction : public torch::autograd::Function<EnsembleMLPLossFunction> {
  public:
@@ -403,20 +419,18 @@ class EnsembleMLPLossFunction : public torch::autograd::Function<EnsembleMLPLoss
       const auto found = call_with_gradients(options, network, target, grad, input_only);
       grads[0] = std::get<1>(found)[0].to(input.scalar_type());
     }
-    const bool unscaled = is_all_ones(grad);
+    const Factor factor(grad);
     // Another backward may follow, and a hook may change in place what this one returns.
     const bool kept = torch::autograd::get_current_graph_task_keep_graph();
-    const bool copied = unscaled && kept;
+    const bool copied = factor.is_one() && kept;
     // Those that there are: which of them this backward is asked for is another matter.
     const auto there = ctx->saved_data["gradients"].toBoolList();
     for (size_t i = 0; i < network.tensors(); ++i) {
       if (!there.get(i)) continue;
       const Tensor& gradient = saved.next();
       if (!ctx->needs_input_grad(i)) continue;
-      const Tensor factor =
-          grad.view(gradient.dim() == 3 ? at::IntArrayRef{-1, 1, 1} : at::IntArrayRef{-1, 1});
       const at::ScalarType type = network.tensor(i).scalar_type();
-      const Tensor scaled = unscaled ? gradient : kept ? gradient * factor : gradient.mul_(factor);
+      const Tensor scaled = factor.is_one() ? gradient : factor.times(gradient, !kept);
       const Tensor of_all = i == 0 ? scaled : gradient_of_all(network, scaled);
       grads[i] = of_all.to(type, /*non_blocking=*/false, copied && of_all.is_same(gradient));
     }
@@ -491,6 +505,13 @@ Tensor ensemble_mlp_example_losses_autocast(const LossOptions& options, const Te
 }
 
 }  // namespace
+
+Tensor call_ensemble_mlp_loss(const LossOptions& options, const Network& network,
+                              const Tensor& target) {
+  return call_with<ensemble_mlp_loss, kLossOp>(options, network.input, target, network.weights,
+                                               network.biases, network.norm_weights,
+                                               network.norm_biases);
+}
 
 TORCH_LIBRARY_FRAGMENT(pyens, m) {
   const std::string network = "Tensor input, Tensor target, " PYENS_NETWORK;

@@ -26,6 +26,10 @@ inline constexpr char kNotIt[] = "one that is not";
 
 // --- calls ---------------------------------------------------------------------------------------
 
+// Through the dispatcher.
+at::Tensor call_ensemble_mlp_loss(const LossOptions& options, const Network& network,
+                                  const at::Tensor& target);
+
 // A training pass of what has been checked, and the members' mean losses.
 struct LossCall : TrainingCall {
   at::Tensor mean;  // [E]

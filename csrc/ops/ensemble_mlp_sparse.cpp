@@ -62,7 +62,7 @@ void check_sparse(const Tensor& input, TensorList values, TensorList columns, Te
 }
 
 Tensor output_like(const Tensor& input, TensorList starts, TensorList order) {
-  return at::empty_symint(
+  return empty_result_symint(
       {starts[0].sym_size(0), input.sym_size(-2), order[order.size() - 1].sym_size(2)},
       input.options());
 }

@@ -2,14 +2,11 @@
 // stream.
 #pragma once
 
+#include "ops/results.h"
 #include "ops/torch.h"
 
 #include <cstdint>
 #include <forward_list>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #if defined(PYENS_WITH_CUDA)
 #include <c10/cuda/CUDAGuard.h>
@@ -26,28 +23,12 @@ inline const at::Tensor& with_contiguous_rows(const at::Tensor& tensor,
   return copies.emplace_front(tensor.contiguous());
 }
 
-// Before a kernel writes all of a new tensor. From this size on the C library gets its memory from the system each
-// time, whose pages of 4 KiB, zeroed one by one on first touch, take several times as long as the writing: asks for
-// huge ones. What lies in whole huge pages is the tensor's own, so no memory is lost.
-inline at::Tensor expect_pages(at::Tensor output) {
-#if defined(__linux__)
-  constexpr uintptr_t kMapped = 32 << 20, kHuge = 2 << 20;
-  if (!output.is_cpu() || output.nbytes() < kMapped) return output;
-  const auto begin = reinterpret_cast<uintptr_t>(output.const_data_ptr());
-  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (begin + output.nbytes()) / kHuge * kHuge;
-  // Advice, which a system may not take.
-  madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#endif
-  return output;
-}
-
 // run(begin, end, scratch) for disjoint ranges that cover [0, items).
 template <class Run>
 void launch_cpu(int64_t items, int64_t grain_size, size_t scratch_bytes, const Run& run) {
   at::parallel_for(0, items, grain_size, [&](int64_t begin, int64_t end) {
-    // torch's allocator aligns to 64 bytes.
-    const c10::DataPtr scratch = c10::GetCPUAllocator()->allocate(scratch_bytes);
+    // Aligned to 64 bytes, as all that torch allocates.
+    const c10::DataPtr scratch = result_allocator()->allocate(scratch_bytes);
     run(begin, end, scratch.get());
   });
 }

@@ -49,12 +49,11 @@ void check_mask_channels(const Tensor& input, const Tensor& masks, const Optiona
 Tensor mask_channels(const Tensor& input, const Tensor& masks, const OptionalTensor& index) {
   check_mask_channels(input, masks, index);
   const Tensor x = input.contiguous(), kept = masks.contiguous();
-  Tensor output = at::empty(x.sizes(), x.options());
+  Tensor output = empty_result(x.sizes(), x.options());
   MaskChannelsParams params{};
   params.rows = x.size(0);
   params.channels = x.size(1);
   if (x.numel() == 0) return output;
-  expect_pages(output);
   params.inner = x.numel() / (params.rows * params.channels);
   params.element_bytes = x.element_size();
   params.input = x.const_data_ptr();

@@ -13,6 +13,7 @@
 #include "kernels/masked_weights.h"
 #include "ops/checks.h"
 #include "ops/launch.h"
+#include "ops/masked_weights.h"
 #include "ops/operation.h"
 
 namespace pyens {
@@ -97,13 +98,15 @@ void check_masked_weights(const Tensor& weight, const OptionalTensor& rows,
 
 constexpr int64_t kWorthAThread = 32768;  // elements
 
+}  // namespace
+
 Tensor masked_weights(const Tensor& weight, const OptionalTensor& rows,
                       const OptionalTensor& columns, int64_t num_masks) {
   check_masked_weights(weight, rows, columns, num_masks);
   const Tensor w = weight.contiguous();
   const MaskedWeightsCall call(num_masks, w.size(0), w.size(1), rows, columns);
   const MaskedWeightsParams& p = call.params;
-  Tensor output = expect_pages(at::empty({num_masks, p.kept_rows, p.kept_columns}, w.options()));
+  Tensor output = empty_result({num_masks, p.kept_rows, p.kept_columns}, w.options());
   void* to = output.mutable_data_ptr();
   if (w.is_cuda()) {
     launch_cuda(kOp, w, [&](void* stream) {
@@ -117,6 +120,21 @@ Tensor masked_weights(const Tensor& weight, const OptionalTensor& rows,
              });
   return output;
 }
+
+void spread_masked_weights(const Tensor& grad, const OptionalTensor& rows,
+                           const OptionalTensor& columns, bool add, const Tensor& weight) {
+  const Tensor g = grad.contiguous();
+  const DType dtype = kernel_dtype(g.scalar_type());
+  const MaskedWeightsCall call(g.size(0), weight.size(0), weight.size(1), rows, columns);
+  const MaskedWeightsParams& p = call.params;
+  void* const to = weight.mutable_data_ptr();
+  launch_cpu(p.rows, kWorthAThread / std::max<int64_t>(1, p.num_masks * p.kept_columns) + 1, 0,
+             [&](int64_t begin, int64_t end, void* /*scratch*/) {
+               masked_weights_cpu::run_backward(p, dtype, g.const_data_ptr(), add, to, begin, end);
+             });
+}
+
+namespace {
 
 Tensor masked_weights_meta(const Tensor& weight, const OptionalTensor& rows,
                            const OptionalTensor& columns, int64_t num_masks) {
@@ -146,21 +164,17 @@ Tensor masked_weights_backward(const Tensor& grad, const OptionalTensor& rows,
                                int64_t num_columns) {
   check_masked_weights_backward(grad, rows, columns, num_rows, num_columns);
   const Tensor g = grad.to(accumulation_type(grad.scalar_type())).contiguous();
-  const DType dtype = kernel_dtype(g.scalar_type());
-  const MaskedWeightsCall call(g.size(0), num_rows, num_columns, rows, columns);
-  const MaskedWeightsParams& p = call.params;
-  Tensor weight = at::empty({num_rows, num_columns}, g.options());
-  void* to = weight.mutable_data_ptr();
+  const Tensor weight = empty_result({num_rows, num_columns}, g.options());
   if (g.is_cuda()) {
+    const MaskedWeightsCall call(g.size(0), num_rows, num_columns, rows, columns);
     launch_cuda(kOp, g, [&](void* stream) {
-      return masked_weights_cuda::run_backward(p, dtype, g.const_data_ptr(), to, stream);
+      return masked_weights_cuda::run_backward(call.params, kernel_dtype(g.scalar_type()),
+                                               g.const_data_ptr(), weight.mutable_data_ptr(),
+                                               stream);
     });
-    return weight.to(grad.scalar_type());
+  } else {
+    spread_masked_weights(g, rows, columns, /*add=*/false, weight);
   }
-  launch_cpu(num_rows, kWorthAThread / std::max<int64_t>(1, p.num_masks * p.kept_columns) + 1, 0,
-             [&](int64_t begin, int64_t end, void* /*scratch*/) {
-               masked_weights_cpu::run_backward(p, dtype, g.const_data_ptr(), to, begin, end);
-             });
   return weight.to(grad.scalar_type());
 }
 

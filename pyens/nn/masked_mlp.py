@@ -18,7 +18,13 @@ from pyens.nn._members import check_layers, draw_linear
 from pyens.nn.ensemble import Ensemble, Indices, chosen_members, generators, parameters_of
 from pyens.nn.ensemble_mlp import EnsembleMLP
 from pyens.nn.masksembles import Masksembles1D
-from pyens.ops.masked_mlp import masked_mlp, masked_mlp_loss, masked_weights, plan_masks
+from pyens.ops.masked_mlp import (
+    masked_mlp,
+    masked_mlp_loss,
+    masked_mlp_total_loss,
+    masked_weights,
+    plan_masks,
+)
 from pyens.reference.activations import activation_module
 from pyens.reference.ensemble_mlp_loss import weights_of
 
@@ -318,7 +324,9 @@ class MaskedMLP(Derived, Ensemble):
             raise TypeError(f"MaskedMLP: target: expected numbers, or classes in int64, got {target.dtype}")
         if sample_weight is not None:
             check_real("MaskedMLP", "sample_weight", sample_weight)
-        arguments = {"loss": loss, "reduction": reduction, **options, **self._arguments()}
+        real = torch.float64 if input.dtype == torch.float64 else torch.float32
+        of_mean = {"loss": loss, **options, **self._arguments()}
+        arguments = of_mean | {"reduction": reduction}
         if mode == "tiled":
             return masked_mlp_loss(input, target, sample_weight=sample_weight, **arguments)
         n, b = self.ensemble_size, input.shape[0]
@@ -330,33 +338,32 @@ class MaskedMLP(Derived, Ensemble):
                 )
         no_weights = sample_weight is None and options.get("class_weight") is None
         if mode == "grouped" and b % n == 0 and b > 0 and no_weights:
-            # As below to the bit, with views in place of copies and numbers in place of tensors.
-            losses = masked_mlp_loss(_groups(input, n), _groups(target, n), **arguments)
-            return losses.flatten() if reduction == "none" else (losses * (b // n)).sum() / b
+            # As below to the bit, with views in place of copies.
+            if reduction == "none":
+                return masked_mlp_loss(_groups(input, n), _groups(target, n), **arguments).flatten()
+            shares = input.new_full((n,), 1 / n, dtype=real)
+            return masked_mlp_total_loss(_groups(input, n), _groups(target, n), mask_weight=shares, **of_mean)
         if sample_weight is None:
             sample_weight = input.new_ones(b)
         place, rows = self._assign(b, mode, seed, input.device)
         # Rows that are there to fill up have weight 0.
         weights = _spread(sample_weight.float() if _is_half(sample_weight) else sample_weight, place, n, rows)
-        losses = masked_mlp_loss(
-            _spread(input, place, n, rows),
-            _spread(target, place, n, rows),
-            sample_weight=weights,
-            **arguments,
-        )
+        spread = _spread(input, place, n, rows), _spread(target, place, n, rows)
         if reduction == "none":
+            losses = masked_mlp_loss(*spread, sample_weight=weights, **arguments)
             return losses.flatten(0, 1).index_select(0, place)
         shares = weights.double()
         class_weight = options.get("class_weight")
         if class_weight is not None:
-            labels = _spread(target, place, n, rows).clamp(0, self.out_features - 1)  # left out: any number
+            labels = spread[1].clamp(0, self.out_features - 1)  # left out: any number
             shares = shares * weights_of(class_weight.double(), labels, shares)
         if b > 0:  # the largest to 1, as in the loss of each mask
             largest = shares.max()
             shares = shares / torch.where(largest > 0, largest, 1)
-        shares = shares.sum(1).to(losses.dtype)
+        shares = shares.sum(1)
         total = shares.sum()
-        return (losses * shares).sum() / torch.where(total > 0, total, 1)
+        shares = (shares / torch.where(total > 0, total, 1)).to(real)
+        return masked_mlp_total_loss(*spread, mask_weight=shares, sample_weight=weights, **of_mean)
 
     def _check(self, input: Tensor, mode: MaskMode) -> None:
         check_mode("MaskedMLP", mode, ("tiled", *MODES))

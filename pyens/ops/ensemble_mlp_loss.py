@@ -182,6 +182,11 @@ def ensemble_mlp_loss_step_(step: tuple[Any, ...], **given: Any) -> Tensor:
     return _ensemble_mlp_loss_step_(*network, *step, *options)
 
 
+def loss_options(**given: Any) -> tuple[Any, ...]:
+    """What the schema of an operation with this loss has behind the network, in its order."""
+    return _arguments(**_DEFAULTS | given)[0][6:]
+
+
 def _arguments(
     input: Any,
     target: Any,

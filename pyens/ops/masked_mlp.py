@@ -1,6 +1,7 @@
 """One MLP under several masks of its hidden units, without the work that they mask."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,9 +9,9 @@ from typing_extensions import Unpack
 
 from pyens import _kinds
 from pyens._types import Activation, Loss, LossOptions, LossReduction
-from pyens.ops._call import Given, first, operation, shifted
+from pyens.ops._call import Given, first, in_transform, operation, shifted
 from pyens.ops.ensemble_mlp import ensemble_mlp
-from pyens.ops.ensemble_mlp_loss import ensemble_mlp_loss
+from pyens.ops.ensemble_mlp_loss import ensemble_mlp_loss, loss_options
 from pyens.reference.activations import activation_module
 from pyens.reference.masked_mlp import masked_weights as reference_weights
 
@@ -168,14 +169,113 @@ def masked_mlp_loss(
             **options,
         )
     except Exception:
-        network = (input, weights, biases, masks, activation, plan)
-        kinds, values = [*_KINDS, *_LOSS_KINDS], [*network, target, loss, sample_weight]
-        for kind in _OPTION_KINDS:
-            if kind[0] in options:
-                kinds.append(kind)
-                values.append(options[kind[0]])  # type: ignore[literal-required]
-        _kinds.check("masked_mlp_loss", kinds, values)
+        _check_kinds(input, target, weights, biases, masks, loss, activation, sample_weight, plan, options)
         raise
+
+
+def _check_kinds(
+    input: Any,
+    target: Any,
+    weights: Any,
+    biases: Any,
+    masks: Any,
+    loss: Any,
+    activation: Any,
+    sample_weight: Any,
+    plan: Any,
+    options: LossOptions,
+) -> None:
+    network = (input, weights, biases, masks, activation, plan)
+    kinds, values = [*_KINDS, *_LOSS_KINDS], [*network, target, loss, sample_weight]
+    for kind in _OPTION_KINDS:
+        if kind[0] in options:
+            kinds.append(kind)
+            values.append(options[kind[0]])  # type: ignore[literal-required]
+    _kinds.check("masked_mlp_loss", kinds, values)
+
+
+def masked_mlp_total_loss(
+    input: Tensor,
+    target: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    masks: Sequence[Tensor],
+    mask_weight: Tensor,
+    *,
+    loss: Loss,
+    activation: Activation = "relu",
+    sample_weight: Tensor | None = None,
+    plan: Sequence[Tensor] | None = None,
+    **options: Unpack[LossOptions],
+) -> Tensor:
+    r"""sum_n mask_weight[n] loss[n] of the losses of `masked_mlp_loss`, for examples that each meet one mask.
+
+    On the CPU one operation: some masks at a time are gathered, trained on and added into the gradients of
+    the shared weights, in cache. All at once they write their weights and gradients to memory.
+
+    Args:
+        input: `[N, B, I]`, the examples of each mask; target and sample_weight with N first too.
+        mask_weight: `[N]`; it gets no gradient.
+        the others: as in `masked_mlp_loss`.
+
+    Returns:
+        0-dim, float32 (float64 for float64).
+    """
+    if not _is_one_operation(input, target, mask_weight, sample_weight, options):
+        losses = masked_mlp_loss(
+            input,
+            target,
+            weights,
+            biases,
+            masks,
+            loss=loss,
+            activation=activation,
+            sample_weight=sample_weight,
+            plan=plan,
+            **options,
+        )
+        return (losses * mask_weight.to(losses.dtype)).sum()
+    try:
+        _check("masked_mlp_loss", input, weights, biases, masks, activation, plan)
+        return _masked_mlp_total_loss(
+            input,
+            target,
+            weights,
+            () if biases is None else biases,
+            plan_masks(masks) if plan is None else plan,
+            mask_weight,
+            *loss_options(
+                input=input,
+                target=target,
+                weights=weights,
+                loss=loss,
+                activation=activation,
+                sample_weight=sample_weight,
+                **options,
+            ),
+        )
+    except Exception:
+        _check_kinds(input, target, weights, biases, masks, loss, activation, sample_weight, plan, options)
+        raise
+
+
+_masked_mlp_total_loss = operation("masked_mlp_total_loss")
+
+
+def _is_one_operation(
+    input: Tensor, target: Tensor, mask_weight: Tensor, sample_weight: Tensor | None, options: LossOptions
+) -> bool:
+    """Elsewhere it is composed: of what torch.func and torch.compile see through, and whose input learns."""
+    if torch.compiler.is_compiling() or in_transform() or torch.is_autocast_enabled(input.device.type):
+        return False
+    if options.get("log_variance_min") is not None or options.get("log_variance_max") is not None:
+        return False  # they may learn too
+    given = (input, target, mask_weight, sample_weight, options.get("class_weight"))
+    return (
+        input.is_cpu
+        and input.dim() == 3
+        and not any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in given)
+    )
 
 
 # The arguments, with the names that schemas have for types.

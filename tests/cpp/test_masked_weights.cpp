@@ -49,7 +49,8 @@ struct Problem {
   std::vector<int64_t> row_index, column_index;
   pyens::MaskedWeightsParams params{};
 
-  Problem(int64_t num_masks, int64_t rows_, int64_t columns_, bool by_rows_, bool by_columns_)
+  Problem(int64_t num_masks, int64_t rows_, int64_t columns_, bool by_rows_, bool by_columns_,
+          bool shuffled)
       : rows(rows_),
         columns(columns_),
         by_rows(by_rows_),
@@ -68,6 +69,9 @@ struct Problem {
       column_index = plan(column_masks, params.kept_columns);
       params.column_index = column_index.data();
     }
+    if (!shuffled) return;  // as pyens plans them
+    std::shuffle(row_index.begin(), row_index.end(), random);
+    std::shuffle(column_index.begin(), column_index.end(), random);
   }
 
   int64_t row_at(int64_t mask, int64_t r) const {
@@ -128,10 +132,15 @@ struct Problem {
       const auto dtype = sizeof(Real) == 8 ? pyens::DType::float64 : pyens::DType::float32;
       std::vector<Real> weight(expected.size(), std::numeric_limits<Real>::quiet_NaN());
       for (int64_t begin = 0; begin < rows; begin += step) {
-        cpu::run_backward(params, dtype, gathered.data(), weight.data(), begin,
+        cpu::run_backward(params, dtype, gathered.data(), false, weight.data(), begin,
                           std::min(rows, begin + step));
       }
       check(weight == expected, "masked_weights_backward", params.num_masks, rows, columns);
+      // Once more to what is there; eighths, whose sums are exact.
+      cpu::run_backward(params, dtype, gathered.data(), true, weight.data(), 0, rows);
+      bool twice = true;
+      for (size_t i = 0; i < weight.size(); ++i) twice &= weight[i] == 2 * expected[i];
+      check(twice, "masked_weights_backward, added", params.num_masks, rows, columns);
     }
   }
 };
@@ -139,9 +148,9 @@ struct Problem {
 void test_all_masked_weights() {
   for (const int64_t num_masks : {1, 2, 5}) {
     for (const int64_t rows : {1, 7, 33}) {
-      for (const int64_t columns : {1, 16, 65}) {
-        for (const int which : {0, 1, 2, 3}) {
-          Problem problem(num_masks, rows, columns, which & 1, which & 2);
+      for (const int64_t columns : {1, 16, 65, 200}) {
+        for (const int which : {0, 1, 2, 3, 7}) {
+          Problem problem(num_masks, rows, columns, which & 1, which & 2, which & 4);
           problem.test_gather<uint16_t>();
           problem.test_gather<uint32_t>();
           problem.test_gather<uint64_t>();

@@ -1,31 +1,100 @@
-// Weights restricted to masks, on the CPU: moves kept_rows * kept_columns elements per mask, some per cent
-// of the multiply-adds that follow for any batch worth masking.
+// Weights restricted to masks, on the CPU: chooses the instruction set, and walks through rows; what happens to a row is
+// in masked_weights-inl.h. Bound by memory, and some per cent of the multiply-adds that follow for any batch worth
+// masking.
 
 #include "kernels/masked_weights.h"
 
-#include <algorithm>
-#include <type_traits>
-#include <utility>
-#include <vector>
+#include "kernels/cpu/choose.h"
 
 namespace pyens {
 namespace {
 
-// The columns that a mask keeps, read and checked once: who holds the index may change it meanwhile.
-struct Columns {
-  std::vector<int64_t> at;  // -1: out of range
-  bool all_in_range = true;
+// The columns that a mask keeps, ascending: one by one, and as bits, 16 columns each.
+struct KeptColumns {
+  const int64_t* at;
+  int64_t count;
+  const uint16_t* bits;
+  int64_t columns;  // of the matrix
+};
 
+struct RowFunctions {
+  void (*pack)(const void* from, const KeptColumns& kept, void* to);  // to[c] <- from[at[c]]
+  void (*add)(const void* from, const KeptColumns& kept, void* to);   // to[at[c]] += from[c]
+  void (*add_all)(const void* from, int64_t count, void* to);         // to[c] += from[c]
+};
+
+}  // namespace
+}  // namespace pyens
+
+#define PYENS_KERNEL_SOURCE "kernels/cpu/masked_weights-inl.h"
+#include "kernels/cpu/foreach_isa.h"
+
+namespace pyens {
+namespace {
+
+// Of the sizes that the instruction sets move in vectors.
+#define PYENS_ROWS(isa) {&isa::masked_weights::kRows<float>, &isa::masked_weights::kRows<double>}
+const RowFunctions& rows_of(DType dtype) {
+#if defined(__x86_64__)
+  static const Chosen<RowFunctions> chosen{
+      {kAvx512, PYENS_ROWS(avx512)}, {kAvx2, PYENS_ROWS(avx2)}, {kBase, PYENS_ROWS(base)}};
+#else
+  static const Chosen<RowFunctions> chosen{{kBase, PYENS_ROWS(base)}};
+#endif
+  return chosen[dtype];
+}
+
+// A mask's columns, read and checked once: who holds the index may change it meanwhile.
+class Columns {
+ public:
   void read(const MaskedWeightsParams& p, int64_t mask) {
     const int64_t* index = p.column_index + mask * p.kept_columns;
-    at.assign(index, index + p.kept_columns);
-    all_in_range = true;
-    for (int64_t& column : at) {
-      if (column >= 0 && column < p.columns) continue;
-      column = -1;
-      all_in_range = false;
+    at_.assign(index, index + p.kept_columns);
+    bits_.assign(static_cast<size_t>(p.columns / 16 + 1), 0);
+    count_ = 0;
+    ascending_ = true;
+    int64_t last = -1;
+    for (int64_t& column : at_) {
+      if (column < 0 || column >= p.columns) column = -1;
+      if (column < 0) continue;  // in order, padding ends them
+      ascending_ &= column > last && at_[static_cast<size_t>(count_)] == column;
+      bits_[static_cast<size_t>(column / 16)] |= static_cast<uint16_t>(1u << (column % 16));
+      last = column;
+      ++count_;
+    }
+    columns_ = p.columns;
+  }
+  KeptColumns kept() const { return {at_.data(), count_, bits_.data(), columns_}; }
+
+  template <class Word>
+  void pack(const Word* from, Word* to) const {
+    const auto size = static_cast<int64_t>(at_.size());
+    if (sizeof(Word) >= 4 && ascending_) {
+      rows_of(sizeof(Word) == 8 ? DType::float64 : DType::float32).pack(from, kept(), to);
+      std::fill(to + count_, to + size, Word{0});
+      return;
+    }
+    const int64_t* const at = at_.data();
+    for (int64_t c = 0; c < size; ++c) to[c] = at[c] < 0 ? Word{0} : from[at[c]];
+  }
+
+  template <class Real>
+  void add(const Real* from, Real* to) const {
+    if (ascending_) {
+      rows_of(sizeof(Real) == 8 ? DType::float64 : DType::float32).add(from, kept(), to);
+      return;
+    }
+    const int64_t* const at = at_.data();
+    for (size_t c = 0; c < at_.size(); ++c) {
+      if (at[c] >= 0) to[at[c]] += from[c];
     }
   }
+
+ private:
+  std::vector<int64_t> at_;  // -1: out of range
+  std::vector<uint16_t> bits_;
+  int64_t count_ = 0, columns_ = 0;
+  bool ascending_ = true;  // and what pads at the end
 };
 
 template <class Word>
@@ -47,43 +116,71 @@ void gather(const MaskedWeightsParams& p, const Word* weight, Word* output, int6
     }
     const int64_t mask = item / p.kept_rows;
     if (mask != mask_read) columns.read(p, mask_read = mask);
-    const int64_t* const at = columns.at.data();
-    if (columns.all_in_range) {
-      for (int64_t c = 0; c < p.kept_columns; ++c) to[c] = from[at[c]];
-    } else {
-      for (int64_t c = 0; c < p.kept_columns; ++c) to[c] = at[c] < 0 ? Word{0} : from[at[c]];
-    }
+    columns.pack(from, to);
   }
 }
 
-// The masks in order, so that every element has one order of summation. Each looks through its rows for those of
-// this part; an inverse of the index would be looked up no faster.
-template <class Real>
-void scatter(const MaskedWeightsParams& p, const Real* gathered, Real* weight, int64_t begin,
-             int64_t end) {
-  std::fill(weight + begin * p.columns, weight + end * p.columns, Real{0});
-  Columns columns;
-  for (int64_t mask = 0; mask < p.num_masks; ++mask) {
-    if (p.column_index) columns.read(p, mask);
-    const int64_t* const at = columns.at.data();
-    const int64_t first = mask * p.kept_rows;
-    const auto [lowest, highest] =
-        p.row_index ? std::pair{int64_t{0}, p.kept_rows} : std::pair{begin, end};
-    for (int64_t r = lowest; r < highest; ++r) {
-      const int64_t row = p.row_index ? p.row_index[first + r] : r;
-      if (row < begin || row >= end) continue;
-      const Real* const from = gathered + (first + r) * p.kept_columns;
-      Real* const to = weight + row * p.columns;
-      if (!p.column_index) {
-        for (int64_t c = 0; c < p.columns; ++c) to[c] += from[c];
-      } else if (columns.all_in_range) {
-        for (int64_t c = 0; c < p.kept_columns; ++c) to[at[c]] += from[c];
-      } else {
-        for (int64_t c = 0; c < p.kept_columns; ++c) {
-          if (at[c] >= 0) to[at[c]] += from[c];
-        }
+// For each row of [begin, end), the masks that keep it, in order: (mask, which of the mask's rows).
+class KeptRows {
+ public:
+  KeptRows(const MaskedWeightsParams& p, int64_t begin, int64_t end)
+      : first_(static_cast<size_t>(end - begin + 1), 0) {
+    for_each(p, begin, end, [&](int64_t row, Kept) { ++first_[static_cast<size_t>(row + 1)]; });
+    std::partial_sum(first_.begin(), first_.end(), first_.begin());
+    kept_.resize(first_.back());
+    std::vector<size_t> next(first_.begin(), first_.end() - 1);
+    for_each(p, begin, end, [&](int64_t row, Kept kept) {
+      size_t& at = next[static_cast<size_t>(row)];
+      if (at < first_[static_cast<size_t>(row + 1)]) kept_[at++] = kept;
+    });
+  }
+  template <class Visit>
+  void visit(int64_t row, const Visit& visit) const {
+    for (size_t i = first_[static_cast<size_t>(row)]; i < first_[static_cast<size_t>(row + 1)];
+         ++i) {
+      visit(kept_[i].mask, kept_[i].row);
+    }
+  }
+
+ private:
+  struct Kept {
+    int64_t mask, row;
+  };
+  template <class Visit>
+  static void for_each(const MaskedWeightsParams& p, int64_t begin, int64_t end,
+                       const Visit& visit) {
+    for (int64_t mask = 0; mask < p.num_masks; ++mask) {
+      for (int64_t r = 0; r < p.kept_rows; ++r) {
+        const int64_t row = p.row_index ? p.row_index[mask * p.kept_rows + r] : r;
+        if (row >= begin && row < end) visit(row - begin, Kept{mask, r});
       }
     }
+  }
+  std::vector<size_t> first_;
+  std::vector<Kept> kept_;
+};
+
+// The masks in order, so that every element has one order of summation; a row at a time, which stays in the first cache.
+template <class Real>
+void scatter(const MaskedWeightsParams& p, const Real* gathered, bool add, Real* weight,
+             int64_t begin, int64_t end) {
+  if (begin >= end) return;
+  std::vector<Columns> columns(static_cast<size_t>(p.column_index ? p.num_masks : 0));
+  for (size_t mask = 0; mask < columns.size(); ++mask) {
+    columns[mask].read(p, static_cast<int64_t>(mask));
+  }
+  const KeptRows rows(p, begin, end);
+  for (int64_t row = begin; row < end; ++row) {
+    Real* const to = weight + row * p.columns;
+    if (!add) std::fill(to, to + p.columns, Real{0});
+    rows.visit(row - begin, [&](int64_t mask, int64_t r) {
+      const Real* const from = gathered + (mask * p.kept_rows + r) * p.kept_columns;
+      if (p.column_index) {
+        columns[static_cast<size_t>(mask)].add(from, to);
+      } else {
+        rows_of(sizeof(Real) == 8 ? DType::float64 : DType::float32).add_all(from, p.columns, to);
+      }
+    });
   }
 }
 
@@ -104,12 +201,12 @@ void run(const MaskedWeightsParams& p, size_t element_bytes, const void* weight,
   }
 }
 
-void run_backward(const MaskedWeightsParams& p, DType dtype, const void* gathered, void* weight,
-                  int64_t begin, int64_t end) {
+void run_backward(const MaskedWeightsParams& p, DType dtype, const void* gathered, bool add,
+                  void* weight, int64_t begin, int64_t end) {
   if (dtype == DType::float64) {
-    scatter(p, static_cast<const double*>(gathered), static_cast<double*>(weight), begin, end);
+    scatter(p, static_cast<const double*>(gathered), add, static_cast<double*>(weight), begin, end);
   } else {
-    scatter(p, static_cast<const float*>(gathered), static_cast<float*>(weight), begin, end);
+    scatter(p, static_cast<const float*>(gathered), add, static_cast<float*>(weight), begin, end);
   }
 }
 

@@ -64,7 +64,7 @@ void test_masked_weights(int64_t num_masks, int64_t rows, int64_t columns, bool 
   if (num_masks > 1) plant_unusual(grad_values);
   const Values<Real> grad(grad_values, "grad");
   std::vector<Real> sums(static_cast<size_t>(rows * columns));
-  cpu::run_backward(on_cpu, dtype_of<Real>(), grad.cpu.data(), sums.data(), 0, rows);
+  cpu::run_backward(on_cpu, dtype_of<Real>(), grad.cpu.data(), false, sums.data(), 0, rows);
   const auto scatter = [&](Real* output) {
     return gpu::run_backward(on_gpu, dtype_of<Real>(), grad.gpu.data(), output, nullptr);
   };
