@@ -1,6 +1,6 @@
 """One MLP under several masks of its hidden units, without the work that they mask."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -259,7 +259,7 @@ def masked_mlp_total_loss(
         raise
 
 
-_masked_mlp_total_loss = operation("masked_mlp_total_loss")
+_masked_mlp_total_loss: Callable[..., Tensor] = operation("masked_mlp_total_loss")
 
 
 def _is_one_operation(
