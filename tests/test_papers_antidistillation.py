@@ -1,6 +1,7 @@
 """The experiments of anti-distillation, small and on made-up data."""
 
 import json
+import shutil
 import struct
 
 import pytest
@@ -75,8 +76,17 @@ def test_quick_run(folder, monkeypatch, capsys):
     for axes in figures["antidistillation-strength-quick.png"].axes:
         assert axes.get_legend_handles_labels()[1][-2:] == ["weights of each model's own", "same weights"]
         assert len(axes.lines[0].get_xdata()) in (len(anti.PAPER), len(anti.STRENGTHS))
-    # Again: nothing is trained anew, and nothing changes.
+    # Again: nothing is trained anew, and nothing changes, where there is an entry, a checkpoint, or both.
     monkeypatch.setattr(anti.ComponentModels, "loss", None)
+    assert anti.main(command(folder)) == 0
+    assert saved_results(folder) == saved
+    path = folder / "results" / "antidistillation-quick.json"
+    content = json.loads(path.read_text())
+    del content["strength1"], content["setting"], content["components"]["J 4, λ 0"], content["baselines0"]
+    path.write_text(json.dumps(content))
+    assert anti.main(command(folder)) == 0
+    assert saved_results(folder) == saved
+    shutil.rmtree(folder / "work")
     capsys.readouterr()
     assert anti.main(command(folder)) == 0
     assert saved_results(folder) == saved

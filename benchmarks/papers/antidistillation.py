@@ -8,7 +8,8 @@
     python -m benchmarks.papers.antidistillation --data DIR --quick           # a smoke test, seconds
 
 DIR holds the folder mnist, with the idx files as they are downloaded. Every training run has a checkpoint in
-the working folder: a run that was killed goes on where it was. For a GPU, or a lot of time, the document's:
+the working folder: a run that was killed goes on where it was. What the results hold is not made again. For a
+GPU, or a lot of time, the document's:
 
     --models 20 --epochs 150 --width 1200 --learning-rate .02 --output OTHER --device cuda
 
@@ -378,6 +379,8 @@ def strength(study: Study, results: Results) -> None:
     section = f"strength{study.repetition}"
     for kind in (CORRELATION, *OTHERS):
         for reading in READINGS if kind is CORRELATION else READINGS[:1]:
+            if results.has(section, kind.entries(reading)):
+                continue
             name = f"{kind.name}, {reading}".replace(" ", "-").replace(",", "")
             found = study.judged(name, kind, kind.strengths, same=reading == "same")
             results.merge(section, dict(zip(kind.entries(reading), found, strict=True)))
@@ -387,9 +390,11 @@ def components(study: Study, results: Results) -> None:
     """Table 2."""
     for count in PAPER_COMPONENTS[0.0]:
         strengths = (0.0, SMALL, 0.5)
+        names = [f"J {count}, λ {value:g}" for value in strengths]
+        if results.has("components", names):
+            continue
         found = study.judged(f"components{count}", CORRELATION, strengths, components=count)
-        for value, row in zip(strengths, found, strict=True):
-            results.merge("components", {f"J {count}, λ {value:g}": row})
+        results.merge("components", dict(zip(names, found, strict=True)))
 
 
 def baselines(study: Study, results: Results) -> None:
@@ -397,11 +402,14 @@ def baselines(study: Study, results: Results) -> None:
     widths = {"one network": study.setting.width, "one wide network": wide(study)}
     for name, width in widths.items():
         strengths = (0.0, OWN)
+        section, labels = f"baselines{study.repetition}", [name, f"{name}, own scale {OWN:g}"]
+        if results.has(section, labels):
+            continue
         stem = name.replace(" ", "-")
         found = study.judged(stem, OWN_SCALE, strengths, components=1, width=width)
-        for value, row in zip(strengths, found, strict=True):
-            label = f"{name}, own scale {value:g}" if value else name
-            results.merge(f"baselines{study.repetition}", {label: row | {"width": width}})
+        results.merge(
+            section, {label: row | {"width": width} for label, row in zip(labels, found, strict=True)}
+        )
 
 
 def parameters(inputs: int, width: int) -> int:
@@ -433,20 +441,27 @@ def setting(study: Study, results: Results) -> None:
             "setting", {f"{name}, λ {value:g}": row for value, row in zip(CURVE, rows, strict=True)}
         )
 
+    def has(*names: str) -> bool:
+        return results.has("setting", [f"{name}, λ {value:g}" for name in names for value in CURVE])
+
     curve = Curve(places, measure)
-    model, _ = study.train("curve", CORRELATION, CURVE, epochs=places[-1], callbacks=[curve])
-    for place in places:
-        keep(f"epochs {place}", curve.found[str(place)])
-    of_models = [averaged(z) for z in study.by_strength(model)]
-    for count in sorted({2, 3, 4, study.setting.models // 2, study.setting.models}):
-        if 2 <= count <= study.setting.models:
+    counts = sorted({2, 3, 4, study.setting.models // 2, study.setting.models})
+    counts = [count for count in counts if 2 <= count <= study.setting.models]
+    if not has(*(f"epochs {place}" for place in places), *(f"models {count}" for count in counts)):
+        model, _ = study.train("curve", CORRELATION, CURVE, epochs=places[-1], callbacks=[curve])
+        for place in places:
+            keep(f"epochs {place}", curve.found[str(place)])
+        of_models = [averaged(z) for z in study.by_strength(model)]
+        for count in counts:
             keep(f"models {count}", [of_subsets(p, count) for p in of_models])
     for width in (study.setting.width // 2, 2 * study.setting.width):
-        model, _ = study.train(f"width{width}", CORRELATION, CURVE, width=width)
-        keep(f"width {width}", measure(model))
+        if not has(f"width {width}"):
+            model, _ = study.train(f"width{width}", CORRELATION, CURVE, width=width)
+            keep(f"width {width}", measure(model))
     for name, options in STARTS.items():
-        model, _ = study.train(name.replace(" ", "-"), CORRELATION, CURVE, **options)
-        keep(name, measure(model))
+        if not has(name):
+            model, _ = study.train(name.replace(" ", "-"), CORRELATION, CURVE, **options)
+            keep(name, measure(model))
 
 
 def of_subsets(probabilities: Tensor, count: int) -> dict[str, float]:

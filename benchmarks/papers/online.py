@@ -417,7 +417,8 @@ def run(
 ) -> None:
     """Fills a section of the results: of each setting its figures, by seed and block.
 
-    A section of another source or plan is dropped. Each group of settings is saved when it is done.
+    A section of another source or plan is dropped. Each group of settings is saved when it is done, and not
+    made again.
 
     Args:
         work: folder of the passes that are done, and of checkpoints.
@@ -429,6 +430,8 @@ def run(
         del results.content[section]
     for group, members in groupby(settings, lambda setting: setting.group):
         together = list(members)
+        if results.has(section, (setting.name for setting in together)):
+            continue
         name = "-".join([section, *map(str, group)]).replace(" ", "-")
         print(f"{section}: {', '.join(setting.name for setting in together)}", flush=True)
         begun = time.perf_counter()

@@ -31,6 +31,10 @@ class Results:
     def section(self, name: str) -> dict[str, Any]:
         return self.content.get(name, {})
 
+    def has(self, section: str, names: Iterable[str]) -> bool:
+        """Whether a section has all of these entries: then they need not be made again."""
+        return set(names) <= self.section(section).keys()
+
 
 def provenance() -> str:
     """Machine, torch, commit and date, for a page of results."""
