@@ -19,7 +19,7 @@ import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from pyens._library import build_info
+from pyens._library import build_info, release_memory
 from pyens._version import __version__
 from pyens.nn import Ensemble, EnsembleEmbedding, EnsembleLinear, EnsembleMLP
 
@@ -56,7 +56,15 @@ _MODULES = (
     "variation",
 )
 
-__all__ = ["Ensemble", "EnsembleEmbedding", "EnsembleLinear", "EnsembleMLP", "__version__", "build_info"]
+__all__ = [
+    "Ensemble",
+    "EnsembleEmbedding",
+    "EnsembleLinear",
+    "EnsembleMLP",
+    "__version__",
+    "build_info",
+    "release_memory",
+]
 
 
 def __getattr__(name: str) -> Any:

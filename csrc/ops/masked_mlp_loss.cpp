@@ -55,12 +55,38 @@ struct MaskedNetwork {
   }
 };
 
-void check(const MaskedNetwork& network, const Tensor& input, const Tensor& mask_weight) {
+// As many as `target` has for each example.
+bool has_members(const LossOptions& options, const Tensor& target) {
+  return target.dim() == (options.loss == "cross_entropy" ? 2 : 3);
+}
+
+void check(const LossOptions& options, const MaskedNetwork& network, const Tensor& input,
+           const Tensor& target, const Tensor& mask_weight, const NeedsGrad& needs_grad) {
   PYENS_CHECK_VALUE(network.layers() >= 2 && network.plan.size() == network.layers() - 1, kOp,
                     "plan", "one for each hidden layer, of at least one", network.plan.size());
   PYENS_CHECK_VALUE(network.biases.empty() || network.biases.size() == network.layers(), kOp,
                     "biases", c10::str(network.layers(), ", or none"), network.biases.size());
-  PYENS_CHECK_VALUE(input.dim() == 3, kOp, "input", "[N, B, I]", "shape ", input.sym_sizes());
+  PYENS_CHECK_VALUE(input.dim() == 3 && input.sym_size(0) >= 1, kOp, "input", "[N, B, I]", "shape ",
+                    input.sym_sizes());
+  PYENS_CHECK_VALUE(needs_grad.size() == network.parameters(), kOp, "needs_grad",
+                    c10::str(network.parameters(), " flags"), needs_grad.size());
+  // Of tensors that some masks at a time are taken of.
+  const auto check_masks = [&](const char* argument, const Tensor& tensor) {
+    PYENS_CHECK_VALUE(tensor.sym_size(0) == input.sym_size(0), kOp, argument,
+                      c10::str(input.sym_size(0), " masks first"), "shape ", tensor.sym_sizes());
+  };
+  if (has_members(options, target)) check_masks("target", target);
+  const auto check_option = [&](const char* argument, const OptionalTensor& tensor) {
+    if (tensor && tensor->dim() == 2) check_masks(argument, *tensor);
+  };
+  check_option("sample_weight", options.sample_weight);
+  check_option("class_weight", options.class_weight);
+  check_option("log_variance_min", options.log_variance_min);
+  check_option("log_variance_max", options.log_variance_max);
+  PYENS_CHECK_VALUE(!options.mlp.members && !options.mlp.dropout_seeds &&
+                        !options.mlp.dropout_rates && options.mlp.dropout == 0 &&
+                        options.mlp.norm == "none",
+                    kOp, "options", "those of a loss, and activations", "others");
   for (const Tensor& plan : network.plan) {
     PYENS_CHECK_VALUE(plan.dim() == 2 && plan.sym_size(0) == input.sym_size(0), kOp, "plan",
                       c10::str("[", input.sym_size(0), ", kept]"), "shape ", plan.sym_sizes());
@@ -99,18 +125,11 @@ LossOptions options_of(const LossOptions& options, int64_t first, int64_t count)
   return part;
 }
 
-// As many as `target` has for each example.
-bool has_members(const LossOptions& options, const Tensor& target) {
-  return target.dim() == (options.loss == "cross_entropy" ? 2 : 3);
-}
-
 std::tuple<Tensor, std::vector<Tensor>> masked_mlp_total_loss_with_gradients(
     const LossOptions& options, const Tensor& input, const Tensor& target, TensorList weights,
     TensorList biases, TensorList plan, const Tensor& mask_weight, NeedsGrad needs_grad) {
   const MaskedNetwork network{weights, biases, plan};
-  check(network, input, mask_weight);
-  PYENS_CHECK_VALUE(needs_grad.size() == network.parameters(), kOp, "needs_grad",
-                    c10::str(network.parameters(), " flags"), needs_grad.size());
+  check(options, network, input, target, mask_weight, needs_grad);
   const at::ScalarType real = accumulation_type(input.scalar_type());
   const int64_t masks = input.size(0);
   NeedsGrad of_part{false};
@@ -122,7 +141,6 @@ std::tuple<Tensor, std::vector<Tensor>> masked_mlp_total_loss_with_gradients(
       gradients.push_back(empty_result(parameter.sizes(), parameter.options().dtype(real)));
     }
   }
-  check_loss_values(options);
   const Tensor scale = mask_weight.to(real).contiguous();
   const Tensor scales = scale.to(at::kDouble);
   const int64_t at_once = masks_at_once(network, masks);
@@ -145,6 +163,7 @@ std::tuple<Tensor, std::vector<Tensor>> masked_mlp_total_loss_with_gradients(
     const Network members{
         x, all.slice(0, network.layers()), all.slice(network.layers()), {}, {}, part.mlp.members};
     check_loss(members, y, part);
+    check_loss_values(part);
     LossCall call(members, y, part, scale.narrow(0, first, count), of_part);
     call.run(kLossOp);
     const Tensor losses = call.mean.to(at::kDouble);
@@ -161,15 +180,16 @@ std::tuple<Tensor, std::vector<Tensor>> masked_mlp_total_loss_with_gradients(
                             is_weight ? shared : shared.unsqueeze(1));
     }
   }
-  return {at::scalar_tensor(total, input.options().dtype(real)), gradients};
+  // A number beyond float32 is infinite there, which scalar_tensor would refuse.
+  const double rounded = real == at::kDouble ? total : static_cast<float>(total);
+  return {at::scalar_tensor(rounded, input.options().dtype(real)), gradients};
 }
 
 std::tuple<Tensor, std::vector<Tensor>> masked_mlp_total_loss_with_gradients_meta(
-    const LossOptions& /*options*/, const Tensor& input, const Tensor& /*target*/,
-    TensorList weights, TensorList biases, TensorList plan, const Tensor& mask_weight,
-    NeedsGrad needs_grad) {
+    const LossOptions& options, const Tensor& input, const Tensor& target, TensorList weights,
+    TensorList biases, TensorList plan, const Tensor& mask_weight, NeedsGrad needs_grad) {
   const MaskedNetwork network{weights, biases, plan};
-  check(network, input, mask_weight);
+  check(options, network, input, target, mask_weight, needs_grad);
   const at::ScalarType real = accumulation_type(input.scalar_type());
   std::vector<Tensor> gradients;
   for (size_t i = 0; i < network.parameters(); ++i) {
@@ -295,10 +315,17 @@ class MaskedTotalLossFunction : public torch::autograd::Function<MaskedTotalLoss
 Tensor masked_mlp_total_loss_autograd(const LossOptions& options, const Tensor& input,
                                       const Tensor& target, TensorList weights, TensorList biases,
                                       TensorList plan, const Tensor& mask_weight) {
-  for (const Tensor& constant : {target, mask_weight}) {
-    PYENS_CHECK_VALUE(!constant.requires_grad(), kOp, "target, mask_weight",
-                      "requires_grad=False (they get no gradient)", "True");
-  }
+  const auto check_constant = [](const char* argument, const OptionalTensor& tensor) {
+    PYENS_CHECK_VALUE(!tensor || !tensor->requires_grad(), kOp, argument,
+                      "requires_grad=False (it gets no gradient)", "True");
+  };
+  check_constant("target", target);
+  check_constant("mask_weight", mask_weight);
+  check_constant("sample_weight", options.sample_weight);
+  check_constant("quantiles", options.quantiles);
+  check_constant("class_weight", options.class_weight);
+  check_constant("log_variance_min", options.log_variance_min);
+  check_constant("log_variance_max", options.log_variance_max);
   const MaskedNetwork network{weights, biases, plan};
   NeedsGrad needs_grad;
   for (size_t i = 0; i < network.parameters(); ++i) {

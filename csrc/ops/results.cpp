@@ -8,11 +8,12 @@
 #include <cstdlib>
 #include <list>
 #include <mutex>
-#include <stdexcept>
-#include <string>
+#include <unordered_map>
 
-#if defined(__linux__)
+#if !defined(_WIN32)
 #include <pthread.h>
+#endif
+#if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
@@ -76,38 +77,51 @@ size_t most_kept() {
   return static_cast<size_t>(megabytes) * kMegabyte;
 }
 
-class KeptBlocks {
+// The blocks of results that there are, and of freed ones. Nodes move from list to list: what frees memory takes none.
+class Blocks {
  public:
   // Of others the C library takes care.
   bool takes(size_t bytes) const {
     return (bytes >= kLeast && bytes <= most_) || bytes >= kHugePagesFrom;
   }
 
-  Block take(size_t bytes) {
+  void* take(size_t bytes) {
+    std::list<Block> taken;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       for (auto block = kept_.begin(); block != kept_.end(); ++block) {
         // An eighth more at most: a batch that is a little smaller.
         if (block->bytes < bytes || block->bytes - bytes > bytes / 8) continue;
-        const Block found = *block;
-        kept_.erase(block);
-        total_ -= found.bytes;
-        return found;
+        total_ -= block->bytes;
+        taken.splice(taken.end(), kept_, block);
+        break;
       }
     }
     // Whole pages, so that sizes which differ by less are the same.
-    return get((bytes + kPage - 1) / kPage * kPage);
+    if (taken.empty()) taken.push_back(get((bytes + kPage - 1) / kPage * kPage));
+    const Block block = taken.front();
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      used_.emplace(block.data, taken.begin());
+      live_.splice(live_.end(), taken);
+    }
+    c10::profiledCPUMemoryReporter().New(block.data, block.bytes);
+    return block.data;
   }
 
-  void give(const Block& block) {
+  void give(void* data) {
+    c10::profiledCPUMemoryReporter().Delete(data);
     std::list<Block> old;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      if (block.bytes > most_) {
-        old.push_back(block);
+      const auto found = used_.find(data);
+      const auto block = found->second;
+      used_.erase(found);
+      if (block->bytes > most_) {
+        old.splice(old.end(), live_, block);
       } else {
-        kept_.push_front(block);
-        total_ += block.bytes;
+        total_ += block->bytes;
+        kept_.splice(kept_.begin(), live_, block);
       }
       while (total_ > most_ || kept_.size() > kMostBlocks) {
         total_ -= kept_.back().bytes;
@@ -117,16 +131,29 @@ class KeptBlocks {
     for (const Block& each : old) give_back(each);
   }
 
+  // What it gave back to the system, in bytes.
+  size_t release() {
+    std::list<Block> old;
+    size_t bytes = 0;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      old.swap(kept_);
+      std::swap(bytes, total_);
+    }
+    for (const Block& block : old) give_back(block);
+    return bytes;
+  }
+
   // Never destroyed: tensors may outlive all that a process destroys at its end.
-  static KeptBlocks& all() {
+  static Blocks& all() {
     static auto* const blocks = make();
     return *blocks;
   }
 
  private:
-  static KeptBlocks* make() {
-    auto* const blocks = new KeptBlocks;
-#if defined(__linux__)
+  static Blocks* make() {
+    auto* const blocks = new Blocks;
+#if !defined(_WIN32)
     // A child whose parent forked while another thread was here would wait for that thread for ever.
     pthread_atfork([] { all().mutex_.lock(); }, [] { all().mutex_.unlock(); },
                    [] { all().mutex_.unlock(); });
@@ -138,47 +165,32 @@ class KeptBlocks {
     try {
       return get_block(bytes);
     } catch (const c10::Error&) {
-      if (!free_all()) throw;
+      if (release() == 0) throw;
       return get_block(bytes);
     }
   }
-  bool free_all() {
-    std::list<Block> old;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      old.swap(kept_);
-      total_ = 0;
-    }
-    for (const Block& block : old) give_back(block);
-    return !old.empty();
-  }
 
   std::mutex mutex_;
-  std::list<Block> kept_;  // the last ones first
-  size_t total_ = 0;
+  std::list<Block> live_, kept_;  // the last ones that were freed first
+  std::unordered_map<void*, std::list<Block>::iterator> used_;
+  size_t total_ = 0;  // of the kept ones
   const size_t most_ = most_kept();
 };
 
 class ResultAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    if (!KeptBlocks::all().takes(bytes)) return c10::GetCPUAllocator()->allocate(bytes);
-    auto* const block = new Block(KeptBlocks::all().take(bytes));
-    c10::profiledCPUMemoryReporter().New(block->data, block->bytes);
-    return {block->data, block, &free, c10::Device(c10::DeviceType::CPU)};
+    if (!Blocks::all().takes(bytes)) return c10::GetCPUAllocator()->allocate(bytes);
+    void* const data = Blocks::all().take(bytes);
+    return {data, data, [](void* given) { Blocks::all().give(given); },
+            c10::Device(c10::DeviceType::CPU)};
   }
   void copy_data(void* to, const void* from, std::size_t count) const override {
     default_copy_data(to, from, count);
   }
-
- private:
-  static void free(void* context) {
-    const auto* const block = static_cast<const Block*>(context);
-    c10::profiledCPUMemoryReporter().Delete(block->data);
-    KeptBlocks::all().give(*block);
-    delete block;
-  }
 };
+
+int64_t release_memory() { return static_cast<int64_t>(Blocks::all().release()); }
 
 }  // namespace
 
@@ -198,5 +210,7 @@ at::Tensor empty_result_symint(c10::SymIntArrayRef sizes, const at::TensorOption
   const auto numbers = c10::asIntArrayRefSlowOpt(sizes);
   return numbers ? empty_result(*numbers, options) : at::empty_symint(sizes, options);
 }
+
+TORCH_LIBRARY_FRAGMENT(pyens, m) { m.def("release_memory() -> int", release_memory); }
 
 }  // namespace pyens

@@ -336,10 +336,14 @@ class MaskedMLP(Derived, Ensemble):
                     f"MaskedMLP: {name}: expected the {b} examples of the input first, "
                     f"got shape {list(tensor.shape)}"
                 )
+        if sample_weight is not None and sample_weight.dim() != 1:
+            raise ValueError(
+                f"MaskedMLP: sample_weight: expected [{b}], got shape {list(sample_weight.shape)}"
+            )
         no_weights = sample_weight is None and options.get("class_weight") is None
         if mode == "grouped" and b % n == 0 and b > 0 and no_weights:
             # As below to the bit, with views in place of copies.
-            if reduction == "none":
+            if reduction != "mean":  # or one that is refused
                 return masked_mlp_loss(_groups(input, n), _groups(target, n), **arguments).flatten()
             shares = input.new_full((n,), 1 / n, dtype=real)
             return masked_mlp_total_loss(_groups(input, n), _groups(target, n), mask_weight=shares, **of_mean)
@@ -349,14 +353,18 @@ class MaskedMLP(Derived, Ensemble):
         # Rows that are there to fill up have weight 0.
         weights = _spread(sample_weight.float() if _is_half(sample_weight) else sample_weight, place, n, rows)
         spread = _spread(input, place, n, rows), _spread(target, place, n, rows)
-        if reduction == "none":
+        if reduction != "mean":
             losses = masked_mlp_loss(*spread, sample_weight=weights, **arguments)
             return losses.flatten(0, 1).index_select(0, place)
         shares = weights.double()
         class_weight = options.get("class_weight")
         if class_weight is not None:
             labels = spread[1].clamp(0, self.out_features - 1)  # left out: any number
-            shares = shares * weights_of(class_weight.double(), labels, shares)
+            try:
+                shares = shares * weights_of(class_weight.double(), labels, shares)
+            except Exception:
+                masked_mlp_loss(*spread, sample_weight=weights, **of_mean)  # which says what does not fit
+                raise
         if b > 0:  # the largest to 1, as in the loss of each mask
             largest = shares.max()
             shares = shares / torch.where(largest > 0, largest, 1)

@@ -268,14 +268,12 @@ def _is_one_operation(
     """Elsewhere it is composed: of what torch.func and torch.compile see through, and whose input learns."""
     if torch.compiler.is_compiling() or in_transform() or torch.is_autocast_enabled(input.device.type):
         return False
-    if options.get("log_variance_min") is not None or options.get("log_variance_max") is not None:
-        return False  # they may learn too
-    given = (input, target, mask_weight, sample_weight, options.get("class_weight"))
-    return (
-        input.is_cpu
-        and input.dim() == 3
-        and not any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in given)
-    )
+    # Bounds of log variances may learn. Of other options not all have a meaning for masks.
+    if not options.keys() <= {"temperature", "label_smoothing", "delta", "quantiles", "class_weight"}:
+        return False
+    given = (input, target, mask_weight, sample_weight, *options.values())
+    learns = any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in given)
+    return input.is_cpu and input.dim() == 3 and len(input) > 0 and not learns
 
 
 # The arguments, with the names that schemas have for types.
