@@ -266,14 +266,15 @@ def _is_one_operation(
     input: Tensor, target: Tensor, mask_weight: Tensor, sample_weight: Tensor | None, options: LossOptions
 ) -> bool:
     """Elsewhere it is composed: of what torch.func and torch.compile see through, and whose input learns."""
-    if torch.compiler.is_compiling() or in_transform() or torch.is_autocast_enabled(input.device.type):
+    if torch.compiler.is_compiling() or in_transform():
+        return False
+    if not input.is_cpu or input.dim() != 3 or len(input) == 0 or torch.is_autocast_enabled("cpu"):
         return False
     # Bounds of log variances may learn. Of other options not all have a meaning for masks.
     if not options.keys() <= {"temperature", "label_smoothing", "delta", "quantiles", "class_weight"}:
         return False
     given = (input, target, mask_weight, sample_weight, *options.values())
-    learns = any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in given)
-    return input.is_cpu and input.dim() == 3 and len(input) > 0 and not learns
+    return not any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in given)
 
 
 # The arguments, with the names that schemas have for types.
