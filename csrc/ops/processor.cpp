@@ -65,6 +65,7 @@ TORCH_LIBRARY_FRAGMENT(pyens, m) {
   m.def("fma_peak_cuda(Tensor sink, bool tf32, int rounds) -> float", measure_cuda);
   m.def("cpu_capability() -> str", [] { return std::string(cpu_capability()); });
   m.def("compiler() -> str", [] { return std::string(__VERSION__); });
+  m.def("release_memory() -> int", release_memory);
 }
 
 }  // namespace pyens

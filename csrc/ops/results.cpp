@@ -190,9 +190,9 @@ class ResultAllocator final : public c10::Allocator {
   }
 };
 
-int64_t release_memory() { return static_cast<int64_t>(Blocks::all().release()); }
-
 }  // namespace
+
+int64_t release_memory() { return static_cast<int64_t>(Blocks::all().release()); }
 
 c10::Allocator* result_allocator() {
   static auto* const allocator = new ResultAllocator;
@@ -210,7 +210,5 @@ at::Tensor empty_result_symint(c10::SymIntArrayRef sizes, const at::TensorOption
   const auto numbers = c10::asIntArrayRefSlowOpt(sizes);
   return numbers ? empty_result(*numbers, options) : at::empty_symint(sizes, options);
 }
-
-TORCH_LIBRARY_FRAGMENT(pyens, m) { m.def("release_memory() -> int", release_memory); }
 
 }  // namespace pyens

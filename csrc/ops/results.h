@@ -20,4 +20,7 @@ at::Tensor empty_result_symint(c10::SymIntArrayRef sizes, const at::TensorOption
 // The same for memory of other uses on the CPU, such as a thread's scratch, and for tensors that grow.
 c10::Allocator* result_allocator();
 
+// Gives back what is kept, and returns its bytes.
+int64_t release_memory();
+
 }  // namespace pyens

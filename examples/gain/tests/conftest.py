@@ -17,7 +17,8 @@ BUILD.mkdir(parents=True, exist_ok=True)
 kernel = BUILD / "gain_kernel.cpp"  # objects are named after files alone, and ops/ has a gain.cpp too
 kernel.unlink(missing_ok=True)
 kernel.symlink_to(HERE / "csrc/kernels/cpu/gain.cpp")
-sources = HERE / "csrc/python.cpp", HERE / "csrc/ops/gain.cpp", kernel, ROOT / "csrc/kernels/cpu/isa.cpp"
+ours = HERE / "csrc/python.cpp", HERE / "csrc/ops/gain.cpp", kernel
+sources = *ours, ROOT / "csrc/kernels/cpu/isa.cpp", ROOT / "csrc/ops/results.cpp"
 extension = torch.utils.cpp_extension.load(
     "gain_template",
     [str(source) for source in sources],
