@@ -32,7 +32,7 @@ constexpr char kOp[] = "masked_mlp_total_loss";
 constexpr char kWithGradients[] = "masked_mlp_total_loss_with_gradients";
 constexpr char kWeights[] = "masked_weights";
 
-// Of weights and of gradients, as many bytes.
+// Bytes of the weights that masks have which go together; their gradients are as many.
 constexpr int64_t kAtOnce = 512 << 10;
 
 struct MaskedNetwork {
@@ -55,7 +55,7 @@ struct MaskedNetwork {
   }
 };
 
-// As many as `target` has for each example.
+// Whether the target has an axis of masks, and not one for all of them.
 bool has_members(const LossOptions& options, const Tensor& target) {
   return target.dim() == (options.loss == "cross_entropy" ? 2 : 3);
 }

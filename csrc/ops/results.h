@@ -10,8 +10,7 @@ namespace pyens {
 // A step of training asks for the same sizes each time. The C library gives what is freed back to the system, from
 // 32 MB on at once and else when the end of its heap falls free, and gets it again as fresh pages, each zeroed on first
 // touch: up to half of a step's time. So freed memory is kept for the next result: blocks from 64 KB on, the
-// last ones freed, together at most PYENS_KEEP_MB megabytes (an environment variable; 256 if it is not set, 0 for none);
-// release_memory() gives them back.
+// last ones freed, together at most PYENS_KEEP_MB megabytes (an environment variable; 256 if it is not set, 0 for none).
 // New ones from 32 MB on are in huge pages where the system has some.
 at::Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options);
 // Of sizes that may be symbols, which no memory on the CPU has.

@@ -220,6 +220,14 @@ def masked_mlp_total_loss(
 
     Returns:
         0-dim, float32 (float64 for float64).
+
+    Differentiable in input, weights and biases, twice and more; the bits are the same for any number of
+    threads.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `masked_mlp_loss`, which errors name.
+
+    Source: as `masked_mlp`; the reference is that sum over `pyens.reference.masked_mlp_loss`.
     """
     if not _is_one_operation(input, target, mask_weight, sample_weight, options):
         losses = masked_mlp_loss(

@@ -95,17 +95,14 @@ inline __m256 reorder(__m256 v, const uint8_t* order) {
   return _mm256_permutevar8x32_ps(v, _mm256_cvtepu8_epi32(bytes));
 }
 
-// visit(first column, its lanes as bits, how many) for each vector that lies within the row; the first column that does
-// not.
+// visit(first column, its lanes as bits, how many) for each vector that lies within the row.
 template <class Visit>
-inline __attribute__((always_inline)) int64_t for_vectors(const KeptColumns& kept,
-                                                          const Visit& visit) {
-  int64_t first = 0;
-  for (; first + 8 <= kept.columns; first += 8) {
+inline __attribute__((always_inline)) void for_vectors(const KeptColumns& kept,
+                                                       const Visit& visit) {
+  for (int64_t first = 0; first + 8 <= kept.columns; first += 8) {
     const uint32_t lanes = (kept.bits[first / 16] >> (first % 16)) & 255u;
     visit(first, lanes, __builtin_popcount(lanes));
   }
-  return first;
 }
 
 template <class T>
