@@ -164,6 +164,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
              string_view, string_view)>(m, "ensemble_mlp_int8");
   def<Three(const Tensor&, TensorList, TensorList, const Tensor&, const Tensor&, string_view,
             bool)>(m, "activation_strength");
+  def<Tensor(const Tensor&, int64_t, int64_t, int64_t)>(m, "keyed_permutation");
   def<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>(m, "mask_channels");
   def<Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t)>(
       m, "masked_weights");

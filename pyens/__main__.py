@@ -209,6 +209,12 @@ def moments(draw: Draw) -> Problem:
     return {"outputs": outputs, "variances": outputs.abs()}
 
 
+def permuted(draw: Draw) -> Problem:
+    rows = (draw.batch + 1) * (1, 1000, 10**12)[draw.number % 3]
+    keys = draw.index(1 << 40, draw.size(1, 5)) - (1 << 39)
+    return {"keys": keys, "n": rows, "first": rows - draw.batch - 1, "count": draw.batch}
+
+
 def channels(draw: Draw) -> Problem:
     width, masks, inner = draw.size(1, 100), draw.size(1, 8), ((), (1,), (5, 7))[draw.number % 3]
     return {
@@ -341,6 +347,11 @@ def gradients(operation: Operation, problem: Problem) -> list[Tensor]:
 
 def both(operation: Operation, problem: Problem) -> list[Tensor]:
     return outputs(operation, problem) + gradients(operation, problem)
+
+
+def places(operation: Operation, problem: Problem) -> list[Tensor]:
+    """Whole numbers, as numbers that are compared."""
+    return [output.double() for output in outputs(operation, problem)]
 
 
 def joined(operation: Operation, problem: Problem) -> list[Tensor]:
@@ -501,6 +512,7 @@ CHECKS: dict[str, Callable[[], Iterator[float]]] = {
     "decorrelation_loss, gradients": of("decorrelation_loss", components, gradients),
     "predictive_uncertainty": of("predictive_uncertainty", lambda d: {"logits": 3 * outputs_of_members(d)}),
     "predictive_moments": of("predictive_moments", moments),
+    "keyed_permutation": of("keyed_permutation", permuted, places),
     "mask_channels": of("mask_channels", channels, both),
     "masked_mlp": of("masked_mlp", masked),
     "masked_mlp_loss": of("masked_mlp_loss", masked_loss, joined, FULL, 4),

@@ -289,6 +289,15 @@ def mask_cases() -> Iterator[tuple[str, list[Tensor]]]:
         yield f"masked_mlp_loss {kind} B{batch}", [loss, *gradients(loss, [*shared, *biases])]
 
 
+def permutation_cases() -> Iterator[tuple[str, list[Tensor]]]:
+    keys = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63)])
+    for rows in (1, 5, 1024, 1025, 10**6 + 3, 2**32, 2**32 + 1, 2**62):
+        places = [
+            ops.keyed_permutation(keys, rows, first, min(70, rows)) for first in (0, rows - min(70, rows))
+        ]
+        yield f"keyed_permutation {rows}", places
+
+
 def convolution_cases() -> Iterator[tuple[str, list[Tensor]]]:
     shapes = {
         "padded": ((3, 9, 12), (20, 3, 3, 3), [1, 1], [1, 1], [1, 1], "relu", [2, 2]),
@@ -431,6 +440,7 @@ def cases() -> Iterator[tuple[str, list[Tensor]]]:
     yield from member_cases()
     yield from optimizer_cases()
     yield from clip_cases()
+    yield from permutation_cases()
 
 
 def record() -> dict[str, str]:

@@ -159,6 +159,7 @@ def operations(
             lambda m, w: ops.ensemble_conv2d(m, w, padding=1, activation="relu", max_pool=2),
             [draw(B, 3, 6, 5), draw(3, 4, 3, 2, 2)],
         ),
+        "keyed_permutation": wrap(lambda: ops.keyed_permutation(index[:, 0, 0], 10**6, 5, 70)),
         "mask_channels": with_gradients(lambda m: ops.mask_channels(m, masks), [maps]),
         "masked_mlp": with_gradients(
             lambda x, v, w: ops.masked_mlp(x, [v, w], None, [masks], plan=plan),

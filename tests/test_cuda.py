@@ -204,6 +204,7 @@ def opcheck_arguments(device):
             "relu",
             [2, 1],
         ),
+        "keyed_permutation": (torch.arange(3, device=x.device), 1000, 10, 20),
         "mask_channels": (leaf, masks, None),
         "masked_weights": (draw(7, 9, grad=True), rows, rows + 1, 3),
         "masked_weights_backward": (draw(3, 3, 3), rows, rows + 1, 7, 9),

@@ -176,6 +176,13 @@ CASES = {
             "loss": STRING,
         },
     ),
+    "ops.keyed_permutation": Case(
+        ops.keyed_permutation,
+        {"keys": INDEX, "n": 10, "first": 2, "count": 3},
+        "keyed_permutation",
+        (),
+        {"n": NUMBER, "first": NUMBER, "count": ("3", [3])},
+    ),
     "ops.mask_channels": Case(
         ops.mask_channels,
         {"input": X, "masks": torch.ones(2, INPUTS, dtype=torch.bool), "index": INDEX},
@@ -814,7 +821,7 @@ def test_classes_and_modes_that_override_functions_see_the_operation(name: str) 
         case.call(**case.right)
     assert f"pyens.{op}.default" in mode.seen
     for argument, right in case.right.items():
-        if isinstance(right, str):
+        if isinstance(right, (str, int)):
             continue
         in_list = isinstance(right, list)
         logged = [right[0].as_subclass(Logged), *right[1:]] if in_list else right.as_subclass(Logged)

@@ -9,16 +9,10 @@
 
 #include <cstdint>
 
+#include "kernels/splitmix.h"
 #include "kernels/types.h"
 
 namespace pyens {
-
-PYENS_HOST_DEVICE inline uint64_t splitmix(uint64_t x) {
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
 
 PYENS_HOST_DEVICE inline uint64_t dropout_layer_key(int64_t seed, int64_t layer) {
   return splitmix(splitmix(static_cast<uint64_t>(seed)) + static_cast<uint64_t>(layer));

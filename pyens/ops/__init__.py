@@ -8,6 +8,7 @@ from pyens.ops.ensemble_embedding import ensemble_embedding
 from pyens.ops.ensemble_mlp import ensemble_mlp
 from pyens.ops.ensemble_mlp_loss import ensemble_mlp_loss
 from pyens.ops.int8 import Int8Weight, ensemble_conv2d_int8, ensemble_mlp_int8, pack_int8
+from pyens.ops.keyed_permutation import keyed_permutation
 from pyens.ops.mask_channels import mask_channels
 from pyens.ops.masked_mlp import masked_mlp, masked_mlp_loss
 from pyens.ops.sparse_rows import SparseRows, ensemble_conv2d_sparse, ensemble_mlp_sparse, pack_sparse
@@ -29,6 +30,7 @@ __all__ = [
     "ensemble_mlp_int8",
     "ensemble_mlp_loss",
     "ensemble_mlp_sparse",
+    "keyed_permutation",
     "mask_channels",
     "masked_mlp",
     "masked_mlp_loss",
