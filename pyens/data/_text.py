@@ -5,15 +5,20 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
-BLOCK = 1 << 24  # bytes read at a time: the positions of fields take several times as much
+BLOCK = 1 << 18  # bytes read at a time: positions and values of their fields stay in the cache
 MOST_IN_A_LINE = 1 << 24  # bytes: a small gzip file can hold a line longer than the memory
 MOST_DIGITS = 18  # of an integer, so that it fits into int64
-# Of each byte: its value as a hex digit, or -1.
-HEX_DIGITS = np.array([int(chr(b), 16) if chr(b) in "0123456789abcdefABCDEF" else -1 for b in range(256)])
+WORD = 8  # digits that are read at once, in the bytes of a uint64
+# Of a word whose last bytes, so many of them, are meant: the bytes before them.
+BEFORE = np.array([(1 << 8 * (WORD - length)) - 1 for length in range(WORD + 1)], np.uint64)
+ONES = np.uint64(0x0101010101010101)
+LOW = np.uint64(0x0F0F0F0F0F0F0F0F)
+FIGURES = np.uint64(0x3030303030303030)  # "00000000"
 
 
 class Fields:
@@ -44,6 +49,9 @@ class Fields:
         self.function, self.path, self.first = function, path, first
         self._content = content
         self._bytes = np.frombuffer(content, np.uint8)
+        whole = content if len(content) >= WORD else content + bytes(WORD)
+        # Eight bytes from each byte on.
+        self._words = as_strided(np.frombuffer(whole, np.uint64, 1), (len(whole) - WORD + 1,), (1,))
         ends = np.flatnonzero(self._bytes == ord("\n"))
         starts = np.append(0, ends[:-1] + 1)
         # A carriage return before the newline belongs to it.
@@ -72,33 +80,41 @@ class Fields:
         starts, ends = self.starts[:, columns], self.ends[:, columns]
         given = ends > starts
         negative = given & (self._bytes[starts] == ord("-"))
-        starts = starts + negative
-        length = ends - starts
+        length = ends - starts - negative
         good = (length > 0) & (length <= MOST_DIGITS)
         if optional:
             good |= ~given
-        value = np.zeros(starts.shape, np.int64)
-        for place in range(min(int(length.max(initial=0)), MOST_DIGITS)):
-            inside = place < length
-            # A byte below "0" wraps around to a large one.
-            digit = self._bytes.take(starts + place, mode="clip") - np.uint8(ord("0"))
-            good &= ~inside | (digit < 10)
-            value = np.where(inside, value * 10 + digit, value)
+        value, figures = _decimal(self._last(ends, np.minimum(length, WORD)))
+        good &= figures
+        if length.max(initial=0) > WORD:
+            long = length > WORD
+            rest, figures = _decimal(self._last(ends[long] - WORD, np.minimum(length[long] - WORD, WORD)))
+            high, more = _decimal(self._last(ends[long] - 2 * WORD, (length[long] - 2 * WORD).clip(0, WORD)))
+            value[long] += 10**WORD * rest + 10 ** (2 * WORD) * np.where(good[long], high, 0)
+            good[long] &= figures & more
         self.require(good, columns, "an integer" + " or nothing" * optional)
         return np.where(negative, -value, value), given
 
-    def hexadecimal(self, columns: int | slice, *, digits: int) -> tuple[np.ndarray, np.ndarray]:
-        """int64 values of that many digits, 0 for an empty field, and which are given."""
+    def hexadecimal(self, columns: int | slice) -> tuple[np.ndarray, np.ndarray]:
+        """int64 values of 8 digits each, 0 for an empty field, and which are given."""
         starts, ends = self.starts[:, columns], self.ends[:, columns]
-        given = ends > starts
-        good = ~given | (ends - starts == digits)
-        value = np.zeros(starts.shape, np.int64)
-        for place in range(digits):
-            digit = HEX_DIGITS[self._bytes.take(starts + place, mode="clip")]
-            good &= ~given | (digit >= 0)
-            value = value * 16 + digit
-        self.require(good, columns, f"{digits} hex digits or nothing")
-        return np.where(given, value, 0), given
+        length = ends - starts
+        given = length > 0
+        value, good = _hexadecimal(self._words[np.minimum(starts, len(self._words) - 1)])
+        good &= length == WORD
+        good |= ~given
+        self.require(good, columns, f"{WORD} hex digits or nothing")
+        return value * given, given
+
+    def _last(self, ends: np.ndarray, length: np.ndarray) -> np.ndarray:
+        """The last `length` bytes before `ends`, 8 at most, in the bytes of a uint64, the first one lowest.
+
+        Before them stand figures 0."""
+        words = self._words[np.maximum(ends - WORD, 0)]
+        if (near := ends < WORD).any():
+            words[near] <<= (8 * (WORD - ends[near])).astype(np.uint64)
+        figures: np.ndarray = words ^ (words ^ FIGURES) & BEFORE[np.maximum(length, 0)]
+        return figures
 
     def require(self, good: np.ndarray, columns: int | slice, expected: str) -> None:
         """Refuses the first field of these columns, line by line, that is not `good`."""
@@ -125,6 +141,22 @@ class Fields:
         return found
 
 
+class Block(NamedTuple):
+    """Some lines of a file."""
+
+    first: int  # number of the first of them, from 1
+    start: int  # bytes before it, of what a gzip file holds
+    content: bytes  # whole lines, each with its newline
+
+    @property
+    def lines(self) -> int:
+        return int(np.count_nonzero(np.frombuffer(self.content, np.uint8) == ord("\n")))
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.content)
+
+
 def read_fields(function: str, path: Path, separator: str, count: int, layout: str) -> Iterator[Fields]:
     """The lines of a file, plain or gzip by its content, in blocks. The last one may lack its newline.
 
@@ -133,17 +165,26 @@ def read_fields(function: str, path: Path, separator: str, count: int, layout: s
         ValueError: a line with another number of fields than `count`, a gzip file that is cut short or
             damaged, no line at all.
     """
-    first, rest = 1, b""
+    for block in read_blocks(function, path, count, layout):
+        yield Fields(function, path, block.first, block.content, separator, count, layout)
+
+
+def read_blocks(
+    function: str, path: Path, count: int, layout: str, *, first: int = 1, start: int = 0
+) -> Iterator[Block]:
+    """The lines of a file as `read_fields` has them, from line `first` on, which is at byte `start`."""
+    rest = b""
     with path.open("rb") as plain:
         zipped = plain.read(2) == b"\x1f\x8b"
         plain.seek(0)
         file = gzip.GzipFile(fileobj=plain) if zipped else plain
+        _skip(function, path, file, start)
         while block := _read(function, path, file):
             cut = block.rfind(b"\n") + 1
             if cut:
-                fields = Fields(function, path, first, rest + block[:cut], separator, count, layout)
-                yield fields
-                first, rest = first + len(fields), b""
+                found = Block(first, start, rest + block[:cut])
+                yield found
+                first, start, rest = first + found.lines, found.end, b""
             rest += block[cut:]
             if len(rest) > MOST_IN_A_LINE:
                 raise ValueError(
@@ -151,9 +192,46 @@ def read_fields(function: str, path: Path, separator: str, count: int, layout: s
                     f"got a line of more than {MOST_IN_A_LINE} bytes"
                 )
     if rest:
-        yield Fields(function, path, first, rest + b"\n", separator, count, layout)
-    elif first == 1:
+        yield Block(first, start, rest + b"\n")
+    elif start == 0:
         raise ValueError(f"{function}: {path}: expected lines of {layout}, got an empty file")
+
+
+def _skip(function: str, path: Path, file: BinaryIO | gzip.GzipFile, start: int) -> None:
+    try:
+        file.seek(start)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{function}: {path}: expected a whole gzip file, got {error}") from error
+
+
+def _decimal(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int64 of eight figures in the bytes of a word, the first one lowest, and whether all are figures.
+
+    Neighbours are joined three times, in all bytes at once: two digits, then four, then eight.
+    """
+    digits = words ^ FIGURES  # 0 to 9; what is no figure becomes 10 or more
+    good = (digits | digits + ONES * np.uint64(0x76)) & (ONES << np.uint64(7)) == 0
+    for base, shift, mask in (
+        (10, 8, 0x00FF00FF00FF00FF),
+        (100, 16, 0x0000FFFF0000FFFF),
+        (10_000, 32, 0x00000000FFFFFFFF),
+    ):
+        digits = digits * np.uint64(base) + (digits >> np.uint64(shift)) & np.uint64(mask)
+    return digits.astype(np.int64), good
+
+
+def _hexadecimal(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same of hexadecimal digits: a letter has bit 6, a figure has not, and counts its low half + 9."""
+    letter = words >> np.uint64(6) & ONES
+    digits = (words & LOW) + letter * np.uint64(9)
+    # What the digits are written as in small letters is what was read, if they are digits at all.
+    small = words | letter << np.uint64(5)
+    good = small == digits + FIGURES + letter * np.uint64(0x27)
+    good &= (digits + ONES * np.uint64(6) & ~LOW) >> np.uint64(4) == letter
+    good &= digits & ~LOW == 0
+    for shift, mask in ((4, 0x00FF00FF00FF00FF), (8, 0x0000FFFF0000FFFF), (16, 0x00000000FFFFFFFF)):
+        digits = (digits << np.uint64(shift) | digits >> np.uint64(2 * shift)) & np.uint64(mask)
+    return digits.astype(np.int64), good
 
 
 def _read(function: str, path: Path, file: BinaryIO | gzip.GzipFile) -> bytes:
