@@ -70,7 +70,7 @@ template: $(BUILT) ## build and test the example operation of examples/gain
 
 BENCHMARKS := ensemble_mlp training ensemble_conv2d networks fit decorrelation uncertainty masksembles activation_strength serving
 # Of the CPU alone, with their options.
-CPU_BENCHMARKS := sparse: int8: component_models: every_engine:--threads=1 every_engine:--threads=2 cost_curves:--rounds=5 contention:
+CPU_BENCHMARKS := sparse: int8: component_models: every_engine:--threads=1 every_engine:--threads=2 cost_curves:--rounds=5 contention: streaming:
 
 bench: $(BUILT) $(VENV)/peers ## compare every operation with its peers
 	for run in $(addsuffix :,$(BENCHMARKS)) $(CPU_BENCHMARKS); do \

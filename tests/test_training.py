@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pyens import EnsembleLinear, EnsembleMLP
 from pyens.nn import TabularEnsemble
 from pyens.optim import fused
+from pyens.reference import keyed_permutation
 from pyens.training import History, Randomness, derive_seed, fit, member_seeds
 from pyens.training.randomness import CODES, partition, split_rows
 
@@ -154,8 +155,8 @@ def test_it_is_what_a_loop_over_models_does(code: str) -> None:
         for epoch in range(epochs):
             order = common.long()
             if randomness.shuffle:
-                draw = torch.Generator().manual_seed(derive_seed(seeds[m], "order", epoch))
-                order = order[torch.randperm(len(order), generator=draw)]
+                key = torch.tensor([derive_seed(seeds[m], "order", epoch)])
+                order = order[keyed_permutation(key, len(order), 0, len(order))[0]]
             for rows in order.split(batch_size):
                 if randomness.jackknife:
                     rows = rows[group[rows] != m]
@@ -459,7 +460,7 @@ def test_the_mode_of_the_model_is_left_as_it_was() -> None:
         (
             {"data": torch.utils.data.DataLoader([1] * 9)},
             TypeError,
-            r"fit: data: expected a tuple of tensors \[N, ...\], inputs and target, got a DataLoader$",
+            r"fit: data: expected a tuple of .*, or a pyens.data.RowSource of them, got a DataLoader$",
         ),
         ({"data": [np.zeros(2)] * 1000}, TypeError, r"shapes \[2\], \[2\], \[2\], \[2\] and 996 more"),
         ({"validation": torch.zeros(3)}, TypeError, "fit: validation: expected a share or .* got a Tensor$"),

@@ -157,8 +157,8 @@ def tensors(argument: str, data: Any) -> None:
     if not isinstance(data, (tuple, list)):
         share = "a share or " * (argument == "validation")
         raise TypeError(
-            f"fit: {argument}: expected {share}a tuple of tensors [N, ...], inputs and target, got a "
-            f"{type(data).__name__}"
+            f"fit: {argument}: expected {share}a tuple of tensors [N, ...], inputs and target, or a "
+            f"pyens.data.RowSource of them, got a {type(data).__name__}"
         )
 
 
@@ -224,11 +224,10 @@ def scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def alike(argument: str, data: Sequence[Any], like: Sequence[Any], axis: int) -> None:
+def alike(argument: str, form: Sequence[Any], like: Sequence[Any]) -> None:
     """Rows of the same form."""
-    forms = [[None if t is None else tuple(t.shape[axis + 1 :]) for t in tensors] for tensors in (data, like)]
-    if forms[0] != forms[1]:
-        raise ValueError(f"fit: {argument}: expected rows like those of data, got shapes {forms[0]}")
+    if form != like:
+        raise ValueError(f"fit: {argument}: expected rows like those of data, got shapes {form}")
 
 
 def data(argument: str, data: Sequence[Any], *, members: int | None = None) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyens._kinds import REAL, check_tensor
 from pyens._types import Loss
+from pyens.data.rows import RowSource, as_tensor
 from pyens.nn import Ensemble
 from pyens.training import _checks
 
@@ -54,15 +55,17 @@ def as_tensors(
     return tuple(tensors)
 
 
+def as_taken(column: Tensor, dtype: torch.dtype, loss: Any, target: bool) -> Tensor:
+    """One column of a batch of a source, as `as_tensors` has it, without a word about float64."""
+    real = target and isinstance(loss, str) and loss != "cross_entropy"
+    return column.to(_dtype(column.dtype, dtype, target=target, real=real))
+
+
 def _tensor(given: Any, device: torch.device) -> Any:
     if hasattr(given, "to_numpy"):
         given = given.to_numpy()
-    if isinstance(given, np.ndarray) and given.dtype.kind in "bifu" and given.dtype.itemsize <= 8:
-        given = given.astype(given.dtype.newbyteorder("="), copy=False)
-        # A copy where torch could not own it: a view with negative strides, or one that is not writable.
-        shared = given.flags.writeable and all(stride >= 0 for stride in given.strides)
-        return torch.from_numpy(given if shared else given.copy()).to(device)
-    return given  # what is of no kind that fits is refused by name
+    tensor = as_tensor(given)
+    return tensor.to(device) if tensor is not given and isinstance(tensor, Tensor) else tensor
 
 
 def _dtype(own: torch.dtype, parameters: torch.dtype, *, target: bool, real: bool) -> torch.dtype:
@@ -84,7 +87,12 @@ def as_targets(tensors: Sequence[Row], loss: Any, axis: int) -> tuple[Row, ...]:
 
 
 def check_values(
-    argument: str, tensors: Sequence[Row], model: Ensemble, loss: Loss | Any, axis: int, weight: Tensor | None
+    argument: str,
+    tensors: Sequence[Row],
+    model: Ensemble,
+    loss: Loss | Any,
+    axis: int = 0,
+    weight: Tensor | None = None,
 ) -> None:
     """Refuses what would surface in the middle of an epoch, or as members that diverge: by row and column.
 
@@ -174,6 +182,8 @@ def check_validation(validation: Any, rows: int) -> float | Tensor | Any:
                 f"fit: validation: expected a share in [0, 1), indices of rows, or rows, got {validation}"
             )
         return float(validation)
+    if isinstance(validation, RowSource):
+        return validation
     if (
         isinstance(validation, list)
         and validation

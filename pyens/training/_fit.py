@@ -10,6 +10,7 @@ import torch
 from typing_extensions import Unpack
 
 from pyens._types import Bootstrap, Loss, LossOptions, MaskMode
+from pyens.data.rows import RowSource
 from pyens.nn import Ensemble
 from pyens.training.callbacks import Callback, Progress
 from pyens.training.history import History
@@ -20,11 +21,12 @@ from pyens.training.trainer import LossFunction, MakeOptimizer, MakeScheduler, P
 
 def fit(
     model: Ensemble,
-    data: Sequence[Any],
+    data: Sequence[Any] | RowSource,
     *,
     loss: Loss | LossFunction,
     epochs: int,
     batch_size: int,
+    window: int | None = None,
     optimizer: MakeOptimizer,
     scheduler: MakeScheduler | None = None,
     schedule: Literal["epoch", "step"] = "epoch",
@@ -74,7 +76,8 @@ def fit(
             for a `TabularEnsemble` `(categorical, numeric, target)`, None for what it does without. Tensors
             on the model's device, numpy arrays, columns or frames of pandas. Floating point numbers become
             the parameters' dtype, once (float64 with a warning), smaller integers and bools int64; a target
-            of any loss but cross_entropy becomes floating point, and `[N, 1]` where it is `[N]`.
+            of any loss but cross_entropy becomes floating point, and `[N, 1]` where it is `[N]`. Or a
+            `pyens.data.RowSource`, for rows that need not fit into memory, whose batches become so.
         loss: one of those of `pyens.ops.ensemble_mlp_loss`; or a function of the outputs `[E, B, K]` and the
             target that gives `[E, B]` or, without weights, `[E]`. Each member minimises its own mean loss.
         loss_options: temperature, label_smoothing, delta, quantiles, class_weight, log_variance_min and
@@ -88,6 +91,10 @@ def fit(
             by a Poisson(1) number, for every member from its own seed, beside `sample_weight` and jackknife.
         epochs: the most any member trains for.
         batch_size: examples of a step for each member; the last batch of an epoch may be smaller.
+        window: of a source of rows: it is read part by part, the parts in an order that is drawn for each
+            epoch and common to all members, and every member has its own order of the rows within a window
+            of so many (rounded up to whole batches). None: 131,072 for a source that is read in order
+            (files), and for others every member its own order of all rows.
         optimizer: makes an optimizer of the parameters, `lambda p: pyens.optim.fused(torch.optim.Adam, p)`.
             Called once. Members that stop leave it and the model in place, see `Ensemble.select_`. It may
             give several that share the parameters out, such as SparseAdam for the tables of a sparse
@@ -124,7 +131,8 @@ def fit(
         left_out: under J the group that each member leaves out; None: m.
         validation: the share of the rows, drawn by `seed` and the same for all members, that nobody trains
             on; or which rows, int indices or a bool mask `[N]`, as scikit-learn's splitters give them (by
-            time: `validation=when >= cutoff`); or other rows, as `data`. 0: none.
+            time: `validation=when >= cutoff`); or other rows, as `data`. 0: none. Beside rows that are read
+            in windows: other rows, or 0.
         metrics: what is measured of each member on the validation rows after every epoch, and kept in the
             history. Names, for the named losses: accuracy, auroc, brier_score, expected_calibration_error and
             nll (cross_entropy, bce), r_squared and rmse (mse, huber, smooth_l1, gaussian_nll), all of
@@ -192,6 +200,7 @@ def fit(
         data,
         epochs=epochs,
         batch_size=batch_size,
+        window=window,
         sample_weight=sample_weight,
         bootstrap=bootstrap,
         randomness=randomness,

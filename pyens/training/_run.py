@@ -6,7 +6,8 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from pyens import _files
 from pyens._kinds import check_number
 from pyens._types import Bootstrap
+from pyens.data.rows import RowSource
 from pyens.nn import Ensemble
 from pyens.nn.ensemble import is_held, member_tensors, renew_accumulator
 from pyens.reference.ensemble_mlp_loss import row_sums
@@ -24,9 +26,10 @@ from pyens.training import _checks, _data
 from pyens.training import checkpoint as checkpoints
 from pyens.training import metrics as measures
 from pyens.training._bar import bar
+from pyens.training._source import Source, Whole, Window, Windows, check_source, window_of
 from pyens.training.callbacks import Callback, Progress, call
 from pyens.training.history import DIVERGED, FINISHED, RUNNING, STATUS, STOPPED, History
-from pyens.training.randomness import Order, Randomness, generator, partition, split_rows
+from pyens.training.randomness import ORDER, Order, Randomness, generator, partition, split_rows
 
 if TYPE_CHECKING:
     from pyens.training.trainer import Trainer
@@ -38,9 +41,10 @@ class Run:
     def __init__(
         self,
         trainer: Trainer,
-        data: Sequence[Any],
+        data: Sequence[Any] | RowSource,
         *,
         batch_size: int,
+        window: int | None,
         sample_weight: Any,
         bootstrap: Bootstrap | None,
         randomness: Randomness | None,
@@ -65,10 +69,18 @@ class Run:
             )
         _checks.dense(model, trainer.clip_norm, trainer.clip_value)
         owners, axis = members if own_data else None, int(own_data)
-        data = _data.as_tensors("data", data, trainer.dtype, loss, device)
-        rows = _checks.data("data", data, members=owners)
-        data = _data.as_targets(data, loss, axis)
         batch_size = _checks.count("batch_size", batch_size)
+        self.data: Source | tuple[Tensor | None, ...]
+        if isinstance(data, RowSource):
+            check_source(data, {"own_data": own_data, "bootstrap": bootstrap, "groups": groups})
+            self.data = Source("data", data, trainer.dtype, loss, device)
+            rows, in_windows = len(self.data), window_of(data, window, batch_size)
+        else:
+            if window is not None:
+                raise ValueError(f"fit: window: expected None beside tensors, got {window}")
+            tensors = _data.as_tensors("data", data, trainer.dtype, loss, device)
+            rows, in_windows = _checks.data("data", tensors, members=owners), None
+            self.data = _data.as_targets(tensors, loss, axis)
         if randomness is not None and not isinstance(randomness, Randomness):
             raise TypeError(f"fit: randomness: expected a Randomness, got a {type(randomness).__name__}")
         sources = randomness or Randomness(shuffle=True)
@@ -81,7 +93,7 @@ class Run:
 
         self.trainer, self.model = trainer, model
         trainer.members = list(range(members))
-        self.data, self.rows, self.device, self.axis = data, rows, device, axis
+        self.rows, self.device, self.axis = rows, device, axis
         self.batch_size, self.randomness = batch_size, randomness
         self.patience = early_stopping
         chosen = _data.check_validation(validation, rows)
@@ -94,24 +106,33 @@ class Run:
             raise ValueError(f"fit: data: expected rows beside the validation rows, got {rows} in all{of}")
         weight = _data.check_weights(sample_weight, members, rows, training, device)
         self.validation_weight = None
-        self.validation: tuple[Tensor | None, ...]
+        self.validation: Source | tuple[Tensor | None, ...]
         if isinstance(chosen, (float, Tensor)):
-            self.validation = tuple(
-                None if t is None else t.index_select(axis, held_out.to(t.device)) for t in data
-            )
+            if in_windows is not None and len(held_out) > 0:
+                raise ValueError(
+                    "fit: validation: expected 0 or rows of their own beside rows that are read in windows, "
+                    f"got {chosen if isinstance(chosen, float) else 'rows of data'}"
+                )
+            self.validation = tuple(self._batch(self.data, held_out.to(device), range(members)))
             self.validation_rows = len(held_out)
             if weight is not None:
                 self.validation_weight = weight.index_select(-1, held_out.to(device))
+        elif isinstance(chosen, RowSource):
+            self.validation = Source("validation", chosen, trainer.dtype, loss, device)
+            self.validation_rows = len(self.validation)
         else:
             given = _data.as_tensors("validation", chosen, trainer.dtype, loss, device)
             self.validation_rows = _checks.data("validation", given, members=owners)
             self.validation = _data.as_targets(given, loss, axis)
-            _checks.alike("validation", self.validation, data, axis)
+        if not isinstance(chosen, (float, Tensor)):
+            _checks.alike("validation", self._form(self.validation), self._form(self.data))
+        self.check_windows = check and in_windows is not None
         if check:
             with training_mode(model, False):
-                _data.check_values("data", data, model, loss, axis, weight)
+                if in_windows is None:
+                    self._check_values("data", self.data, weight)
                 if not isinstance(chosen, (float, Tensor)):
-                    _data.check_values("validation", self.validation, model, loss, axis, None)
+                    self._check_values("validation", self.validation, None)
         if early_stopping is not None:
             early_stopping = self.patience = _checks.count("early_stopping", early_stopping)
             if self.validation_rows == 0:
@@ -146,6 +167,10 @@ class Run:
                 )
             in_part = partition(training, rows, self.parts, trainer.seed, together)
         self.order = Order(training, tuple(trainer.seeds), sources.shuffle, in_part, self.left_out)
+        self.windows: Windows | None = None
+        if in_windows is not None:
+            assert isinstance(self.data, Source)
+            self.windows = Windows(self.data, self.order, in_windows, trainer.seed)
         self.steps = math.ceil(len(training) / batch_size)
         self.bootstrap, self.weight = bootstrap, weight
         if bootstrap is not None:
@@ -170,7 +195,7 @@ class Run:
             try:
                 with torch.enable_grad():
                     losses = trainer.losses(
-                        self._batch(data, first),
+                        self._batch(self.data, first),
                         weight=None if weights is None else weights.to(trainer.real),
                         penalty=trainer.penalty,
                     )
@@ -180,8 +205,9 @@ class Run:
                 if str(error).startswith("fit: "):
                     raise
                 kind = TypeError if isinstance(error, TypeError) else ValueError
-                shapes = ", ".join(str(None if t is None else list(t.shape)) for t in data[:4])
-                more = f" and {len(data) - 4} more" * (len(data) > 4)
+                seen = self._batch(self.data, first) if isinstance(self.data, Source) else self.data
+                shapes = ", ".join(str(None if t is None else list(t.shape)) for t in seen[:4])
+                more = f" and {len(seen) - 4} more" * (len(seen) > 4)
                 raise kind(
                     f"fit: data: expected rows that {type(model).__name__}.loss takes, got tensors of shapes "
                     f"{shapes}{more}, of whose first row alone it says: {error}"
@@ -218,11 +244,10 @@ class Run:
 
     def _first_row(self) -> Tensor:
         """int64 `[1]`: the first row that weighs something."""
-        rows = torch.arange(self.rows, device=self.device)
-        if self.weight is not None:
-            weighs = self.weight > 0
-            rows = rows[weighs if weighs.dim() == 1 else weighs.any(0)]
-        return rows[:1]
+        if self.weight is None:
+            return torch.zeros(1, dtype=torch.int64, device=self.device)
+        weighs = self.weight > 0
+        return (weighs if weighs.dim() == 1 else weighs.any(0)).nonzero()[:1, 0]
 
     def describe(self) -> dict[str, Any]:
         """What another run must have in common with this one to go on from its checkpoint."""
@@ -242,6 +267,7 @@ class Run:
             "jackknife_groups": self.parts,
             "left_out": list(self.left_out),
             "training rows": checkpoints.describe_tensor(self.order.rows),
+            "order": ORDER if self.windows is None else f"{ORDER}, windows of {self.windows.rows}",
             "parts": None if self.order.groups is None else checkpoints.describe_tensor(self.order.groups),
             "metrics": self.metric_names,
             "early_stopping": self.patience,
@@ -524,16 +550,13 @@ class Run:
         self.begun = time.perf_counter()
         trainer, device, members = self.trainer, self.device, self.active
         self.current = self.epoch
-        order = self.order.epoch(self.epoch, members)
-        if trainer.mask_mode != "tiled" and order.dim() == 2:
-            order = order[0]  # all masks are one model, whose batch they share out
         drawn = trainer.draw("", self.epoch, self.steps)
         self.sums = np.zeros((len(self.term_names) + 2, len(members)))  # by weight, and of weights (the last)
         done: list[tuple[list[Tensor], Tensor | int]] = []  # losses, terms and weights of the last steps
-        with training_mode(self.model, True):
-            for step, rows in enumerate(order.split(self.batch_size, dim=-1)):
-                weights = self._weights(rows)
-                batch = self._batch(self.data, rows.to(device))
+        with training_mode(self.model, True), self._windows() as windows:
+            for step, (data, rows, numbers) in enumerate(self._batches(windows)):
+                weights = self._weights(numbers)
+                batch = self._batch(data, rows.to(device))
                 losses = trainer.step_on(
                     batch,
                     None if weights is None else weights.to(trainer.real),
@@ -554,6 +577,24 @@ class Run:
         trainer.end_epoch(self.epoch)
         self._add_up(done)
         self.train_loss, *self.train_terms = self.sums[:-1] / self.sums[-1]
+
+    def _windows(self) -> AbstractContextManager[Iterator[Whole | Window]]:
+        """What this epoch goes through, one after the other."""
+        if self.windows is not None:
+            return self.windows.epoch(self.epoch, self.active)
+        return nullcontext(iter([Whole(self.data, self.order, self.order.keys(self.active, self.epoch))]))
+
+    def _batches(self, windows: Iterator[Whole | Window]) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        """The data, rows of it, `[B]` or `[E, B]`, and the numbers that these have in the run."""
+        for window in windows:
+            if isinstance(window, Window) and self.check_windows:
+                self._check_window(window)
+            for first in range(0, len(window), self.batch_size):
+                rows = window.places(first, self.batch_size)
+                if self.trainer.mask_mode != "tiled" and rows.dim() == 2:
+                    rows = rows[0]  # all masks are one model, whose batch they share out
+                yield window.data, rows, window.numbers(rows)
+        self.check_windows = False  # all rows have been seen
 
     def _add_up(self, done: list[tuple[list[Tensor], Tensor | int]]) -> None:
         """Adds these steps to `sums`, one after the other; in one go, for a step is short."""
@@ -655,7 +696,7 @@ class Run:
         weighed = torch.zeros(members, dtype=torch.float64)
         weight = self._own_validation_weight()
         with training_mode(self.model, False):
-            for rows in torch.arange(self.validation_rows, device=self.device).split(self.batch_size):
+            for rows in self._validation_batches():
                 own = None if weight is None else weight[..., rows].to(self.trainer.real)
                 batch = self._batch(self.validation, rows)
                 losses = self.trainer.losses(batch, weight=own)
@@ -668,19 +709,22 @@ class Run:
 
     def _measure(self) -> np.ndarray:
         """float64 `[metrics, active]`: the metrics of each member on the validation rows."""
-        outputs = []
+        outputs, targets = [], []
         weight = self._own_validation_weight()
-        for rows in torch.arange(self.validation_rows, device=self.device).split(self.batch_size):
-            inputs: Sequence[Any] = self._batch(self.validation, rows)[:-1]
+        for rows in self._validation_batches():
+            *inputs, target = self._batch(self.validation, rows)
             if weight is not None:
                 inputs = self.model.without_left_out(inputs, weight[..., rows])
             outputs.append(self.trainer.outputs(inputs))
-        target = self.validation[-1]
-        assert target is not None
-        if self.axis:
-            target = target[torch.tensor(self.active, device=target.device)]
+            assert target is not None
+            targets.append(target)
         present = None if weight is None else weight > 0
+        target = torch.cat(targets, self.axis)
         return measures.evaluate(self.metrics, torch.cat(outputs, 1), target, bool(self.axis), present)
+
+    def _validation_batches(self) -> Iterator[Tensor]:
+        for first in range(0, self.validation_rows, self.batch_size):
+            yield torch.arange(first, min(first + self.batch_size, self.validation_rows), device=self.device)
 
     def _own_validation_weight(self) -> Tensor | None:
         weight = self.validation_weight
@@ -698,12 +742,42 @@ class Run:
         own = own[rows] if own.dim() == 1 else own[owners, rows]  # never a copy of all rows
         return own if present is None else own * present
 
-    def _batch(self, tensors: Sequence[Tensor | None], rows: Tensor) -> list[Tensor | None]:
-        """These rows, `[B]` or `[E, B]`, of each tensor, for the active members."""
+    def _batch(
+        self,
+        data: Source | Sequence[Tensor | None],
+        rows: Tensor,
+        members: Sequence[int] | None = None,
+    ) -> list[Tensor | None]:
+        """These rows, `[B]` or `[E, B]`, of each column, for the active members or these."""
+        if isinstance(data, Source):
+            return data.batch(rows)
         if not self.axis:
-            return _rows(tensors, rows)
-        owners = torch.tensor(self.active, device=rows.device).unsqueeze(1)
-        return [None if t is None else t[owners, rows.long()] for t in tensors]
+            return _rows(data, rows)
+        members = self.active if members is None else members
+        owners = torch.tensor(list(members), device=rows.device).unsqueeze(1)
+        return [None if t is None else t[owners, rows.long()] for t in data]
+
+    def _form(self, data: Source | Sequence[Tensor | None]) -> list[tuple[int, ...] | None]:
+        """The shapes of one row."""
+        if isinstance(data, Source):
+            return data.form
+        return [None if t is None else tuple(t.shape[self.axis + 1 :]) for t in data]
+
+    def _check_values(
+        self, argument: str, data: Source | Sequence[Tensor | None], weight: Tensor | None
+    ) -> None:
+        if not isinstance(data, Source):
+            _data.check_values(argument, data, self.model, self.trainer.loss, self.axis, weight)
+            return
+        data.check(partial(_data.check_values, argument, model=self.model, loss=self.trainer.loss), weight)
+
+    def _check_window(self, window: Window) -> None:
+        """What `_check_values` looks at before the first step, for rows that are read as one goes."""
+        check = partial(_data.check_values, "data", model=self.model, loss=self.trainer.loss)
+        assert self.windows is not None
+        columns = window.data.source.columns  # type: ignore[attr-defined]
+        with training_mode(self.model, False):
+            self.windows.data.check_rows(check, columns, window.rows, self.weight)
 
     def _finite(self) -> np.ndarray:
         """bool, of each active member: whether it has no NaN or Inf in parameters and statistics."""

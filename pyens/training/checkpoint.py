@@ -11,19 +11,24 @@ import torch
 from torch import Tensor
 
 from pyens import _files
+from pyens.training._source import Source
 
 FORMAT = "pyens.training 3"
 
 
 def describe(
-    arguments: Mapping[str, Any], data: Sequence[Tensor | None], validation: Sequence[Tensor | None]
+    arguments: Mapping[str, Any],
+    data: Source | Sequence[Tensor | None],
+    validation: Source | Sequence[Tensor | None],
 ) -> dict[str, Any]:
     """What must be the same for a run to be continued: arguments, and data down to the bits."""
-    return {
-        **arguments,
-        "data": [None if t is None else describe_tensor(t) for t in data],
-        "validation data": [None if t is None else describe_tensor(t) for t in validation],
-    }
+    return {**arguments, "data": _describe(data), "validation data": _describe(validation)}
+
+
+def _describe(data: Source | Sequence[Tensor | None]) -> Any:
+    if isinstance(data, Source):
+        return data.describe()
+    return [None if t is None else describe_tensor(t) for t in data]
 
 
 def save(path: Path, described: Mapping[str, Any], state: Mapping[str, Any]) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyens.ops import keyed_permutation
+
 
 @dataclass(frozen=True)
 class Randomness:
@@ -46,6 +48,8 @@ class Randomness:
         return CODES[self.init + 2 * self.shuffle + 4 * self.jackknife]
 
 
+# What orders are made by: another name wherever they change, since runs do not go on in another order.
+ORDER = "keyed permutation 1"
 CODES = tuple(f"R{i}" for i in range(8))
 
 
@@ -72,24 +76,34 @@ def member_seeds(seed: int, ensemble_size: int) -> list[int]:
 class Order:
     """What every member meets and when: a pure function of the seeds, the epoch and the member.
 
-    Rows are places in the training data, validation rows excluded.
+    Rows are places in the training data, validation rows excluded. Nothing is stored of a member or an
+    epoch.
     """
 
-    rows: Tensor  # int32 [n], since shuffling takes E of them: the training rows, in the common order
+    rows: Tensor  # int32 [n]: the training rows, in the common order
     seeds: tuple[int, ...]  # of all members
     shuffle: bool
     groups: Tensor | None  # int32 [N], the jackknife group of each row of the data; None without jackknife
     left_out: tuple[int, ...]  # of all members
 
-    def epoch(self, epoch: int, members: Sequence[int]) -> Tensor:
-        """Rows in the order of this epoch: `[n]` if all members meet the same, else `[len(members), n]`."""
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def keys(self, members: Sequence[int], *when: int) -> Tensor | None:
+        """int64 `[len(members)]`: of their orders in an epoch, or a part of one; None: the common order."""
         if not self.shuffle:
-            return self.rows
-        n = len(self.rows)
-        order = torch.empty(len(members), n, dtype=self.rows.dtype)
-        for i, m in enumerate(members):
-            torch.randperm(n, generator=generator(self.seeds[m], "order", epoch), out=order[i])
-        return self.rows.index_select(0, order.view(-1)).view_as(order)
+            return None
+        return torch.tensor([derive_seed(self.seeds[m], "order", *when) for m in members])
+
+    def batch(self, keys: Tensor | None, first: int, count: int) -> Tensor:
+        """At most `count` rows from place `first` on: `[B]` if all members meet the same, else `[E, B]`."""
+        if keys is None:
+            return self.rows[first : first + count]
+        return self.rows[keyed_permutation(keys, len(self), first, min(count, len(self) - first))]
+
+    def epoch(self, epoch: int, members: Sequence[int]) -> Tensor:
+        """All rows of an epoch: `[n]` or `[len(members), n]`."""
+        return self.batch(self.keys(members, epoch), 0, len(self))
 
     def weights(self, rows: Tensor, members: Sequence[int]) -> Tensor | None:
         """float32 `[len(members), B]`, 0 where a member leaves the row out, else 1; None for all ones."""

@@ -16,6 +16,7 @@ from typing_extensions import Unpack
 from pyens._files import only_writer
 from pyens._kinds import name_of
 from pyens._types import Bootstrap, Loss, LossOptions, MaskMode
+from pyens.data.rows import RowSource
 from pyens.nn import Ensemble, MaskedMLP
 from pyens.nn._losses import OPTIONS, check_options, check_values, mean_losses_of, mean_of_function
 from pyens.nn.ensemble import is_held, member_tensors, renew_accumulator
@@ -163,10 +164,11 @@ class Trainer:
 
     def fit(
         self,
-        data: Sequence[Any],
+        data: Sequence[Any] | RowSource,
         *,
         epochs: int,
         batch_size: int,
+        window: int | None = None,
         sample_weight: Any = None,
         bootstrap: Bootstrap | None = None,
         randomness: Randomness | None = None,
@@ -209,6 +211,7 @@ class Trainer:
                 self,
                 data,
                 batch_size=batch_size,
+                window=window,
                 sample_weight=sample_weight,
                 bootstrap=bootstrap,
                 randomness=randomness,

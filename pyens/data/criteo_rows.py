@@ -1,0 +1,189 @@
+"""Criteo's display advertising data as files of columns, for more rows than fit into memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyens._files import only_writer, replacing, write_atomically
+from pyens.data._criteo_lines import CATEGORIES, FIELDS, INTEGERS, LAYOUT, Lines, parsed
+from pyens.data._text import Block, read_blocks
+from pyens.data.arrow import ArrowRows, pyarrow_of
+from pyens.data.criteo import _file, _sizes, features
+from pyens.data.rows import Columns
+
+FORMAT = "pyens.criteo 1"
+DONE = "criteo.json"
+COUNTS = [f"I{i + 1}" for i in range(INTEGERS)]
+HASHES = [f"C{i + 1}" for i in range(CATEGORIES)]
+ROWS = 1 << 20  # of a file, and what the last block of lines has beyond it
+
+
+def convert_criteo(
+    path: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    progress: bool = True,
+) -> CriteoRows:
+    """Criteo's text as Parquet files, in constant memory; once, for all runs that follow.
+
+    Files of a million rows each, `part-00000.parquet` and so on: label, the 13 integers and the 26
+    categories as they are, missing ones as missing. Each is there whole or not at all, so after a kill the
+    same call goes on behind the last one.
+
+    Args:
+        path: as `load_criteo` takes it.
+        folder: is made if it is not there. What it holds already must be of this file.
+        progress: a bar of the rows written, where tqdm is installed.
+
+    Returns:
+        The rows, as `CriteoRows(folder)` gives them.
+
+    Raises:
+        ImportError: without pyarrow (`pip install "pyens[arrow]"`).
+        FileNotFoundError, ValueError: as `load_criteo`, naming file and line; a folder with the rows of
+            another file.
+        RuntimeError: another conversion is writing to this folder.
+    """
+    pyarrow_of("convert_criteo")
+    file, folder = _file("convert_criteo", path), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_writer(folder / DONE, "convert_criteo: folder"):
+        for left in folder.glob(".part-*.partial.parquet"):  # of a conversion that was killed
+            left.unlink()
+        said = f"{FORMAT}, {file.name}, {file.stat().st_size} bytes"
+        if not _is_done(folder, said):
+            _Conversion(file, folder, said).run(progress)
+    return CriteoRows(folder)
+
+
+class CriteoRows(ArrowRows):
+    """The rows that `convert_criteo` has written, as `Criteo` has them: buckets, numbers, label.
+
+    Args:
+        folder: that it has written to.
+        buckets: as `load_criteo` takes them; hashed when rows are read, so other numbers need no conversion.
+
+    Attributes:
+        categories: how many each of the 26 categorical columns has.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], buckets: int | Sequence[int] = 1000) -> None:
+        self._sizes = _sizes("CriteoRows", buckets)
+        self.categories: tuple[int, ...] = tuple(self._sizes.tolist())
+        if not (Path(folder) / DONE).is_file():
+            raise FileNotFoundError(
+                f"CriteoRows: {folder}: expected {DONE}, which convert_criteo writes when it is through, "
+                "found none"
+            )
+        super().__init__(folder, HASHES, COUNTS, "label")
+
+    def tensors(self, batch: Any, first: int) -> Columns:
+        n = batch.num_rows
+        count, counted = np.zeros((n, INTEGERS), np.int64), np.zeros((n, INTEGERS), bool)
+        category, categorized = np.zeros((n, CATEGORIES), np.uint32), np.zeros((n, CATEGORIES), bool)
+        for names, values, given in ((COUNTS, count, counted), (HASHES, category, categorized)):
+            for i, name in enumerate(names):
+                column = batch.column(name)
+                given[:, i] = True if column.null_count == 0 else np.asarray(column.is_valid())
+                values[:, i] = column.fill_null(0).to_numpy(zero_copy_only=False)
+        label = self._numbers(batch, "label", first)
+        lines = Lines(label, count, counted, category, categorized)
+        return (*features(lines, self._sizes), torch.from_numpy(label.copy()))
+
+    def fingerprint(self) -> str:
+        return f"buckets {self.categories}; {super().fingerprint()}"
+
+
+class _Conversion:
+    """From where the last whole file ends."""
+
+    def __init__(self, file: Path, folder: Path, said: str) -> None:
+        self.arrow = pyarrow_of("convert_criteo")
+        self.file, self.folder, self.said = file, folder, said
+        self.parts, self.rows, self.start = 0, 0, 0
+        while (part := self._part()).is_file():
+            found = self.arrow.parquet.read_metadata(part).metadata or {}
+            if found.get(b"pyens.of", b"").decode() != said:
+                raise ValueError(
+                    f"convert_criteo: {part}: expected a part of {file} ({said}), got one of "
+                    f"{found.get(b'pyens.of', b'another file').decode()}; name another folder"
+                )
+            self.parts += 1
+            self.rows, self.start = int(found[b"pyens.rows"]), int(found[b"pyens.end"])
+
+    def _part(self) -> Path:
+        return self.folder / f"part-{self.parts:05d}.parquet"
+
+    def run(self, progress: bool) -> None:
+        blocks = read_blocks(
+            "convert_criteo", self.file, FIELDS, LAYOUT, first=self.rows + 1, start=self.start
+        )
+        with _bar(self.rows, progress) as shown:
+            for block in blocks:
+                self._write_part(block, blocks, shown)
+        about = {"format": FORMAT, "of": self.said, "rows": self.rows, "files": self.parts}
+        write_atomically(self.folder / DONE, json.dumps(about, indent=1).encode() + b"\n")
+
+    def _write_part(self, block: Block | None, rest: Iterator[Block], shown: Callable[[int], Any]) -> None:
+        """A file, a row group for each block of lines, from this one on."""
+        rows = 0
+        with (
+            replacing(self._part()) as partial,
+            self.arrow.parquet.ParquetWriter(partial, self._schema()) as writer,
+        ):
+            while block is not None:
+                table = self._table(parsed("convert_criteo", self.file, block))
+                writer.write_table(table, row_group_size=table.num_rows)
+                rows, end = rows + table.num_rows, block.end
+                shown(table.num_rows)
+                block = next(rest, None) if rows < ROWS else None
+            said = {"pyens.of": self.said, "pyens.rows": str(self.rows + rows), "pyens.end": str(end)}
+            writer.add_key_value_metadata(said)
+        self.parts, self.rows = self.parts + 1, self.rows + rows
+
+    def _schema(self) -> Any:
+        arrow = self.arrow
+        fields = [arrow.field("label", arrow.uint8())]
+        fields += [arrow.field(name, arrow.int64()) for name in COUNTS]
+        fields += [arrow.field(name, arrow.uint32()) for name in HASHES]
+        return arrow.schema(fields)
+
+    def _table(self, lines: Lines) -> Any:
+        columns = [self.arrow.array(lines.label.astype(np.uint8))]
+        for values, given in ((lines.counts, lines.counted), (lines.category, lines.categorized)):
+            columns += [self.arrow.array(values[:, i], mask=~given[:, i]) for i in range(values.shape[1])]
+        return self.arrow.table(columns, schema=self._schema())
+
+
+@contextmanager
+def _bar(rows: int, progress: bool) -> Iterator[Callable[[int], Any]]:
+    """Something to tell how many rows more there are."""
+    try:
+        if not progress:
+            raise ImportError
+        from tqdm import tqdm
+    except ImportError:
+        yield lambda more: None
+        return
+    with tqdm(initial=rows, unit="row", unit_scale=True) as shown:
+        yield shown.update
+
+
+def _is_done(folder: Path, said: str) -> bool:
+    done = folder / DONE
+    if not done.is_file():
+        return False
+    found = json.loads(done.read_text()).get("of")
+    if found != said:
+        raise ValueError(
+            f"convert_criteo: {folder}: expected an empty folder or one with rows of {said}, got {found}"
+        )
+    return True
