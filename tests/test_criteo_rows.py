@@ -24,6 +24,7 @@ def small(monkeypatch: Any) -> None:
     """Files of about 100 rows, of row groups of some lines."""
     monkeypatch.setattr(_text, "BLOCK", 3000)
     monkeypatch.setattr(criteo_rows, "ROWS", 100)
+    monkeypatch.setattr(criteo_rows, "GROUP", 25)
 
 
 def check(rows: CriteoRows, path: Path, buckets: Any = 1000) -> None:

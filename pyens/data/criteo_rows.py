@@ -23,7 +23,8 @@ FORMAT = "pyens.criteo 1"
 DONE = "criteo.json"
 COUNTS = [f"I{i + 1}" for i in range(INTEGERS)]
 HASHES = [f"C{i + 1}" for i in range(CATEGORIES)]
-ROWS = 1 << 20  # of a file, and what the last block of lines has beyond it
+GROUP = 1 << 16  # rows of a row group, which is read at once
+ROWS = 1 << 20  # of a file; both, and what their last block of lines has beyond them
 
 
 def convert_criteo(
@@ -132,19 +133,24 @@ class _Conversion:
         about = {"format": FORMAT, "of": self.said, "rows": self.rows, "files": self.parts}
         write_atomically(self.folder / DONE, json.dumps(about, indent=1).encode() + b"\n")
 
-    def _write_part(self, block: Block | None, rest: Iterator[Block], shown: Callable[[int], Any]) -> None:
-        """A file, a row group for each block of lines, from this one on."""
-        rows = 0
+    def _write_part(self, block: Block, rest: Iterator[Block], shown: Callable[[int], Any]) -> None:
+        """A file of the lines from this block on."""
+        rows, held, end = 0, [], block.end
         with (
             replacing(self._part()) as partial,
             self.arrow.parquet.ParquetWriter(partial, self._schema()) as writer,
         ):
-            while block is not None:
-                table = self._table(parsed("convert_criteo", self.file, block))
-                writer.write_table(table, row_group_size=table.num_rows)
-                rows, end = rows + table.num_rows, block.end
-                shown(table.num_rows)
-                block = next(rest, None) if rows < ROWS else None
+            last = False
+            while not last:
+                held.append(parsed("convert_criteo", self.file, block))
+                rows, end = rows + len(held[-1].label), block.end
+                shown(len(held[-1].label))
+                following = next(rest, None) if rows < ROWS else None
+                last, block = following is None, following or block
+                if last or sum(len(lines.label) for lines in held) >= GROUP:
+                    table = self._table(held)
+                    writer.write_table(table, row_group_size=table.num_rows)
+                    held = []
             said = {"pyens.of": self.said, "pyens.rows": str(self.rows + rows), "pyens.end": str(end)}
             writer.add_key_value_metadata(said)
         self.parts, self.rows = self.parts + 1, self.rows + rows
@@ -156,10 +162,15 @@ class _Conversion:
         fields += [arrow.field(name, arrow.uint32()) for name in HASHES]
         return arrow.schema(fields)
 
-    def _table(self, lines: Lines) -> Any:
+    def _table(self, parts: Sequence[Lines]) -> Any:
+        lines = Lines(*(np.concatenate(column) for column in zip(*parts, strict=True)))
         columns = [self.arrow.array(lines.label.astype(np.uint8))]
-        for values, given in ((lines.counts, lines.counted), (lines.category, lines.categorized)):
-            columns += [self.arrow.array(values[:, i], mask=~given[:, i]) for i in range(values.shape[1])]
+        for values, given, kind in (
+            (lines.counts, lines.counted, np.int64),
+            (lines.category, lines.categorized, np.uint32),
+        ):
+            for i in range(values.shape[1]):
+                columns.append(self.arrow.array(values[:, i].astype(kind), mask=~given[:, i]))
         return self.arrow.table(columns, schema=self._schema())
 
 
