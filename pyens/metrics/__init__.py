@@ -48,6 +48,7 @@ from pyens.metrics.intervals import (
     value_at_risk,
 )
 from pyens.metrics.ood import ood_aupr, ood_auroc, ood_fpr95
+from pyens.metrics.progressive import ProgressiveScores
 from pyens.metrics.regression import ensemble_crps, gaussian_crps, gaussian_nll, r_squared, rmse
 from pyens.metrics.selective import (
     ConfidenceCurve,
@@ -79,6 +80,7 @@ __all__ = [
     "Interval",
     "PredictiveMoments",
     "PredictiveUncertainty",
+    "ProgressiveScores",
     "ReliabilityCurve",
     "RiskCoverageCurve",
     "accuracy",

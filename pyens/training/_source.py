@@ -181,7 +181,7 @@ class Windows:
                 pieces.append((columns, torch.arange(first, first + count)))
                 held, met = held + count, met + count
                 while held >= self.rows:
-                    window, pieces = _cut(pieces, self.rows)
+                    window, pieces = cut(pieces, self.rows)
                     held -= self.rows
                     yield window
             if met != parts[part]:
@@ -190,10 +190,10 @@ class Windows:
                     f"{type(source).__name__}, got {met}: has it changed?"
                 )
         if pieces:
-            yield _cut(pieces, held)[0]
+            yield cut(pieces, held)[0]
 
 
-def _cut(pieces: list[tuple[Columns, Tensor]], rows: int) -> tuple[tuple[Columns, Tensor], list[Any]]:
+def cut(pieces: list[tuple[Columns, Tensor]], rows: int) -> tuple[tuple[Columns, Tensor], list[Any]]:
     """The first `rows` rows of pieces, joined, and the pieces that are left."""
     taken, left, missing = [], [], rows
     for columns, numbers in pieces:

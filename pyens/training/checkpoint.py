@@ -36,7 +36,7 @@ def save(path: Path, described: Mapping[str, Any], state: Mapping[str, Any]) -> 
     _files.save({"format": FORMAT, "run": dict(described), "state": dict(state)}, path)
 
 
-def load(path: Path, described: Mapping[str, Any]) -> dict[str, Any] | None:
+def load(path: Path, described: Mapping[str, Any], kind: str = FORMAT) -> dict[str, Any] | None:
     """The state that was saved last, None if there is no file.
 
     Raises:
@@ -45,7 +45,7 @@ def load(path: Path, described: Mapping[str, Any]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     saved = _files.load(path)
-    if saved.get("format") != FORMAT:
+    if saved.get("format") != kind:
         raise ValueError(f"fit: checkpoint: {path}: expected a checkpoint of fit, got another file")
     run, state = saved.get("run"), saved.get("state")
     if not isinstance(run, dict) or not isinstance(state, dict):

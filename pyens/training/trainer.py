@@ -32,6 +32,7 @@ from pyens.optim import (
 from pyens.reference.ensemble_mlp_loss import LOSSES, row_sums, weights_of
 from pyens.training import _checks
 from pyens.training._run import Run, copy_into, training_mode
+from pyens.training._stream import Scores, Stream, check_arguments
 from pyens.training.callbacks import Callback, Progress
 from pyens.training.checkpoint import describe_tensor
 from pyens.training.history import History
@@ -61,6 +62,7 @@ class Trainer:
         model: the ensemble. While members have left, it is that of the others.
         members: the members that still train, in the order of the model's.
         optimizers: what `optimizer` made; each `fit` makes them anew, and so does the first `step` after it.
+        rows_met: how many rows `partial_fit` has learnt from.
         history: of the last `fit`, also where it was interrupted; None before.
     """
 
@@ -158,6 +160,7 @@ class Trainer:
         self._averages: dict[str, Tensor] = {}  # of the weights, by ema or swa_start; empty: none yet
         self._averaged = 0  # how many are in them
         self._steps = 0  # of `step`
+        self.rows_met = 0  # of `partial_fit`
 
     # --------------------------------------------------------------------------------------------------------
     # For users
@@ -259,6 +262,53 @@ class Trainer:
             self.end_step()
         self._steps += 1
         return losses
+
+    def partial_fit(
+        self,
+        data: Sequence[Any] | RowSource | Iterable[Sequence[Any]],
+        *,
+        batch_size: int,
+        scores: Scores | None = None,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: float = 60.0,
+        callback: Callable[[Trainer, Tensor], Any] | None = None,
+        check: bool = True,
+    ) -> Trainer:
+        """Learns from rows as they come, once each and in their order; all members meet the same.
+
+            scores = pyens.metrics.ProgressiveScores()
+            trainer.partial_fit(stream, batch_size=256, scores=scores, checkpoint="online.pt")
+            scores.compute()["auroc"]
+
+        With `scores`, each batch is predicted and scored before the model learns from it: progressive
+        validation, by rows that nobody has learnt from yet. Each batch is then a `step`.
+
+        Args:
+            data: a tuple of tensors or arrays `[N, ...]`, as `fit` takes it: the next rows. Or a `RowSource`,
+                or what gives such tuples one after the other (a DataLoader, a generator), whose rows are cut
+                into batches anew. Read in a thread, ahead of training.
+            batch_size: rows of a step; the last one may have fewer.
+            scores: `update(outputs [E, B, K], target)` is called with each batch, in evaluation mode.
+            checkpoint: a file, written atomically. If it is there, a Trainer that has not learnt yet goes on
+                where it was saved, to the bit: of a source the rows behind that place are read, of what gives
+                tuples as many are passed over. A file of another run is refused.
+            checkpoint_every: seconds between two; there is always one at the end.
+            callback: called with this Trainer and the losses `[E]` after each step.
+            check: whether each batch is looked at before it is learnt from: numbers finite, classes and
+                categories in range.
+
+        Returns:
+            This Trainer; `rows_met` says how many rows it has met in all calls.
+
+        Raises:
+            TypeError, ValueError: arguments, or rows, that are not as above. What has been learnt stays.
+            RuntimeError: another run uses the checkpoint.
+        """
+        batch_size, path = check_arguments(data, batch_size, scores, checkpoint, checkpoint_every)
+        if isinstance(data, (tuple, list)) and not (data and isinstance(data[0], (tuple, list))):
+            data = [tuple(data)]
+        Stream(self, data, batch_size, scores, path, checkpoint_every, callback, check).run()
+        return self
 
     # --------------------------------------------------------------------------------------------------------
     # For a run
