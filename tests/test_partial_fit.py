@@ -239,7 +239,7 @@ def test_files_of_another_run_are_refused(tmp_path: Path) -> None:
         (
             iter([(torch.zeros(2), "no")]),
             TypeError,
-            "expected tensors or arrays .* got Tensor, str as batch 0",
+            "data: expected tensors or arrays.* got Tensor, str as batch 0",
         ),
     ],
 )
