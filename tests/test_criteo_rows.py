@@ -103,6 +103,35 @@ def test_rows_of_another_file_are_refused(tmp_path: Path, small: None) -> None:
         convert_criteo(tmp_path, tmp_path / "c", progress=False)
 
 
+def test_what_is_missing_or_more_in_the_folder(tmp_path: Path, small: None) -> None:
+    path = write_criteo(tmp_path) / "train.txt"
+    folder = tmp_path / "c"
+    rows = convert_criteo(tmp_path, folder, progress=False)
+    (folder / "backup.parquet").write_bytes(rows.files[0].read_bytes())
+    assert len(CriteoRows(folder)) == 300
+    rows.files[1].unlink()
+    with pytest.raises(FileNotFoundError, match=r"part-00001\.parquet: expected a file, found none"):
+        CriteoRows(folder)
+    check(convert_criteo(tmp_path, folder, progress=False), path)  # which makes it again
+    (folder / "part-00001.parquet").write_bytes(rows.files[0].read_bytes())
+    with pytest.raises(ValueError, match="c: expected 300 rows, got"):
+        CriteoRows(folder)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"\n1", b"\n0", 1))  # of the same size
+    with pytest.raises(ValueError, match="expected an empty folder or one with rows of"):
+        convert_criteo(tmp_path, folder, progress=False)
+    for wrong in ("{", "[]", "{}", '{"format": "other", "of": "", "rows": 1, "files": 1}'):
+        (folder / "criteo.json").write_text(wrong)
+        with pytest.raises(ValueError, match=r"criteo\.json: expected what convert_criteo writes, got"):
+            CriteoRows(folder)
+    (folder / "criteo.json").unlink()
+    (folder / "part-00000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(
+        ValueError, match=r"part-00000\.parquet: expected a whole Parquet file, got .*remove it"
+    ):
+        convert_criteo(tmp_path, folder, progress=False)
+
+
 def test_a_damaged_file_and_a_missing_one(tmp_path: Path) -> None:
     path = write_criteo(tmp_path) / "train.txt"
     path.write_bytes(gzip.compress(path.read_bytes())[:-9])

@@ -140,6 +140,9 @@ def test_members_and_neighbouring_keys_have_orders_of_their_own():
         ((KEYS, 10, 11), ValueError, "first: expected a place from 0 to 10, got 11"),
         ((KEYS, 10, 3, 8), ValueError, "count: expected places up to 7 of 10 from 3 on, got 8"),
         ((KEYS, 10, 3, -1), ValueError, "count: expected places"),
+        ((KEYS, 2**63), ValueError, r"n: expected rows from 0 to 2\^62, got 9223372036854775808"),
+        ((KEYS, "5"), TypeError, "n: expected"),
+        ((KEYS, 5, "1"), TypeError, "first: expected"),
     ],
 )
 def test_what_is_refused(arguments, error, message):

@@ -244,18 +244,26 @@ def test_a_source_without_its_parts() -> None:
 @pytest.mark.parametrize(
     ("columns", "error", "message"),
     [
-        ((), TypeError, "expected arrays .* got none"),
-        ((np.zeros((3, 2)),), TypeError, "expected arrays"),
-        ((np.zeros((3, 2)), None), TypeError, "expected arrays"),
+        ((), TypeError, "expected arrays .* got 0 of them"),
+        ((np.zeros((3, 2)),), TypeError, "expected arrays .* got 1 of them"),
+        ((np.zeros((3, 2)), None), TypeError, "expected arrays .* got 2 of them"),
+        ((None, np.zeros(3)), TypeError, "expected arrays .* got 2 of them"),
         ((np.zeros((3, 2)), np.zeros(4)), ValueError, r"expected as many rows in all of them, got \[3, 4\]"),
-        ((np.array(["a", "b"]), np.zeros(2)), TypeError, "expected arrays"),
-        ((torch.zeros(2, dtype=torch.complex64), np.zeros(2)), TypeError, "expected real numbers"),
+        ((np.array(["a", "b"]), np.zeros(2)), TypeError, "expected an array .* got a ndarray of <U1"),
+        (
+            (np.zeros(2), np.ma.masked_array([1.0, 2.0], [0, 1])),
+            TypeError,
+            "expected an array .* MaskedArray of float64",
+        ),
+        ((torch.zeros(2, dtype=torch.complex64), np.zeros(2)), TypeError, "expected whole numbers, float32"),
+        ((torch.zeros(2).to(torch.float8_e5m2), np.zeros(2)), TypeError, "expected whole numbers, float32"),
+        ((torch.zeros(2, 2).to_sparse(), np.zeros(2)), TypeError, "expected a dense tensor"),
         (
             (torch.zeros(2, 1, device="meta"), np.zeros(2)),
             TypeError,
-            "expected real numbers on the CPU, got torch.float32 on meta",
+            "expected a tensor on the CPU, got one on meta",
         ),
-        ((np.zeros(()), np.zeros(2)), TypeError, "expected arrays"),
+        ((np.zeros(()), np.zeros(2)), TypeError, r"expected \[N, ...\], got shape \[\]"),
     ],
 )
 def test_arrays_that_are_none(columns: Any, error: Any, message: str) -> None:
@@ -596,10 +604,12 @@ def test_files_cut_short_are_refused(tmp_path: Path) -> None:
     train(source, window=64, checkpoint=checkpoint)
     saved = checkpoint.read_bytes()
     path.write_bytes(content[:4] + bytes(len(content) - 3000) + content[-2996:])
-    with pytest.raises(ValueError, match=r"part-0.parquet: expected a whole parquet file|is of another run"):
+    with pytest.raises(ValueError, match=r"part-0.parquet: expected the file as it was|is of another run"):
         train(source, window=64, epochs=4, checkpoint=checkpoint)
     path.unlink()
-    with pytest.raises((ValueError, FileNotFoundError)):
+    with pytest.raises(
+        ValueError, match=r"part-0.parquet: expected a whole parquet file, got .*No such file"
+    ):
         train(source, window=64, epochs=4, checkpoint=None)
     assert checkpoint.read_bytes() == saved
 
@@ -786,3 +796,212 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path, kind: str) -> None:
     assert found.returncode == 0, found.stderr
     rows, grown = found.stdout.split()
     assert int(rows) == n and float(grown) < 45, found.stdout  # MB
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a reader broke
+
+
+def test_parts_without_rows_are_left_out(tmp_path: Path) -> None:
+    content = arrow_table(table())
+    for i, (a, b) in enumerate(((0, 0), (0, 300), (300, 300), (300, N), (N, N))):
+        parquet.write_table(content.slice(a, b - a), tmp_path / f"{i}.parquet", row_group_size=100)
+    source = arrow(tmp_path)
+    assert min(source.parts) > 0 and len(source) == N
+    assert len(source.rows(torch.zeros(0, dtype=torch.int64))[0]) == 0
+    assert same(train(source, window=128)[0], train(ArrayRowsInParts(source), window=128)[0])
+    for wrong in (-1, N):
+        with pytest.raises(IndexError, match="expected numbers from 0 to 699"):
+            source.rows(torch.tensor([wrong]))
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.uint32, np.uint64])
+def test_columns_without_a_sign(tmp_path: Path, kind: Any) -> None:
+    content = arrow_table(table())
+    for name in ("c0", "c1", "click"):
+        column = pa.array(content[name].to_numpy().astype(kind))
+        content = content.set_column(content.schema.get_field_index(name), name, column)
+    parquet.write_table(content, tmp_path / "a.parquet", row_group_size=128)
+    assert same(train(arrow(tmp_path), window=N)[0], train(merged(tmp_path), window=N)[0])
+    if kind is np.uint64:
+        large = pa.array(np.full(N, 2**63, np.uint64))
+        content = content.set_column(content.schema.get_field_index("c1"), "c1", large)
+        parquet.write_table(content, tmp_path / "a.parquet")
+        message = (
+            r"ArrowRows: row 0 of row group 0 of .*a.parquet: expected numbers below 2\^63 in column 'c1'"
+        )
+        with pytest.raises(ValueError, match=message):
+            arrow(tmp_path).rows(torch.tensor([3]))
+
+
+def merged(folder: Path) -> RowSource:
+    """The rows of the table, in the parts of this folder."""
+    source = ArrayRowsInParts(arrow(folder))
+    source.held = arrays()
+    return source
+
+
+@pytest.mark.parametrize("kind", ["arrow", "csv", "parquet"])
+def test_other_content_of_the_same_size_is_refused(tmp_path: Path, kind: str) -> None:
+    from pyarrow import csv, feather
+
+    def write_all(columns: dict[str, np.ndarray]) -> int:
+        path = tmp_path / f"all.{kind}"
+        if kind == "csv":
+            csv.write_csv(arrow_table(columns), path)
+        elif kind == "arrow":
+            feather.write_feather(arrow_table(columns), str(path))
+        else:
+            parquet.write_table(arrow_table(columns), path, compression="none", use_dictionary=False)
+        return path.stat().st_size
+
+    columns = table()
+    size = write_all(columns)
+    path = tmp_path / "run.pt"
+    source = arrow(tmp_path)
+    train(source, window=128, checkpoint=path)
+    columns["click"] = columns["click"][::-1].copy() if kind == "parquet" else 1 - columns["click"]
+    assert write_all(columns) == size
+    with pytest.raises(ValueError, match="is of another run: expected data"):
+        train(arrow(tmp_path), window=128, epochs=3, checkpoint=path)
+    with pytest.raises(ValueError, match="expected the file as it was when it was opened, got another one"):
+        train(source, window=128)  # which was opened before
+
+
+def test_the_fingerprint_knows_which_column_is_what(tmp_path: Path) -> None:
+    write(tmp_path)
+    shapes = (
+        (["x0", "x1"], "click"),
+        (["x1", "x0"], "click"),
+        (["x0", "click"], "x1"),
+        (["x0"], ["x1", "click"]),
+    )
+    said = [ArrowRows(tmp_path, *columns).fingerprint() for columns in shapes]
+    said.append(ArrowRows(tmp_path, *shapes[0], dtypes=(np.float64, None)).fingerprint())
+    assert len(set(said)) == 5 and said[0] == ArrowRows(tmp_path, *shapes[0]).fingerprint()
+
+
+def test_whole_numbers_as_floating_point_ones(tmp_path: Path) -> None:
+    whole = pa.table({"x": np.arange(100), "y": np.arange(100) % 2})
+    parquet.write_table(whole, tmp_path / "a.parquet")
+    parquet.write_table(pa.table({"x": np.arange(50) / 2, "y": np.arange(50) % 2}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match="expected int64 in column 'x'"):
+        ArrowRows(tmp_path, ["x"], "y")
+    source = ArrowRows(tmp_path, ["x"], "y", dtypes=(np.float32, None))
+    x, y = source.rows(torch.tensor([7, 101]))
+    assert x.dtype == torch.float32 and x.tolist() == [[7.0], [0.5]] and y.tolist() == [1, 1]
+    lines = ["x,y"] + ["1,0"] * 5 + ["1.5,1"]
+    (tmp_path / "c.csv").write_text("\n".join(lines))
+    held = ArrowRows(tmp_path / "c.csv", ["x"], "y", dtypes=(np.float32, None))
+    assert held.rows(torch.arange(6))[0].flatten().tolist() == [1.0] * 5 + [1.5]
+    for dtypes, error, message in (
+        ((None,), ValueError, "dtypes: expected one or None for each of 2 columns"),
+        ((None, np.complex64), TypeError, "dtypes: expected types of numbers with a sign, got complex64"),
+    ):
+        with pytest.raises(error, match=message):
+            ArrowRows(tmp_path / "a.parquet", ["x"], "y", dtypes=dtypes)
+
+
+def test_validation_rows_of_files_are_read_once_a_pass(tmp_path: Path) -> None:
+    reads = []
+
+    class Counted(ArrowRows):
+        def read(self, part: int) -> Any:
+            reads.append(part)
+            return super().read(part)
+
+    held = Counted(write(tmp_path, cuts=(), group=1000), ["c0", "c1"], ["x0", "x1"], "click")
+    found = train(tensors(), validation=held, batch_size=32, metrics=["auroc"], epochs=3)
+    expected = train(tensors(), validation=tensors(), batch_size=32, metrics=["auroc"], epochs=3)
+    np.testing.assert_array_equal(found[1].validation_loss, expected[1].validation_loss)
+    np.testing.assert_array_equal(found[1].metrics["auroc"], expected[1].metrics["auroc"])
+    assert len(reads) <= 3 * 2 + 3  # a pass for losses and one for metrics, and three before the first epoch
+
+
+def test_a_source_beside_own_data_is_refused() -> None:
+    own = tuple(torch.stack([t] * 3) for t in tensors())
+    with pytest.raises(
+        ValueError, match=r"validation: expected tensors \[3, N, ...\] under own_data, got a Arr"
+    ):
+        train(own, own_data=True, validation=arrays(), metrics=["accuracy"])
+
+
+class Parts(RowSource):
+    """50 rows, in parts and pieces as one likes."""
+
+    in_order = True
+
+    def __init__(self, parts: list[int], pieces: Any = None) -> None:
+        self._parts, self._pieces = parts, pieces
+
+    def __len__(self) -> int:
+        return 50
+
+    @property
+    def parts(self) -> list[int]:
+        return self._parts
+
+    def rows(self, index: Tensor) -> Any:
+        x = index.float().unsqueeze(1).expand(-1, 2)
+        return x, x[:, :1]
+
+    def read(self, part: int) -> Any:
+        return super().read(part) if self._pieces is None else self._pieces(self, part)
+
+    def fingerprint(self) -> str:
+        return "parts"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            Parts([20]),
+            "expected parts of 1 row or more that are 50 rows together from Parts.parts, got 1 of 20",
+        ),
+        (Parts([20, 60]), "got 2 of 80 rows"),
+        (Parts([20, 0, 30]), "got 3 of 50 rows"),
+        (Parts([50], lambda s, p: [Piece(1, s.rows(torch.arange(50)))]), "expected the piece from row 0 on"),
+        (
+            Parts([50], lambda s, p: [Piece(0, s.rows(torch.arange(49)))]),
+            "expected 50 rows in part 0 .* got 49",
+        ),
+        (Parts([50], lambda s, p: [Piece(0, (None, None))]), "expected pieces of tensors"),
+        (Parts([50], lambda s, p: [Piece(0, (np.zeros((50, 2)), torch.zeros(50)))]), "got a ndarray, shape"),
+        (Parts([50], lambda s, p: [Piece(0, (torch.zeros(50, 2), torch.zeros(4)))]), "as many rows each"),
+    ],
+)
+def test_parts_that_are_not_all_rows(source: RowSource, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(source, mlp(), loss="mse", window=20)
+
+
+def test_several_bad_rows_are_told_as_the_first() -> None:
+    columns = table()
+    columns["numbers"][100:130] = np.nan
+    with pytest.raises(ValueError, match=r"got nan in row 100, column 0; a row .* \(row 100\)$"):
+        train(ArrayRows(columns["categories"], columns["numbers"], columns["click"]))
+
+
+def test_arrays_of_other_layouts() -> None:
+    records = np.zeros(N, [("a", "u1"), ("x", "<f4", (2,)), ("y", "u1")])
+    records["x"] = table()["numbers"]
+    source = ArrayRows(records["x"], records["y"])
+    assert np.array_equal(source.rows(torch.arange(N))[0], table()["numbers"])
+    backwards = ArrayRows(table()["numbers"][::-1], table()["click"].astype(">i4"))
+    assert np.array_equal(backwards.rows(torch.tensor([0]))[0][0], table()["numbers"][-1])
+    assert np.array_equal(backwards.rows(torch.arange(N))[1], table()["click"])
+
+
+def test_files_with_strange_names_and_columns(tmp_path: Path) -> None:
+    parquet.write_table(arrow_table(table()), tmp_path / "day:1 50%.parquet")
+    assert len(arrow(tmp_path / "day:1 50%.parquet")) == N
+    twice = pa.Table.from_arrays([pa.array([1.0])] * 3, names=["x0", "x0", "click"])
+    parquet.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(ValueError, match=r"twice.parquet: expected (one column 'x0', got 2|a whole)"):
+        ArrowRows(tmp_path / "twice.parquet", ["x0"], "click")
+    (tmp_path / "latin.csv").write_bytes("prix_\xe9,y\n1,2\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin.csv: expected"):
+        ArrowRows(tmp_path / "latin.csv", ["x"], "y")
+    with pytest.raises(TypeError, match="files: expected a path or a list of them, got a int"):
+        ArrowRows(5, "x", "y")

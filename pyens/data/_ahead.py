@@ -20,10 +20,10 @@ class _End:
 
 @contextmanager
 def ahead(make: Callable[[], Iterator[T]], depth: int = 1) -> Iterator[Iterator[T]]:
-    """The items of `make()`, at most `depth` of them made before they are asked for.
+    """The items of `make()`, of which `depth` wait to be asked for while one more is made.
 
     An error of the thread is raised where its item would have come. Leaving the block, by an error or Ctrl-C
-    too, ends the thread: it waits nowhere without looking whether it is still wanted.
+    too, ends the thread as soon as it has made what it is at; nobody waits for that longer than a second.
     """
     items: queue.Queue[T | _End] = queue.Queue(depth)
     left = threading.Event()
@@ -69,4 +69,4 @@ def ahead(make: Callable[[], Iterator[T]], depth: int = 1) -> Iterator[Iterator[
         yield given()
     finally:
         left.set()
-        thread.join(timeout=10)
+        thread.join(timeout=1)

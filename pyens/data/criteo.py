@@ -41,7 +41,7 @@ def load_criteo(
 
     Reads lines of 40 fields between tabs, without a header: label, 13 integers, 26 categories of 8 hex
     digits; an empty field is a missing value. Lines may end as on Windows. (`test.txt`, which has no labels,
-    is of no use here.) With pyarrow it is about four times as fast.
+    is of no use here.)
 
     Args:
         path: the file, plain or gzip by its content, or the folder where `train.txt` or `train.txt.gz` lies.

@@ -17,7 +17,7 @@ from pyens.data._criteo_lines import CATEGORIES, FIELDS, INTEGERS, LAYOUT, Lines
 from pyens.data._text import Block, read_blocks
 from pyens.data.arrow import ArrowRows, pyarrow_of
 from pyens.data.criteo import _file, _sizes, features
-from pyens.data.rows import Columns
+from pyens.data.rows import Columns, file_fingerprint
 
 FORMAT = "pyens.criteo 1"
 DONE = "criteo.json"
@@ -41,7 +41,8 @@ def convert_criteo(
 
     Args:
         path: as `load_criteo` takes it.
-        folder: is made if it is not there. What it holds already must be of this file.
+        folder: is made if it is not there. What it holds already must be of this file, by name, size and
+            bytes (a sample of these where they are more than 64 MB).
         progress: a bar of the rows written, where tqdm is installed.
 
     Returns:
@@ -57,9 +58,9 @@ def convert_criteo(
     file, folder = _file("convert_criteo", path), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with only_writer(folder / DONE, "convert_criteo: folder"):
-        for left in folder.glob(".part-*.partial.parquet"):  # of a conversion that was killed
+        for left in folder.glob(".*.partial.*"):  # of a conversion that was killed
             left.unlink()
-        said = f"{FORMAT}, {file.name}, {file.stat().st_size} bytes"
+        said = f"{FORMAT}, {file.name}, {file_fingerprint(file)}"
         if not _is_done(folder, said):
             _Conversion(file, folder, said).run(progress)
     return CriteoRows(folder)
@@ -79,12 +80,15 @@ class CriteoRows(ArrowRows):
     def __init__(self, folder: str | os.PathLike[str], buckets: int | Sequence[int] = 1000) -> None:
         self._sizes = _sizes("CriteoRows", buckets)
         self.categories: tuple[int, ...] = tuple(self._sizes.tolist())
-        if not (Path(folder) / DONE).is_file():
+        about = _about(Path(folder))
+        if about is None:
             raise FileNotFoundError(
                 f"CriteoRows: {folder}: expected {DONE}, which convert_criteo writes when it is through, "
                 "found none"
             )
-        super().__init__(folder, HASHES, COUNTS, "label")
+        super().__init__(_parts(Path(folder), about["files"]), HASHES, COUNTS, "label")
+        if len(self) != about["rows"]:
+            raise ValueError(f"CriteoRows: {folder}: expected {about['rows']} rows, got {len(self)}")
 
     def tensors(self, batch: Any, first: int) -> Columns:
         n = batch.num_rows
@@ -111,7 +115,12 @@ class _Conversion:
         self.file, self.folder, self.said = file, folder, said
         self.parts, self.rows, self.start = 0, 0, 0
         while (part := self._part()).is_file():
-            found = self.arrow.parquet.read_metadata(part).metadata or {}
+            try:
+                found = self.arrow.parquet.read_metadata(part).metadata or {}
+            except (self.arrow.ArrowException, OSError) as error:
+                raise ValueError(
+                    f"convert_criteo: {part}: expected a whole Parquet file, got {error}; remove it"
+                ) from error
             if found.get(b"pyens.of", b"").decode() != said:
                 raise ValueError(
                     f"convert_criteo: {part}: expected a part of {file} ({said}), got one of "
@@ -188,13 +197,31 @@ def _bar(rows: int, progress: bool) -> Iterator[Callable[[int], Any]]:
         yield shown.update
 
 
-def _is_done(folder: Path, said: str) -> bool:
+def _parts(folder: Path, count: int) -> list[Path]:
+    return [folder / f"part-{i:05d}.parquet" for i in range(count)]
+
+
+def _about(folder: Path) -> dict[str, Any] | None:
+    """What the last file that is written says of all; None if it is not there."""
     done = folder / DONE
     if not done.is_file():
+        return None
+    try:
+        about = json.loads(done.read_text(encoding="utf-8"))
+        if about["format"] != FORMAT or not isinstance(about["of"], str):
+            raise ValueError(f"format {about['format']!r}")
+        return {"of": about["of"], "rows": int(about["rows"]), "files": int(about["files"])}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"CriteoRows: {done}: expected what convert_criteo writes, got {error!r}") from error
+
+
+def _is_done(folder: Path, said: str) -> bool:
+    about = _about(folder)
+    if about is None:
         return False
-    found = json.loads(done.read_text()).get("of")
-    if found != said:
+    if about["of"] != said:
         raise ValueError(
-            f"convert_criteo: {folder}: expected an empty folder or one with rows of {said}, got {found}"
+            f"convert_criteo: {folder}: expected an empty folder or one with rows of {said}, "
+            f"got {about['of']}"
         )
-    return True
+    return all(part.is_file() for part in _parts(folder, about["files"]))

@@ -6,11 +6,14 @@ import math
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pyens._kinds import REAL, check_tensor
 
 CHUNK = 1 << 16  # rows that are read at once where a source has no parts of its own
 WHOLE = 1 << 26  # bytes of a column up to which its fingerprint is of all of them
@@ -42,8 +45,8 @@ class RowSource:
             def fingerprint(self):
                 return "simulated 1"
 
-    Columns are CPU tensors `[B, ...]`, or None for an input that the model does without. They may be of any
-    kind of number: each batch becomes what the model takes, as `fit` does it with tensors.
+    Columns are CPU tensors `[B, ...]`, or None for an input that the model does without. Each batch becomes
+    what `fit` makes of tensors: floating point numbers the parameters' dtype, all others int64.
 
     Attributes:
         in_order: whether only rows that lie together are read fast. `fit` then goes through such a source
@@ -80,7 +83,7 @@ class RowSource:
 
 
 class ArrayRows(RowSource):
-    r"""Tensors, arrays of numpy, or memory maps, as they are: nothing is copied.
+    r"""Tensors, arrays of numpy, or memory maps, as they are: not copied, if torch knows such memory.
 
         categories = np.memmap("categories.int32", np.int32, "r", shape=(n, 26))
         source = pyens.data.ArrayRows(categories, numbers, clicks)
@@ -98,19 +101,13 @@ class ArrayRows(RowSource):
     """
 
     def __init__(self, *columns: Any) -> None:
-        self.columns = tuple(None if column is None else as_tensor(column) for column in columns)
-        found = [column for column in self.columns[:-1] if column is not None] + list(self.columns[-1:])
-        if len(found) < 2 or any(not isinstance(column, Tensor) or column.dim() == 0 for column in found):
-            kinds = ", ".join(type(column).__name__ for column in columns)
+        if len(columns) < 2 or columns[-1] is None or all(column is None for column in columns[:-1]):
             raise TypeError(
-                f"ArrayRows: columns: expected arrays [N, ...], inputs and target, got {kinds or 'none'}"
+                f"ArrayRows: columns: expected arrays [N, ...], inputs and target, got {len(columns)} of them"
             )
-        for i, column in enumerate(self.columns):
-            if column is not None and (column.is_complex() or column.device.type != "cpu"):
-                raise TypeError(
-                    f"ArrayRows: columns[{i}]: expected real numbers on the CPU, got {column.dtype} on "
-                    f"{column.device}"
-                )
+        self.columns = tuple(
+            None if column is None else _column(i, as_tensor(column)) for i, column in enumerate(columns)
+        )
         counts = [len(column) for column in self.columns if column is not None]
         if len(set(counts)) > 1:
             raise ValueError(f"ArrayRows: columns: expected as many rows in all of them, got {counts}")
@@ -134,28 +131,68 @@ class ArrayRows(RowSource):
 
 
 def as_tensor(given: Any) -> Any:
-    """A tensor on the memory of an array, be it read-only; what is no array of numbers as it is."""
+    """A tensor on the memory of an array, be it read-only; what is no array of numbers as it is.
+
+    A copy where torch knows no such memory: other byte orders, negative strides, fields of records.
+    """
     if hasattr(given, "to_numpy"):
         given = given.to_numpy()
-    if not isinstance(given, np.ndarray) or given.dtype.kind not in "bifu" or given.dtype.itemsize > 8:
+    if not isinstance(given, np.ndarray) or isinstance(given, np.ma.MaskedArray):
+        return given
+    if given.dtype.kind not in "bifu" or given.dtype.itemsize > 8:
         return given
     given = given.astype(given.dtype.newbyteorder("="), copy=False)
-    if any(stride < 0 for stride in given.strides):
+    if any(stride < 0 or stride % given.itemsize for stride in given.strides):
         given = given.copy()
     with warnings.catch_warnings():  # torch warns that it could be written to
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
         return torch.from_numpy(given)
 
 
+def _column(place: int, column: Any) -> Tensor:
+    name = f"columns[{place}]"
+    if not isinstance(column, Tensor):
+        kind = type(column).__name__ + (f" of {column.dtype}" if isinstance(column, np.ndarray) else "")
+        raise TypeError(f"ArrayRows: {name}: expected an array or tensor of numbers [N, ...], got a {kind}")
+    check_tensor("ArrayRows", name, column)
+    if column.dim() == 0:
+        raise TypeError(f"ArrayRows: {name}: expected [N, ...], got shape []")
+    if column.device.type != "cpu":
+        raise TypeError(f"ArrayRows: {name}: expected a tensor on the CPU, got one on {column.device}")
+    if column.is_complex() or (column.is_floating_point() and column.dtype not in REAL):
+        raise TypeError(
+            f"ArrayRows: {name}: expected whole numbers, float32, float64, bfloat16 or float16, "
+            f"got {column.dtype}"
+        )
+    return column
+
+
 def _fingerprint(column: Tensor) -> str:
     form = f"{column.dtype} {list(column.shape)}"
     size = column.element_size() * column.numel()
-    if size <= WHOLE or not column.is_contiguous():
-        picked = column if size <= WHOLE else column[:: math.ceil(len(column) / SAMPLES)]
-        content = picked.contiguous().reshape(-1).view(torch.uint8).numpy()
-        return f"{form} crc32 {zlib.crc32(content.data):08x}"
-    content, crc = column.reshape(-1).view(torch.uint8).numpy(), 0
-    for i in range(SAMPLES):
-        start = (size - SAMPLE) * i // (SAMPLES - 1)
+    if not column.is_contiguous():
+        if size > WHOLE:
+            column = column[:: math.ceil(len(column) / SAMPLES)]
+        column = column.contiguous()
+    return f"{form} {sampled(column.reshape(-1).view(torch.uint8).numpy())}"
+
+
+def sampled(content: np.ndarray, samples: int = 0, whole: int = -1) -> str:
+    """The CRC-32 of bytes, uint8 `[n]`, or of so many blocks of them (0: `SAMPLES`) where there are more than
+    `whole` (-1: `WHOLE`)."""
+    samples, whole = samples or SAMPLES, WHOLE if whole < 0 else whole
+    size = len(content)
+    if size <= max(whole, SAMPLE):
+        return f"crc32 {zlib.crc32(content.data):08x}"
+    crc = 0
+    for i in range(samples):
+        start = (size - SAMPLE) * i // max(1, samples - 1)
         crc = zlib.crc32(content[start : start + SAMPLE].data, crc)
-    return f"{form} sampled crc32 {crc:08x}"
+    return f"sampled crc32 {crc:08x}"
+
+
+def file_fingerprint(path: Path, samples: int = 0, whole: int = -1) -> str:
+    """Its size, and `sampled` of its bytes."""
+    size = path.stat().st_size
+    content = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
+    return f"{size} bytes {sampled(content, samples, whole)}"

@@ -36,7 +36,11 @@ def keyed_permutation(keys: Tensor, n: int, first: int = 0, count: int | None = 
     Source: ours, formula in `pyens.reference.keyed_permutation`; repeating a bijection of a power of two
     until it falls into the range is from Black and Rogaway, "Ciphers with arbitrary finite domains", 2002.
     """
-    return _keyed_permutation(keys, n, first, n - first if count is None else count)
+    if isinstance(n, int) and n > 1 << 62:  # which may be beyond what an operation takes
+        raise ValueError(f"keyed_permutation: n: expected rows from 0 to 2^62, got {n}")
+    if count is None:  # numbers of another kind are refused by the operation
+        count = max(0, n - first) if isinstance(n, int) and isinstance(first, int) else 0
+    return _keyed_permutation(keys, n, first, count)
 
 
 _keyed_permutation: Callable[..., Tensor] = operation("keyed_permutation")

@@ -146,7 +146,8 @@ def fit(
         min_delta: by how much a value must be better to count.
         callbacks: see `pyens.training.Callback`; a function of the progress is called after each epoch.
         check: whether all values are looked at before the first step: numbers finite, classes and categories
-            in range. False saves a pass over data that is known to be good.
+            in range; in windows as they are read in the first epoch. False saves a pass over data that is
+            known to be good.
         own_data: whether every member has rows of its own, the same number: all tensors of `data` (and
             `validation`) are then `[E, N, ...]`, member first, and a row number means another row for each.
             For models that are trained together because they have the same shape.
@@ -171,7 +172,8 @@ def fit(
         The losses of every member in every epoch.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit each other, before anything is changed.
+        TypeError, ValueError: arguments that do not fit each other, before anything is changed; rows that are
+            read in windows, or files that have changed, when they are met.
         RuntimeError: another run uses the checkpoint.
 
     Source: "Beyond Point Estimate", section on randomness; definitions in `Randomness`. Without S one fixed

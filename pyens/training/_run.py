@@ -118,6 +118,11 @@ class Run:
             if weight is not None:
                 self.validation_weight = weight.index_select(-1, held_out.to(device))
         elif isinstance(chosen, RowSource):
+            if own_data:
+                raise ValueError(
+                    f"fit: validation: expected tensors [{members}, N, ...] under own_data, got a "
+                    f"{type(chosen).__name__}"
+                )
             self.validation = Source("validation", chosen, trainer.dtype, loss, device)
             self.validation_rows = len(self.validation)
         else:
@@ -696,9 +701,8 @@ class Run:
         weighed = torch.zeros(members, dtype=torch.float64)
         weight = self._own_validation_weight()
         with training_mode(self.model, False):
-            for rows in self._validation_batches():
+            for rows, batch in self._validation_batches():
                 own = None if weight is None else weight[..., rows].to(self.trainer.real)
-                batch = self._batch(self.validation, rows)
                 losses = self.trainer.losses(batch, weight=own)
                 counts = self.trainer.counts(batch[-1], own)
                 share = len(rows) if counts is None else counts.sum(-1).cpu()
@@ -711,8 +715,7 @@ class Run:
         """float64 `[metrics, active]`: the metrics of each member on the validation rows."""
         outputs, targets = [], []
         weight = self._own_validation_weight()
-        for rows in self._validation_batches():
-            *inputs, target = self._batch(self.validation, rows)
+        for rows, (*inputs, target) in self._validation_batches():
             if weight is not None:
                 inputs = self.model.without_left_out(inputs, weight[..., rows])
             outputs.append(self.trainer.outputs(inputs))
@@ -722,9 +725,13 @@ class Run:
         target = torch.cat(targets, self.axis)
         return measures.evaluate(self.metrics, torch.cat(outputs, 1), target, bool(self.axis), present)
 
-    def _validation_batches(self) -> Iterator[Tensor]:
-        for first in range(0, self.validation_rows, self.batch_size):
-            yield torch.arange(first, min(first + self.batch_size, self.validation_rows), device=self.device)
+    def _validation_batches(self) -> Iterator[tuple[Tensor, list[Tensor | None]]]:
+        """The validation rows one after the other: their numbers, and the batch."""
+        if isinstance(self.validation, Source):
+            yield from self.validation.in_batches(self.batch_size)
+            return
+        for rows in torch.arange(self.validation_rows, device=self.device).split(self.batch_size):
+            yield rows, self._batch(self.validation, rows)
 
     def _own_validation_weight(self) -> Tensor | None:
         weight = self.validation_weight

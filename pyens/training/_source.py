@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyens.data._ahead import ahead
-from pyens.data.rows import ArrayRows, Columns, RowSource
+from pyens.data.rows import ArrayRows, Columns, Piece, RowSource
 from pyens.ops import keyed_permutation
 from pyens.training import _checks, _data
 from pyens.training.randomness import Order, derive_seed
@@ -34,6 +36,13 @@ class Source:
             ) from error
         if self.count == 0:
             raise ValueError(f"fit: {argument}: expected rows, got a {type(source).__name__} without any")
+        self.parts = list(source.parts)
+        self.firsts = [0, *accumulate(self.parts)]  # and the number of all rows
+        if self.firsts[-1] != self.count or any(rows < 1 for rows in self.parts):
+            raise ValueError(
+                f"fit: {argument}: expected parts of 1 row or more that are {self.count} rows together from "
+                f"{type(source).__name__}.parts, got {len(self.parts)} of {self.firsts[-1]} rows"
+            )
         self.form = _form(self.batch(torch.zeros(1, dtype=torch.int64)))
 
     def __len__(self) -> int:
@@ -72,11 +81,55 @@ class Source:
             found.append(column)
         return list(_data.as_targets(found, self.loss, len(shape) - 1))
 
+    def pieces(self, part: int) -> Iterator[Piece]:
+        """The rows of a part, one after the other: those that the source says it has there, and no others."""
+        kind = type(self.source).__name__
+        begin = expected = self.firsts[part]
+        for piece in self.source.read(part):
+            first, columns = piece
+            columns = tuple(columns)
+            there = [c for c in columns if c is not None]
+            if (
+                not there
+                or columns[-1] is None
+                or not all(isinstance(c, Tensor) and c.dim() > 0 and len(c) == len(there[0]) for c in there)
+            ):
+                raise ValueError(
+                    f"fit: {self.argument}: expected pieces of tensors with as many rows each from "
+                    f"{kind}.read, got {', '.join(_said(c) for c in columns)} in part {part}"
+                )
+            if first != expected:
+                raise ValueError(
+                    f"fit: {self.argument}: expected the piece from row {expected} on in part {part} of "
+                    f"{kind}, got one from row {first} on"
+                )
+            expected += len(there[0])
+            yield Piece(first, columns)
+        if expected != self.firsts[part + 1]:
+            raise ValueError(
+                f"fit: {self.argument}: expected {self.firsts[part + 1] - begin} rows in part {part} of "
+                f"{kind}, got {expected - begin}: has it changed?"
+            )
+
+    def in_batches(self, batch_size: int) -> Iterator[tuple[Tensor, list[Tensor | None]]]:
+        """All rows in their order: their numbers, int64 `[B]`, and the batch."""
+        if not self.source.in_order:
+            for first in range(0, self.count, batch_size):
+                rows = torch.arange(first, min(first + batch_size, self.count))
+                yield rows, self.batch(rows)
+            return
+        pieces = (piece.columns for part in range(len(self.parts)) for piece in self.pieces(part))
+        first = 0
+        for columns in rebatched(pieces, batch_size):
+            rows = torch.arange(first, first + len(columns[-1]))  # type: ignore[arg-type]
+            first += len(rows)
+            yield rows, self.taken(columns, (len(rows),))
+
     def check(self, check: Check, weight: Tensor | None = None) -> None:
         """`check` for all rows, part by part; an error says where its row is."""
-        for part in range(len(self.source.parts)):
-            for first, columns in self.source.read(part):
-                count = len(next(c for c in columns if c is not None))
+        for part in range(len(self.parts)):
+            for first, columns in self.pieces(part):
+                count = len(columns[-1])  # type: ignore[arg-type]
                 self.check_rows(check, columns, torch.arange(first, first + count), weight)
 
     def check_rows(self, check: Check, columns: Columns, numbers: Tensor, weight: Tensor | None) -> None:
@@ -103,7 +156,7 @@ class Source:
                 high = middle
         alone = refused(low, high) or found
         row = int(numbers[low])
-        text = str(alone).replace(" row 0", f" row {row}")
+        text = re.sub(r" and \d+ more", "", str(alone).replace(" row 0", f" row {row}"))  # of that row alone
         raise ValueError(f"{text} ({self.source.where(row)})") from alone
 
     def describe(self) -> str:
@@ -169,26 +222,18 @@ class Windows:
 
     def _filled(self, epoch: int) -> Iterator[tuple[Columns, Tensor]]:
         """Windows of `rows` rows, the last one smaller: their columns, and the rows' numbers."""
-        source = self.data.source
-        parts = source.parts
         key = derive_seed(self.seed, "parts", epoch if self.order.shuffle else 0)
         pieces: list[tuple[Columns, Tensor]] = []
         held = 0
-        for part in keyed_permutation(torch.tensor([key]), len(parts))[0].tolist():
-            met = 0
-            for first, columns in source.read(part):
-                count = len(next(c for c in columns if c is not None))
+        for part in keyed_permutation(torch.tensor([key]), len(self.data.parts))[0].tolist():
+            for first, columns in self.data.pieces(part):
+                count = len(columns[-1])  # type: ignore[arg-type]
                 pieces.append((columns, torch.arange(first, first + count)))
-                held, met = held + count, met + count
+                held += count
                 while held >= self.rows:
                     window, pieces = cut(pieces, self.rows)
                     held -= self.rows
                     yield window
-            if met != parts[part]:
-                raise ValueError(
-                    f"fit: {self.data.argument}: expected {parts[part]} rows in part {part} of "
-                    f"{type(source).__name__}, got {met}: has it changed?"
-                )
         if pieces:
             yield cut(pieces, held)[0]
 
@@ -208,6 +253,22 @@ def cut(pieces: list[tuple[Columns, Tensor]], rows: int) -> tuple[tuple[Columns,
         there = [column for column in of_all if column is not None]
         joined.append(torch.cat(there) if there else None)
     return (tuple(joined), torch.cat([numbers for _, numbers in taken])), left
+
+
+def rebatched(pieces: Iterable[Columns], batch_size: int) -> Iterator[Columns]:
+    """The same rows in batches of that size; the last one may be smaller."""
+    held: list[tuple[Columns, Tensor]] = []
+    count = 0
+    for columns in pieces:
+        rows = len(columns[-1])  # type: ignore[arg-type]
+        held.append((columns, torch.empty(rows, 0)))
+        count += rows
+        while count >= batch_size:
+            (batch, _), held = cut(held, batch_size)
+            count -= batch_size
+            yield batch
+    if count:
+        yield cut(held, count)[0][0]
 
 
 def _form(batch: Sequence[Tensor | None]) -> list[tuple[int, ...] | None]:

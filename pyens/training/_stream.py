@@ -17,7 +17,7 @@ from pyens.data._ahead import ahead
 from pyens.data.rows import Columns, RowSource
 from pyens.nn.ensemble import member_tensors
 from pyens.training import _checks, _data
-from pyens.training._source import cut
+from pyens.training._source import rebatched
 
 if TYPE_CHECKING:
     from pyens.training.trainer import Trainer
@@ -171,22 +171,6 @@ class Taker:
             for i, c in enumerate(columns)
         ]
         return list(_data.as_targets(found, self.loss, 0))
-
-
-def rebatched(pieces: Iterable[Columns], batch_size: int) -> Iterator[Columns]:
-    """The same rows in batches of that size; the last one may be smaller."""
-    held: list[tuple[Columns, Tensor]] = []
-    count = 0
-    for columns in pieces:
-        rows = len(columns[-1])  # type: ignore[arg-type]
-        held.append((columns, torch.empty(rows, 0)))
-        count += rows
-        while count >= batch_size:
-            (batch, _), held = cut(held, batch_size)
-            count -= batch_size
-            yield batch
-    if count:
-        yield cut(held, count)[0][0]
 
 
 def _pieces(source: RowSource, first: int) -> Iterator[Columns]:
