@@ -9,7 +9,8 @@ batch), in memory maps, where every member has its own order of all of them, and
 has one within windows of 131,072 rows. Each is trained on in a process of its own, which says how many rows
 it took a second, of wall and of processor time, once it is under way, and how much anonymous memory (RssAnon,
 what no file stands behind) it had more than a run on a few rows; runs of one size follow each other in turns.
-Beside them PyTorch's own way, a DataLoader over the tensors, whose batches all members share.
+Beside them PyTorch's own way, a DataLoader over the tensors, whose batches all members share. Last, how fast
+places of orders are found (`pyens.ops.keyed_permutation`, 1,024 places of 100 members a call, one thread).
 """
 
 from __future__ import annotations
@@ -240,6 +241,23 @@ def measure(rows: Sequence[int], work: Path, seconds: float, rounds: int) -> dic
     return found
 
 
+def permutation_rates(seconds: float) -> dict[str, float]:
+    """Places a second, medians over calls."""
+    keys, threads = torch.arange(100), torch.get_num_threads()
+    torch.set_num_threads(1)
+    rates = {}
+    for n in (1 << 20, 200_000_000, (1 << 20) + 1, 1 << 33):
+        times, end = [], time.perf_counter() + seconds
+        while not times or time.perf_counter() < end:
+            first = 1024 * len(times) % (n - 1024)
+            begun = time.perf_counter()
+            pyens.ops.keyed_permutation(keys, n, first, 1024)
+            times.append(time.perf_counter() - begun)
+        rates[f"{n:,}"] = len(keys) * 1024 / float(np.median(times))
+    torch.set_num_threads(threads)
+    return rates
+
+
 def _in_a_process(way: str, folder: Path, rows: int, seconds: float) -> dict[str, float]:
     command = [
         sys.executable,
@@ -314,7 +332,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.rows, given.seconds, given.rounds = [5000], 0.5, 1
     found = measure(given.rows, given.work, given.seconds, given.rounds)
     given.output.mkdir(parents=True, exist_ok=True)
-    result = {"machine": machine_info(), "seconds": given.seconds, "rounds": given.rounds, "rows": found}
+    rates = permutation_rates(min(1.0, given.seconds))
+    result = {
+        "machine": machine_info(),
+        "seconds": given.seconds,
+        "rounds": given.rounds,
+        "rows": found,
+        "places": rates,
+    }
     write(given.output / "streaming.json", json.dumps(result, indent=1) + "\n")
     draw(found, given.output / "streaming.png")
     machine = result["machine"]
@@ -323,7 +348,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, commit "
         f"{str(machine['commit'])[:8]}; medians of {given.rounds} runs, {given.seconds:.0f} seconds each.\n\n"
         + "\n".join(__doc__.split("\n\n", 2)[2].splitlines())
-        + f"\n\n{table(found)}\n\n![rows a second and memory](streaming.png)\n"
+        + f"\n\n{table(found)}\n\n![rows a second and memory](streaming.png)\n\n"
+        "| rows that are ordered | places a second |\n|---|---|\n"
+        + "".join(f"| {n} | {rate:.2g} |\n" for n, rate in rates.items())
     )
     write(given.output / "streaming.md", page)
     print(table(found))

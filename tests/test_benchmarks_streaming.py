@@ -19,6 +19,7 @@ def test_quick(tmp_path, capsys):
     ways = found["rows"]["5000"]
     assert set(ways) == set(streaming.WAYS)
     assert all(run["rows_per_second"] > 0 and np.isfinite(run["memory"]) for run in ways.values())
+    assert len(found["places"]) == 4 and min(found["places"].values()) > 1e5
     page = (output / "streaming.md").read_text()
     assert all(f"| 5,000 | {way} |" in page for way in ways) and (output / "streaming.png").exists()
     assert f"| {ways['Parquet']['rows_per_second']:,.0f} |" in capsys.readouterr().out
