@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyens import EnsembleMLP
-from pyens.data import ArrayRows, ArrowRows, RowSource
+from pyens.data import ArrayRows, ArrowRows, IterableRows, RowSource
 from pyens.data import rows as rows_module
 from pyens.data._ahead import ahead
 from pyens.data.rows import Piece
@@ -1005,3 +1005,85 @@ def test_files_with_strange_names_and_columns(tmp_path: Path) -> None:
         ArrowRows(tmp_path / "latin.csv", ["x"], "y")
     with pytest.raises(TypeError, match="files: expected a path or a list of them, got a int"):
         ArrowRows(5, "x", "y")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Batches as they come
+
+
+def of_batches(*sizes: int) -> Any:
+    def batches() -> Any:
+        start = 0
+        for size in sizes:
+            yield tuple(column[start : start + size] for column in table().values())
+            start += size
+
+    return batches
+
+
+def test_a_loader_or_a_function_is_as_good_as_arrays() -> None:
+    dataset = torch.utils.data.TensorDataset(*(torch.from_numpy(c) for c in table().values()))
+    loader = torch.utils.data.DataLoader(dataset, batch_size=33)
+    expected = train(ArrayRowsInOne(), window=100, validation=arrays())
+    for batches in (loader, of_batches(1, 0, 500, 199), list(of_batches(350, 350)())):
+        source = IterableRows(batches, rows=N)
+        found = train(source, window=100, validation=source)
+        assert same(found[0], expected[0])
+        np.testing.assert_array_equal(found[1].validation_loss, expected[1].validation_loss)
+    index = torch.tensor([699, 0, 33, 34, 0])
+    assert np.array_equal(IterableRows(loader, N).rows(index)[1], table()["numbers"][index])
+
+
+class ArrayRowsInOne(ArrayRows):
+    """All rows in one part."""
+
+    def __init__(self) -> None:
+        super().__init__(*table().values())
+
+    @property
+    def parts(self) -> Any:
+        return [N]
+
+    def read(self, part: int) -> Any:
+        yield Piece(0, self.columns)
+
+
+@pytest.mark.parametrize(
+    ("batches", "rows", "error", "message"),
+    [
+        (
+            of_batches(700),
+            699,
+            ValueError,
+            "IterableRows: batches: expected 699 rows, got 700 or more by batch 0",
+        ),
+        (
+            of_batches(600),
+            700,
+            ValueError,
+            "expected 700 rows in part 0 of IterableRows, got 600: has it changed",
+        ),
+        (
+            [(torch.zeros(2, 2),)],
+            2,
+            TypeError,
+            "IterableRows: batches: expected tuples of columns, .* got a tuple",
+        ),
+        ([torch.zeros(2)], 2, TypeError, "got a Tensor as batch 0"),
+        ([(torch.zeros(2), torch.zeros(3))], 2, ValueError, r"got \[2, 3\] in batch 0"),
+        (of_batches(700)(), 700, TypeError, "gone through in every epoch, got a generator"),
+        (3, 700, TypeError, "expected an iterable or a function, got a int"),
+        (of_batches(700), 0, ValueError, "rows: expected a positive integer, got 0"),
+        (of_batches(700), 1.5, ValueError, "rows: expected a positive integer, got 1.5"),
+    ],
+)
+def test_batches_that_are_not_as_they_should(batches: Any, rows: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        train(IterableRows(batches, rows), window=5000)
+
+
+def test_a_name_is_another_run(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    train(IterableRows(of_batches(700), N, name="monday"), window=128, checkpoint=path)
+    with pytest.raises(ValueError, match="is of another run: expected data"):
+        train(IterableRows(of_batches(700), N, name="tuesday"), window=128, checkpoint=path, epochs=3)

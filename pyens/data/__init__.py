@@ -6,6 +6,7 @@ from pyens.data.criteo import Criteo, load_criteo
 from pyens.data.criteo_rows import CriteoRows, convert_criteo
 from pyens.data.digits import Digits, Split, load_digits
 from pyens.data.idx import Mnist, load_idx, load_mnist, read_idx
+from pyens.data.iterable import IterableRows
 from pyens.data.movielens import MovieLens, load_movielens
 from pyens.data.rows import ArrayRows, RowSource
 from pyens.data.table import Rows, Table
@@ -19,6 +20,7 @@ __all__ = [
     "Criteo",
     "CriteoRows",
     "Digits",
+    "IterableRows",
     "Mnist",
     "MovieLens",
     "RowSource",

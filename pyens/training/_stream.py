@@ -14,6 +14,7 @@ from torch import Tensor
 from pyens import _files
 from pyens._files import only_writer
 from pyens.data._ahead import ahead
+from pyens.data.iterable import columns_of
 from pyens.data.rows import Columns, RowSource
 from pyens.nn.ensemble import member_tensors
 from pyens.training import _checks, _data
@@ -188,36 +189,12 @@ def _pieces(source: RowSource, first: int) -> Iterator[Columns]:
 def _beyond(batches: Iterable[Any], first: int) -> Iterator[Columns]:
     """What an iterable gives, without its first rows."""
     for number, given in enumerate(batches):
-        columns = columns_of(given, number)
+        columns = columns_of("partial_fit: data", given, number)
         rows = len(columns[-1])  # type: ignore[arg-type]
         skipped = min(first, rows)
         first -= skipped
         if skipped < rows:
             yield tuple(None if c is None else c[skipped:] for c in columns)
-
-
-def columns_of(given: Any, number: int) -> Columns:
-    """A batch as columns, of tensors or arrays."""
-    from pyens.data.rows import as_tensor
-
-    if not isinstance(given, (tuple, list)) or len(given) < 2:
-        raise TypeError(
-            f"partial_fit: data: expected tuples of columns, inputs and target, got a "
-            f"{type(given).__name__} as batch {number}"
-        )
-    columns = tuple(None if c is None else as_tensor(c) for c in given)
-    there: Sequence[Any] = [c for c in columns if c is not None]
-    if columns[-1] is None or not all(isinstance(c, Tensor) and c.dim() > 0 for c in there):
-        raise TypeError(
-            f"partial_fit: data: expected tensors or arrays [B, ...], got "
-            f"{', '.join(type(c).__name__ for c in given)} as batch {number}"
-        )
-    if len({len(c) for c in there}) > 1:
-        raise ValueError(
-            f"partial_fit: data: expected as many rows in all columns, got {[len(c) for c in there]} in "
-            f"batch {number}"
-        )
-    return columns
 
 
 def check_arguments(
