@@ -32,8 +32,9 @@ from benchmarks.table_peers import EPS, Table, TableProblem, adam_step
 from benchmarks.training import TINY_TABLE, tabular_ensemble
 from benchmarks.training_peers import GRADIENT_TOLERANCE, mse
 from pyens.nn import EnsembleMLP
+from pyens.ops import keyed_permutation
 from pyens.optim import clip_member_grad_norm_, fused, keep_members
-from pyens.training import History, fit, member_seeds
+from pyens.training import History, derive_seed, fit, member_seeds
 from pyens.training.randomness import generator
 
 FIT, FIT_IN_TORCH, LOOP = "fit", "fit, loss in torch", "bare loop"
@@ -250,8 +251,8 @@ def orders_of_fit(problem: Problem, seed: int) -> Iterator[Tensor]:
     common = drawn[torch.randperm(rows, generator=generator(seed, "order"))]
     for epoch in range(sizes.epochs):
         seeds = member_seeds(seed, sizes.members)
-        own = [torch.randperm(rows, generator=generator(s, "order", epoch)) for s in seeds]
-        yield torch.stack([common[order] for order in own])
+        keys = torch.tensor([derive_seed(own, "order", epoch) for own in seeds])
+        yield common[keyed_permutation(keys, rows)]
 
 
 def moved(

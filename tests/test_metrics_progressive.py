@@ -76,7 +76,7 @@ def test_a_member_that_diverges_takes_no_other_along():
 
 def test_what_can_not_be_said_is_nan():
     found = of_parts(torch.zeros(1, 5), torch.zeros(5)).compute()
-    assert found["auroc"].isnan().all() and found["variation"].isnan()
+    assert found["auroc"].isnan().all() and found["variation"].isnan() and found["calibration"].isnan().all()
     assert found["log_loss"].tolist() == pytest.approx([math.log(2)] * 2)
 
 
@@ -94,6 +94,8 @@ def test_state_goes_on_and_is_forgotten():
         again.compute()
     with pytest.raises(ValueError, match="expected 10 bins, got 8192"):
         ProgressiveScores(bins=10).load_state_dict(scores.state_dict())
+    with pytest.raises(ValueError, match=r"state: expected bins, rows, .* got other"):
+        ProgressiveScores().load_state_dict({"other": 1})
 
 
 @pytest.mark.parametrize(

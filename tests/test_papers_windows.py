@@ -16,7 +16,7 @@ def test_it_runs(tmp_path, monkeypatch, capsys):
     arguments = ["--data", str(folder), "--members", "3", "--epochs", "2", "--output", str(output)]
     assert windows.main(arguments) == 0
     found = json.loads((output / "windows.json").read_text())["windows"]
-    assert list(found) == ["256", "64", "all rows"]
+    assert list(found) == ["256", "64", "all rows", "all rows, other orders"]
     assert all(entry["measures"]["PV mean"] > 0 for entry in found.values())
     assert -1 <= found["64"]["correlation"] <= 1 and "correlation" not in found["all rows"]
     page = (output / "windows.md").read_text()

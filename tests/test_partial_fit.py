@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import pyens
 from pyens.data import ArrayRows, ClickStream, RowSource
+from pyens.data.rows import Piece
 from pyens.metrics import ProgressiveScores
 from pyens.nn import TabularEnsemble
 from pyens.training import Trainer
@@ -211,12 +213,18 @@ def test_files_of_another_run_are_refused(tmp_path: Path) -> None:
     trainer().partial_fit(Clicks(200), batch_size=64, checkpoint=path)
     saved = path.read_bytes()
     for one, data, options, message in (
-        (trainer(), Clicks(300), {}, "is of another run: expected data"),
-        (trainer(), Clicks(200, seed=1), {}, "is of another run: expected data"),
+        (trainer(), Clicks(300), {}, "data: expected what .* has met, Clicks of 200"),
+        (trainer(), Clicks(200, seed=1), {}, "data: expected what .* has met, Clicks of 200"),
+        (trainer(), columns(200), {}, "data: expected what .* has met, Clicks of 200"),
         (trainer(), Clicks(200), {"batch_size": 32}, "is of another run: expected batch_size"),
         (trainer(4), Clicks(200), {}, "is of another run"),
         (trainer(seed=1), Clicks(200), {}, "is of another run: expected seed"),
-        (trainer(), Clicks(200), {"scores": ProgressiveScores()}, "expected the state of such a run, got no"),
+        (
+            trainer(),
+            Clicks(200),
+            {"scores": ProgressiveScores()},
+            r"expected the state of such a run, got ValueError\(.no scores",
+        ),
     ):
         arguments: dict[str, Any] = {"batch_size": 64, "checkpoint": path} | options
         with pytest.raises(ValueError, match=message):
@@ -255,6 +263,7 @@ def test_data_that_are_none(data: Any, error: Any, message: str) -> None:
         ({"scores": 3}, TypeError, "scores: expected an object with update, got a int"),
         ({"checkpoint": "/"}, ValueError, "checkpoint: expected a file in a folder that exists"),
         ({"checkpoint_every": 0}, ValueError, "checkpoint_every: expected a positive number"),
+        ({"checkpoint_every": None}, ValueError, "checkpoint_every: expected a positive number, got None"),
     ],
 )
 def test_arguments_that_are_none(options: Any, error: Any, message: str) -> None:
@@ -294,3 +303,177 @@ def test_schedules_and_averages_of_steps() -> None:
     before = parameters(own)
     with own.averaged():
         assert any(not torch.equal(p, q) for p, q in zip(parameters(own), before, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a reader broke
+
+
+def days() -> list[tuple[Tensor, ...]]:
+    return [tuple(c[start:stop] for c in columns()) for start, stop in ((0, 300), (300, 520), (520, 1000))]
+
+
+@pytest.mark.parametrize("stop", [(0, 2), (1, 1), (1, 4), (2, 3), None])
+def test_several_calls_with_one_file_go_on_together(tmp_path: Path, stop: Any) -> None:
+    def run(own: Trainer, scores: ProgressiveScores, path: Path | None, stop: Any = None) -> None:
+        for number, day in enumerate(days()):
+            begun = own._steps
+            at = None if stop is None or stop[0] != number else stop_at(begun + stop[1])
+            own.partial_fit(
+                day, batch_size=64, scores=scores, checkpoint=path, checkpoint_every=1e-9, callback=at
+            )
+
+    expected, scores = trainer(), ProgressiveScores()
+    run(expected, scores, None)
+    path = tmp_path / "days.pt"
+    if stop is None:
+        run(trainer(), ProgressiveScores(), path)
+    else:
+        with pytest.raises(Stop):
+            run(trainer(), ProgressiveScores(), path, stop)
+    found, own = trainer(), ProgressiveScores()
+    run(found, own, path)
+    assert same(found, expected) and found.rows_met == 1000 == own.rows
+    assert torch.equal(own.compute()["log_loss"], scores.compute()["log_loss"])
+
+
+def test_a_schedule_of_steps_goes_on(tmp_path: Path) -> None:
+    def scheduled() -> Trainer:
+        return trainer(scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5), schedule="step")
+
+    expected, path = scheduled(), tmp_path / "s.pt"
+    for day in days():
+        expected.partial_fit(day, batch_size=64)
+    for _ in range(2):
+        found = scheduled()
+        for day in days():
+            found.partial_fit(day, batch_size=64, checkpoint=path)
+    assert same(found, expected) and found.learning_rate == expected.learning_rate
+
+
+def test_files_that_this_trainer_has_not_written_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "stream.pt"
+    trainer().partial_fit(Clicks(200), batch_size=64, checkpoint=path)
+    saved = path.read_bytes()
+    stepped, fitted = trainer(), trainer()
+    stepped.step(*columns(64)[:2], columns(64)[2].unsqueeze(1))
+    fitted.fit(columns(100), epochs=1, batch_size=50, progress=False)
+    for own in (stepped, fitted):
+        before = parameters(own)
+        with pytest.raises(ValueError, match="expected a Trainer that has not learnt yet"):
+            own.partial_fit(Clicks(200), batch_size=64, checkpoint=path)
+        assert all(torch.equal(p, q) for p, q in zip(parameters(own), before, strict=True))
+    assert path.read_bytes() == saved
+    other = tmp_path / "fit.pt"
+    trainer().fit(columns(100), epochs=1, batch_size=50, progress=False, checkpoint=other)
+    with pytest.raises(ValueError, match="expected a checkpoint of partial_fit, got another file"):
+        trainer().partial_fit(Clicks(200), batch_size=64, checkpoint=other)
+
+
+def test_less_than_was_met_and_other_rows_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "stream.pt"
+    options: dict[str, Any] = {"batch_size": 64, "checkpoint": path, "checkpoint_every": 1e-9}
+    with pytest.raises(Stop):
+        trainer().partial_fit(columns(), callback=stop_at(5), **options)
+    with pytest.raises(ValueError, match=r"data: expected what .* has met, torch.int64"):
+        trainer().partial_fit(tuple(c.flip(0) for c in columns()), **options)
+    stream = tmp_path / "generator.pt"
+    options["checkpoint"] = stream
+    with pytest.raises(Stop):
+        trainer().partial_fit(batches(500, 500), callback=stop_at(5), **options)
+    with pytest.raises(ValueError, match=r"expected the 256 rows that .* has met, and others .* got 100"):
+        trainer().partial_fit(batches(100), **options)
+
+
+def test_scores_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "stream.pt"
+    trainer().partial_fit(Clicks(200), batch_size=64, checkpoint=path, scores=ProgressiveScores(bins=64))
+    own = trainer()
+    for wrong in (ProgressiveScores(bins=32), OtherScores()):
+        with pytest.raises(ValueError, match="expected the state of such a run, got"):
+            own.partial_fit(Clicks(200), batch_size=64, checkpoint=path, scores=wrong)
+    own.partial_fit(Clicks(200), batch_size=64, checkpoint=path, scores=ProgressiveScores(bins=64))
+    assert own.rows_met == 200
+
+
+class OtherScores:
+    def update(self, outputs: Tensor, target: Tensor) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"other": 1}
+
+    def load_state_dict(self, state: Any) -> None:
+        assert state["other"] == 1
+
+
+def test_statistics_of_batches_are_those_of_steps(tmp_path: Path) -> None:
+    def own() -> Trainer:
+        model = pyens.nn.EnsembleSequential(
+            pyens.EnsembleLinear(2, 8, 6), pyens.nn.EnsembleBatchNorm(2, 6), pyens.EnsembleLinear(2, 6, 3)
+        )
+        model.reset_parameters([0, 1])
+        return Trainer(model, loss="cross_entropy", optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(160, 8, generator=draw), torch.randint(3, (160,), generator=draw)
+    expected = own()
+    for start in range(0, 160, 16):
+        expected.step(x[start : start + 16], y[start : start + 16])
+    path = tmp_path / "s.pt"
+    options: dict[str, Any] = {"batch_size": 16, "checkpoint": path, "checkpoint_every": 1e-9}
+
+    def stop(trainer: Trainer, losses: Tensor) -> None:
+        if trainer._steps == 6:
+            raise Stop
+
+    with pytest.raises(Stop):
+        own().partial_fit((x, y), callback=stop, **options)
+    found = own()
+    found.partial_fit((x, y), **options)
+    assert same(found, expected)
+    theirs = dict(expected.model.named_buffers())
+    assert theirs and all(torch.equal(b, theirs[n]) for n, b in found.model.named_buffers())
+
+
+def test_a_generator_may_fill_its_memory_again() -> None:
+    def refilled() -> Any:
+        held = tuple(torch.empty_like(c[:50]) for c in columns())
+        for start in range(0, 1000, 50):
+            for place, column in zip(held, columns(), strict=True):
+                place.copy_(column[start : start + 50])
+            yield held
+
+    expected, _ = by_hand()
+    assert same(trainer().partial_fit(refilled(), batch_size=64), expected)
+
+
+class Short(Clicks):
+    @property
+    def parts(self) -> list[int]:
+        return [len(self)]
+
+    def read(self, part: int) -> Any:
+        yield Piece(0, self.rows(torch.arange(50)))
+
+
+def test_sources_and_batches_that_are_not_as_they_say() -> None:
+    with pytest.raises(ValueError, match="partial_fit: data: expected 1000 rows in part 0 of Short, got 50"):
+        trainer().partial_fit(Short(), batch_size=64)
+    wide = (torch.zeros(10, 3, dtype=torch.int64), torch.zeros(10, 3), torch.zeros(10))
+    with pytest.raises(ValueError, match="partial_fit: data: expected rows of one form, got shapes"):
+        trainer().partial_fit([next(batches(10)), wide], batch_size=64)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ({"swa_start": 1}, "swa_start: expected None, for there are no epochs here, got 1"),
+        (
+            {"scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 2)},
+            "schedule: expected 'step', for there are no epochs here, got 'epoch'",
+        ),
+    ],
+)
+def test_what_needs_epochs_is_refused(made: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"partial_fit: {message}"):
+        trainer(**made).partial_fit(Clicks(10), batch_size=5)

@@ -1061,7 +1061,7 @@ class ArrayRowsInOne(ArrayRows):
             of_batches(600),
             700,
             ValueError,
-            "expected 700 rows in part 0 of IterableRows, got 600: has it changed",
+            "IterableRows: batches: expected 700 rows, got 600: has it changed",
         ),
         (
             [(torch.zeros(2, 2),)],
@@ -1087,3 +1087,44 @@ def test_a_name_is_another_run(tmp_path: Path) -> None:
     train(IterableRows(of_batches(700), N, name="monday"), window=128, checkpoint=path)
     with pytest.raises(ValueError, match="is of another run: expected data"):
         train(IterableRows(of_batches(700), N, name="tuesday"), window=128, checkpoint=path, epochs=3)
+
+
+def test_rows_that_batches_do_not_have() -> None:
+    for wrong in (-1, N):
+        with pytest.raises(IndexError, match="expected numbers from 0 to 699"):
+            IterableRows(of_batches(N), N).rows(torch.tensor([wrong]))
+    with pytest.raises(ValueError, match="expected 1000 rows, got 700"):
+        IterableRows(of_batches(N), 1000).rows(torch.tensor([800]))
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "got"),
+    [
+        ([5, 2**32 + 5], np.int32, "4294967301"),
+        ([1, 300], np.int8, "300"),
+        ([1.0, 1.5], np.int64, "1.5"),
+        ([1.0, np.nan], np.int64, "nan"),
+        ([1.0, 1e30], np.int64, "1e"),
+        ([1.0, 2.0**63], np.int64, "9.22"),
+        ([0, 2], np.bool_, "2"),
+    ],
+)
+def test_numbers_that_a_type_does_not_hold(tmp_path: Path, values: Any, dtype: Any, got: str) -> None:
+    parquet.write_table(pa.table({"x": values, "y": [0, 1]}), tmp_path / "a.parquet")
+    for columns in ("x", ["x"]):
+        source = ArrowRows(tmp_path, columns, "y", dtypes=(dtype, None))
+        with pytest.raises(
+            ValueError, match=rf"row 1 of .*a number of {np.dtype(dtype)} in column 'x', got {got}"
+        ):
+            source.rows(torch.tensor([0]))
+
+
+def test_a_column_that_is_taken_twice_keeps_its_numbers(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,y\n16777217,1\n3,0\n")
+    source = ArrowRows(tmp_path, "id", "id", "y", dtypes=(np.int64, np.float32, None))
+    ids, numbers, _ = source.rows(torch.arange(2))
+    assert ids.tolist() == [16777217, 3] and numbers.dtype == torch.float32
+    plain = ArrowRows(tmp_path, "id", "id", "y", dtypes=(None, np.float32, None))
+    assert plain.rows(torch.arange(2))[0].tolist() == [16777217, 3]
+    with pytest.raises(TypeError, match="dtypes: expected types of numpy, got"):
+        ArrowRows(tmp_path, "id", "y", dtypes=("foo", None))

@@ -80,12 +80,15 @@ class ArrowRows(RowSource):
             )
         self._dtypes = _dtypes(dtypes, len(columns))
         self._names = list(dict.fromkeys(name for group in self.columns if group for name in group[0]))
-        self._cast = {  # of the columns that are brought to a type
-            name: dtype
-            for group, dtype in zip(self.columns, self._dtypes, strict=True)
-            if group is not None and dtype is not None
-            for name in group[0]
-        }
+        self._cast: dict[
+            str, Any
+        ] = {}  # of the columns that are brought to a type, one that holds all of these
+        for group, dtype in zip(self.columns, self._dtypes, strict=True):
+            if group is None or dtype is None:
+                continue
+            for name in group[0]:
+                wide = np.dtype(np.float64 if dtype.kind == "f" else np.int64)
+                self._cast[name] = np.result_type(wide, self._cast.get(name, wide))
         kinds = sorted({SUFFIXES[file.suffix] for file in self.files})
         if len(kinds) > 1:
             raise ValueError(f"ArrowRows: files: expected files of one kind, got {' and '.join(kinds)}")
@@ -149,8 +152,9 @@ class ArrowRows(RowSource):
                 continue
             names, alone = group
             arrays = [self._numbers(batch, name, first) for name in names]
-            dtype = np.result_type(*arrays) if dtype is None else dtype
-            column = arrays[0].astype(dtype, copy=False) if alone else np.stack(arrays, 1, dtype=dtype)
+            if dtype is not None:
+                arrays = [self._brought(a, dtype, name, first) for a, name in zip(arrays, names, strict=True)]
+            column = arrays[0] if alone else np.stack(arrays, 1, dtype=np.result_type(*arrays))
             found.append(as_tensor(np.ascontiguousarray(column)))
         return tuple(found)
 
@@ -248,6 +252,22 @@ class ArrowRows(RowSource):
             numbers = numbers.astype(np.int32 if numbers.dtype.itemsize == 2 else np.int64)
         return numbers
 
+    def _brought(self, numbers: np.ndarray, dtype: np.dtype[Any], name: str, first: int) -> np.ndarray:
+        """As numbers of this type: whole ones exactly, others rounded."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            found = numbers.astype(dtype, copy=False)
+        if dtype.kind != "f":
+            wrong = found.astype(numbers.dtype) != numbers
+            if numbers.dtype.kind == "f" and dtype.itemsize == 8:
+                wrong |= np.abs(numbers) >= 2.0**63
+            if wrong.any():
+                row = int(np.flatnonzero(wrong)[0])
+                raise ValueError(
+                    f"ArrowRows: {self.where(first + row)}: expected a number of {dtype} in column {name!r}, "
+                    f"got {numbers[row]}"
+                )
+        return found
+
     def _place(self, number: int, group: int) -> str:
         return f"row group {group} of {self.files[number]}" if group >= 0 else str(self.files[number])
 
@@ -315,7 +335,10 @@ def _dtypes(given: Any, columns: int) -> tuple[np.dtype[Any] | None, ...]:
         raise ValueError(
             f"ArrowRows: dtypes: expected one or None for each of {columns} columns, got {given!r}"
         )
-    found = tuple(None if one is None else np.dtype(one) for one in given)
+    try:
+        found = tuple(None if one is None else np.dtype(one) for one in given)
+    except TypeError as error:
+        raise TypeError(f"ArrowRows: dtypes: expected types of numpy, got {given!r}: {error}") from error
     for dtype in found:
         if dtype is not None and (dtype.kind not in "bif" or dtype.itemsize > 8):
             raise TypeError(f"ArrowRows: dtypes: expected types of numbers with a sign, got {dtype}")

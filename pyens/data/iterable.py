@@ -67,13 +67,19 @@ class IterableRows(RowSource):
                     f"IterableRows: batches: expected {self._rows} rows, got {first + count} or more by "
                     f"batch {number}"
                 )
-            if count:
-                yield Piece(first, columns)
+            if count:  # copies, for it may fill the same memory again
+                yield Piece(first, tuple(None if c is None else c.clone() for c in columns))
             first += count
+        if first < self._rows:
+            raise ValueError(
+                f"IterableRows: batches: expected {self._rows} rows, got {first}: has it changed?"
+            )
 
     def rows(self, index: Tensor) -> Columns:
         """Goes through the batches until the last of these rows has come."""
         wanted = index.reshape(-1).long()
+        if len(wanted) and (wanted.min() < 0 or wanted.max() >= self._rows):
+            raise IndexError(f"IterableRows: rows: expected numbers from 0 to {self._rows - 1}, got others")
         last = int(wanted.max()) if len(wanted) else 0
         found: list[Tensor | None] = []
         for first, columns in self.read(0):

@@ -74,11 +74,11 @@ class ProgressiveScores:
         losses = torch.cat([own, -torch.where(y > 0, log_p, log_q).unsqueeze(0)])
         p = torch.cat([z[:-1].sigmoid(), log_p.exp().unsqueeze(0)])
         sums = torch.stack([losses.sum(1), p.sum(1)])
-        self._sums = sums if self._sums is None else self._sums + sums
+        self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums
         self._ones += float(y.sum())
         self.rows += len(y)
         counts = self._binned(z, y)
-        self._counts = counts if self._counts is None else self._counts + counts
+        self._counts = counts if self._counts is None else self._counts.to(counts.device) + counts
         if len(z) > 2:
             deviation = p[:-1].std(0)
             self._variation[0] += float(deviation.sum())
@@ -97,7 +97,7 @@ class ProgressiveScores:
             "log_loss": losses / self.rows,
             "auroc": ((below + zeros / 2) * ones).sum(-1) / pairs,
             "auroc_error": (zeros * ones).sum(-1) / 2 / pairs,
-            "calibration": sums / self._ones,
+            "calibration": sums / (self._ones or math.nan),
         }
         found = {name: torch.where(lost, math.nan, value) for name, value in found.items()}
         several = len(losses) > 2
@@ -121,6 +121,12 @@ class ProgressiveScores:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        expected = self.state_dict().keys()
+        if set(state) != set(expected):
+            raise ValueError(
+                f"ProgressiveScores.load_state_dict: state: expected {', '.join(expected)}, "
+                f"got {', '.join(map(str, state)) or 'nothing'}"
+            )
         if state["bins"] != self.bins:
             raise ValueError(
                 f"ProgressiveScores.load_state_dict: state: expected {self.bins} bins, got {state['bins']}"

@@ -249,6 +249,9 @@ def cut(pieces: list[tuple[Columns, Tensor]], rows: int) -> tuple[tuple[Columns,
             left.append((tuple(None if c is None else c[count:] for c in columns), numbers[count:]))
         missing -= count
     joined: list[Tensor | None] = []
+    forms = [_form(columns) for columns, _ in taken]
+    if any(form != forms[0] for form in forms):
+        raise ValueError(f"data: expected rows of one form, got shapes {forms[0]} and {forms[-1]} of a row")
     for of_all in zip(*(columns for columns, _ in taken), strict=True):
         there = [column for column in of_all if column is not None]
         joined.append(torch.cat(there) if there else None)

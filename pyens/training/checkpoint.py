@@ -36,7 +36,9 @@ def save(path: Path, described: Mapping[str, Any], state: Mapping[str, Any]) -> 
     _files.save({"format": FORMAT, "run": dict(described), "state": dict(state)}, path)
 
 
-def load(path: Path, described: Mapping[str, Any], kind: str = FORMAT) -> dict[str, Any] | None:
+def load(
+    path: Path, described: Mapping[str, Any], kind: str = FORMAT, who: str = "fit"
+) -> dict[str, Any] | None:
     """The state that was saved last, None if there is no file.
 
     Raises:
@@ -46,16 +48,18 @@ def load(path: Path, described: Mapping[str, Any], kind: str = FORMAT) -> dict[s
         return None
     saved = _files.load(path)
     if saved.get("format") != kind:
-        raise ValueError(f"fit: checkpoint: {path}: expected a checkpoint of fit, got another file")
+        raise ValueError(f"{who}: checkpoint: {path}: expected a checkpoint of {who}, got another file")
     run, state = saved.get("run"), saved.get("state")
     if not isinstance(run, dict) or not isinstance(state, dict):
-        raise ValueError(f"fit: checkpoint: {path}: expected a checkpoint of fit, got one without its parts")
+        raise ValueError(
+            f"{who}: checkpoint: {path}: expected a checkpoint of {who}, got one without its parts"
+        )
     for name in {**run, **described}:
         then, now = run.get(name), described.get(name)
         if then != now:
             expected, got = _short(repr(now), repr(then))
             raise ValueError(
-                f"fit: checkpoint: {path} is of another run: expected {name} {expected}, "
+                f"{who}: checkpoint: {path} is of another run: expected {name} {expected}, "
                 f"got {got}; name another file, or delete this one to start anew"
             )
     return state

@@ -32,7 +32,7 @@ from pyens.optim import (
 from pyens.reference.ensemble_mlp_loss import LOSSES, row_sums, weights_of
 from pyens.training import _checks
 from pyens.training._run import Run, copy_into, training_mode
-from pyens.training._stream import Scores, Stream, check_arguments
+from pyens.training._stream import Met, Scores, Stream, check_arguments, named
 from pyens.training.callbacks import Callback, Progress
 from pyens.training.checkpoint import describe_tensor
 from pyens.training.history import History
@@ -161,6 +161,10 @@ class Trainer:
         self._averaged = 0  # how many are in them
         self._steps = 0  # of `step`
         self.rows_met = 0  # of `partial_fit`
+        self.met: list[Met] = []  # by the calls of it that were with a checkpoint
+        self.to_meet: list[Met] = []  # of its calls to come: what the checkpoint has met already
+        self.own_files: set[Path] = set()  # checkpoints that it has taken up or written
+        self.described_at_first: dict[str, Any] = {}
 
     # --------------------------------------------------------------------------------------------------------
     # For users
@@ -290,8 +294,10 @@ class Trainer:
             batch_size: rows of a step; the last one may have fewer.
             scores: `update(outputs [E, B, K], target)` is called with each batch, in evaluation mode.
             checkpoint: a file, written atomically. If it is there, a Trainer that has not learnt yet goes on
-                where it was saved, to the bit: of a source the rows behind that place are read, of what gives
-                tuples as many are passed over. A file of another run is refused.
+                where it was saved, to the bit: the same calls as before pass over the rows that they had met,
+                also several calls with one file. A file of another run is refused, and so are other data, as
+                far as they can be known: a source says what it is, tensors are compared, of a generator or a
+                DataLoader nothing is known.
             checkpoint_every: seconds between two; there is always one at the end.
             callback: called with this Trainer and the losses `[E]` after each step.
             check: whether each batch is looked at before it is learnt from: numbers finite, classes and
@@ -304,10 +310,11 @@ class Trainer:
             TypeError, ValueError: arguments, or rows, that are not as above. What has been learnt stays.
             RuntimeError: another run uses the checkpoint.
         """
-        batch_size, path = check_arguments(data, batch_size, scores, checkpoint, checkpoint_every)
-        if isinstance(data, (tuple, list)) and not (data and isinstance(data[0], (tuple, list))):
-            data = [tuple(data)]
-        Stream(self, data, batch_size, scores, path, checkpoint_every, callback, check).run()
+        batch_size, path = check_arguments(self, data, batch_size, scores, checkpoint, checkpoint_every)
+        if isinstance(data, (tuple, list)):
+            data = list(data) if data and isinstance(data[0], (tuple, list)) else [tuple(data)]
+        with named():
+            Stream(self, data, batch_size, scores, path, checkpoint_every, callback, check).run()
         return self
 
     # --------------------------------------------------------------------------------------------------------
@@ -467,6 +474,10 @@ class Trainer:
             for m in self.members
         ]
         return [{"dropout_seeds": seeds} for seeds in torch.stack(drawn, 1).to(self.device)]
+
+    @property
+    def scheduled(self) -> bool:
+        return self._make_scheduler is not None
 
     @property
     def learning_rate(self) -> float:
