@@ -108,7 +108,7 @@ SECTIONS = {
         "Models of components",
         "A whole step: label losses, the correlation of the components, gradients, Adagrad. Peers: `baddbmm` "
         "in two layouts with the same losses, eager and compiled.",
-        "Two threads, whose cores others used too. The correlation, a call and a node of autograd of its own, "
+        "Two threads, whose cores others used too. The correlation, a call and a node of autograd apart, "
         "is a fifth of a step of narrow towers and 3 % of a wide one.",
     ),
     "uncertainty-cpu-float32": ("Uncertainty and moments", "One pass over the members.", ""),
