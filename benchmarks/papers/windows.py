@@ -43,9 +43,6 @@ class Parts(ArrayRows):
     def parts(self) -> list[int]:
         return [min(self.size, self.count - first) for first in range(0, self.count, self.size)]
 
-    def read(self, part: int) -> Any:
-        return super(ArrayRows, self).read(part)
-
 
 def train(
     table: Table, members: int, epochs: int, window: int | None, seed: int, orders: int

@@ -121,8 +121,9 @@ class ArrayRows(RowSource):
         return tuple(None if column is None else column.index_select(0, index) for column in self.columns)
 
     def read(self, part: int) -> Iterator[Piece]:
-        first = part * CHUNK
-        columns = tuple(None if c is None else c[first : first + CHUNK] for c in self.columns)
+        first = sum(self.parts[:part])
+        last = first + self.parts[part]
+        columns = tuple(None if c is None else c[first:last] for c in self.columns)
         yield Piece(first, columns)
 
     def fingerprint(self) -> str:
